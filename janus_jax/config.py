@@ -113,8 +113,12 @@ class JanusConfig:
     def __post_init__(self):
         v, g, t = self.vision, self.gen_vision, self.language
         _require(v.width % v.heads == 0, f"vision width {v.width} is not a multiple of its {v.heads} heads")
-        _require(v.image_size >= v.patch_size, f"vision image_size {v.image_size} is under its patch_size {v.patch_size}")
-        _require(t.heads % t.kv_heads == 0, f"{t.heads} attention heads are not a multiple of {t.kv_heads} key/value heads")
+        _require(
+            v.image_size >= v.patch_size, f"vision image_size {v.image_size} is under its patch_size {v.patch_size}"
+        )
+        _require(
+            t.heads % t.kv_heads == 0, f"{t.heads} attention heads are not a multiple of {t.kv_heads} key/value heads"
+        )
         _require(t.head_dim % 2 == 0, f"head_dim {t.head_dim} is odd, which rotary embeddings cannot rotate")
         for mult in g.ch_mult:
             _require(
@@ -178,7 +182,9 @@ def dialect_of(raw: Any) -> str:
     model_type = raw.get("model_type") if isinstance(raw, dict) else None
     dialects = {"multi_modality": "original", "janus": "transformers"}
     if model_type not in dialects:
-        raise ValueError(f"model_type is {model_type!r}; a Janus config has 'multi_modality' (original) or 'janus' (transformers)")
+        raise ValueError(
+            f"model_type is {model_type!r}; a Janus config has 'multi_modality' (original) or 'janus' (transformers)"
+        )
     return dialects[model_type]
 
 
@@ -221,7 +227,9 @@ def _mlp_depth(block: dict[str, Any], name: str, input_dim: int, width: int) -> 
     params = block["params"]
     kind = params.get("projector_type", "mlp_gelu")
     _require(kind == "mlp_gelu", f"{name}: projector_type {kind!r} is not supported (only 'mlp_gelu')")
-    _require(params["input_dim"] == input_dim, f"{name}: input_dim {params['input_dim']} is not its encoder's {input_dim}")
+    _require(
+        params["input_dim"] == input_dim, f"{name}: input_dim {params['input_dim']} is not its encoder's {input_dim}"
+    )
     _require(params["n_embed"] == width, f"{name}: n_embed {params['n_embed']} is not the decoder's width {width}")
     return params.get("depth", 1)
 
@@ -234,7 +242,9 @@ def _parse_original(raw: dict[str, Any]) -> JanusConfig:
     if name == "custom":
         sizes = {key: params[key] for key in ("patch_size", "width", "layers", "heads", "mlp_ratio")}
     else:
-        _require(name in _SIGLIP_NAMES, f"vision model_name {name!r} is unknown; known: custom, {', '.join(_SIGLIP_NAMES)}")
+        _require(
+            name in _SIGLIP_NAMES, f"vision model_name {name!r} is unknown; known: custom, {', '.join(_SIGLIP_NAMES)}"
+        )
         sizes = dict(_SIGLIP_NAMES[name])
     # select_layer counts from the end when not positive, and the layers after it do not exist in the checkpoint.
     select = params.get("select_layer", -1)
@@ -260,7 +270,9 @@ def _parse_original(raw: dict[str, Any]) -> JanusConfig:
         head["image_token_size"] == gen_vision.codebook_size,
         f"gen_head: image_token_size {head['image_token_size']} is not the codebook's {gen_vision.codebook_size}",
     )
-    _require(head["n_embed"] == language.width, f"gen_head: n_embed {head['n_embed']} is not the decoder's {language.width}")
+    _require(
+        head["n_embed"] == language.width, f"gen_head: n_embed {head['n_embed']} is not the decoder's {language.width}"
+    )
     return JanusConfig(
         vision=vision,
         gen_vision=gen_vision,
@@ -322,7 +334,13 @@ def original_config(config: JanusConfig) -> dict[str, Any]:
     v, g, t = config.vision, config.gen_vision, config.language
     _require(g.num_res_blocks == 2, f"the original dialect cannot say num_res_blocks {g.num_res_blocks} (only 2)")
     _require(v.norm_eps == 1e-6, f"the original dialect cannot say a vision norm eps of {v.norm_eps} (only 1e-6)")
-    sizes = {"patch_size": v.patch_size, "width": v.width, "layers": v.layers, "heads": v.heads, "mlp_ratio": v.mlp_ratio}
+    sizes = {
+        "patch_size": v.patch_size,
+        "width": v.width,
+        "layers": v.layers,
+        "heads": v.heads,
+        "mlp_ratio": v.mlp_ratio,
+    }
     names = [name for name, known in _SIGLIP_NAMES.items() if known == sizes]
     vision = {
         "image_size": v.image_size,
@@ -365,11 +383,14 @@ def original_config(config: JanusConfig) -> dict[str, Any]:
 def transformers_config(config: JanusConfig, image_token_id: int) -> dict[str, Any]:
     """`config` as a config.json of the transformers dialect.
 
-    `image_token_id` is the tokenizer's id of `<image_placeholder>`. ValueError where transformers' port has no word for it.
+    `image_token_id` is the tokenizer's id of `<image_placeholder>`. ValueError for what transformers' port
+    cannot say.
     """
     v, g, t = config.vision, config.gen_vision, config.language
     _require(config.gen_head_width == t.width, "the transformers dialect needs the image head as wide as the decoder")
-    _require(g.grid == v.grid, f"the transformers dialect needs the generated grid {g.grid} to equal the patch grid {v.grid}")
+    _require(
+        g.grid == v.grid, f"the transformers dialect needs the generated grid {g.grid} to equal the patch grid {v.grid}"
+    )
     return {
         "architectures": ["JanusForConditionalGeneration"],
         "model_type": "janus",

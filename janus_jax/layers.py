@@ -1,0 +1,116 @@
+"""Layers shared by the encoders and the decoder.
+
+Axis legend, here and in every einsum: B batch, T query length, S key length, N heads, K key/value heads, G heads
+per key/value head, H head dim, D width, F MLP width, V vocabulary, C channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class Einsum(nn.Module):
+    """Linear map over named axes, with a bias over the axes that it adds.
+
+    Attributes:
+      spec: einsum of input and kernel, such as "...D,DNH->...NH".
+      shape: kernel shape.
+    """
+
+    spec: str
+    shape: tuple[int, ...]
+    use_bias: bool = False
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    out_dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        inputs, kernel_axes = self.spec.split("->")[0].split(",")
+        contracted = [i for i, axis in enumerate(kernel_axes) if axis in inputs]
+        added = [i for i, axis in enumerate(kernel_axes) if axis not in inputs]
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=contracted, out_axis=added)
+        kernel = self.param("kernel", init, self.shape, self.param_dtype)
+        y = jnp.einsum(
+            self.spec, x.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=self.out_dtype
+        )
+        if self.use_bias:
+            shape = tuple(self.shape[i] for i in added)
+            bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype)
+            y = y + bias.astype(y.dtype)
+        return y
+
+
+class Embed(nn.Module):
+    """Embedding table [num, features]; ids of any shape [...] give [..., features]."""
+
+    num: int
+    features: int
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        table = self.param("embedding", nn.initializers.normal(0.02), (self.num, self.features), self.param_dtype)
+        return jnp.take(table, ids, axis=0).astype(self.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, in float32 (reference: transformers LlamaRMSNorm)."""
+
+    eps: float
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        return y.astype(self.dtype) * scale.astype(self.dtype)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """The exact erf form, which every GELU of Janus is."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+class MlpProjector(nn.Module):
+    """Adapter: Linear, then (GELU, Linear) depth - 1 times (reference: janus/models/projector.py).
+
+    Layers carry the indices of the reference's nn.Sequential: layers_0, layers_2, ...
+    """
+
+    in_width: int
+    width: int
+    depth: int
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        in_width = self.in_width
+        for i in range(self.depth):
+            x = x if i == 0 else gelu(x)
+            shape = (in_width, self.width)
+            x = Einsum("...D,DF->...F", shape, True, self.dtype, self.param_dtype, name=f"layers_{2 * i}")(x)
+            in_width = self.width
+        return x
+
+
+def rope(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines [B, T, H/2] in float32 of the rotary embedding at `positions` [B, T]."""
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rope(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates x [B, T, N, H] in float32; halves are paired as in transformers' rotate_half."""
+    cos, sin = (table[:, :, None, :] for table in cos_sin)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

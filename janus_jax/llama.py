@@ -1,0 +1,219 @@
+"""Decoder: LLaMA-type transformer with an explicit key/value cache (reference: transformers LlamaForCausalLM)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from janus_jax.attention import attend, causal_mask
+from janus_jax.config import LlamaConfig
+from janus_jax.layers import Einsum, Embed, RMSNorm, apply_rope, rope
+from janus_jax.sharding import constrain
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of all layers, with static length S slots.
+
+    Attributes:
+      keys, values: tuples of arrays [layers, B, K, S, H]: one array of all layers when layers are scanned, else one a
+        layer with a first axis of 1. Heads come before length, so that one query reads each head's keys in one piece.
+      mask: [B, S] bool, the slots that may be attended to.
+      length: int32 scalar, the slots filled so far (the same in every row: prompts are padded on the left).
+      positions: [B] int32, the position of each row's next token.
+    """
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+    mask: jax.Array
+    length: jax.Array
+    positions: jax.Array
+
+
+def init_cache(config: LlamaConfig, batch: int, slots: int, dtype: Any, scan_layers: bool = True) -> KVCache:
+    """An empty cache for `batch` rows of `slots` tokens."""
+    groups, layers = (1, config.layers) if scan_layers else (config.layers, 1)
+    shape = (layers, batch, config.kv_heads, slots, config.head_dim)
+
+    def empty() -> tuple[jax.Array, ...]:
+        return tuple(constrain(jnp.zeros(shape, dtype), *KV_AXES) for _ in range(groups))
+
+    return KVCache(
+        keys=empty(),
+        values=empty(),
+        mask=constrain(jnp.zeros((batch, slots), bool), "batch", None),
+        length=jnp.zeros((), jnp.int32),
+        positions=constrain(jnp.zeros((batch,), jnp.int32), "batch"),
+    )
+
+
+def cache_bytes(config: LlamaConfig, rows: int, slots: int, dtype: Any) -> int:
+    """Bytes of the keys and values of a cache."""
+    per_slot = 2 * config.layers * config.kv_heads * config.head_dim
+    return per_slot * rows * slots * jnp.dtype(dtype).itemsize
+
+
+KV_AXES = (None, "batch", "kv_heads", None, None)
+
+
+class Attention(nn.Module):
+    config: LlamaConfig
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x, cos_sin, mask, kv, layer, slot):
+        """See Block; returns the attention output [B, T, D] and the updated `kv`."""
+        c, types = self.config, (False, self.dtype, self.param_dtype)
+        q = Einsum("BTD,DNH->BTNH", (c.width, c.heads, c.head_dim), *types, name="q_proj")(x)
+        k = Einsum("BTD,DKH->BTKH", (c.width, c.kv_heads, c.head_dim), *types, name="k_proj")(x)
+        v = Einsum("BTD,DKH->BTKH", (c.width, c.kv_heads, c.head_dim), *types, name="v_proj")(x)
+        q = constrain(apply_rope(q, cos_sin), "batch", None, "heads", None)
+        k, v = apply_rope(k, cos_sin).swapaxes(1, 2), v.swapaxes(1, 2)
+        if kv is not None:
+            start = (layer, 0, 0, 0 if slot is None else slot, 0)
+            kv = tuple(
+                constrain(jax.lax.dynamic_update_slice(cached, new[None].astype(cached.dtype), start), *KV_AXES)
+                for cached, new in zip(kv, (k, v), strict=True)
+            )
+            if slot is not None:
+                k, v = (jax.lax.dynamic_index_in_dim(cached, layer, keepdims=False) for cached in kv)
+        y = attend(q, k, v, mask)
+        return Einsum("BTNH,NHD->BTD", (c.heads, c.head_dim, c.width), *types, name="o_proj")(y), kv
+
+
+class Mlp(nn.Module):
+    config: LlamaConfig
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c, types = self.config, (False, self.dtype, self.param_dtype)
+        gate = Einsum("BTD,DF->BTF", (c.width, c.mlp_dim), *types, name="gate_proj")(x)
+        up = Einsum("BTD,DF->BTF", (c.width, c.mlp_dim), *types, name="up_proj")(x)
+        h = constrain(nn.silu(gate) * up, "batch", None, "mlp")
+        return Einsum("BTF,FD->BTD", (c.mlp_dim, c.width), *types, name="down_proj")(h)
+
+
+class Block(nn.Module):
+    config: LlamaConfig
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, carry, cos_sin, mask, slot):
+        """One layer.
+
+        Args:
+          carry: (x [B, T, D], kv, layer): kv is None or (keys, values) [layers, B, K, S, H], of which this layer
+            writes the one at index `layer`.
+          mask: [B, T, keys] bool.
+          slot: where the cache takes the new keys and from which on it is read; None writes at 0 and attends to the
+            new keys alone.
+        Returns: (carry, None), as nn.scan wants it.
+        """
+        x, kv, layer = carry
+        args = (self.config, self.dtype, self.param_dtype)
+        norm = (self.config.norm_eps, self.dtype, self.param_dtype)
+        with jax.named_scope("attention"):
+            h, kv = Attention(*args, name="self_attn")(
+                RMSNorm(*norm, name="input_layernorm")(x), cos_sin, mask, kv, layer, slot
+            )
+        x = constrain(x + h, "batch", None, None)
+        with jax.named_scope("mlp"):
+            h = Mlp(*args, name="mlp")(RMSNorm(*norm, name="post_attention_layernorm")(x))
+        return (constrain(x + h, "batch", None, None), kv, layer + 1), None
+
+
+class Llama(nn.Module):
+    """Embedding, layers, final norm and text head.
+
+    `scan_layers` says how parameters are laid out: `layers` stacked on a first axis (training, conversion), or
+    `layers_0`, `layers_1`, ... apart (decoding on CPU, where slicing the stack costs a copy of the weights a step).
+    """
+
+    config: LlamaConfig
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    scan_layers: bool = True
+
+    def setup(self):
+        c, types = self.config, (self.dtype, self.param_dtype)
+        self.embed_tokens = Embed(c.vocab_size, c.width, *types)
+        if self.scan_layers:
+            scanned = nn.scan(
+                Block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(nn.broadcast,) * 3,
+                length=c.layers,
+            )
+            self.layers = scanned(c, *types)
+        else:
+            self.layers = [Block(c, *types) for _ in range(c.layers)]
+        self.norm = RMSNorm(c.norm_eps, *types)
+        self.lm_head = Einsum("BTD,DV->BTV", (c.width, c.vocab_size), False, *types, jnp.float32)
+
+    def __call__(self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
+        """Hidden states [B, T, D] after the final norm of embeddings x [B, T, D].
+
+        Args:
+          positions: [B, T] int32, counted from 0 in each segment.
+          segment_ids: [B, T] int32; tokens attend within their segment only.
+        """
+        hidden, _ = self._run(x, positions, causal_mask(segment_ids), None, None)
+        return hidden
+
+    def prefill(self, x: jax.Array, mask: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """Fills an empty cache from left-padded prompts.
+
+        Args:
+          x: embeddings [B, T, D].
+          mask: [B, T] bool, False on padding.
+        Returns: hidden states [B, T, D] (undefined on padding), and the cache.
+        """
+        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+        hidden, kv = self._run(x, positions, causal_mask(mask), cache, None)
+        cache = dataclasses.replace(
+            kv,
+            mask=jax.lax.dynamic_update_slice(cache.mask, mask.astype(bool), (0, 0)),
+            length=jnp.asarray(x.shape[1], jnp.int32),
+            positions=mask.sum(axis=1, dtype=jnp.int32),
+        )
+        return hidden, cache
+
+    def decode(self, x: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """Appends T new tokens, embedded as x [B, T, D], to every row; returns their hidden states and the cache."""
+        batch, length, _ = x.shape
+        positions = cache.positions[:, None] + jnp.arange(length)
+        valid = jax.lax.dynamic_update_slice(cache.mask, jnp.ones((batch, length), bool), (0, cache.length))
+        mask = valid[:, None, :]
+        if length > 1:
+            mask &= jnp.arange(valid.shape[1]) <= cache.length + jnp.arange(length)[:, None]
+        hidden, kv = self._run(x, positions, mask, cache, cache.length)
+        return hidden, dataclasses.replace(
+            kv, mask=valid, length=cache.length + length, positions=cache.positions + length
+        )
+
+    def _run(self, x, positions, mask, cache, slot):
+        c = self.config
+        cos_sin = rope(positions, c.head_dim, c.rope_theta)
+        groups = [None] if cache is None else list(zip(cache.keys, cache.values, strict=True))
+        x = constrain(x, "batch", None, None)
+        first = jnp.zeros((), jnp.int32)
+        if self.scan_layers:
+            ((x, groups[0], _), _) = self.layers((x, groups[0], first), cos_sin, mask, slot)
+        else:
+            groups = groups * c.layers if cache is None else groups
+            for i, block in enumerate(self.layers):
+                (x, groups[i], _), _ = block((x, groups[i], first), cos_sin, mask, slot)
+        if cache is not None:
+            keys, values = zip(*groups, strict=True)
+            cache = dataclasses.replace(cache, keys=keys, values=values)
+        return self.norm(x), cache

@@ -1,0 +1,178 @@
+"""Meshes, logical axes of every parameter, and the rules that map logical axes to mesh axes.
+
+Mesh axes are `data` (replicated parameters), `fsdp` (parameters and batch split) and `tensor` (heads, MLP and
+vocabulary split). One table says the logical axes of each parameter path; each path matches exactly one row.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# Logical axis -> mesh axes. `embed` is the parameters' width: activations keep theirs whole (`None`).
+RULES: dict[str, str | tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+}
+
+# (parameter path, logical axes without the layer axis). Stacked layers gain a leading None on their own.
+_PROJ = r"(vision_model/blocks/attn)"
+_BLOCK = r"language_model/layers(_\d+)?"
+PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"vision_model/patch_embed/kernel", (None, None, None, None)),
+    (r"vision_model/patch_embed/bias", (None,)),
+    (r"vision_model/pos_embed", (None, None)),
+    (r"vision_model/(blocks/norm[12]|norm)/(scale|bias)", (None,)),
+    (_PROJ + r"/[qkv]/kernel", ("embed", "heads", None)),
+    (_PROJ + r"/[qkv]/bias", ("heads", None)),
+    (_PROJ + r"/proj/kernel", ("heads", None, "embed")),
+    (_PROJ + r"/proj/bias", (None,)),
+    (r"vision_model/blocks/mlp/fc1/kernel", ("embed", "mlp")),
+    (r"vision_model/blocks/mlp/fc1/bias", ("mlp",)),
+    (r"vision_model/blocks/mlp/fc2/kernel", ("mlp", "embed")),
+    (r"vision_model/blocks/mlp/fc2/bias", (None,)),
+    # The first layer of an adapter reads an encoder's narrow output: only its output is worth splitting.
+    (r"(gen_)?aligner/layers_0/kernel", (None, "mlp")),
+    (r"(gen_)?aligner/layers_0/bias", ("mlp",)),
+    (r"(gen_)?aligner/layers_([2-9]|\d\d+)/kernel", ("mlp", "embed")),
+    (r"(gen_)?aligner/layers_([2-9]|\d\d+)/bias", (None,)),
+    (r"gen_embed/embedding", (None, None)),
+    (r"gen_head/output_mlp_projector/kernel", ("embed", "mlp")),
+    (r"gen_head/output_mlp_projector/bias", ("mlp",)),
+    (r"gen_head/vision_head/kernel", ("embed", "vocab")),
+    (r"gen_head/vision_head/bias", ("vocab",)),
+    # 72M parameters of small convolutions: replicated, so that images split over the batch alone.
+    (r"gen_vision_model/.*/(kernel|scale|bias|embedding)", ()),
+    (r"language_model/embed_tokens/embedding", ("vocab", "embed")),
+    (_BLOCK + r"/(input|post_attention)_layernorm/scale", (None,)),
+    (_BLOCK + r"/self_attn/q_proj/kernel", ("embed", "heads", None)),
+    (_BLOCK + r"/self_attn/[kv]_proj/kernel", ("embed", "kv_heads", None)),
+    (_BLOCK + r"/self_attn/o_proj/kernel", ("heads", None, "embed")),
+    (_BLOCK + r"/mlp/(gate|up)_proj/kernel", ("embed", "mlp")),
+    (_BLOCK + r"/mlp/down_proj/kernel", ("mlp", "embed")),
+    (r"language_model/norm/scale", (None,)),
+    (r"language_model/lm_head/kernel", ("embed", "vocab")),
+)
+_STACKED = re.compile(r"(language_model/layers|vision_model/blocks)/")
+
+
+def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Mesh with the axes `data`, `fsdp`, `tensor`.
+
+    Args:
+      shape: size of each axis; absent ones are 1, and one may be -1 ("the rest"). Default: all devices on `fsdp`.
+      devices: default `jax.devices()`.
+    Raises: ValueError for an unknown axis, or when the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = dict.fromkeys(MESH_AXES, 1) | dict({"fsdp": -1} if shape is None else shape)
+    unknown = [name for name in sizes if name not in MESH_AXES]
+    if unknown:
+        raise ValueError(f"mesh axis {unknown[0]!r} is unknown; the axes are {', '.join(MESH_AXES)}")
+    free = [name for name, size in sizes.items() if size == -1]
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if len(free) == 1 and fixed > 0 and len(devices) % fixed == 0:
+        sizes[free[0]] = len(devices) // fixed
+    if any(size < 1 for size in sizes.values()) or math.prod(sizes.values()) != len(devices):
+        asked = " x ".join(f"{name}={size}" for name, size in sizes.items())
+        raise ValueError(f"a mesh of {asked} does not make up the {len(devices)} devices at hand")
+    grid = tuple(sizes[name] for name in MESH_AXES)
+    return jax.make_mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Leaves of a nested dict by their path, joined with '/'."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dict from leaves by path; the inverse of `flatten`."""
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, last = path.split("/")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = value
+    return tree
+
+
+def logical_axes(path: str, ndim: int) -> tuple[str | None, ...]:
+    """Logical axes of the parameter at `path`. ValueError unless exactly one row of PARAMETER_AXES matches."""
+    rows = [axes for pattern, axes in PARAMETER_AXES if re.fullmatch(pattern, path)]
+    if len(rows) != 1:
+        raise ValueError(f"parameter {path!r} matches {len(rows)} rows of the sharding table, not exactly one")
+    axes = rows[0] or (None,) * ndim
+    if _STACKED.match(path):
+        axes = (None, *axes)
+    if len(axes) != ndim:
+        raise ValueError(f"parameter {path!r} has {ndim} axes, the sharding table gives it {len(axes)}")
+    return axes
+
+
+def _mesh_axes(name: str | None) -> tuple[str, ...]:
+    rule = RULES[name] if name is not None else ()
+    return (rule,) if isinstance(rule, str) else rule
+
+
+def param_shardings(abstract: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """NamedSharding of every parameter.
+
+    Args:
+      abstract: nested dict of things with a `shape`.
+    Raises: ValueError naming each parameter whose axes the mesh does not divide.
+    """
+    shardings, misfits = {}, []
+    for path, leaf in flatten(abstract).items():
+        spec = []
+        for size, name in zip(leaf.shape, logical_axes(path, len(leaf.shape)), strict=True):
+            axes = _mesh_axes(name)
+            ways = math.prod(mesh.shape[axis] for axis in axes)
+            if size % ways:
+                misfits.append(f"{path} {tuple(leaf.shape)}: {name} {size} over {'*'.join(axes)}={ways}")
+            spec.append(axes if len(axes) != 1 else axes[0])
+        shardings[path] = NamedSharding(mesh, PartitionSpec(*(axes or None for axes in spec)))
+    if misfits:
+        shown = "; ".join(misfits[:4]) + (f"; and {len(misfits) - 4} more" if len(misfits) > 4 else "")
+        raise ValueError(f"the mesh {dict(mesh.shape)} does not divide the model: {shown}")
+    return unflatten(shardings)
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """`x` with its axes laid on the current mesh by logical name; as it is where no mesh is set.
+
+    A dimension that the mesh axes do not divide (one chat on eight data shards) stays whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, activation_spec(x.shape, names, mesh.shape))
+
+
+def activation_spec(shape: Sequence[int], names: Sequence[str | None], mesh_shape: Mapping[str, int]) -> PartitionSpec:
+    """PartitionSpec of an activation of `shape` with the logical axes `names`."""
+    spec = []
+    for size, name in zip(shape, names, strict=True):
+        axes = tuple(axis for axis in _mesh_axes(name) if axis in mesh_shape)
+        spec.append(axes if axes and size % math.prod(mesh_shape[axis] for axis in axes) == 0 else None)
+    return PartitionSpec(*spec)
+
+
+def batch_shards(mesh: Mesh | None) -> int:
+    """Into how many parts the batch is split; 1 without a mesh."""
+    return 1 if mesh is None else int(np.prod([mesh.shape[axis] for axis in RULES["batch"]]))

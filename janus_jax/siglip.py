@@ -1,0 +1,91 @@
+"""Understanding encoder: the SigLIP vision transformer (reference: janus/models/siglip_vit.py)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from janus_jax.attention import attend
+from janus_jax.config import SiglipConfig
+from janus_jax.layers import Einsum, gelu
+from janus_jax.sharding import constrain
+
+
+def _layer_norm(module: nn.Module, name: str) -> nn.LayerNorm:
+    return nn.LayerNorm(
+        epsilon=module.config.norm_eps,
+        dtype=module.dtype,
+        param_dtype=module.param_dtype,
+        use_fast_variance=False,
+        name=name,
+    )
+
+
+class Attention(nn.Module):
+    config: SiglipConfig
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.config
+        split = (c.width, c.heads, c.head_dim)
+        q, k, v = (Einsum("BTD,DNH->BTNH", split, True, self.dtype, self.param_dtype, name=n)(x) for n in "qkv")
+        y = attend(constrain(q, "batch", None, "heads", None), k.swapaxes(1, 2), v.swapaxes(1, 2))
+        joined = (c.heads, c.head_dim, c.width)
+        return Einsum("BTNH,NHD->BTD", joined, True, self.dtype, self.param_dtype, name="proj")(y)
+
+
+class Mlp(nn.Module):
+    config: SiglipConfig
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c, types = self.config, (True, self.dtype, self.param_dtype)
+        h = Einsum("BTD,DF->BTF", (c.width, c.mlp_dim), *types, name="fc1")(x)
+        h = gelu(constrain(h, "batch", None, "mlp"))
+        return Einsum("BTF,FD->BTD", (c.mlp_dim, c.width), *types, name="fc2")(h)
+
+
+class Block(nn.Module):
+    config: SiglipConfig
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, _) -> tuple[jax.Array, None]:
+        args = (self.config, self.dtype, self.param_dtype)
+        x = x + Attention(*args, name="attn")(_layer_norm(self, "norm1")(x))
+        x = x + Mlp(*args, name="mlp")(_layer_norm(self, "norm2")(x))
+        return constrain(x, "batch", None, None), None
+
+
+class Siglip(nn.Module):
+    """Pixels [B, image_size, image_size, 3], normalised, to patch features [B, num_patches, width].
+
+    The final LayerNorm is applied; there is no class token and no pooling, as the reference uses the tower.
+    """
+
+    config: SiglipConfig
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        c = self.config
+        patch = (c.patch_size, c.patch_size)
+        x = nn.Conv(
+            c.width, patch, strides=patch, padding="VALID", dtype=self.dtype, param_dtype=self.param_dtype,
+            name="patch_embed",
+        )(pixels.astype(self.dtype))  # fmt: skip
+        x = x.reshape(x.shape[0], c.num_patches, c.width)
+        pos = self.param("pos_embed", nn.initializers.normal(0.02), (c.num_patches, c.width), self.param_dtype)
+        x = constrain(x + pos.astype(self.dtype), "batch", None, None)
+        blocks = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.layers)
+        x, _ = blocks(c, self.dtype, self.param_dtype, name="blocks")(x, None)
+        return _layer_norm(self, "norm")(x)
