@@ -12,6 +12,7 @@ import pathlib
 from typing import Any
 
 IMAGE_CHANNELS = 3
+_DTYPES = ("bfloat16", "float16", "float32")
 _VQ16 = {"ch": 128, "ch_mult": (1, 1, 2, 2, 4), "z_channels": 256, "grid": 24}
 # The towers that the reference's siglip_vit.py knows by name.
 _SIGLIP_NAMES = {
@@ -26,8 +27,25 @@ def _require(condition: bool, message: str):
         raise ValueError(message)
 
 
+class _Sizes:
+    """Checks what a config.json may hold: every size is a whole number from 1, every other number is above 0."""
+
+    def __post_init__(self):
+        part = type(self).__name__.removesuffix("Config")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == "float":
+                good, wanted = type(value) in (int, float) and 0 < value < float("inf"), "a number above 0"
+            elif field.type == "int":
+                good, wanted = type(value) is int and value > 0, "a whole number from 1"
+            else:
+                good = len(value) > 0 and all(type(size) is int and size > 0 for size in value)
+                wanted = "whole numbers from 1"
+            _require(good, f"{part} {field.name} is {value!r}, not {wanted}")
+
+
 @dataclasses.dataclass(frozen=True)
-class SiglipConfig:
+class SiglipConfig(_Sizes):
     """Understanding encoder (reference: janus/models/siglip_vit.py)."""
 
     image_size: int = 384
@@ -56,7 +74,7 @@ class SiglipConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class VQConfig:
+class VQConfig(_Sizes):
     """Generation tokenizer (reference: janus/models/vq_model.py, LlamaGen's VQ-16)."""
 
     ch: int = 128
@@ -83,7 +101,7 @@ class VQConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class LlamaConfig:
+class LlamaConfig(_Sizes):
     """Decoder (reference: transformers' LlamaForCausalLM inside MultiModalityCausalLM)."""
 
     vocab_size: int = 102400
@@ -112,6 +130,10 @@ class JanusConfig:
 
     def __post_init__(self):
         v, g, t = self.vision, self.gen_vision, self.language
+        for name in ("aligner_depth", "gen_aligner_depth", "gen_head_width"):
+            value = getattr(self, name)
+            _require(type(value) is int and value > 0, f"{name} is {value!r}, not a whole number from 1")
+        _require(self.dtype in _DTYPES, f"dtype is {self.dtype!r}; known: {', '.join(_DTYPES)}")
         _require(v.width % v.heads == 0, f"vision width {v.width} is not a multiple of its {v.heads} heads")
         _require(
             v.image_size >= v.patch_size, f"vision image_size {v.image_size} is under its patch_size {v.patch_size}"
@@ -209,16 +231,19 @@ def _parse_language(raw: dict[str, Any]) -> LlamaConfig:
     for bias in ("attention_bias", "mlp_bias"):
         _require(not raw.get(bias), f"{bias} is set; Janus decoders have none")
     width, heads = raw.get("hidden_size", 4096), raw.get("num_attention_heads", 32)
+    kv_heads, head_dim = raw.get("num_key_value_heads"), raw.get("head_dim")
+    if head_dim is None and heads != 0:
+        head_dim = width // heads
     return LlamaConfig(
         vocab_size=raw.get("vocab_size", 32000),
         width=width,
         mlp_dim=raw.get("intermediate_size", 11008),
         layers=raw.get("num_hidden_layers", 32),
         heads=heads,
-        kv_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or width // heads,
+        kv_heads=heads if kv_heads is None else kv_heads,
+        head_dim=head_dim,
         norm_eps=raw.get("rms_norm_eps", 1e-6),
-        rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
+        rope_theta=rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
         max_positions=raw.get("max_position_embeddings", 2048),
     )
 
@@ -248,10 +273,10 @@ def _parse_original(raw: dict[str, Any]) -> JanusConfig:
         sizes = dict(_SIGLIP_NAMES[name])
     # select_layer counts from the end when not positive, and the layers after it do not exist in the checkpoint.
     select = params.get("select_layer", -1)
-    sizes["layers"] = sizes["layers"] + select + 1 if select <= 0 else min(sizes["layers"], select)
+    _require(type(select) is int, f"vision select_layer is {select!r}, not a whole number")
+    sizes["layers"] = min(sizes["layers"], sizes["layers"] + select + 1 if select <= 0 else select)
     feature = params.get("select_feature", "same")
     _require(feature == "same", f"vision select_feature {feature!r} is not supported (only 'same')")
-    sizes["mlp_ratio"] = float(sizes["mlp_ratio"])
     vision = SiglipConfig(image_size=params["image_size"], **sizes)
 
     block = raw["gen_vision_config"]
@@ -301,7 +326,7 @@ def _parse_transformers(raw: dict[str, Any]) -> JanusConfig:
         width=v.get("hidden_size", 1024),
         layers=v.get("num_hidden_layers", 24),
         heads=v.get("num_attention_heads", 16),
-        mlp_ratio=float(v.get("mlp_ratio", 4.0)),
+        mlp_ratio=v.get("mlp_ratio", 4.0),
         norm_eps=v.get("layer_norm_eps", 1e-6),
     )
     gen_vision = VQConfig(
@@ -329,9 +354,15 @@ def _parse_transformers(raw: dict[str, Any]) -> JanusConfig:
 # ---------------------------------------------------------------- writing config.json
 
 
+def _require_vq_norms(g: VQConfig):
+    _require(g.norm_groups == 32, f"no dialect can say {g.norm_groups} VQ norm groups (only 32)")
+    _require(g.norm_eps == 1e-6, f"no dialect can say a VQ norm eps of {g.norm_eps} (only 1e-6)")
+
+
 def original_config(config: JanusConfig) -> dict[str, Any]:
     """`config` as a config.json of the original dialect; sizes without a name there are written as `custom`."""
     v, g, t = config.vision, config.gen_vision, config.language
+    _require_vq_norms(g)
     _require(g.num_res_blocks == 2, f"the original dialect cannot say num_res_blocks {g.num_res_blocks} (only 2)")
     _require(v.norm_eps == 1e-6, f"the original dialect cannot say a vision norm eps of {v.norm_eps} (only 1e-6)")
     sizes = {
@@ -387,6 +418,8 @@ def transformers_config(config: JanusConfig, image_token_id: int) -> dict[str, A
     cannot say.
     """
     v, g, t = config.vision, config.gen_vision, config.language
+    _require_vq_norms(g)
+    _require(t.width % t.heads == 0, f"transformers wants a width ({t.width}) that its {t.heads} heads divide")
     _require(config.gen_head_width == t.width, "the transformers dialect needs the image head as wide as the decoder")
     _require(
         g.grid == v.grid, f"the transformers dialect needs the generated grid {g.grid} to equal the patch grid {v.grid}"

@@ -1,0 +1,38 @@
+"""Converts a torch checkpoint of Janus, of either dialect, for JAX.
+
+python convert/from_torch.py --src Janus-Pro-7B --out janus_pro_7b --verify
+"""
+
+import argparse
+import os
+import signal
+import sys
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the work is the disk's: leave accelerators to others
+
+from janus_jax.conversion import from_torch
+from janus_jax.torch_weights import DTYPES
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--src", required=True, help="folder with config.json and safetensors or .bin weights")
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="cast the parameters (default: keep the checkpoint's)")
+    parser.add_argument(
+        "--verify", action="store_true", help="read the result and compare it with the source, bit for bit"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace --out where it is a checkpoint already")
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was written in part is removed
+    try:
+        from_torch(args.src, args.out, args.dtype, args.verify, args.overwrite, progress=True)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.out}: converted{' and verified' if args.verify else ''}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

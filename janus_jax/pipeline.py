@@ -1,0 +1,398 @@
+"""The convenience object for notebooks and command lines: prompts and images in, images and text out."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from PIL import Image
+from tqdm import tqdm
+
+from janus_jax import sampling
+from janus_jax.config import JanusConfig
+from janus_jax.llama import cache_bytes
+from janus_jax.memory import OutOfMemory, available_bytes, fitting_parts
+from janus_jax.model import Janus
+from janus_jax.processing import SYSTEM_PROMPT, Processor, normalise_messages
+from janus_jax.sharding import activation_spec, batch_shards
+
+Conversation = str | Sequence[dict[str, Any]]
+
+
+@dataclasses.dataclass
+class JanusPipeline:
+    """A loaded Janus: what `janus_jax.load` returns.
+
+    Attributes:
+      config, params, model: the frozen sizes, the plain nested dict of arrays, and the flax.linen module.
+      processor: templates, tokenizer and image transforms; None when the checkpoint came without a tokenizer.
+      mesh: the mesh that the parameters lie on, or None for one device.
+      source: where the checkpoint was read from, for messages.
+    """
+
+    config: JanusConfig
+    params: dict[str, Any]
+    model: Janus
+    processor: Processor | None = None
+    mesh: Mesh | None = None
+    source: str = ""
+
+    # ------------------------------------------------------------ text to image
+
+    def generate_images(
+        self,
+        prompts: str | Sequence[str],
+        n: int = 1,
+        cfg_weight: float = 5.0,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        seed: int | Sequence[int] = 0,
+        *,
+        top_p: float = 1.0,
+        batch_size: int | None = None,
+        progress: bool | None = None,
+    ) -> list[Image.Image]:
+        """Draws `n` images of each prompt.
+
+        An image depends on its prompt, its seed and its index among the n alone, not on what else is drawn.
+
+        Args:
+          prompts: one prompt or several.
+          n: images a prompt.
+          cfg_weight: classifier-free guidance, from 0; 1 is the conditional model alone, at half the work.
+          temperature: 0 takes the likeliest code, 1 is the reference.
+          top_k, top_p: draw among the likeliest codes only; None and 1 keep all, as the reference does.
+          seed: one seed for the call, or one for each image (len(prompts) * n of them), each then as with n = 1.
+          batch_size: images drawn at a time; default as many as fit the device's memory.
+          progress: show a bar; default when standard error is a terminal.
+        Returns: PIL images, n a prompt, in order.
+        Raises: ValueError for a blank or too long prompt, or a setting out of range.
+        """
+        codes = self.generate_codes(
+            prompts, n, cfg_weight, temperature, top_k, seed, top_p=top_p, batch_size=batch_size, progress=progress
+        )
+        return [Image.fromarray(image) for image in self.decode_codes(codes)]
+
+    def generate_codes(
+        self,
+        prompts: str | Sequence[str],
+        n: int = 1,
+        cfg_weight: float = 5.0,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        seed: int | Sequence[int] = 0,
+        *,
+        top_p: float = 1.0,
+        batch_size: int | None = None,
+        progress: bool | None = None,
+    ) -> np.ndarray:
+        """Image codes [len(prompts) * n, num_tokens] int32; arguments as for `generate_images`."""
+        processor = self._need_processor("draw from a prompt")
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if n < 1 or not prompts:
+            raise ValueError(f"nothing to draw: {len(prompts)} prompts with n={n} images each; both must be at least 1")
+        if not 0 <= cfg_weight < math.inf:
+            raise ValueError(f"cfg_weight {cfg_weight} is out of range: 0 or above, 1 for no guidance")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size {batch_size} is out of range: 1 or above")
+        sampler = sampling.make_sampler(temperature, top_k, top_p)
+        keys = image_keys(seed, len(prompts), n)
+
+        rows = [processor.text_to_image_prompt(prompt) for prompt in prompts]
+        length = sampling.bucket(max(len(row) for row in rows))
+        guided = cfg_weight != 1
+        pairs = [[row, processor.unconditional(row)] if guided else [row] for row in rows for _ in range(n)]
+        ids, mask = processor.left_pad([row for pair in pairs for row in pair], length)
+        ids, mask = (x.reshape(len(pairs), -1, length) for x in (ids, mask.astype(bool)))
+        return self.sample_codes(
+            ids, mask, keys, guidance=cfg_weight, sampler=sampler, batch_size=batch_size, progress=progress
+        )
+
+    def sample_codes(
+        self,
+        ids: np.ndarray,
+        mask: np.ndarray,
+        keys: jax.Array,
+        *,
+        guidance: float,
+        sampler: sampling.Sampler,
+        batch_size: int | None = None,
+        progress: bool | None = None,
+    ) -> np.ndarray:
+        """`sampling.generate_codes` in parts that fit the memory; arguments as there, on the host."""
+        total, pair, length = ids.shape
+        steps = self.config.gen_vision.num_tokens
+        per_image = cache_bytes(self.config.language, pair, length + steps, self.model.dtype)
+        per_image += self._prefill_bytes(pair, length)
+
+        def draw(part: slice, size: int, bar: tqdm) -> np.ndarray:
+            padded = [_pad_rows(x, part, size) for x in (ids, mask)]
+            with self._mesh():
+                codes, _ = sampling.generate_codes(
+                    self.model,
+                    self.params,
+                    *(self._put(x) for x in padded),
+                    self._put(_pad_rows(keys, part, size)),
+                    guidance=guidance,
+                    sampler=sampler,
+                    progress=None if bar.disable else bar.update,
+                )
+                return np.asarray(codes)[: part.stop - part.start]
+
+        return self._in_parts(draw, total, per_image, batch_size, progress, "drawing", steps)
+
+    def decode_codes(self, codes: np.ndarray, batch_size: int | None = None) -> np.ndarray:
+        """uint8 images [B, h, w, 3] of codes [B, num_tokens], decoded in parts that fit the memory."""
+        vq = self.config.gen_vision
+        codes = np.asarray(codes)
+        # Convolutions at full resolution hold a handful of activations, and im2col copies of some, at a time.
+        per_image = 16 * vq.image_size**2 * vq.ch * max(vq.ch_mult[:2]) * jnp.dtype(self.model.dtype).itemsize
+
+        def decode(part: slice, size: int, bar: tqdm) -> np.ndarray:
+            with self._mesh():
+                images = sampling.decode_images(self.model, self.params, self._put(_pad_rows(codes, part, size)))
+                bar.update()
+                return np.asarray(images)[: part.stop - part.start]
+
+        largest = batch_size or 16 * batch_shards(self.mesh)
+        return self._in_parts(decode, len(codes), per_image, min(largest, len(codes)), False, "decoding", 1)
+
+    def encode_images(self, images: Sequence[Any]) -> np.ndarray:
+        """Codes [B, num_tokens] int32 of images (anything that `images.open_image` takes), cropped to a square."""
+        from janus_jax.images import generation_pixels
+
+        pixels = np.stack([generation_pixels(image, self.config.gen_vision.image_size) for image in images])
+        with self._mesh():
+            return np.asarray(encode_codes(self.model, self.params, self._put(pixels)))
+
+    # ------------------------------------------------------------ understanding
+
+    def chat(
+        self,
+        messages: Conversation,
+        images: Any = (),
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        *,
+        top_k: int | None = None,
+        system_prompt: str = SYSTEM_PROMPT,
+        seed: int = 0,
+    ) -> str:
+        """The model's answer to a question, or to a conversation of several turns.
+
+        Args:
+          messages: a question, or dicts {"role": "user" | "assistant", "content", optional "images"}.
+          images: paths, PIL images or arrays, in the order of the `<image_placeholder>`s; without placeholders they
+            come before the first message.
+          max_new_tokens: at most so many tokens.
+          temperature: 0 is greedy, the reference's default.
+          top_p, top_k: draw among the likeliest tokens only.
+          system_prompt: comes first; empty for none.
+          seed: of the draw.
+        Raises: ValueError for an empty or too long conversation, placeholders and images that differ in number, or a
+          setting out of range; OSError for an image that cannot be read.
+        """
+        return self.chat_batch(
+            [messages],
+            [images],
+            max_new_tokens,
+            temperature,
+            top_p,
+            top_k=top_k,
+            system_prompt=system_prompt,
+            seed=seed,
+        )[0]
+
+    def stream_chat(self, messages: Conversation, images: Any = (), *args, **kwargs) -> Iterator[str]:
+        """`chat`, in pieces as they come; joined, they are what `chat` returns before stripping."""
+        pieces = self._answer([messages], [images], *args, piece=4, **kwargs)
+        stream = self._need_processor("chat").tokenizer.stream()
+        eos = self.processor.tokenizer.eos_id
+        for piece in pieces:
+            for token in piece[0]:
+                if token == eos:
+                    break
+                if text := stream.push(int(token)):
+                    yield text
+        if text := stream.finish():
+            yield text
+
+    def chat_batch(
+        self, conversations: Sequence[Conversation], images: Sequence[Any] | None = None, *args, **kwargs
+    ) -> list[str]:
+        """Answers to several conversations of any lengths at once; `images` holds the images of each.
+
+        Other arguments as for `chat`. An answer depends on its conversation and the seed alone.
+        """
+        images = [()] * len(conversations) if images is None else images
+        if not conversations or len(conversations) != len(images):
+            raise ValueError(f"{len(conversations)} conversations came with {len(images)} lists of images")
+        tokens = np.concatenate(list(self._answer(conversations, images, *args, piece=64, **kwargs)), axis=1)
+        tokenizer = self.processor.tokenizer
+        answers = []
+        for row in tokens.tolist():
+            end = row.index(tokenizer.eos_id) if tokenizer.eos_id in row else len(row)
+            answers.append(tokenizer.decode(row[:end]).strip())
+        return answers
+
+    def _answer(
+        self,
+        conversations: Sequence[Conversation],
+        images: Sequence[Any],
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        *,
+        top_k: int | None = None,
+        system_prompt: str = SYSTEM_PROMPT,
+        seed: int = 0,
+        piece: int,
+    ) -> Iterator[np.ndarray]:
+        # Checked here and not at the first piece: a generator would raise late, out of the caller's sight.
+        processor = self._need_processor("chat")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens {max_new_tokens} is out of range: 1 or above")
+        sampler = sampling.make_sampler(temperature, top_k, top_p)
+        rows, pixels = [], []
+        for messages, own in zip(conversations, images, strict=True):
+            turns, sources = normalise_messages(messages, own, processor.tokenizer.image_placeholder)
+            rows.append(processor.understanding_prompt(turns, len(sources), system_prompt, max_new_tokens))
+            pixels.append(processor.understanding_pixels(sources))
+        ids, mask = processor.left_pad(rows, sampling.bucket(max(len(row) for row in rows)))
+        tokenizer = processor.tokenizer
+        keys = jnp.broadcast_to(jax.random.key(seed), (len(rows),))
+        return self._stream(
+            ids, mask.astype(bool), _stack_images(pixels), keys, tokenizer, max_new_tokens, sampler, piece
+        )
+
+    def _stream(self, ids, mask, pixels, keys, tokenizer, max_new_tokens, sampler, piece) -> Iterator[np.ndarray]:
+        with self._mesh():
+            where = self._put((ids == tokenizer.image_placeholder_id) & mask)
+            ids, mask, keys = self._put(ids), self._put(mask), self._put(keys)
+            pixels = None if pixels is None else self._put(pixels)
+            x = sampling.embed_prompt(self.model, self.params, ids, where, pixels)
+        pieces = sampling.stream_tokens(
+            self.model,
+            self.params,
+            x,
+            mask,
+            keys,
+            eos_id=tokenizer.eos_id,
+            max_new_tokens=max_new_tokens,
+            sampler=sampler,
+            piece=piece,
+            slots=sampling.bucket(max_new_tokens),
+        )
+        while True:
+            # The mesh is set only while we compute, never across a yield: it would leak into the caller's code.
+            with self._mesh():
+                tokens = next(pieces, None)
+            if tokens is None:
+                return
+            yield np.asarray(tokens)
+
+    # ------------------------------------------------------------ plumbing
+
+    def _need_processor(self, purpose: str) -> Processor:
+        if self.processor is None:
+            raise ValueError(f"{self.source or 'this checkpoint'} has no tokenizer.json, which it takes to {purpose}")
+        return self.processor
+
+    def _mesh(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    def _put(self, x: Any) -> jax.Array:
+        """`x` on the device, or split over the mesh by its first axis."""
+        if self.mesh is None:
+            return jnp.asarray(x)
+        names = ("batch",) + (None,) * (np.ndim(x) - 1)
+        spec = activation_spec(np.shape(x), names, self.mesh.shape)
+        return jax.device_put(x, NamedSharding(self.mesh, PartitionSpec(*spec)))
+
+    def _prefill_bytes(self, rows: int, length: int) -> int:
+        c = self.config.language
+        return rows * length * (4 * c.heads * length + (3 * c.mlp_dim + 6 * c.width) * 4)
+
+    def _in_parts(
+        self,
+        work: Callable[[slice, int, tqdm], np.ndarray],
+        total: int,
+        per_item: int,
+        batch_size: int | None,
+        progress: bool | None,
+        name: str,
+        steps: int,
+    ) -> np.ndarray:
+        """Runs `work(part, padded size, bar)` over `total` items in equal parts that fit the memory.
+
+        Without a batch_size, parts follow the memory that is free, and halve when the device runs out of it all the
+        same. Sizes are multiples of the mesh's batch shards; the last part is padded to the others' size.
+        """
+        shards = batch_shards(self.mesh)
+        shown = sys.stderr.isatty() if progress is None else progress
+        size = batch_size
+        if size is None:
+            devices = jax.devices() if self.mesh is None else list(self.mesh.devices.flat)
+            free = available_bytes(devices[0])
+            size = total if free is None else max(1, free * 8 // 10 // max(per_item // shards, 1)) * 1
+        while True:
+            parts, padded = fitting_parts(total, size, shards)
+            with tqdm(total=steps * len(parts), desc=name, unit="step", disable=not shown, file=sys.stderr) as bar:
+                try:
+                    return np.concatenate([work(part, padded, bar) for part in parts])
+                except jax.errors.JaxRuntimeError as error:
+                    if not OutOfMemory.says(error):
+                        raise
+                    if padded <= shards:
+                        raise OutOfMemory(f"{name} one image at a time does not fit the device's memory") from error
+                    size = padded // 2
+
+
+@functools.partial(jax.jit, static_argnames=("model",))
+def encode_codes(model: Janus, params: dict[str, Any], images: jax.Array) -> jax.Array:
+    """Codes [B, num_tokens] of images [B, h, w, 3] in [-1, 1]."""
+    return model.apply({"params": params}, images, method="encode_codes")
+
+
+def image_keys(seed: int | Sequence[int], prompts: int, n: int) -> jax.Array:
+    """Random keys [prompts * n]: of an image by its seed and its index among the n of its prompt."""
+    if isinstance(seed, (int, np.integer)):
+        keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(_checked(seed))))(jnp.arange(n))
+        return jnp.tile(keys, prompts)
+    seeds = [_checked(s) for s in seed]
+    if len(seeds) != prompts * n:
+        raise ValueError(f"{len(seeds)} seeds for {prompts * n} images; give one seed, or one for each image")
+    return jnp.stack([jax.random.fold_in(jax.random.key(s), 0) for s in seeds])
+
+
+def _checked(seed: Any) -> int:
+    if not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed {seed!r} is out of range: a whole number from 0 to {2**32 - 1}")
+    return int(seed)
+
+
+def _pad_rows(x: Any, part: slice, size: int) -> Any:
+    """Rows `part` of x, repeating the last one up to `size` rows."""
+    index = np.minimum(np.arange(part.start, part.start + size), part.stop - 1)
+    return x[index]
+
+
+def _stack_images(pixels: Sequence[np.ndarray]) -> np.ndarray | None:
+    """Images of each row, [M_i, h, w, 3], as one [B, M, h, w, 3] with blank ones behind; None when there are none."""
+    most = max(len(own) for own in pixels)
+    if most == 0:
+        return None
+    stacked = np.zeros((len(pixels), most, *pixels[0].shape[1:]), np.float32)
+    for row, own in zip(stacked, pixels, strict=True):
+        row[: len(own)] = own
+    return stacked

@@ -1,0 +1,356 @@
+"""Sampling loops: prefill, then a compiled loop over image codes or text tokens.
+
+Everything here is a pure function of arrays with static shapes. Prompts come left-padded; caches are donated. Loops
+run from a traced `start` to a traced `stop`, so that a caller who wants to show progress, or to stream, runs the same
+compiled program in several pieces.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from janus_jax.llama import KVCache, init_cache
+from janus_jax.model import Janus, place_images
+from janus_jax.sharding import constrain
+
+Params = dict[str, Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """How a token is drawn from logits: divide by the temperature, keep the top k, keep the top p, draw.
+
+    Attributes:
+      temperature: above 0; ignored when greedy.
+      top_k: keep this many of the likeliest tokens; 0 keeps all.
+      top_p: keep the likeliest tokens up to this much probability; 1 keeps all.
+      greedy: take the likeliest token.
+      truncated: whether top_k or top_p do anything. Static, like greedy, since it costs a sort a step.
+    """
+
+    temperature: jax.Array | float = 1.0
+    top_k: jax.Array | int = 0
+    top_p: jax.Array | float = 1.0
+    greedy: bool = dataclasses.field(default=False, metadata={"static": True})
+    truncated: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    def __call__(self, keys: jax.Array, logits: jax.Array) -> jax.Array:
+        """Tokens [B] int32 from float32 logits [B, V], each drawn with its own key of keys [B]."""
+        if self.greedy:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        logits = logits / self.temperature
+        if self.truncated:
+            logits = jnp.where(_kept(logits, self.top_k, self.top_p), logits, -jnp.inf)
+        return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def make_sampler(temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0) -> Sampler:
+    """A checked Sampler; temperature 0 is greedy. ValueError names the setting out of range and the range."""
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature {temperature} is out of range: 0 (greedy) or above")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p {top_p} is out of range: above 0, up to 1 (all tokens)")
+    if top_k is not None and (top_k < 1 or int(top_k) != top_k):
+        raise ValueError(f"top_k {top_k} is out of range: a whole number from 1, or None (all tokens)")
+    greedy = temperature == 0
+    return Sampler(
+        temperature=jnp.float32(1 if greedy else temperature),
+        top_k=jnp.int32(top_k or 0),
+        top_p=jnp.float32(top_p),
+        greedy=greedy,
+        truncated=not greedy and (top_k is not None or top_p < 1),
+    )
+
+
+def _kept(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+    size = logits.shape[-1]
+    kth = jnp.take(ordered, jnp.where(top_k > 0, jnp.minimum(top_k, size), size) - 1, axis=-1)[..., None]
+    # The nucleus is measured on what top-k left over. The first token always stays.
+    probabilities = jax.nn.softmax(jnp.where(ordered >= kth, ordered, -jnp.inf), axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    inside = (before < top_p) & (ordered >= kth)
+    return logits >= jnp.min(jnp.where(inside, ordered, jnp.inf), axis=-1, keepdims=True)
+
+
+def guide(logits: jax.Array, guidance: jax.Array | float) -> jax.Array:
+    """Classifier-free guidance: [B, 2, V] (conditional, unconditional) to [B, V]; [B, 1, V] passes through."""
+    if logits.shape[1] == 1:
+        return logits[:, 0]
+    conditional, unconditional = logits[:, 0], logits[:, 1]
+    return unconditional + guidance * (conditional - unconditional)
+
+
+def _step_keys(keys: jax.Array, step: jax.Array | int) -> jax.Array:
+    return jax.vmap(lambda key: jax.random.fold_in(key, step))(keys)
+
+
+def _run(model: Janus, params: Params, method: str, *args):
+    return model.apply({"params": params}, *args, method=method)
+
+
+# ---------------------------------------------------------------- images
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ImageState:
+    """What the image loop carries: the cache, codes [B, num_tokens] so far, and guided logits if they were asked for."""
+
+    cache: KVCache
+    codes: jax.Array
+    logits: jax.Array | None
+
+
+@functools.partial(jax.jit, static_argnames=("model", "num_tokens", "keep_logits"))
+def start_image(
+    model: Janus,
+    params: Params,
+    ids: jax.Array,
+    mask: jax.Array,
+    keys: jax.Array,
+    guidance: jax.Array,
+    sampler: Sampler,
+    num_tokens: int,
+    keep_logits: bool = False,
+) -> ImageState:
+    """Prefills the prompts and draws the first code. Shapes as in `generate_codes`."""
+    batch, pair, length = ids.shape
+    cache = init_cache(model.config.language, batch * pair, length + num_tokens - 1, model.dtype, model.scan_layers)
+    x = _run(model, params, "embed_text", ids.reshape(batch * pair, length))
+    hidden, cache = _run(model, params, "prefill", x, mask.reshape(batch * pair, length), cache)
+    logits = guide(_image_logits(model, params, hidden[:, -1:], pair), guidance)
+    codes = jnp.zeros((batch, num_tokens), jnp.int32).at[:, 0].set(sampler(_step_keys(keys, 0), logits))
+    kept = None
+    if keep_logits:
+        kept = jnp.zeros((batch, num_tokens, logits.shape[-1])).at[:, 0].set(logits)
+    return ImageState(cache, constrain(codes, "batch", None), kept)
+
+
+def _image_logits(model: Janus, params: Params, hidden: jax.Array, pair: int) -> jax.Array:
+    logits = _run(model, params, "image_logits", hidden)
+    return logits.reshape(-1, pair, logits.shape[-1])
+
+
+@functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("state",))
+def continue_image(
+    model: Janus,
+    params: Params,
+    state: ImageState,
+    keys: jax.Array,
+    guidance: jax.Array,
+    sampler: Sampler,
+    start: jax.Array,
+    stop: jax.Array,
+) -> ImageState:
+    """Draws the codes `start` to `stop - 1`; those before `start` (at least one) are drawn already."""
+    pair = state.cache.positions.shape[0] // state.codes.shape[0]
+
+    def step(i, state: ImageState) -> ImageState:
+        last = jax.lax.dynamic_slice_in_dim(state.codes, i - 1, 1, axis=1)
+        # Both rows of a pair are fed the code that was drawn, and stay neighbours.
+        x = jnp.repeat(_run(model, params, "embed_codes", last), pair, axis=0)
+        hidden, cache = _run(model, params, "decode", x, state.cache)
+        logits = guide(_image_logits(model, params, hidden, pair), guidance)
+        code = sampler(_step_keys(keys, i), logits)
+        codes = jax.lax.dynamic_update_slice(state.codes, code[:, None], (0, i))
+        kept = state.logits
+        if kept is not None:
+            kept = jax.lax.dynamic_update_slice(kept, logits[:, None], (0, i, 0))
+        return ImageState(cache, constrain(codes, "batch", None), kept)
+
+    return jax.lax.fori_loop(start, stop, step, state)
+
+
+def generate_codes(
+    model: Janus,
+    params: Params,
+    ids: jax.Array,
+    mask: jax.Array,
+    keys: jax.Array,
+    *,
+    guidance: float = 5.0,
+    sampler: Sampler | None = None,
+    num_tokens: int | None = None,
+    keep_logits: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Draws image codes (reference: generation_inference.py).
+
+    Args:
+      ids: [B, P, T] int32, left-padded prompts ending in begin_of_image. P is 2 (conditional, unconditional row) or 1
+        (no guidance: the unconditional row is left out).
+      mask: [B, P, T] bool, False on left padding only.
+      keys: [B] random keys, one an image.
+      guidance: weight of classifier-free guidance; ignored when P is 1.
+      sampler: see `make_sampler`; default temperature 1.
+      num_tokens: codes to draw; default the whole grid.
+      keep_logits: also return the guided logits of every step.
+      progress: called with the number of new codes (steps, not codes times images) as they are done.
+    Returns: codes [B, num_tokens] int32, and logits [B, num_tokens, codebook_size] float32 or None.
+    """
+    sampler = make_sampler() if sampler is None else sampler
+    num_tokens = num_tokens or model.config.gen_vision.num_tokens
+    guidance = jnp.float32(guidance)
+    state = start_image(model, params, ids, mask, keys, guidance, sampler, num_tokens, keep_logits)
+    piece = num_tokens if progress is None else max(1, num_tokens // 24)
+    done = 1
+    if progress is not None:
+        jax.block_until_ready(state.codes)
+        progress(1)
+    while done < num_tokens:
+        stop = min(done + piece, num_tokens)
+        state = continue_image(model, params, state, keys, guidance, sampler, jnp.int32(done), jnp.int32(stop))
+        if progress is not None:
+            jax.block_until_ready(state.codes)
+            progress(stop - done)
+        done = stop
+    return state.codes, state.logits
+
+
+@functools.partial(jax.jit, static_argnames=("model",))
+def decode_images(model: Janus, params: Params, codes: jax.Array) -> jax.Array:
+    """Codes [B, grid * grid] to uint8 images [B, h, w, 3]: clipped and truncated as in the reference."""
+    x = _run(model, params, "decode_codes", codes).astype(jnp.float32)
+    return jnp.clip((x + 1) / 2 * 255, 0, 255).astype(jnp.uint8)
+
+
+# ---------------------------------------------------------------- text
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TextState:
+    """What the text loop carries: the cache, tokens [B, max_new_tokens] so far, and which rows are done [B]."""
+
+    cache: KVCache
+    tokens: jax.Array
+    done: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("model",))
+def embed_prompt(model: Janus, params: Params, ids: jax.Array, where: jax.Array, pixels: jax.Array | None) -> jax.Array:
+    """Embeddings [B, T, D] of prompts with images.
+
+    Args:
+      ids: [B, T] int32.
+      where: [B, T] bool, the image placeholders.
+      pixels: [B, M, h, w, 3] normalised, each row's images in order (further ones are ignored), or None.
+    """
+    x = _run(model, params, "embed_text", ids)
+    if pixels is None:
+        return x
+    batch, images = pixels.shape[:2]
+    features = _run(model, params, "embed_images", pixels.reshape(-1, *pixels.shape[2:]))
+    return place_images(x, where, features.reshape(batch, images * features.shape[1], -1))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens"))
+def start_text(
+    model: Janus,
+    params: Params,
+    x: jax.Array,
+    mask: jax.Array,
+    keys: jax.Array,
+    eos_id: jax.Array,
+    sampler: Sampler,
+    max_new_tokens: int,
+) -> TextState:
+    """Prefills embedded prompts x [B, T, D] and draws the first token."""
+    batch, length, _ = x.shape
+    cache = init_cache(model.config.language, batch, length + max_new_tokens - 1, model.dtype, model.scan_layers)
+    hidden, cache = _run(model, params, "prefill", x, mask, cache)
+    logits = _run(model, params, "text_logits", hidden[:, -1:])[:, 0]
+    token = sampler(_step_keys(keys, 0), logits)
+    tokens = jnp.full((batch, max_new_tokens), eos_id, jnp.int32).at[:, 0].set(token)
+    return TextState(cache, tokens, token == eos_id)
+
+
+@functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("state",))
+def continue_text(
+    model: Janus,
+    params: Params,
+    state: TextState,
+    keys: jax.Array,
+    eos_id: jax.Array,
+    sampler: Sampler,
+    start: jax.Array,
+    stop: jax.Array,
+) -> TextState:
+    """Draws the tokens `start` to `stop - 1`, or fewer when every row has met the end of its sentence."""
+
+    def more(carry) -> jax.Array:
+        i, state = carry
+        return (i < stop) & ~jnp.all(state.done)
+
+    def step(carry):
+        i, state = carry
+        last = jax.lax.dynamic_slice_in_dim(state.tokens, i - 1, 1, axis=1)
+        x = _run(model, params, "embed_text", last)
+        hidden, cache = _run(model, params, "decode", x, state.cache)
+        logits = _run(model, params, "text_logits", hidden)[:, 0]
+        token = jnp.where(state.done, eos_id, sampler(_step_keys(keys, i), logits))
+        tokens = jax.lax.dynamic_update_slice(state.tokens, token[:, None], (0, i))
+        return i + 1, TextState(cache, tokens, state.done | (token == eos_id))
+
+    return jax.lax.while_loop(more, step, (start, state))[1]
+
+
+def stream_tokens(
+    model: Janus,
+    params: Params,
+    x: jax.Array,
+    mask: jax.Array,
+    keys: jax.Array,
+    *,
+    eos_id: int,
+    max_new_tokens: int,
+    sampler: Sampler | None = None,
+    piece: int = 8,
+    slots: int | None = None,
+) -> Iterator[jax.Array]:
+    """Draws text tokens, `piece` at a time.
+
+    Args:
+      x: embedded, left-padded prompts [B, T, D], from `embed_prompt`.
+      mask: [B, T] bool, False on padding.
+      keys: [B] random keys, one a row.
+      eos_id: token that ends a row; -1 for none.
+      max_new_tokens: at most so many tokens.
+      sampler: see `make_sampler`; default greedy.
+      piece: tokens between two yields.
+      slots: room for new tokens in the compiled program, at least max_new_tokens (its default); calls that share it
+        share the program.
+    Yields: int32 tokens [B, n]; rows that are done repeat eos_id.
+    """
+    sampler = make_sampler(0) if sampler is None else sampler
+    eos = jnp.int32(eos_id)
+    state = start_text(model, params, x, mask, keys, eos, sampler, slots or max_new_tokens)
+    yield state.tokens[:, :1]
+    done = 1
+    while done < max_new_tokens and not bool(state.done.all()):
+        stop = min(done + piece, max_new_tokens)
+        state = continue_text(model, params, state, keys, eos, sampler, jnp.int32(done), jnp.int32(stop))
+        yield state.tokens[:, done:stop]
+        done = stop
+
+
+def generate_tokens(*args, max_new_tokens: int, **kwargs) -> jax.Array:
+    """All tokens [B, n] of `stream_tokens` in one array; n is at most max_new_tokens."""
+    pieces = list(stream_tokens(*args, max_new_tokens=max_new_tokens, piece=max_new_tokens, **kwargs))
+    return jnp.concatenate(pieces, axis=1)
+
+
+def bucket(length: int, smallest: int = 32) -> int:
+    """The next of 32, 48, 64, 96, 128, 192, ...: lengths are padded to these, so that few programs are compiled."""
+    size = smallest
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size // 3 * 4
+    return size

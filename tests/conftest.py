@@ -1,0 +1,128 @@
+"""Eight CPU devices, full float32 products, and models shared by the whole session, each beside its oracle."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import pathlib
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_default_matmul_precision", "float32")
+
+# After the settings above, which hold only if no backend has started.
+from janus_jax.config import PRESETS, JanusConfig, LlamaConfig, SiglipConfig, VQConfig  # noqa: E402
+from janus_jax.model import Janus  # noqa: E402
+
+# Sizes that tell apart what the presets leave equal: heads and key/value heads, head_dim and width / heads, the two
+# image sizes, the two adapters' depths, one and four resolutions.
+SIZES: dict[str, JanusConfig] = {
+    "tiny": PRESETS["janus_tiny"],
+    "grouped": JanusConfig(
+        vision=SiglipConfig(image_size=48, patch_size=16, width=48, layers=2, heads=3),
+        gen_vision=VQConfig(ch=64, ch_mult=(1,), z_channels=24, codebook_size=128, codebook_dim=4, grid=3),
+        language=LlamaConfig(
+            vocab_size=320, width=64, mlp_dim=96, layers=2, heads=4, kv_heads=2, head_dim=32, rope_theta=500.0,
+            norm_eps=1e-5, max_positions=256,
+        ),
+        aligner_depth=1,
+        gen_aligner_depth=3,
+        gen_head_width=64,
+        dtype="float32",
+    ),
+    "multi_query": JanusConfig(
+        vision=SiglipConfig(image_size=45, patch_size=14, width=40, layers=1, heads=2, mlp_ratio=3.7362, norm_eps=1e-5),
+        gen_vision=VQConfig(ch=32, ch_mult=(1, 1, 2, 4), num_res_blocks=1, z_channels=16, codebook_size=96, grid=3),
+        language=LlamaConfig(
+            vocab_size=288, width=72, mlp_dim=80, layers=3, heads=4, kv_heads=1, head_dim=10, max_positions=256
+        ),
+        aligner_depth=3,
+        gen_aligner_depth=1,
+        gen_head_width=72,
+        dtype="float32",
+    ),
+}  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames=("model", "method"))
+def _apply(model: Janus, params: dict[str, Any], method: Any, *args):
+    return model.apply({"params": params}, *args, method=method)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One size: the oracle's torch model, its checkpoint folder, and our model with the parameters read from there."""
+
+    config: JanusConfig
+    torch_model: Any
+    folder: pathlib.Path
+    model: Janus
+    params: dict[str, Any]
+
+    def run(self, method: Any, *args):
+        """`model.apply` of `method`, compiled."""
+        return _apply(self.model, self.params, method, *args)
+
+    @functools.cached_property
+    def unstacked(self) -> Case:
+        """The same case with the decoder's layers apart (`scan_layers=False`)."""
+        from janus_jax.torch_weights import read_params
+
+        params, _ = read_params(self.folder, self.config, scan_layers=False)
+        return dataclasses.replace(self, model=Janus(self.config, scan_layers=False), params=params)
+
+
+@pytest.fixture(scope="session")
+def get_case(tmp_path_factory):
+    """Case of a key of SIZES, built once."""
+    # Late, since torch and transformers take seconds to import and not every test needs them.
+    from janus_jax.torch_weights import read_params
+    from tests import oracle
+
+    @functools.cache
+    def get(name: str) -> Case:
+        config = SIZES[name]
+        torch_model = oracle.build(config)
+        folder = tmp_path_factory.mktemp(name)
+        torch_model.save_pretrained(folder)
+        params, _ = read_params(folder, config, dtype="float32")
+        return Case(config, torch_model, folder, Janus(config), params)
+
+    return get
+
+
+@pytest.fixture(scope="session", params=SIZES)
+def case(request, get_case) -> Case:
+    return get_case(request.param)
+
+
+@pytest.fixture(scope="session")
+def tiny(get_case) -> Case:
+    return get_case("tiny")
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def close():
+    """Asserts that an array is within `tolerance` of the oracle's, as a part of the oracle's largest value."""
+
+    def check(ours, oracle, what: str, tolerance: float = 1e-4):
+        ours, oracle = np.asarray(ours, np.float64), np.asarray(oracle, np.float64)
+        assert ours.shape == oracle.shape, f"{what}: shape {ours.shape}, the oracle's is {oracle.shape}"
+        scale = np.abs(oracle).max()
+        assert scale > 0, f"{what}: the oracle is all zeros, which proves nothing"
+        error = np.abs(ours - oracle).max() / scale
+        assert error <= tolerance, f"{what}: relative error {error:.2e} exceeds {tolerance:.0e}"
+
+    return check

@@ -1,0 +1,227 @@
+"""Image and text loops: against the oracle, and against themselves in other batches, paddings and pieces."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from janus_jax.sampling import generate_codes, generate_tokens, make_sampler, stream_tokens
+from tests import oracle
+
+BOS, PAD = 1, 2
+
+
+def pairs(case, lengths=(8, 5, 6), padding: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Prompt pairs [B, 2, T] of different lengths, padded on the left; the last id stands for begin_of_image."""
+    rng, vocab = np.random.default_rng(3), case.config.language.vocab_size
+    total = max(lengths) + padding
+    ids, mask = np.zeros((len(lengths), 2, total), np.int32), np.zeros((len(lengths), 2, total), bool)
+    for i, length in enumerate(lengths):
+        row = np.array([BOS, *rng.integers(5, vocab - 5, length - 2), vocab - 3])
+        ids[i, :, total - length :] = row, [BOS, *[PAD] * (length - 2), vocab - 3]
+        mask[i, :, total - length :] = True
+    return ids, mask
+
+
+def image_keys(count: int, seed: int = 0):
+    return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(count))
+
+
+GREEDY = make_sampler(0)
+
+
+def draw(case, ids, mask, keys=None, **settings):
+    """(codes, logits) of generate_codes as numpy, greedy and with logits unless told otherwise."""
+    settings = {"sampler": GREEDY, "keep_logits": True} | settings
+    keys = image_keys(len(ids)) if keys is None else keys
+    codes, logits = generate_codes(case.model, case.params, ids, mask, keys, **settings)
+    return np.asarray(codes), None if logits is None else np.asarray(logits)
+
+
+@pytest.mark.parametrize("guidance", [5.0, 1.5])
+def test_greedy_codes(case, guidance, close):
+    ids, mask = pairs(case)
+    steps = case.config.gen_vision.num_tokens
+    codes, logits = oracle.generate_codes(case.torch_model, ids, mask, guidance, steps)
+    ours, our_logits = draw(case, ids, mask, guidance=guidance)
+    close(our_logits, logits, f"image logits with guidance {guidance}")
+    np.testing.assert_array_equal(ours, codes)
+    assert len(np.unique(codes)) > 3, "too few codes in use to prove anything"
+
+
+def test_greedy_codes_unstacked(get_case):
+    case = get_case("grouped")
+    ids, mask = pairs(case)
+    np.testing.assert_array_equal(draw(case.unstacked, ids, mask)[0], draw(case, ids, mask)[0])
+
+
+def test_codes_of_transformers_own_generate(tiny):
+    """Its rows are [conditional; unconditional] halves of its own making."""
+    ids, mask = pairs(tiny)
+    model = tiny.torch_model
+    model.generation_config.bos_token_id = BOS
+    model.generation_config.generation_kwargs = {"boi_token_id": tiny.config.language.vocab_size - 3}
+    model.model.vision_model.config.num_image_tokens = tiny.config.gen_vision.num_tokens
+    theirs = model.generate(
+        inputs=oracle.torch.tensor(ids[:, 0].astype(np.int64)),
+        attention_mask=oracle.torch.tensor(mask[:, 0].astype(np.int64)),
+        generation_mode="image", do_sample=False, guidance_scale=5, pad_token_id=PAD,
+    )  # fmt: skip
+    np.testing.assert_array_equal(draw(tiny, ids, mask)[0], theirs.numpy())
+
+
+def test_guidance_of_one_is_the_conditional_row(tiny, close):
+    ids, mask = pairs(tiny)
+    single, single_logits = draw(tiny, ids[:, :1], mask[:, :1])
+    pair, pair_logits = draw(tiny, ids, mask, guidance=1.0)
+    np.testing.assert_array_equal(pair, single)
+    close(pair_logits, single_logits, "logits with guidance 1", 1e-5)
+    # Without guidance the weight is not read.
+    np.testing.assert_array_equal(draw(tiny, ids[:, :1], mask[:, :1], guidance=7.0)[1], single_logits)
+
+
+def test_guidance_of_zero_is_the_unconditional_row(tiny, close):
+    ids, mask = pairs(tiny)
+    alone, alone_logits = draw(tiny, ids[:, 1:], mask[:, 1:])
+    codes, logits = draw(tiny, ids, mask, guidance=0.0)
+    np.testing.assert_array_equal(codes, alone)
+    close(logits, alone_logits, "logits with guidance 0", 1e-5)
+
+
+def test_batch_equals_its_rows_alone(tiny, close):
+    sampler = make_sampler(0.8, top_k=20, top_p=0.9)
+    ids, mask = pairs(tiny, (8, 5, 8, 6, 7))
+    keys = image_keys(5)
+    codes, logits = draw(tiny, ids, mask, keys, sampler=sampler)
+    assert len({tuple(row) for row in codes}) == 5, "the rows are alike, which proves nothing"
+    for i in range(5):
+        alone, alone_logits = draw(tiny, ids[i : i + 1], mask[i : i + 1], keys[i : i + 1], sampler=sampler)
+        np.testing.assert_array_equal(alone[0], codes[i])
+        close(alone_logits[0], logits[i], "logits alone", 1e-5)
+
+
+def test_keys_decide(tiny):
+    """The same prompt: another key, another image; the same key, the same image, at any place of the batch."""
+    ids, mask = (np.repeat(a, 4, 0) for a in pairs(tiny, (8,)))
+    sampler = make_sampler(1.0)
+    codes, _ = draw(tiny, ids, mask, image_keys(4), sampler=sampler)
+    assert len({tuple(row) for row in codes}) == 4
+    again, _ = draw(tiny, ids, mask, image_keys(4)[::-1], sampler=sampler)
+    np.testing.assert_array_equal(again[::-1], codes)
+    other, _ = draw(tiny, ids, mask, image_keys(4, seed=1), sampler=sampler)
+    assert (other != codes).any(axis=1).all()
+
+
+def test_longer_left_padding_changes_nothing(tiny, close):
+    (ids, mask), (longer, longer_mask) = pairs(tiny), pairs(tiny, padding=9)
+    codes, logits = draw(tiny, ids, mask)
+    padded, padded_logits = draw(tiny, longer, longer_mask)
+    np.testing.assert_array_equal(padded, codes)
+    close(padded_logits, logits, "logits", 1e-5)
+    # What stands in the padding is not read.
+    longer[~longer_mask] = 77
+    np.testing.assert_array_equal(draw(tiny, longer, longer_mask)[1], padded_logits)
+
+
+def test_pads_of_the_unconditional_row_are_attended_to(tiny):
+    ids, mask = pairs(tiny)
+    _, logits = draw(tiny, ids, mask)
+    changed = ids.copy()
+    changed[:, 1][ids[:, 1] == PAD] = 77
+    _, changed_logits = draw(tiny, changed, mask)
+    assert (np.abs(changed_logits - logits)[:, 0].max(axis=-1) > 1e-2).all()
+
+
+def test_keep_logits(tiny):
+    ids, mask = pairs(tiny)
+    g = tiny.config.gen_vision
+    codes, logits = draw(tiny, ids, mask)
+    assert logits.shape == (3, g.num_tokens, g.codebook_size)
+    np.testing.assert_array_equal(logits.argmax(-1), codes)
+    without, none = draw(tiny, ids, mask, keep_logits=False)
+    assert none is None
+    np.testing.assert_array_equal(without, codes)
+
+
+def test_num_tokens(tiny):
+    ids, mask = pairs(tiny)
+    whole, _ = draw(tiny, ids, mask)
+    assert whole.shape[1] == tiny.config.gen_vision.num_tokens
+    for count in (1, 5):
+        np.testing.assert_array_equal(draw(tiny, ids, mask, num_tokens=count)[0], whole[:, :count])
+
+
+def test_progress_in_pieces(tiny):
+    """Several pieces (60 codes make pieces of 2) give the codes of one, and add up to all of them."""
+    ids, mask = pairs(tiny)
+    seen = []
+    settings = {"num_tokens": 60, "sampler": make_sampler(1.0), "keep_logits": False}
+    pieces, _ = draw(tiny, ids, mask, progress=seen.append, **settings)
+    assert sum(seen) == 60 and len(seen) > 20
+    np.testing.assert_array_equal(pieces, draw(tiny, ids, mask, **settings)[0])
+
+
+# ---------------------------------------------------------------- text
+
+# One program for all of these: the same slots, and a sampler of the same structure.
+SAMPLER, SLOTS = make_sampler(1.0, top_p=0.95), 24
+
+
+@pytest.fixture(scope="module")
+def question(tiny):
+    """Embedded prompts of three lengths, and their mask."""
+    ids, mask = (a[:, 0] for a in pairs(tiny))
+    return tiny.run("embed_text", ids), mask
+
+
+def tokens_of(case, question, rows=slice(None), **settings) -> np.ndarray:
+    x, mask = question
+    keys = image_keys(len(x))[rows]
+    settings = {"eos_id": -1, "sampler": SAMPLER, "slots": SLOTS} | settings
+    return np.asarray(generate_tokens(case.model, case.params, x[rows], mask[rows], keys, **settings))
+
+
+def pieces_of(case, question, rows=slice(None), **settings) -> list[np.ndarray]:
+    x, mask = question
+    keys = image_keys(len(x))[rows]
+    settings = {"eos_id": -1, "sampler": SAMPLER, "slots": SLOTS} | settings
+    return [np.asarray(p) for p in stream_tokens(case.model, case.params, x[rows], mask[rows], keys, **settings)]
+
+
+@pytest.mark.parametrize("piece", [1, 4, 30])
+def test_stream_in_pieces(tiny, question, piece):
+    whole = tokens_of(tiny, question, max_new_tokens=11)
+    assert whole.shape == (3, 11)
+    pieces = pieces_of(tiny, question, max_new_tokens=11, piece=piece)
+    assert [p.shape[1] for p in pieces[1:-1]] == [piece] * (len(pieces) - 2)
+    np.testing.assert_array_equal(np.concatenate(pieces, 1), whole)
+
+
+def test_spare_slots_change_nothing(tiny, question):
+    exact = tokens_of(tiny, question, max_new_tokens=11, slots=None)
+    np.testing.assert_array_equal(exact, tokens_of(tiny, question, max_new_tokens=11))
+
+
+def test_stream_ends_when_all_rows_are_done(tiny, question):
+    row = slice(0, 1)
+    tokens = tokens_of(tiny, question, row, max_new_tokens=12)[0]
+    eos = int(tokens[4])
+    first = int(np.argmax(tokens == eos))
+    streamed = np.concatenate(pieces_of(tiny, question, row, max_new_tokens=12, piece=2, eos_id=eos), 1)[0]
+    assert first < len(streamed) <= first + 2
+    np.testing.assert_array_equal(streamed[: first + 1], tokens[: first + 1])
+    assert (streamed[first:] == eos).all()
+
+
+def test_one_new_token(tiny, question):
+    one, more = (tokens_of(tiny, question, max_new_tokens=n) for n in (1, 3))
+    assert one.shape == (3, 1)
+    np.testing.assert_array_equal(one[:, 0], more[:, 0])
+
+
+def test_text_batch_equals_its_rows_alone(tiny, question):
+    tokens = tokens_of(tiny, question, max_new_tokens=11)
+    assert len({tuple(row) for row in tokens}) == 3, "the rows are alike, which proves nothing"
+    for i in range(3):
+        alone = tokens_of(tiny, question, slice(i, i + 1), max_new_tokens=11)
+        np.testing.assert_array_equal(alone[0], tokens[i])
