@@ -82,7 +82,7 @@ def open_image(source: ImageSource) -> Image.Image:
     the reference drops the alpha channel, which uncovers whatever colour lies under it (often black on black);
     opaque pixels are the same in both. Of an animation, the first frame counts.
 
-    Raises OSError when the file cannot be read, ValueError when it is not an image, TypeError for any other source.
+    Raises OSError when the file cannot be read, ValueError when it is not an image or no source of one.
     """
     name, image = _decode(source)
     if 0 in image.size:
@@ -108,7 +108,7 @@ def _decode(source: ImageSource) -> tuple[str, Image.Image]:
     elif isinstance(source, bytes | bytearray):
         name, data = f"<{len(source)} bytes>", bytes(source)
     else:
-        raise TypeError(f"an image must be a path, bytes, a PIL image or a uint8 array, not {type(source).__name__}")
+        raise ValueError(f"an image must be a path, bytes, a PIL image or a uint8 array, not {type(source).__name__}")
     try:
         return name, Image.open(io.BytesIO(data))
     except Image.UnidentifiedImageError:

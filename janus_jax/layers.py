@@ -12,6 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from janus_jax.sharding import constrain
+
 
 class Einsum(nn.Module):
     """Linear map over named axes, with a bias over the axes that it adds.
@@ -46,16 +48,19 @@ class Einsum(nn.Module):
 
 
 class Embed(nn.Module):
-    """Embedding table [num, features]; ids of any shape [...] give [..., features]."""
+    """Embedding table [num, features]: ids [...] give [..., features]. `rows` is the logical axis of num."""
 
     num: int
     features: int
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    rows: str | None = None
 
     @nn.compact
     def __call__(self, ids: jax.Array) -> jax.Array:
         table = self.param("embedding", nn.initializers.normal(0.02), (self.num, self.features), self.param_dtype)
+        # Gathered over fsdp like any other weight: its width split there would fight the batch for the same axis.
+        table = constrain(table, self.rows, None)
         return jnp.take(table, ids, axis=0).astype(self.dtype)
 
 

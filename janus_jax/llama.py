@@ -145,7 +145,7 @@ class Llama(nn.Module):
 
     def setup(self):
         c, types = self.config, (self.dtype, self.param_dtype)
-        self.embed_tokens = Embed(c.vocab_size, c.width, *types)
+        self.embed_tokens = Embed(c.vocab_size, c.width, *types, rows="vocab")
         if self.scan_layers:
             scanned = nn.scan(
                 Block,

@@ -211,12 +211,12 @@ def _image_list(images: Any) -> list[ImageSource]:
 
 def _parse_message(message: Any, place: str) -> tuple[str, str, list[ImageSource]]:
     if not isinstance(message, Mapping):
-        raise TypeError(f"{place} must be a dict with 'role' and 'content', not {type(message).__name__}")
+        raise ValueError(f"{place} must be a dict with 'role' and 'content', not {type(message).__name__}")
     if unknown := sorted(str(key) for key in set(message) - {"role", "content", "images"}):
         raise ValueError(f"{place} has unknown keys {', '.join(unknown)}; known: role, content, images")
     text = message.get("content")
     if text is not None and not isinstance(text, str):
-        raise TypeError(f"{place}: content must be a str, not {type(text).__name__}; images go under 'images'")
+        raise ValueError(f"{place}: content must be a str, not {type(text).__name__}; images go under 'images'")
     try:
         speaker = _speaker(message.get("role"))
     except ValueError as error:
@@ -234,7 +234,7 @@ def normalise_messages(
     `image_tag` line for each goes in front; for `images`, in front of the first message if no message has one.
 
     Raises ValueError for an unknown role or key, turns that do not alternate from the user on, an empty message, a last
-    message that is an answer, or images given in both ways; TypeError for values of the wrong type.
+    message that is an answer, or images given in both ways.
     """
     images = _image_list(images)
     if isinstance(messages, str):

@@ -102,7 +102,7 @@ def _run(model: Janus, params: Params, method: str, *args):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ImageState:
-    """What the image loop carries: the cache, codes [B, num_tokens] so far, and guided logits if they were asked for."""
+    """What the image loop carries: the cache, codes [B, num_tokens] so far, and guided logits if asked for."""
 
     cache: KVCache
     codes: jax.Array

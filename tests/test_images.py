@@ -193,7 +193,7 @@ def test_bad_sources(source, pattern):
 
 @pytest.mark.parametrize("source", [None, 3, [1, 2]])
 def test_sources_of_wrong_types(source):
-    with pytest.raises(TypeError, match="an image must be a path"):
+    with pytest.raises(ValueError, match="an image must be a path"):
         open_image(source)
 
 

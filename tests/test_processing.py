@@ -165,7 +165,7 @@ def test_bad_messages(messages, given_images, pattern):
 
 @pytest.mark.parametrize("messages", [["Hi"], [("user", "Hi")], [user(3)], [user([{"type": "text"}])]])
 def test_messages_of_wrong_types(messages):
-    with pytest.raises(TypeError, match="message 0"):
+    with pytest.raises(ValueError, match="message 0"):
         normalise_messages(messages)
 
 

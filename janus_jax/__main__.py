@@ -1,0 +1,162 @@
+"""Command line: `python -m janus_jax generate | chat | info`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import pathlib
+import sys
+from typing import Any
+
+import jax
+
+from janus_jax.checkpoint import open_checkpoint
+from janus_jax.images import contact_sheet, open_image
+from janus_jax.loading import load, resolve
+from janus_jax.memory import OutOfMemory
+from janus_jax.sampling import make_sampler
+from janus_jax.sharding import MESH_AXES, flatten
+from janus_jax.torch_weights import DTYPES, abstract_params
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; 0 when it worked, 2 for bad input (one line on standard error), 130 when interrupted."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (OSError, ValueError, OutOfMemory) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m janus_jax", description="Janus and Janus-Pro in JAX.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    generate = commands.add_parser("generate", help="draw images of prompts, as PNG files and one contact sheet")
+    _add_model(generate)
+    generate.add_argument("--prompt", action="append", required=True, help="what to draw; may be given several times")
+    generate.add_argument("--n", type=int, default=1, help="images a prompt (default 1)")
+    generate.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR", help="where the files go")
+    generate.add_argument(
+        "--guidance", type=float, default=5.0, help="classifier-free guidance, 1 for none (default 5)"
+    )
+    generate.add_argument("--batch-size", type=int, help="images at a time (default: as many as fit the memory)")
+    _add_sampling(generate, temperature=1.0)
+    generate.set_defaults(run=_generate)
+
+    chat = commands.add_parser("chat", help="ask a question, about images or none; the answer is printed as it comes")
+    _add_model(chat)
+    chat.add_argument("question")
+    chat.add_argument("--image", action="append", default=[], help="an image file; may be given several times")
+    chat.add_argument("--max-new-tokens", type=int, default=512, help="the answer's length at most (default 512)")
+    chat.add_argument("--system", help="system prompt (default: the reference's; empty for none)")
+    _add_sampling(chat, temperature=0.0)
+    chat.set_defaults(run=_chat)
+
+    info = commands.add_parser("info", help="sizes, parameter counts by part, and memory in each dtype")
+    info.add_argument("--model", required=True, help="checkpoint folder or hub id")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser):
+    parser.add_argument("--model", required=True, help="checkpoint folder (any layout) or hub id")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16, float32 on CPU")
+    parser.add_argument("--mesh", type=_mesh, metavar="AXIS=N,...", help=f"device mesh over {', '.join(MESH_AXES)}")
+    parser.add_argument("--roles", help="chat roles of the prompt, pro or old (default: by the checkpoint)")
+
+
+def _add_sampling(parser: argparse.ArgumentParser, temperature: float):
+    parser.add_argument("--temperature", type=float, default=temperature, help=f"0 is greedy (default {temperature:g})")
+    parser.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest tokens of this much mass")
+    parser.add_argument("--top-k", type=int, help="draw among this many of the likeliest tokens")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _mesh(text: str) -> dict[str, int]:
+    try:
+        return {axis.strip(): int(size) for axis, size in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form fsdp=4,tensor=2") from None
+
+
+def _load(args: argparse.Namespace):
+    return load(args.model, dtype=args.dtype, mesh=args.mesh, roles=args.roles)
+
+
+def _generate(args: argparse.Namespace):
+    # What is wrong with these shows before minutes of loading and drawing, not after.
+    make_sampler(args.temperature, args.top_k, args.top_p)
+    args.out.mkdir(parents=True, exist_ok=True)
+    janus = _load(args)
+    images = janus.generate_images(
+        args.prompt,
+        args.n,
+        args.guidance,
+        args.temperature,
+        args.top_k,
+        args.seed,
+        top_p=args.top_p,
+        batch_size=args.batch_size,
+    )
+    for index, image in enumerate(images):
+        prompt, number = divmod(index, args.n)
+        path = args.out / f"{prompt:03d}_{number:03d}.png"
+        image.save(path)
+        print(path)
+    sheet = args.out / "sheet.png"
+    contact_sheet(images, columns=args.n if len(args.prompt) > 1 else None).save(sheet)
+    print(sheet)
+
+
+def _chat(args: argparse.Namespace):
+    make_sampler(args.temperature, args.top_k, args.top_p)
+    images = [open_image(path) for path in args.image]
+    janus = _load(args)
+    options: dict[str, Any] = {} if args.system is None else {"system_prompt": args.system}
+    pieces = janus.stream_chat(
+        args.question,
+        images,
+        args.max_new_tokens,
+        args.temperature,
+        args.top_p,
+        top_k=args.top_k,
+        seed=args.seed,
+        **options,
+    )
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+def _info(args: argparse.Namespace):
+    checkpoint = open_checkpoint(resolve(args.model))
+    config = checkpoint.config
+    v, g, t = config.vision, config.gen_vision, config.language
+    print(f"{args.model}: {checkpoint.kind} layout, {config.dtype}")
+    details = {
+        "vision_model": f"{v.layers} blocks, width {v.width}, {v.heads} heads, images {v.image_size}, "
+        f"patches {v.patch_size}",
+        "gen_vision_model": f"images {g.image_size}, {g.grid} x {g.grid} codes of {g.codebook_size} x {g.codebook_dim}",
+        "language_model": f"{t.layers} layers, width {t.width}, MLP {t.mlp_dim}, {t.heads} heads, "
+        f"{t.kv_heads} key/value heads, vocabulary {t.vocab_size}, positions {t.max_positions}",
+    }
+    counts: dict[str, int] = {}
+    for path, leaf in flatten(abstract_params(config)).items():
+        part = path.split("/")[0]
+        counts[part] = counts.get(part, 0) + math.prod(leaf.shape)
+    for part, count in counts.items():
+        print(f"  {part:17} {count:>14,}  {details.get(part, '')}".rstrip())
+    total = sum(counts.values())
+    print(f"  {'total':17} {total:>14,}")
+    for dtype in DTYPES:
+        print(f"  in {dtype:14} {total * jax.numpy.dtype(dtype).itemsize / 2**30:>13.2f}  GiB")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""`janus_jax.load`: from a folder or hub id to a pipeline."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from janus_jax.checkpoint import open_checkpoint
+from janus_jax.model import Janus
+from janus_jax.pipeline import JanusPipeline
+from janus_jax.processing import Processor
+from janus_jax.sharding import make_mesh, param_shardings
+from janus_jax.torch_weights import abstract_params, parse_dtype, place
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# Weights are added to these: one kind of them, where a repository holds several.
+_SMALL_FILES = ("*.json", "*.jinja", "*.model")
+
+
+def load(
+    path_or_hub_id: str | os.PathLike,
+    dtype: Any = None,
+    mesh: Mesh | Mapping[str, int] | None = None,
+    *,
+    scan_layers: bool | None = None,
+    roles: str | None = None,
+    revision: str | None = None,
+    progress: bool | None = None,
+) -> JanusPipeline:
+    """Loads a Janus checkpoint.
+
+    Args:
+      path_or_hub_id: a folder in the original, the transformers or our converted layout; or `owner/name` on the
+        Hugging Face hub, of which only the needed files are fetched.
+      dtype: of parameters and computation; default bfloat16, and float32 on CPU, where bfloat16 is emulated slowly.
+      mesh: a mesh with the axes `data`, `fsdp`, `tensor` (or their sizes, as for `sharding.make_mesh`): each shard is
+        read straight onto its device. Default: one device.
+      scan_layers: whether the decoder's layers are stacked; default as measured faster for sampling: apart on CPU.
+      roles: 'pro' or 'old' to choose the chat roles by hand; default by the checkpoint, see `detect_roles`.
+      revision: branch, tag or commit on the hub.
+      progress: show a bar; default when standard error is a terminal.
+    Raises: OSError for files that are absent, ValueError for what does not fit, each in one line naming the thing.
+    """
+    folder = resolve(path_or_hub_id, revision)
+    if isinstance(mesh, Mapping):
+        mesh = make_mesh(mesh)
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    dtype = parse_dtype(("float32" if platform == "cpu" else "bfloat16") if dtype is None else dtype)
+    if scan_layers is None:
+        scan_layers = platform != "cpu"
+    checkpoint = open_checkpoint(folder)
+    config = checkpoint.config
+    processor = None
+    if (folder / "tokenizer.json").exists():
+        processor = Processor.from_folder(folder, config, roles)
+    shardings = None
+    if mesh is not None:
+        shardings = param_shardings(abstract_params(config, scan_layers), mesh)
+    shown = sys.stderr.isatty() if progress is None else progress
+    params = place(checkpoint.leaves, dtype, shardings, scan_layers, progress=shown)
+    model = Janus(config, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype), scan_layers=scan_layers)
+    return JanusPipeline(config, params, model, processor, mesh, source=str(path_or_hub_id))
+
+
+def resolve(path_or_hub_id: str | os.PathLike, revision: str | None = None) -> pathlib.Path:
+    """The local folder of a checkpoint, fetched from the hub where it names a repository and no folder."""
+    folder = pathlib.Path(path_or_hub_id)
+    if folder.exists() or not _HUB_ID.fullmatch(str(path_or_hub_id)):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{path_or_hub_id} is neither a folder nor a hub id of the form owner/name")
+        return folder
+    return _download(str(path_or_hub_id), revision)
+
+
+def _download(hub_id: str, revision: str | None) -> pathlib.Path:
+    # Imported late: a local checkpoint needs no network library.
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        # One request: listing the tree would be retried for half a minute without a network.
+        info = huggingface_hub.HfApi().model_info(hub_id, revision=revision, timeout=10)
+        files = [file.rfilename for file in info.siblings]
+    except RepositoryNotFoundError:
+        raise FileNotFoundError(f"{hub_id} is neither a folder here nor a repository on the hub") from None
+    except Exception as no_network:
+        # Offline with everything in the cache is a normal way to work.
+        try:
+            return pathlib.Path(huggingface_hub.snapshot_download(hub_id, revision=revision, local_files_only=True))
+        except LocalEntryNotFoundError:
+            reason = str(no_network).splitlines()[0] if str(no_network) else type(no_network).__name__
+            raise OSError(
+                f"{hub_id} is not a folder here, not in the hub's cache, and the hub cannot be reached ({reason}); "
+                "give a local folder, or connect"
+            ) from None
+    wanted = [*_SMALL_FILES, *weight_patterns(files)]
+    try:
+        return pathlib.Path(huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=wanted))
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise OSError(
+            f"{hub_id}: the download broke off ({str(error).splitlines()[0]}); call again to resume"
+        ) from None
+
+
+def weight_patterns(files: list[str]) -> list[str]:
+    """Which weights of a repository's files to fetch: converted, else safetensors, else .bin."""
+    if any(name.startswith("params/") for name in files):
+        return ["params/**", "carried.safetensors"]
+    if any(name.endswith(".safetensors") and "/" not in name for name in files):
+        return ["model*.safetensors"]
+    return ["pytorch_model*.bin"]
