@@ -144,17 +144,17 @@ def check_arrays(janus: janus_jax.JanusPipeline, golden: dict[str, np.ndarray]) 
 
 def check_preprocessing(stored: dict[str, np.ndarray]) -> Iterator[Row]:
     """Understanding images against the reference's uint8 pixels, exactly."""
-    names = sorted(name for name in stored if name.startswith("image_"))
-    if not names:
+    numbers = sorted({name.split("_", 1)[1] for name in stored if name.startswith(("image_", "pixels_"))})
+    if not numbers:
         yield "preprocess", float("inf"), False, "preprocess.npz holds no image"
-    for name in names:
-        number = name.removeprefix("image_")
-        if f"pixels_{number}" not in stored:
-            yield f"preprocess {number}", float("inf"), False, f"pixels_{number} is missing from preprocess.npz"
+    for number in numbers:
+        missing = [name for name in (f"image_{number}", f"pixels_{number}") if name not in stored]
+        if missing:
+            yield f"preprocess {number}", float("inf"), False, f"{missing[0]} is missing from preprocess.npz"
             continue
         reference = stored[f"pixels_{number}"]
         settings = ImageSettings(image_size=reference.shape[-1])
-        ours = nchw(understanding_pixels_uint8(stored[name], settings))
+        ours = nchw(understanding_pixels_uint8(stored[f"image_{number}"], settings))
         same = np.array_equal(ours, reference)
         yield f"preprocess {number}", relative_error(ours, reference), same, "identical" if same else "differs"
 
@@ -164,6 +164,9 @@ def check_templates(templates: dict[str, dict]) -> Iterator[Row]:
     if not templates:
         yield "templates", float("inf"), False, "templates.json is empty"
     for name, case in templates.items():
+        if missing := [key for key in ("messages", "system", "text") if key not in case]:
+            yield f"template {name}", float("inf"), False, f"{missing[0]} is missing from templates.json"
+            continue
         text = format_conversation([tuple(turn) for turn in case["messages"]], case["system"])
         same = text == case["text"]
         yield f"template {name}", 0.0 if same else float("inf"), same, "identical" if same else "differs"
@@ -171,12 +174,20 @@ def check_templates(templates: dict[str, dict]) -> Iterator[Row]:
 
 def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
     """All arrays of an .npz file."""
-    with np.load(path) as arrays:
-        return dict(arrays)
+    try:
+        with np.load(path) as arrays:
+            return dict(arrays)
+    except OSError:
+        raise
+    except Exception as error:  # numpy and zipfile raise whatever they stumble over
+        raise ValueError(f"{path} is not a readable .npz file ({error})") from None
 
 
 def check(folder: pathlib.Path) -> list[Row]:
     """All rows of a folder. Raises OSError or ValueError where a file is absent or not what it should be."""
+    if not folder.is_dir():
+        # Else a mistyped path of two parts would be asked for on the hub.
+        raise NotADirectoryError(f"{folder} is not a folder")
     janus = janus_jax.load(folder, dtype="float32")
     rows = list(check_arrays(janus, read_npz(folder / "golden.npz")))
     rows += check_preprocessing(read_npz(folder / "preprocess.npz"))

@@ -6,6 +6,7 @@ import argparse
 import math
 import pathlib
 import sys
+import tempfile
 from typing import Any
 
 import jax
@@ -67,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_model(parser: argparse.ArgumentParser):
     parser.add_argument("--model", required=True, help="checkpoint folder (any layout) or hub id")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16, float32 on CPU")
-    parser.add_argument("--mesh", type=_mesh, metavar="AXIS=N,...", help=f"device mesh over {', '.join(MESH_AXES)}")
+    parser.add_argument("--mesh", metavar="AXIS=N,...", help=f"device mesh over {', '.join(MESH_AXES)}")
     parser.add_argument("--roles", help="chat roles of the prompt, pro or old (default: by the checkpoint)")
 
 
@@ -78,21 +79,25 @@ def _add_sampling(parser: argparse.ArgumentParser, temperature: float):
     parser.add_argument("--seed", type=int, default=0)
 
 
-def _mesh(text: str) -> dict[str, int]:
+def _mesh(text: str | None) -> dict[str, int] | None:
+    if text is None:
+        return None
     try:
         return {axis.strip(): int(size) for axis, size in (part.split("=") for part in text.split(","))}
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form fsdp=4,tensor=2") from None
+        raise ValueError(f"the mesh {text!r} is not of the form fsdp=4,tensor=2") from None
 
 
 def _load(args: argparse.Namespace):
-    return load(args.model, dtype=args.dtype, mesh=args.mesh, roles=args.roles)
+    return load(args.model, dtype=args.dtype, mesh=_mesh(args.mesh), roles=args.roles)
 
 
 def _generate(args: argparse.Namespace):
     # What is wrong with these shows before minutes of loading and drawing, not after.
     make_sampler(args.temperature, args.top_k, args.top_p)
     args.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=args.out):
+        pass
     janus = _load(args)
     images = janus.generate_images(
         args.prompt,

@@ -6,6 +6,7 @@ per key/value head, H head dim, D width, F MLP width, V vocabulary, C channels.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -14,13 +15,20 @@ import jax.numpy as jnp
 
 from janus_jax.sharding import constrain
 
+# Up to so many tokens a product is bound by reading its kernel.
+_FEW_TOKENS = 64
+
 
 class Einsum(nn.Module):
     """Linear map over named axes, with a bias over the axes that it adds.
 
+    Kernels are laid out as in torch, outputs first: conversion is then a copy, and a row of the kernel meets one token
+    in one contiguous dot product.
+
     Attributes:
-      spec: einsum of input and kernel, such as "...D,DNH->...NH".
+      spec: einsum of input and kernel, such as "...D,NHD->...NH".
       shape: kernel shape.
+      out_dtype: what the product is accumulated and returned in; default the compute dtype.
     """
 
     spec: str
@@ -36,13 +44,19 @@ class Einsum(nn.Module):
         contracted = [i for i, axis in enumerate(kernel_axes) if axis in inputs]
         added = [i for i, axis in enumerate(kernel_axes) if axis not in inputs]
         init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=contracted, out_axis=added)
-        kernel = self.param("kernel", init, self.shape, self.param_dtype)
-        y = jnp.einsum(
-            self.spec, x.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=self.out_dtype
-        )
+        kernel = self.param("kernel", init, self.shape, self.param_dtype).astype(self.dtype)
+        x = x.astype(self.dtype)
+        leading, out_shape = x.shape[: x.ndim - len(contracted)], tuple(self.shape[i] for i in added)
+        tokens = math.prod(leading)
+        if tokens <= _FEW_TOKENS:
+            # The kernel goes left, as a matrix: XLA:CPU repacks the right operand of a product, three times the work.
+            matrix = kernel.reshape(math.prod(out_shape), -1)
+            y = jnp.einsum("FD,TD->FT", matrix, x.reshape(tokens, -1), preferred_element_type=self.out_dtype)
+            y = y.T.reshape(*leading, *out_shape)
+        else:
+            y = jnp.einsum(self.spec, x, kernel, preferred_element_type=self.out_dtype)
         if self.use_bias:
-            shape = tuple(self.shape[i] for i in added)
-            bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype)
+            bias = self.param("bias", nn.initializers.zeros, out_shape, self.param_dtype)
             y = y + bias.astype(y.dtype)
         return y
 
@@ -101,8 +115,8 @@ class MlpProjector(nn.Module):
         in_width = self.in_width
         for i in range(self.depth):
             x = x if i == 0 else gelu(x)
-            shape = (in_width, self.width)
-            x = Einsum("...D,DF->...F", shape, True, self.dtype, self.param_dtype, name=f"layers_{2 * i}")(x)
+            shape = (self.width, in_width)
+            x = Einsum("...D,FD->...F", shape, True, self.dtype, self.param_dtype, name=f"layers_{2 * i}")(x)
             in_width = self.width
         return x
 

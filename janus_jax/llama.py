@@ -21,8 +21,8 @@ class KVCache:
     """Keys and values of all layers, with static length S slots.
 
     Attributes:
-      keys, values: tuples of arrays [layers, B, K, S, H]: one array of all layers when layers are scanned, else one a
-        layer with a first axis of 1. Heads come before length, so that one query reads each head's keys in one piece.
+      keys, values: tuples of arrays: one [layers, B, K, S, H] when layers are scanned, else one [B, K, S, H] a layer.
+        Heads come before length, so that one query reads each head's keys in one piece.
       mask: [B, S] bool, the slots that may be attended to.
       length: int32 scalar, the slots filled so far (the same in every row: prompts are padded on the left).
       positions: [B] int32, the position of each row's next token.
@@ -37,11 +37,11 @@ class KVCache:
 
 def init_cache(config: LlamaConfig, batch: int, slots: int, dtype: Any, scan_layers: bool = True) -> KVCache:
     """An empty cache for `batch` rows of `slots` tokens."""
-    groups, layers = (1, config.layers) if scan_layers else (config.layers, 1)
-    shape = (layers, batch, config.kv_heads, slots, config.head_dim)
+    shape = (batch, config.kv_heads, slots, config.head_dim)
+    shapes = [(config.layers, *shape)] if scan_layers else [shape] * config.layers
 
     def empty() -> tuple[jax.Array, ...]:
-        return tuple(constrain(jnp.zeros(shape, dtype), *KV_AXES) for _ in range(groups))
+        return tuple(_constrain_kv(jnp.zeros(shape, dtype)) for shape in shapes)
 
     return KVCache(
         keys=empty(),
@@ -58,7 +58,16 @@ def cache_bytes(config: LlamaConfig, rows: int, slots: int, dtype: Any) -> int:
     return per_slot * rows * slots * jnp.dtype(dtype).itemsize
 
 
-KV_AXES = (None, "batch", "kv_heads", None, None)
+def _constrain_kv(x: jax.Array) -> jax.Array:
+    return constrain(x, *(None,) * (x.ndim - 4), "batch", "kv_heads", None, None)
+
+
+def _store(cached: jax.Array, new: jax.Array, layer: jax.Array | None, slot: jax.Array | int) -> jax.Array:
+    """`cached` with new keys or values [B, K, T, H] from `slot` on, in place of what the layer had there."""
+    start, new = (0, 0, slot, 0), new.astype(cached.dtype)
+    if layer is not None:
+        start, new = (layer, *start), new[None]
+    return _constrain_kv(jax.lax.dynamic_update_slice(cached, new, start))
 
 
 class Attention(nn.Module):
@@ -70,21 +79,18 @@ class Attention(nn.Module):
     def __call__(self, x, cos_sin, mask, kv, layer, slot):
         """See Block; returns the attention output [B, T, D] and the updated `kv`."""
         c, types = self.config, (False, self.dtype, self.param_dtype)
-        q = Einsum("BTD,DNH->BTNH", (c.width, c.heads, c.head_dim), *types, name="q_proj")(x)
-        k = Einsum("BTD,DKH->BTKH", (c.width, c.kv_heads, c.head_dim), *types, name="k_proj")(x)
-        v = Einsum("BTD,DKH->BTKH", (c.width, c.kv_heads, c.head_dim), *types, name="v_proj")(x)
+        q = Einsum("BTD,NHD->BTNH", (c.heads, c.head_dim, c.width), *types, name="q_proj")(x)
+        k = Einsum("BTD,KHD->BTKH", (c.kv_heads, c.head_dim, c.width), *types, name="k_proj")(x)
+        v = Einsum("BTD,KHD->BTKH", (c.kv_heads, c.head_dim, c.width), *types, name="v_proj")(x)
         q = constrain(apply_rope(q, cos_sin), "batch", None, "heads", None)
         k, v = apply_rope(k, cos_sin).swapaxes(1, 2), v.swapaxes(1, 2)
         if kv is not None:
-            start = (layer, 0, 0, 0 if slot is None else slot, 0)
-            kv = tuple(
-                constrain(jax.lax.dynamic_update_slice(cached, new[None].astype(cached.dtype), start), *KV_AXES)
-                for cached, new in zip(kv, (k, v), strict=True)
-            )
+            start = 0 if slot is None else slot
+            kv = (_store(kv[0], k, layer, start), _store(kv[1], v, layer, start))
             if slot is not None:
-                k, v = (jax.lax.dynamic_index_in_dim(cached, layer, keepdims=False) for cached in kv)
+                k, v = kv if layer is None else (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in kv)
         y = attend(q, k, v, mask)
-        return Einsum("BTNH,NHD->BTD", (c.heads, c.head_dim, c.width), *types, name="o_proj")(y), kv
+        return Einsum("BTNH,DNH->BTD", (c.width, c.heads, c.head_dim), *types, name="o_proj")(y), kv
 
 
 class Mlp(nn.Module):
@@ -95,10 +101,10 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c, types = self.config, (False, self.dtype, self.param_dtype)
-        gate = Einsum("BTD,DF->BTF", (c.width, c.mlp_dim), *types, name="gate_proj")(x)
-        up = Einsum("BTD,DF->BTF", (c.width, c.mlp_dim), *types, name="up_proj")(x)
+        gate = Einsum("BTD,FD->BTF", (c.mlp_dim, c.width), *types, name="gate_proj")(x)
+        up = Einsum("BTD,FD->BTF", (c.mlp_dim, c.width), *types, name="up_proj")(x)
         h = constrain(nn.silu(gate) * up, "batch", None, "mlp")
-        return Einsum("BTF,FD->BTD", (c.mlp_dim, c.width), *types, name="down_proj")(h)
+        return Einsum("BTF,DF->BTD", (c.width, c.mlp_dim), *types, name="down_proj")(h)
 
 
 class Block(nn.Module):
@@ -111,8 +117,8 @@ class Block(nn.Module):
         """One layer.
 
         Args:
-          carry: (x [B, T, D], kv, layer): kv is None or (keys, values) [layers, B, K, S, H], of which this layer
-            writes the one at index `layer`.
+          carry: (x [B, T, D], kv, layer): kv is None or (keys, values), of all layers [layers, B, K, S, H] with this
+            one at index `layer`, or of this layer alone [B, K, S, H] with `layer` None.
           mask: [B, T, keys] bool.
           slot: where the cache takes the new keys and from which on it is read; None writes at 0 and attends to the
             new keys alone.
@@ -128,7 +134,7 @@ class Block(nn.Module):
         x = constrain(x + h, "batch", None, None)
         with jax.named_scope("mlp"):
             h = Mlp(*args, name="mlp")(RMSNorm(*norm, name="post_attention_layernorm")(x))
-        return (constrain(x + h, "batch", None, None), kv, layer + 1), None
+        return (constrain(x + h, "batch", None, None), kv, None if layer is None else layer + 1), None
 
 
 class Llama(nn.Module):
@@ -158,7 +164,7 @@ class Llama(nn.Module):
         else:
             self.layers = [Block(c, *types) for _ in range(c.layers)]
         self.norm = RMSNorm(c.norm_eps, *types)
-        self.lm_head = Einsum("BTD,DV->BTV", (c.width, c.vocab_size), False, *types, jnp.float32)
+        self.lm_head = Einsum("BTD,VD->BTV", (c.vocab_size, c.width), False, *types, jnp.float32)
 
     def __call__(self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
         """Hidden states [B, T, D] after the final norm of embeddings x [B, T, D].
@@ -206,13 +212,12 @@ class Llama(nn.Module):
         cos_sin = rope(positions, c.head_dim, c.rope_theta)
         groups = [None] if cache is None else list(zip(cache.keys, cache.values, strict=True))
         x = constrain(x, "batch", None, None)
-        first = jnp.zeros((), jnp.int32)
         if self.scan_layers:
-            ((x, groups[0], _), _) = self.layers((x, groups[0], first), cos_sin, mask, slot)
+            (x, groups[0], _), _ = self.layers((x, groups[0], jnp.zeros((), jnp.int32)), cos_sin, mask, slot)
         else:
             groups = groups * c.layers if cache is None else groups
             for i, block in enumerate(self.layers):
-                (x, groups[i], _), _ = block((x, groups[i], first), cos_sin, mask, slot)
+                (x, groups[i], _), _ = block((x, groups[i], None), cos_sin, mask, slot)
         if cache is not None:
             keys, values = zip(*groups, strict=True)
             cache = dataclasses.replace(cache, keys=keys, values=values)

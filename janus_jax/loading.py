@@ -17,10 +17,11 @@ from janus_jax.checkpoint import open_checkpoint
 from janus_jax.model import Janus
 from janus_jax.pipeline import JanusPipeline
 from janus_jax.processing import Processor
-from janus_jax.sharding import make_mesh, param_shardings
+from janus_jax.sharding import MESH_AXES, make_mesh, param_shardings
 from janus_jax.torch_weights import abstract_params, parse_dtype, place
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# No part starts with a dot: ../name is a path.
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # Weights are added to these: one kind of them, where a repository holds several.
 _SMALL_FILES = ("*.json", "*.jinja", "*.model")
 
@@ -52,6 +53,8 @@ def load(
     folder = resolve(path_or_hub_id, revision)
     if isinstance(mesh, Mapping):
         mesh = make_mesh(mesh)
+    if mesh is not None and set(mesh.axis_names) != set(MESH_AXES):
+        raise ValueError(f"the mesh has the axes {mesh.axis_names}, not {MESH_AXES}; make it with sharding.make_mesh")
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     dtype = parse_dtype(("float32" if platform == "cpu" else "bfloat16") if dtype is None else dtype)
     if scan_layers is None:
@@ -83,7 +86,7 @@ def resolve(path_or_hub_id: str | os.PathLike, revision: str | None = None) -> p
 def _download(hub_id: str, revision: str | None) -> pathlib.Path:
     # Imported late: a local checkpoint needs no network library.
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
         # One request: listing the tree would be retried for half a minute without a network.
@@ -91,29 +94,32 @@ def _download(hub_id: str, revision: str | None) -> pathlib.Path:
         files = [file.rfilename for file in info.siblings]
     except RepositoryNotFoundError:
         raise FileNotFoundError(f"{hub_id} is neither a folder here nor a repository on the hub") from None
+    except RevisionNotFoundError:
+        raise FileNotFoundError(f"{hub_id} has no revision {revision!r} on the hub") from None
     except Exception as no_network:
         # Offline with everything in the cache is a normal way to work.
         try:
             return pathlib.Path(huggingface_hub.snapshot_download(hub_id, revision=revision, local_files_only=True))
         except LocalEntryNotFoundError:
-            reason = str(no_network).splitlines()[0] if str(no_network) else type(no_network).__name__
             raise OSError(
-                f"{hub_id} is not a folder here, not in the hub's cache, and the hub cannot be reached ({reason}); "
-                "give a local folder, or connect"
+                f"{hub_id} is not a folder here, not in the hub's cache, and the hub cannot be reached "
+                f"({_first_line(no_network)}); give a local folder, or connect"
             ) from None
     wanted = [*_SMALL_FILES, *weight_patterns(files)]
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=wanted))
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise OSError(
-            f"{hub_id}: the download broke off ({str(error).splitlines()[0]}); call again to resume"
-        ) from None
+    except Exception as error:  # of whichever HTTP library the hub's client is built on
+        raise OSError(f"{hub_id}: the download broke off ({_first_line(error)}); call again to resume") from None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def weight_patterns(files: list[str]) -> list[str]:
     """Which weights of a repository's files to fetch: converted, else safetensors, else .bin."""
     if any(name.startswith("params/") for name in files):
         return ["params/**", "carried.safetensors"]
-    if any(name.endswith(".safetensors") and "/" not in name for name in files):
+    if any(re.fullmatch(r"model[^/]*\.safetensors", name) for name in files):
         return ["model*.safetensors"]
     return ["pytorch_model*.bin"]

@@ -27,9 +27,9 @@ class GenHead(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         types = (True, self.dtype, self.param_dtype)
-        x = Einsum("...D,DF->...F", (self.width, self.hidden), *types, name="output_mlp_projector")(x)
-        shape = (self.hidden, self.codebook_size)
-        return Einsum("...F,FV->...V", shape, *types, jnp.float32, name="vision_head")(gelu(x))
+        x = Einsum("...D,FD->...F", (self.hidden, self.width), *types, name="output_mlp_projector")(x)
+        shape = (self.codebook_size, self.hidden)
+        return Einsum("...F,VF->...V", shape, *types, jnp.float32, name="vision_head")(gelu(x))
 
 
 class Janus(nn.Module):

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ from janus_jax.sharding import activation_spec, batch_shards
 Conversation = str | Sequence[dict[str, Any]]
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class JanusPipeline:
     """A loaded Janus: what `janus_jax.load` returns.
 
@@ -40,7 +40,7 @@ class JanusPipeline:
     """
 
     config: JanusConfig
-    params: dict[str, Any]
+    params: dict[str, Any] = dataclasses.field(repr=False)  # gigabytes, which a notebook would fetch and print
     model: Janus
     processor: Processor | None = None
     mesh: Mesh | None = None
@@ -98,12 +98,13 @@ class JanusPipeline:
         """Image codes [len(prompts) * n, num_tokens] int32; arguments as for `generate_images`."""
         processor = self._need_processor("draw from a prompt")
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if n < 1 or not prompts:
-            raise ValueError(f"nothing to draw: {len(prompts)} prompts with n={n} images each; both must be at least 1")
+        if not prompts:
+            raise ValueError("nothing to draw: the list of prompts is empty")
+        _check_count("n", n)
         if not 0 <= cfg_weight < math.inf:
             raise ValueError(f"cfg_weight {cfg_weight} is out of range: 0 or above, 1 for no guidance")
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size {batch_size} is out of range: 1 or above")
+        if batch_size is not None:
+            _check_count("batch_size", batch_size)
         sampler = sampling.make_sampler(temperature, top_k, top_p)
         keys = image_keys(seed, len(prompts), n)
 
@@ -151,9 +152,19 @@ class JanusPipeline:
         return self._in_parts(draw, total, per_image, batch_size, progress, "drawing", steps)
 
     def decode_codes(self, codes: np.ndarray, batch_size: int | None = None) -> np.ndarray:
-        """uint8 images [B, h, w, 3] of codes [B, num_tokens], decoded in parts that fit the memory."""
+        """uint8 images [B, h, w, 3] of codes [B, num_tokens], decoded in parts that fit the memory.
+
+        Raises: ValueError for an array of another shape, or numbers that are no codes.
+        """
         vq = self.config.gen_vision
         codes = np.asarray(codes)
+        if codes.ndim != 2 or codes.shape[1] != vq.num_tokens or not len(codes):
+            raise ValueError(f"codes of shape {list(codes.shape)} are no images: expected [B, {vq.num_tokens}]")
+        # XLA clamps an index that is out of range, and another picture would come out.
+        if not np.issubdtype(codes.dtype, np.integer) or codes.min() < 0 or codes.max() >= vq.codebook_size:
+            raise ValueError(f"codes must be whole numbers from 0 to {vq.codebook_size - 1}")
+        if batch_size is not None:
+            _check_count("batch_size", batch_size)
         # Convolutions at full resolution hold a handful of activations, and im2col copies of some, at a time.
         per_image = 16 * vq.image_size**2 * vq.ch * max(vq.ch_mult[:2]) * jnp.dtype(self.model.dtype).itemsize
 
@@ -163,8 +174,10 @@ class JanusPipeline:
                 bar.update()
                 return np.asarray(images)[: part.stop - part.start]
 
-        largest = batch_size or 16 * batch_shards(self.mesh)
-        return self._in_parts(decode, len(codes), per_image, min(largest, len(codes)), False, "decoding", 1)
+        if batch_size is None:
+            # More at a time is no faster, and every other size is one more program to compile.
+            batch_size = min(16 * batch_shards(self.mesh), self._fitting(len(codes), per_image))
+        return self._in_parts(decode, len(codes), per_image, batch_size, False, "decoding", 1)
 
     def encode_images(self, images: Sequence[Any]) -> np.ndarray:
         """Codes [B, num_tokens] int32 of images (anything that `images.open_image` takes), cropped to a square."""
@@ -214,13 +227,19 @@ class JanusPipeline:
         )[0]
 
     def stream_chat(self, messages: Conversation, images: Any = (), *args, **kwargs) -> Iterator[str]:
-        """`chat`, in pieces as they come; joined, they are what `chat` returns before stripping."""
+        """`chat`, in pieces as they come; joined, they are what `chat` returns before stripping.
+
+        Bad input is refused here, before the first piece is asked for.
+        """
         pieces = self._answer([messages], [images], *args, piece=4, **kwargs)
-        stream = self._need_processor("chat").tokenizer.stream()
-        eos = self.processor.tokenizer.eos_id
+        return self._text_pieces(pieces)
+
+    def _text_pieces(self, pieces: Iterator[np.ndarray]) -> Iterator[str]:
+        tokenizer = self.processor.tokenizer
+        stream = tokenizer.stream()
         for piece in pieces:
             for token in piece[0]:
-                if token == eos:
+                if token == tokenizer.eos_id:
                     break
                 if text := stream.push(int(token)):
                     yield text
@@ -234,6 +253,8 @@ class JanusPipeline:
 
         Other arguments as for `chat`. An answer depends on its conversation and the seed alone.
         """
+        if isinstance(conversations, str):
+            raise ValueError("chat_batch takes a list of conversations; ask a single question with chat")
         images = [()] * len(conversations) if images is None else images
         if not conversations or len(conversations) != len(images):
             raise ValueError(f"{len(conversations)} conversations came with {len(images)} lists of images")
@@ -260,8 +281,7 @@ class JanusPipeline:
     ) -> Iterator[np.ndarray]:
         # Checked here and not at the first piece: a generator would raise late, out of the caller's sight.
         processor = self._need_processor("chat")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens {max_new_tokens} is out of range: 1 or above")
+        _check_count("max_new_tokens", max_new_tokens)
         sampler = sampling.make_sampler(temperature, top_k, top_p)
         rows, pixels = [], []
         for messages, own in zip(conversations, images, strict=True):
@@ -270,7 +290,7 @@ class JanusPipeline:
             pixels.append(processor.understanding_pixels(sources))
         ids, mask = processor.left_pad(rows, sampling.bucket(max(len(row) for row in rows)))
         tokenizer = processor.tokenizer
-        keys = jnp.broadcast_to(jax.random.key(seed), (len(rows),))
+        keys = jnp.broadcast_to(jax.random.key(_checked(seed)), (len(rows),))
         return self._stream(
             ids, mask.astype(bool), _stack_images(pixels), keys, tokenizer, max_new_tokens, sampler, piece
         )
@@ -323,6 +343,12 @@ class JanusPipeline:
         c = self.config.language
         return rows * length * (4 * c.heads * length + (3 * c.mlp_dim + 6 * c.width) * 4)
 
+    def _fitting(self, total: int, per_item: int) -> int:
+        """How many of `total` items, of `per_item` bytes each, fit the memory that is free now; at least one."""
+        shards = batch_shards(self.mesh)
+        free = available_bytes((jax.devices() if self.mesh is None else self.mesh.devices.flat)[0])
+        return total if free is None else max(1, free * 8 // 10 // max(per_item // shards, 1))
+
     def _in_parts(
         self,
         work: Callable[[slice, int, tqdm], np.ndarray],
@@ -340,11 +366,7 @@ class JanusPipeline:
         """
         shards = batch_shards(self.mesh)
         shown = sys.stderr.isatty() if progress is None else progress
-        size = batch_size
-        if size is None:
-            devices = jax.devices() if self.mesh is None else list(self.mesh.devices.flat)
-            free = available_bytes(devices[0])
-            size = total if free is None else max(1, free * 8 // 10 // max(per_item // shards, 1)) * 1
+        size = self._fitting(total, per_item) if batch_size is None else batch_size
         while True:
             parts, padded = fitting_parts(total, size, shards)
             with tqdm(total=steps * len(parts), desc=name, unit="step", disable=not shown, file=sys.stderr) as bar:
@@ -366,7 +388,7 @@ def encode_codes(model: Janus, params: dict[str, Any], images: jax.Array) -> jax
 
 def image_keys(seed: int | Sequence[int], prompts: int, n: int) -> jax.Array:
     """Random keys [prompts * n]: of an image by its seed and its index among the n of its prompt."""
-    if isinstance(seed, (int, np.integer)):
+    if not isinstance(seed, Iterable):
         keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(_checked(seed))))(jnp.arange(n))
         return jnp.tile(keys, prompts)
     seeds = [_checked(s) for s in seed]
@@ -379,6 +401,12 @@ def _checked(seed: Any) -> int:
     if not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**32:
         raise ValueError(f"seed {seed!r} is out of range: a whole number from 0 to {2**32 - 1}")
     return int(seed)
+
+
+def _check_count(name: str, value: Any):
+    # Also NaN, which is not below 1 either.
+    if not isinstance(value, (int, np.integer)) or value < 1:
+        raise ValueError(f"{name} {value!r} is out of range: a whole number from 1")
 
 
 def _pad_rows(x: Any, part: slice, size: int) -> Any:

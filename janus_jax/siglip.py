@@ -32,11 +32,11 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
-        split = (c.width, c.heads, c.head_dim)
-        q, k, v = (Einsum("BTD,DNH->BTNH", split, True, self.dtype, self.param_dtype, name=n)(x) for n in "qkv")
+        split = (c.heads, c.head_dim, c.width)
+        q, k, v = (Einsum("BTD,NHD->BTNH", split, True, self.dtype, self.param_dtype, name=n)(x) for n in "qkv")
         y = attend(constrain(q, "batch", None, "heads", None), k.swapaxes(1, 2), v.swapaxes(1, 2))
-        joined = (c.heads, c.head_dim, c.width)
-        return Einsum("BTNH,NHD->BTD", joined, True, self.dtype, self.param_dtype, name="proj")(y)
+        joined = (c.width, c.heads, c.head_dim)
+        return Einsum("BTNH,DNH->BTD", joined, True, self.dtype, self.param_dtype, name="proj")(y)
 
 
 class Mlp(nn.Module):
@@ -47,9 +47,9 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c, types = self.config, (True, self.dtype, self.param_dtype)
-        h = Einsum("BTD,DF->BTF", (c.width, c.mlp_dim), *types, name="fc1")(x)
+        h = Einsum("BTD,FD->BTF", (c.mlp_dim, c.width), *types, name="fc1")(x)
         h = gelu(constrain(h, "batch", None, "mlp"))
-        return Einsum("BTF,FD->BTD", (c.mlp_dim, c.width), *types, name="fc2")(h)
+        return Einsum("BTF,DF->BTD", (c.width, c.mlp_dim), *types, name="fc2")(h)
 
 
 class Block(nn.Module):

@@ -23,9 +23,9 @@ DIALECTS = ("original", "transformers")
 Path = tuple[str, ...]
 
 # How torch lays a parameter out, against ours.
-PLAIN = "plain"  # the same, but for head axes that torch flattens
+PLAIN = "plain"  # the same
 POSITIONS = "positions"  # a leading axis of 1 in the original dialect
-LINEAR = "linear"  # [out, in] against [*in, *out]
+LINEAR = "linear"  # [out, in], the same but for head axes that torch flattens
 CONV = "conv"  # [out, in, height, width] against [height, width, in, out]
 POINTWISE = "pointwise"  # a 1x1 convolution, [out, in, 1, 1] against [in, out]
 
@@ -193,7 +193,6 @@ class Slot:
     path: Path
     layer: int | None
     shape: tuple[int, ...]
-    num_inputs: int
     layout: str
     name: str
     torch_shape: tuple[int, ...]  # of this slot's rows alone
@@ -208,49 +207,34 @@ class Slot:
         """[*torch_shape] -> the part of [*shape] under `index`, looking at nothing else of `tensor`."""
         if self.layout == CONV:
             return tensor.transpose(2, 3, 1, 0)[index]
-        if self.layout not in (LINEAR, POINTWISE):
-            return tensor.reshape(self.shape)[index]
-        n = self.num_inputs
-        outputs_first = tensor.reshape(*self.shape[n:], *self.shape[:n])[(*index[n:], *index[:n])]
-        sizes = outputs_first.shape
-        matrix = outputs_first.reshape(math.prod(sizes[: len(sizes) - n]), -1)
-        return transposed(matrix).reshape(*sizes[len(sizes) - n :], *sizes[: len(sizes) - n])
+        if self.layout == POINTWISE:
+            return tensor[:, :, 0, 0].T[index]
+        return tensor.reshape(self.shape)[index]
 
     def to_torch(self, array: np.ndarray) -> np.ndarray:
         """[*shape] -> [*torch_shape]: the inverse of `from_torch`."""
         if self.layout == CONV:
             return array.transpose(3, 2, 0, 1)
-        if self.layout in (LINEAR, POINTWISE):
-            inputs = math.prod(self.shape[: self.num_inputs])
-            return transposed(array.reshape(inputs, -1)).reshape(self.torch_shape)
+        if self.layout == POINTWISE:
+            return array.T[:, :, None, None]
         return array.reshape(self.torch_shape)
 
 
-def transposed(matrix: np.ndarray) -> np.ndarray:
-    """[A, B] -> [B, A] in row-major memory, seven times as fast as NumPy's copy of `matrix.T` for large matrices."""
-    rows, columns = matrix.shape
-    result = np.empty((columns, rows), matrix.dtype)
-    # Padded, since rows that lie a power of two apart compete for the same lines of the cache.
-    block = np.empty((min(rows, 256), columns + 32), matrix.dtype)
-    for begin in range(0, rows, len(block)):
-        part = block[: min(rows - begin, len(block)), :columns]
-        part[:] = matrix[begin : begin + len(part)]
-        result[:, begin : begin + len(part)] = part.T
-    return result
-
-
-def _torch_shape(layout: str, shape: tuple[int, ...], num_inputs: int, is_bias: bool, dialect: str) -> tuple[int, ...]:
-    inputs, outputs = math.prod(shape[:num_inputs]), math.prod(shape[num_inputs:])
+def _shapes(
+    layout: str, inputs: list[int], outputs: list[int], is_bias: bool, dialect: str
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Our shape and torch's of a row with the axes `inputs -> outputs`; without an arrow all of them are outputs."""
     if layout == CONV:
-        height, width, inputs, outputs = shape
-        return (outputs, inputs, height, width)
+        *window, channels = inputs
+        return (*inputs, *outputs), (*outputs, channels, *window)
     if layout == POINTWISE:
-        return (outputs, inputs, 1, 1)
+        return (*inputs, *outputs), (*outputs, *inputs, 1, 1)
+    shape = (*outputs, *inputs)
     if layout == LINEAR:
-        return (outputs, inputs)
+        return shape, (math.prod(outputs), math.prod(inputs))
     if layout == POSITIONS and dialect == "original":
-        return (1, *shape)
-    return (math.prod(shape),) if is_bias else shape
+        return shape, (1, *shape)
+    return shape, (math.prod(shape),) if is_bias else shape
 
 
 def slots(config: JanusConfig, dialect: str) -> list[Slot]:
@@ -271,8 +255,7 @@ def slots(config: JanusConfig, dialect: str) -> list[Slot]:
             name = names[DIALECTS.index(dialect)]
             inputs, _, outputs = axis_names.rpartition("->")
             sizes = [[axes[a] if a in axes else int(a) for a in half.split()] for half in (inputs, outputs)]
-            shape = (*sizes[0], *sizes[1])
-            torch_shape = _torch_shape(layout, shape, len(sizes[0]), ours.endswith("/bias"), dialect)
+            shape, torch_shape = _shapes(layout, *sizes, ours.endswith("/bias"), dialect)
             part = re.search(r"\[(\d)\]$", name)
             parts = (int(part[1]), 3) if part else (0, 1)
             name = name[: part.start()] if part else name
@@ -281,7 +264,6 @@ def slots(config: JanusConfig, dialect: str) -> list[Slot]:
                     path=tuple(ours.split("/")),
                     layer=layer,
                     shape=shape,
-                    num_inputs=len(sizes[0]),
                     layout=layout,
                     name=name.replace("{i}", str(layer)),
                     torch_shape=torch_shape,

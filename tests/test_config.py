@@ -132,8 +132,8 @@ def test_select_layer(select, layers):
     assert parse_config(raw).vision.layers == layers
 
 
-# What the original checkpoints hold and the model does not use: SigLIP's attention-pool head (a probe, q, kv and proj, a
-# LayerNorm, an MLP) and the VQ model's usage counters.
+# What the original checkpoints hold and the model does not use: SigLIP's attention-pool head (a probe, q, kv and proj,
+# a LayerNorm, an MLP) and the VQ model's usage counters.
 UNUSED = 1024 + 4 * (1024 * 1024 + 1024) + 2 * 1024 + (1024 * 4096 + 4096) + (4096 * 1024 + 1024) + 65536
 
 

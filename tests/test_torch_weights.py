@@ -201,15 +201,15 @@ def test_orientation_of_what_is_square(tiny):
         layer = f"model.language_model.layers.{i}.self_attn"
         attention = params["language_model"]["layers"]["self_attn"]
         for name in ("q_proj", "k_proj", "v_proj"):
-            expected = state[f"{layer}.{name}.weight"].T.reshape(t.width, -1, t.head_dim)
+            expected = state[f"{layer}.{name}.weight"].reshape(-1, t.head_dim, t.width)
             np.testing.assert_array_equal(attention[name]["kernel"][i], expected)
-        expected = state[f"{layer}.o_proj.weight"].T.reshape(t.heads, t.head_dim, t.width)
+        expected = state[f"{layer}.o_proj.weight"].reshape(t.width, t.heads, t.head_dim)
         np.testing.assert_array_equal(attention["o_proj"]["kernel"][i], expected)
     for i in range(v.layers):
         layer = f"model.vision_model.encoder.layers.{i}.self_attn"
         for ours, theirs in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj")):
             attention = params["vision_model"]["blocks"]["attn"][ours]
-            expected = state[f"{layer}.{theirs}.weight"].T.reshape(v.width, v.heads, v.head_dim)
+            expected = state[f"{layer}.{theirs}.weight"].reshape(v.heads, v.head_dim, v.width)
             np.testing.assert_array_equal(attention["kernel"][i], expected)
             np.testing.assert_array_equal(attention["bias"][i].reshape(-1), state[f"{layer}.{theirs}.bias"])
 

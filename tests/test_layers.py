@@ -1,0 +1,80 @@
+"""The layers that the encoders and the decoder share, against numpy and transformers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers.models.llama import modeling_llama
+
+from janus_jax.layers import Einsum, Embed, MlpProjector, RMSNorm, apply_rope, rope
+
+
+@pytest.mark.parametrize("leading", [(1, 1), (2, 5), (3, 40), (1, 300)], ids=str)
+@pytest.mark.parametrize(
+    "spec, shape, features",
+    [("BTD,FD->BTF", (7, 6), (6,)), ("BTD,NHD->BTNH", (3, 4, 6), (6,)), ("BTNH,DNH->BTD", (6, 2, 5), (2, 5))],
+)
+def test_einsum(spec, shape, features, leading, rng, close):
+    """Few tokens and many go different ways to the same result."""
+    x = rng.standard_normal(leading + features).astype(np.float32)
+    module = Einsum(spec, shape, use_bias=True)
+    params = module.init(jax.random.key(0), x)["params"]
+    bias = rng.standard_normal(params["bias"].shape).astype(np.float32)
+    y = module.apply({"params": params | {"bias": bias}}, x)
+    close(y, np.einsum(spec, x, np.asarray(params["kernel"], np.float64)) + bias, spec, 1e-6)
+
+
+@pytest.mark.parametrize("tokens", [3, 200])
+def test_einsum_dtypes(tokens):
+    """Parameters in one dtype, products in another, results in a third."""
+    module = Einsum("...D,FD->...F", (8, 4), True, jnp.bfloat16, jnp.float32, jnp.float32)
+    x = jnp.ones((tokens, 4))
+    params = module.init(jax.random.key(0), x)["params"]
+    assert params["kernel"].dtype == params["bias"].dtype == jnp.float32
+    assert module.apply({"params": params}, x).dtype == jnp.float32
+    assert module.clone(out_dtype=None).apply({"params": params}, x).dtype == jnp.bfloat16
+
+
+def test_einsum_init_keeps_the_variance(rng):
+    """The fan-in is what is contracted, wherever its axes stand."""
+    for spec, shape, features in (("BTD,NHD->BTNH", (4, 8, 300), (300,)), ("BTNH,DNH->BTD", (300, 4, 75), (4, 75))):
+        x = rng.standard_normal((1, 500, *features)).astype(np.float32)
+        y, _ = Einsum(spec, shape).init_with_output(jax.random.key(0), x)
+        assert 0.9 < np.std(y) < 1.1, spec
+
+
+def test_embed():
+    table = jnp.arange(12.0).reshape(4, 3)
+    x = Embed(4, 3, jnp.bfloat16).apply({"params": {"embedding": table}}, jnp.array([[2, 0]]))
+    assert x.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(x, [[[6, 7, 8], [0, 1, 2]]])
+
+
+def test_rms_norm(rng, close):
+    x, scale = rng.standard_normal((2, 3, 8)).astype(np.float32), rng.standard_normal(8).astype(np.float32)
+    norm = modeling_llama.LlamaRMSNorm(8, eps=0.1)
+    norm.weight.data = torch.tensor(scale)
+    ours = RMSNorm(0.1).apply({"params": {"scale": scale}}, x)
+    close(ours, norm(torch.tensor(x)).detach(), "RMSNorm", 1e-6)
+
+
+def test_rope(rng, close):
+    """Far positions and another theta, against transformers."""
+    x = rng.standard_normal((2, 5, 3, 12)).astype(np.float32)
+    positions = np.array([[0, 1, 2, 3, 4], [7, 100, 4000, 16383, 3]])
+    config = modeling_llama.LlamaConfig(
+        hidden_size=36, num_attention_heads=3, rope_parameters={"rope_type": "default", "rope_theta": 500.0}
+    )
+    theirs = torch.tensor(x).swapaxes(1, 2)
+    cos_sin = modeling_llama.LlamaRotaryEmbedding(config)(theirs, torch.tensor(positions))
+    theirs, _ = modeling_llama.apply_rotary_pos_emb(theirs, theirs, *cos_sin)
+    close(apply_rope(x, rope(positions, 12, 500.0)), theirs.swapaxes(1, 2), "rotated", 2e-3)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_mlp_projector_names(depth):
+    """Layers carry the indices of the reference's nn.Sequential, whose odd entries are the GELUs."""
+    shapes = jax.eval_shape(MlpProjector(5, 8, depth).init, jax.random.key(0), jnp.zeros((1, 5)))["params"]
+    assert sorted(shapes) == [f"layers_{2 * i}" for i in range(depth)]
+    assert [shapes[name]["bias"].shape for name in sorted(shapes)] == [(8,)] * depth
