@@ -15,8 +15,8 @@ import jax.numpy as jnp
 
 from janus_jax.sharding import constrain
 
-# Up to so many tokens a product is bound by reading its kernel.
-_FEW_TOKENS = 64
+# Up to so many tokens XLA:CPU is faster with the kernel on the left (measured: 2.6 times for 2, 1.3 for 128).
+_FEW_TOKENS = 128
 
 
 class Einsum(nn.Module):
@@ -47,14 +47,20 @@ class Einsum(nn.Module):
         kernel = self.param("kernel", init, self.shape, self.param_dtype).astype(self.dtype)
         x = x.astype(self.dtype)
         leading, out_shape = x.shape[: x.ndim - len(contracted)], tuple(self.shape[i] for i in added)
-        tokens = math.prod(leading)
-        if tokens <= _FEW_TOKENS:
-            # The kernel goes left, as a matrix: XLA:CPU repacks the right operand of a product, three times the work.
-            matrix = kernel.reshape(math.prod(out_shape), -1)
-            y = jnp.einsum("FD,TD->FT", matrix, x.reshape(tokens, -1), preferred_element_type=self.out_dtype)
-            y = y.T.reshape(*leading, *out_shape)
+
+        def default(x, kernel):
+            return jnp.einsum(self.spec, x, kernel, preferred_element_type=self.out_dtype)
+
+        def kernel_left(x, kernel):
+            # XLA:CPU repacks the right operand of a product, however large; the barrier keeps it from swapping them.
+            rows, matrix = x.reshape(math.prod(leading), -1), kernel.reshape(math.prod(out_shape), -1)
+            y = jnp.einsum("FD,TD->FT", matrix, rows, preferred_element_type=self.out_dtype)
+            return jax.lax.optimization_barrier(y).T.reshape(*leading, *out_shape)
+
+        if math.prod(leading) <= _FEW_TOKENS:
+            y = jax.lax.platform_dependent(x, kernel, cpu=kernel_left, default=default)
         else:
-            y = jnp.einsum(self.spec, x, kernel, preferred_element_type=self.out_dtype)
+            y = default(x, kernel)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, out_shape, self.param_dtype)
             y = y + bias.astype(y.dtype)

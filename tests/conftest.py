@@ -16,6 +16,8 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "float32")
+# Hundreds of small programs that run once or twice: compiling them is what takes time.
+jax.config.update("jax_disable_most_optimizations", True)
 
 # After the settings above, which hold only if no backend has started.
 from janus_jax.config import PRESETS, JanusConfig, LlamaConfig, SiglipConfig, VQConfig  # noqa: E402
