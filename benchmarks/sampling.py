@@ -3,7 +3,8 @@
 `python -m benchmarks.sampling --preset janus_pro_1b --steps 32` times one image with guidance (two rows) with random
 weights: prefill of a fresh prompt, then `steps` decoding steps, in each framework and dtype, and here for both layouts
 of the decoder's layers. Each row runs in a process of its own, one after the other, twice around, so that a drift of
-the machine shows; the table gives the median step. The torch loop is the reference's: growing cache, one call a step.
+the machine shows; the table gives the median step. On torch there are two loops: the reference script's (a growing
+cache, one call of the model a step), and the port's own `generate` (a static cache), whose step is the mean of a run.
 """
 
 from __future__ import annotations
@@ -18,7 +19,14 @@ import time
 from typing import Any
 
 PROMPT_TOKENS = 32
-VARIANTS = ("jax float32 unstacked", "jax float32 scanned", "jax bfloat16 unstacked", "torch float32", "torch bfloat16")
+VARIANTS = (
+    "jax float32 unstacked",
+    "jax float32 scanned",
+    "jax bfloat16 unstacked",
+    "torch float32",
+    "torch bfloat16",
+    "torch float32 generate",
+)
 
 
 def time_jax(preset: str, dtype: str, scan_layers: bool, steps: int) -> dict[str, Any]:
@@ -62,16 +70,13 @@ def time_jax(preset: str, dtype: str, scan_layers: bool, steps: int) -> dict[str
     return result
 
 
-def time_torch(preset: str, dtype: str, steps: int) -> dict[str, Any]:
-    """Times the reference loop over transformers' port: language model, image head, guidance, draw, embed."""
-    import os
-
+def build_torch(preset: str, dtype: str) -> Any:
+    """transformers' port with every parameter 0.01."""
     import torch
     import transformers
 
     from janus_jax.config import get_preset, transformers_config
 
-    torch.set_num_threads(os.cpu_count())
     config = get_preset(preset)
     raw = transformers_config(config, image_token_id=0)
     hf_config = transformers.JanusConfig(**{k: v for k, v in raw.items() if k not in ("model_type", "torch_dtype")})
@@ -84,13 +89,23 @@ def time_torch(preset: str, dtype: str, steps: int) -> dict[str, Any]:
         # Buffers have no values after to_empty: the rotary frequencies are made again as the module makes them.
         rotary = model.model.language_model.rotary_emb
         model.model.language_model.rotary_emb = type(rotary)(hf_config.text_config)
+    return model
+
+
+def time_torch(preset: str, dtype: str, steps: int) -> dict[str, Any]:
+    """Times the reference loop over transformers' port: language model, image head, guidance, draw, embed."""
+    import torch
+    import transformers
+
+    model = build_torch(preset, dtype)
     head, embed = model.model.generation_head, model.prepare_embeddings_for_image_generation
-    ids = torch.randint(0, config.language.vocab_size, (2, PROMPT_TOKENS))
+    text_config = model.config.text_config
+    ids = torch.randint(0, text_config.vocab_size, (2, PROMPT_TOKENS))
 
     result: dict[str, Any] = {"compile": 0.0, "steps": []}
     with torch.inference_mode():
         for warm in (False, True):
-            cache = transformers.DynamicCache(config=hf_config.text_config)
+            cache = transformers.DynamicCache(config=text_config)
             x = model.get_input_embeddings()(ids)
             for i in range(steps + 2 if warm else 2):
                 began = time.perf_counter()
@@ -107,12 +122,35 @@ def time_torch(preset: str, dtype: str, steps: int) -> dict[str, Any]:
     return result
 
 
+def time_torch_generate(preset: str, dtype: str, steps: int) -> dict[str, Any]:
+    """Times the port's own `generate` in image mode; a step is what each code after the first adds."""
+    import torch
+    import transformers
+
+    model = build_torch(preset, dtype)
+    ids = torch.randint(10, model.config.text_config.vocab_size, (1, PROMPT_TOKENS))
+    settings = transformers.GenerationConfig(
+        do_sample=True, top_k=0, guidance_scale=5, bos_token_id=0, pad_token_id=1, eos_token_id=2,
+        max_length=PROMPT_TOKENS + model.config.vision_config.num_image_tokens, generation_kwargs={"boi_token_id": 3},
+    )  # fmt: skip
+
+    def seconds(num_tokens: int) -> float:
+        model.model.vision_model.config.num_image_tokens = num_tokens
+        began = time.perf_counter()
+        model.generate(ids, torch.ones_like(ids), generation_mode="image", generation_config=settings)
+        return time.perf_counter() - began
+
+    seconds(1)
+    prefill = seconds(1)
+    return {"compile": 0.0, "prefill": prefill, "steps": [(seconds(steps + 1) - prefill) / steps]}
+
+
 def run_variant(variant: str, preset: str, steps: int) -> dict[str, Any]:
     """One row, timed in this process."""
-    framework, dtype, *layout = variant.split()
+    framework, dtype, *how = variant.split()
     if framework == "torch":
-        return time_torch(preset, dtype, steps)
-    return time_jax(preset, dtype, layout == ["scanned"], steps)
+        return (time_torch_generate if how else time_torch)(preset, dtype, steps)
+    return time_jax(preset, dtype, how == ["scanned"], steps)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -28,6 +28,13 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError, OutOfMemory) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except jax.errors.JaxRuntimeError as error:
+        if not OutOfMemory.says(error):
+            raise
+        print(
+            "error: the model and this request do not fit the device's memory; try --dtype or --mesh", file=sys.stderr
+        )
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

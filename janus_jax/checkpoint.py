@@ -27,6 +27,7 @@ from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
 from janus_jax.config import JanusConfig, dialect_of, original_config, parse_config
+from janus_jax.progress import byte_bar
 from janus_jax.torch_files import Tensor, open_file, weight_file
 from janus_jax.torch_names import Path
 from janus_jax.torch_weights import (
@@ -37,7 +38,6 @@ from janus_jax.torch_weights import (
     abstract_params,
     lazy_params,
     place,
-    progress_bar,
     read_now,
     read_raw_config,
     total_bytes,
@@ -209,7 +209,7 @@ def write_lazy(folder: pathlib.Path, leaves: LazyParams, progress: bool = False)
     large = {path: leaf for path, leaf in leaves.items() if leaf.num_bytes > _LARGE_BYTES}
     tree = {path: np.zeros((), leaf.dtype) for path, leaf in large.items()}
     tree |= {path: read_now(leaf) for path, leaf in leaves.items() if path not in large}
-    with progress_bar("writing", total_bytes(leaves), progress) as bar:
+    with byte_bar("writing", total_bytes(leaves), progress) as bar:
         save_params(folder, traverse_util.unflatten_dict(tree))
         bar.update(total_bytes(leaves) - total_bytes(large))
         tree.clear()

@@ -18,9 +18,10 @@ import numpy as np
 
 from janus_jax.checkpoint import CARRIED, PARAMS, Checkpoint, open_checkpoint, pieces, write_json, write_lazy
 from janus_jax.config import dialect_of, original_config, transformers_config
+from janus_jax.progress import byte_bar
 from janus_jax.torch_files import TensorToWrite, write_safetensors, write_sharded
 from janus_jax.torch_names import DIALECTS
-from janus_jax.torch_weights import LazyArray, LazyParams, parse_dtype, progress_bar, tensors_to_write, total_bytes
+from janus_jax.torch_weights import LazyArray, LazyParams, parse_dtype, tensors_to_write, total_bytes
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -104,7 +105,7 @@ def to_torch(
     raw = source.raw_config if same else _translated(source, dialect, note)
     tensors = tensors_to_write(source.leaves, source.carried, source.config, dialect)
     with staged(source.folder, pathlib.Path(out), overwrite) as folder:
-        with progress_bar("writing", sum(tensor.num_bytes for tensor in tensors), progress) as bar:
+        with byte_bar("writing", sum(tensor.num_bytes for tensor in tensors), progress) as bar:
             write_sharded(folder, tensors, max_shard_bytes, bar.update)
         copy_files(source.folder, folder, TOKENIZER_FILES + (PROCESSOR_FILES if same else ()))
         if same and _untied(raw) is raw:
@@ -123,7 +124,7 @@ def _carried(source: Checkpoint, name: str, dtype: np.dtype | None) -> TensorToW
 
 
 def _verify(leaves: LazyParams, written: LazyParams, progress: bool) -> None:
-    with progress_bar("verifying", total_bytes(leaves), progress) as bar:
+    with byte_bar("verifying", total_bytes(leaves), progress) as bar:
         for path, leaf in leaves.items():
             for piece in pieces(leaf):
                 if not _same_bits(leaf, written[path], piece):

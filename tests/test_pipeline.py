@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from janus_jax import JanusPipeline, checkpoint, conversion, load, make_mesh, sampling
-from janus_jax.pipeline import image_keys
+from janus_jax.pipeline import encode_codes, image_keys
 from janus_jax.sharding import flatten
 from tests.tiny_tokenizer import write_tokenizer
 
@@ -181,11 +181,10 @@ def test_meshes_change_nothing(folder, janus, codes, shape):
     assert jax.sharding.get_abstract_mesh().empty, "the mesh leaked out of the call"
 
 
-def test_mesh_decodes_encodes_and_answers(folder, janus, codes):
+def test_mesh_decodes_and_answers(folder, janus, codes):
     spread = load(folder, mesh=make_mesh(MESHES[-1]))
     images = spread.decode_codes(codes)
     assert nearly_equal(images, janus.decode_codes(codes))
-    np.testing.assert_array_equal(spread.encode_images(images), janus.encode_images(images))
     pieces = spread.stream_chat("What is it?", (), 6, system_prompt="")
     first = next(pieces)
     assert jax.sharding.get_abstract_mesh().empty, "the mesh leaked out of the generator"
@@ -242,9 +241,8 @@ def test_encoding(janus, codes, tmp_path):
     assert ours.min() >= 0 and ours.max() < 256 and len(np.unique(ours)) > 3
     # The middle of a long side counts, whatever the image comes as.
     np.testing.assert_array_equal(ours[1:], ours[:1].repeat(2, axis=0))
-    model, params = janus.model, {"params": janus.params}
-    direct = model.apply(params, jnp.asarray(pixels[None, :, 12:28] / 127.5 - 1, jnp.float32), method="encode_codes")
-    np.testing.assert_array_equal(direct, ours[:1])
+    scaled = jnp.asarray(pixels[None, :, 12:28].repeat(3, axis=0) / 127.5 - 1, jnp.float32)
+    np.testing.assert_array_equal(encode_codes(janus.model, janus.params, scaled), ours)
 
 
 # ---------------------------------------------------------------- what drawing refuses
@@ -274,7 +272,7 @@ def test_encoding(janus, codes, tmp_path):
         (SHORT, {"top_p": float("nan")}, "top_p nan"),
         (SHORT, {"top_k": 0}, "top_k 0"),
         (SHORT, {"top_k": 2.5}, "top_k 2.5"),
-        (SHORT, {"top_k": float("nan")}, "(?i)nan"),
+        (SHORT, {"top_k": float("nan")}, "NaN"),
         (SHORT, {"seed": -1}, "seed -1"),
         (SHORT, {"seed": 2**32}, "seed 4294967296"),
         (SHORT, {"seed": 0.5}, "seed 0.5"),
@@ -486,12 +484,12 @@ def test_conversation_of_several_turns(janus, prompts):
 
 def test_system_prompt(janus, prompts, monkeypatch):
     tokenizer = janus.processor.tokenizer
-    question = f"<|User|>: {QUESTION}\n\n<|Assistant|>:"
+    question = f": {QUESTION}\n\n:"  # the role tags are special tokens
     for system, expected in (("Be brief.", f"Be brief.\n\n{question}"), ("", question)):
         prompts.clear()
         janus.chat(QUESTION, max_new_tokens=20, system_prompt=system)
-        row = prompts[0][0][0].tolist()
-        assert tokenizer.decode(row, skip_special_tokens=False).endswith(f"{tokenizer.decode([tokenizer.bos_id], False)}{expected}")
+        ids = prompts[0][0][0]
+        assert tokenizer.decode(ids[ids != tokenizer.pad_id]) == expected
     monkeypatch.setattr(janus.processor, "understanding_prompt", lambda turns, images, system, new: pytest.fail(system))
     with pytest.raises(pytest.fail.Exception, match="You are a helpful language and vision assistant"):
         janus.chat(QUESTION)

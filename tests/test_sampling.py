@@ -27,7 +27,8 @@ def image_keys(count: int, seed: int = 0):
     return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(count))
 
 
-GREEDY = make_sampler(0)
+# Few kinds of samplers and batches, since each is a program of its own.
+GREEDY, TRUNCATED = make_sampler(0), make_sampler(0.8, top_k=20, top_p=0.9)
 
 
 def draw(case, ids, mask, keys=None, **settings):
@@ -89,26 +90,24 @@ def test_guidance_of_zero_is_the_unconditional_row(tiny, close):
 
 
 def test_batch_equals_its_rows_alone(tiny, close):
-    sampler = make_sampler(0.8, top_k=20, top_p=0.9)
     ids, mask = pairs(tiny, (8, 5, 8, 6, 7))
     keys = image_keys(5)
-    codes, logits = draw(tiny, ids, mask, keys, sampler=sampler)
+    codes, logits = draw(tiny, ids, mask, keys, sampler=TRUNCATED)
     assert len({tuple(row) for row in codes}) == 5, "the rows are alike, which proves nothing"
     for i in range(5):
-        alone, alone_logits = draw(tiny, ids[i : i + 1], mask[i : i + 1], keys[i : i + 1], sampler=sampler)
+        alone, alone_logits = draw(tiny, ids[i : i + 1], mask[i : i + 1], keys[i : i + 1], sampler=TRUNCATED)
         np.testing.assert_array_equal(alone[0], codes[i])
         close(alone_logits[0], logits[i], "logits alone", 1e-5)
 
 
 def test_keys_decide(tiny):
     """The same prompt: another key, another image; the same key, the same image, at any place of the batch."""
-    ids, mask = (np.repeat(a, 4, 0) for a in pairs(tiny, (8,)))
-    sampler = make_sampler(1.0)
-    codes, _ = draw(tiny, ids, mask, image_keys(4), sampler=sampler)
-    assert len({tuple(row) for row in codes}) == 4
-    again, _ = draw(tiny, ids, mask, image_keys(4)[::-1], sampler=sampler)
+    ids, mask = (np.repeat(a, 5, 0) for a in pairs(tiny, (8,)))
+    codes, _ = draw(tiny, ids, mask, image_keys(5), sampler=TRUNCATED)
+    assert len({tuple(row) for row in codes}) == 5
+    again, _ = draw(tiny, ids, mask, image_keys(5)[::-1], sampler=TRUNCATED)
     np.testing.assert_array_equal(again[::-1], codes)
-    other, _ = draw(tiny, ids, mask, image_keys(4, seed=1), sampler=sampler)
+    other, _ = draw(tiny, ids, mask, image_keys(5, seed=1), sampler=TRUNCATED)
     assert (other != codes).any(axis=1).all()
 
 
@@ -147,8 +146,7 @@ def test_num_tokens(tiny):
     ids, mask = pairs(tiny)
     whole, _ = draw(tiny, ids, mask)
     assert whole.shape[1] == tiny.config.gen_vision.num_tokens
-    for count in (1, 5):
-        np.testing.assert_array_equal(draw(tiny, ids, mask, num_tokens=count)[0], whole[:, :count])
+    np.testing.assert_array_equal(draw(tiny, ids, mask, num_tokens=1)[0], whole[:, :1])
 
 
 def test_progress_in_pieces(tiny):

@@ -1,0 +1,25 @@
+"""Progress bars, on standard error."""
+
+from __future__ import annotations
+
+import sys
+
+from tqdm import tqdm
+
+
+def shown(progress: bool | None) -> bool:
+    """Whether to show progress: as asked, else where somebody looks, a terminal or a notebook."""
+    if progress is not None:
+        return progress
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
+
+
+def step_bar(description: str, steps: int, enabled: bool) -> tqdm:
+    """A bar over `steps` steps."""
+    return tqdm(desc=description, total=steps, unit="step", disable=not enabled, file=sys.stderr)
+
+
+def byte_bar(description: str, num_bytes: int, enabled: bool) -> tqdm:
+    """A bar over `num_bytes`."""
+    settings = {"unit": "B", "unit_scale": True, "mininterval": 0.5, "file": sys.stderr}
+    return tqdm(desc=description, total=num_bytes, disable=not enabled, **settings)
