@@ -1,6 +1,6 @@
 """Seconds a step of text to image, here and in transformers' port on torch, in one run on this machine.
 
-`python -m benchmarks.sampling --preset janus_pro_1b --steps 32` times one image with guidance (two rows) with random
+`python -m benchmarks.sampling --preset janus_pro_1b --steps 32` times images with guidance (two rows each) on constant
 weights: prefill of a fresh prompt, then `steps` decoding steps, in each framework and dtype, and here for both layouts
 of the decoder's layers. Each row runs in a process of its own, one after the other, twice around, so that a drift of
 the machine shows; the table gives the median step. On torch there are two loops: the reference script's (a growing
@@ -29,7 +29,7 @@ VARIANTS = (
 )
 
 
-def time_jax(preset: str, dtype: str, scan_layers: bool, steps: int) -> dict[str, Any]:
+def time_jax(preset: str, dtype: str, scan_layers: bool, steps: int, images: int) -> dict[str, Any]:
     """Times `sampling.start_image` and single steps of `continue_image`."""
     import jax
     import jax.numpy as jnp
@@ -43,8 +43,8 @@ def time_jax(preset: str, dtype: str, scan_layers: bool, steps: int) -> dict[str
     model = Janus(config, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype), scan_layers=scan_layers)
     # Timing sees no difference between values, as long as none is zero, denormal or infinite.
     params = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.01, dtype), abstract_params(config, scan_layers))
-    ids = jax.random.randint(jax.random.key(1), (1, 2, PROMPT_TOKENS), 0, config.language.vocab_size)
-    mask, keys = jnp.ones(ids.shape, bool), jax.random.split(jax.random.key(0), 1)
+    ids = jax.random.randint(jax.random.key(1), (images, 2, PROMPT_TOKENS), 0, config.language.vocab_size)
+    mask, keys = jnp.ones(ids.shape, bool), jax.random.split(jax.random.key(0), images)
     guidance, sampler = jnp.float32(5), sampling.make_sampler()
     num_tokens = config.gen_vision.num_tokens
 
@@ -92,7 +92,7 @@ def build_torch(preset: str, dtype: str) -> Any:
     return model
 
 
-def time_torch(preset: str, dtype: str, steps: int) -> dict[str, Any]:
+def time_torch(preset: str, dtype: str, steps: int, images: int) -> dict[str, Any]:
     """Times the reference loop over transformers' port: language model, image head, guidance, draw, embed."""
     import torch
     import transformers
@@ -100,7 +100,7 @@ def time_torch(preset: str, dtype: str, steps: int) -> dict[str, Any]:
     model = build_torch(preset, dtype)
     head, embed = model.model.generation_head, model.prepare_embeddings_for_image_generation
     text_config = model.config.text_config
-    ids = torch.randint(0, text_config.vocab_size, (2, PROMPT_TOKENS))
+    ids = torch.randint(0, text_config.vocab_size, (2 * images, PROMPT_TOKENS))
 
     result: dict[str, Any] = {"compile": 0.0, "steps": []}
     with torch.inference_mode():
@@ -110,10 +110,11 @@ def time_torch(preset: str, dtype: str, steps: int) -> dict[str, Any]:
             for i in range(steps + 2 if warm else 2):
                 began = time.perf_counter()
                 output = model.model.language_model(inputs_embeds=x, past_key_values=cache, use_cache=True)
-                conditional, unconditional = head(output.last_hidden_state[:, -1]).float()
+                logits = head(output.last_hidden_state[:, -1]).float()
+                conditional, unconditional = logits[0::2], logits[1::2]
                 logits = unconditional + 5 * (conditional - unconditional)
                 code = torch.multinomial(torch.softmax(logits, -1), 1)
-                x = embed(code.repeat(2)[:, None])
+                x = embed(code.repeat_interleave(2, dim=0))
                 took = time.perf_counter() - began
                 if i == 0:
                     result["prefill"] = took
@@ -122,13 +123,13 @@ def time_torch(preset: str, dtype: str, steps: int) -> dict[str, Any]:
     return result
 
 
-def time_torch_generate(preset: str, dtype: str, steps: int) -> dict[str, Any]:
+def time_torch_generate(preset: str, dtype: str, steps: int, images: int) -> dict[str, Any]:
     """Times the port's own `generate` in image mode; a step is what each code after the first adds."""
     import torch
     import transformers
 
     model = build_torch(preset, dtype)
-    ids = torch.randint(10, model.config.text_config.vocab_size, (1, PROMPT_TOKENS))
+    ids = torch.randint(10, model.config.text_config.vocab_size, (images, PROMPT_TOKENS))
     settings = transformers.GenerationConfig(
         do_sample=True, top_k=0, guidance_scale=5, bos_token_id=0, pad_token_id=1, eos_token_id=2,
         max_length=PROMPT_TOKENS + model.config.vision_config.num_image_tokens, generation_kwargs={"boi_token_id": 3},
@@ -145,12 +146,12 @@ def time_torch_generate(preset: str, dtype: str, steps: int) -> dict[str, Any]:
     return {"compile": 0.0, "prefill": prefill, "steps": [(seconds(steps + 1) - prefill) / steps]}
 
 
-def run_variant(variant: str, preset: str, steps: int) -> dict[str, Any]:
+def run_variant(variant: str, preset: str, steps: int, images: int) -> dict[str, Any]:
     """One row, timed in this process."""
     framework, dtype, *how = variant.split()
     if framework == "torch":
-        return (time_torch_generate if how else time_torch)(preset, dtype, steps)
-    return time_jax(preset, dtype, how == ["scanned"], steps)
+        return (time_torch_generate if how else time_torch)(preset, dtype, steps, images)
+    return time_jax(preset, dtype, how == ["scanned"], steps, images)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -158,6 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sampling", description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="janus_pro_1b")
     parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--images", type=int, default=1, help="images drawn at once, two rows each (default 1)")
     parser.add_argument("--rounds", type=int, default=2, help="times around all variants (default 2)")
     parser.add_argument(
         "--variant", choices=VARIANTS, action="append", help="only this one; may be given several times"
@@ -166,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     variants = args.variant or list(VARIANTS)
     if args.json:
-        print(json.dumps(run_variant(variants[0], args.preset, args.steps)))
+        print(json.dumps(run_variant(variants[0], args.preset, args.steps, args.images)))
         return 0
 
     runs: dict[str, list[dict[str, Any]]] = {variant: [] for variant in variants}
@@ -174,21 +176,21 @@ def main(argv: list[str] | None = None) -> int:
         for variant in variants:
             print(f"round {number + 1} of {args.rounds}: {variant}", file=sys.stderr, flush=True)
             command = [sys.executable, "-m", "benchmarks.sampling", "--json", "--variant", variant]
-            command += ["--preset", args.preset, "--steps", str(args.steps)]
+            command += ["--preset", args.preset, "--steps", str(args.steps), "--images", str(args.images)]
             done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
             runs[variant].append(json.loads(done.stdout.splitlines()[-1]))
-    print_table(args.preset, args.steps, runs)
+    print_table(f"{args.preset}, {args.images} images at once, {args.steps} steps", runs)
     return 0
 
 
-def print_table(preset: str, steps: int, runs: dict[str, list[dict[str, Any]]]):
+def print_table(title: str, runs: dict[str, list[dict[str, Any]]]):
     """Median seconds a step of each variant, and how many times faster than torch in float32 and in its best dtype."""
     import importlib.metadata as metadata
 
     median = {variant: statistics.median([s for run in done for s in run["steps"]]) for variant, done in runs.items()}
     torch_times = [median[variant] for variant in median if variant.startswith("torch")]
     packages = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "torch", "transformers"))
-    print(f"{preset}, one image with guidance, {steps} steps, {platform.machine()} CPU, {packages}")
+    print(f"{title}, with guidance, {platform.machine()} CPU, {packages}")
     print("| variant | prefill s | step s | step s of each round | compile s | x torch float32 | x torch's best |")
     print("|---|---|---|---|---|---|---|")
     for variant, done in runs.items():

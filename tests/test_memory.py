@@ -42,6 +42,20 @@ def test_available_bytes():
     assert isinstance(free, int) and 2**20 < free < 2**50
 
 
+def test_available_bytes_in_a_container(tmp_path, monkeypatch):
+    """A container's limit counts where it is tighter than the machine's memory."""
+    monkeypatch.setattr("janus_jax.memory._CGROUP", tmp_path)
+    device = jax.devices()[0]
+    assert available_bytes(device) > 2**20  # no limit told
+    (tmp_path / "memory.current").write_text("300\n")
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert available_bytes(device) == 700
+    (tmp_path / "memory.max").write_text("200\n")
+    assert available_bytes(device) == 0
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_bytes(device) > 2**20
+
+
 def test_available_bytes_of_an_accelerator():
     class Device:
         platform = "gpu"
