@@ -111,6 +111,13 @@ def test_keys_decide(tiny):
     assert (other != codes).any(axis=1).all()
 
 
+def test_every_step_draws_anew(tiny):
+    """At a temperature where all codes are equally likely, 16 draws of 256 seldom meet."""
+    ids, mask = pairs(tiny, (8, 5, 8, 6, 7))
+    codes, _ = draw(tiny, ids, mask, sampler=make_sampler(1e6, top_k=256))
+    assert all(len(np.unique(row)) > 10 for row in codes), codes
+
+
 def test_longer_left_padding_changes_nothing(tiny, close):
     (ids, mask), (longer, longer_mask) = pairs(tiny), pairs(tiny, padding=9)
     codes, logits = draw(tiny, ids, mask)
@@ -193,6 +200,11 @@ def test_stream_in_pieces(tiny, question, piece):
     pieces = pieces_of(tiny, question, max_new_tokens=11, piece=piece)
     assert [p.shape[1] for p in pieces[1:-1]] == [piece] * (len(pieces) - 2)
     np.testing.assert_array_equal(np.concatenate(pieces, 1), whole)
+
+
+def test_every_token_is_drawn_anew(tiny, question):
+    tokens = tokens_of(tiny, question, max_new_tokens=20, sampler=make_sampler(1e6, top_k=500))
+    assert all(len(np.unique(row)) > 15 for row in tokens), tokens
 
 
 def test_spare_slots_change_nothing(tiny, question):
