@@ -24,7 +24,7 @@ from janus_jax.config import PRESETS, JanusConfig, LlamaConfig, SiglipConfig, VQ
 from janus_jax.model import Janus  # noqa: E402
 
 # Sizes that tell apart what the presets leave equal: heads and key/value heads, head_dim and width / heads, the two
-# image sizes, the two adapters' depths, one and four resolutions.
+# image sizes, the two adapters' depths, one and four resolutions; and an eps large enough to be felt.
 SIZES: dict[str, JanusConfig] = {
     "tiny": PRESETS["janus_tiny"],
     "grouped": JanusConfig(
@@ -32,7 +32,7 @@ SIZES: dict[str, JanusConfig] = {
         gen_vision=VQConfig(ch=64, ch_mult=(1,), z_channels=24, codebook_size=128, codebook_dim=4, grid=3),
         language=LlamaConfig(
             vocab_size=320, width=64, mlp_dim=96, layers=2, heads=4, kv_heads=2, head_dim=32, rope_theta=500.0,
-            norm_eps=1e-5, max_positions=256,
+            norm_eps=0.01, max_positions=256,
         ),
         aligner_depth=1,
         gen_aligner_depth=3,
@@ -40,7 +40,7 @@ SIZES: dict[str, JanusConfig] = {
         dtype="float32",
     ),
     "multi_query": JanusConfig(
-        vision=SiglipConfig(image_size=45, patch_size=14, width=40, layers=1, heads=2, mlp_ratio=3.7362, norm_eps=1e-5),
+        vision=SiglipConfig(image_size=45, patch_size=14, width=40, layers=1, heads=2, mlp_ratio=3.7362, norm_eps=0.01),
         gen_vision=VQConfig(ch=32, ch_mult=(1, 1, 2, 4), num_res_blocks=1, z_channels=16, codebook_size=96, grid=3),
         language=LlamaConfig(
             vocab_size=288, width=72, mlp_dim=80, layers=3, heads=4, kv_heads=1, head_dim=10, max_positions=256

@@ -25,6 +25,25 @@ def test_einsum(spec, shape, features, leading, rng, close):
     close(y, np.einsum(spec, x, np.asarray(params["kernel"], np.float64)) + bias, spec, 1e-6)
 
 
+def test_einsum_gradient(rng, close):
+    """Few tokens or many, the gradient of each is its own: training takes both ways, too."""
+    module = Einsum("BTD,NHD->BTNH", (3, 4, 6), use_bias=True)
+    x = rng.standard_normal((1, 200, 6)).astype(np.float32)
+    weights = rng.standard_normal((1, 200, 3, 4)).astype(np.float32)
+    params = module.init(jax.random.key(0), x)["params"]
+
+    def gradients(start, stop):
+        def loss(params, x):
+            return jnp.sum(jnp.sin(module.apply({"params": params}, x)) * weights[:, start:stop])
+
+        return jax.grad(loss, argnums=(0, 1))(params, x[:, start:stop])
+
+    many, parts = gradients(0, 200), [gradients(start, start + 50) for start in range(0, 200, 50)]
+    for name in ("kernel", "bias"):
+        close(sum(part[0][name] for part in parts), many[0][name], f"gradient of the {name}", 1e-5)
+    close(np.concatenate([part[1] for part in parts], 1), many[1], "gradient of the input", 1e-5)
+
+
 @pytest.mark.parametrize("tokens", [3, 200])
 def test_einsum_dtypes(tokens):
     """Parameters in one dtype, products in another, results in a third."""

@@ -251,7 +251,7 @@ def test_one_float32_layer_keeps_its_digits(config, folder, state):
     save_file(state | {name: precise}, folder / "model.safetensors")
     params, _ = read_params(folder, config, as_numpy=True)
     kernel = params["language_model"]["layers"]["mlp"]["up_proj"]["kernel"]
-    np.testing.assert_array_equal(kernel[1], precise.numpy().T)
+    np.testing.assert_array_equal(kernel[1], precise.numpy())
     assert params["language_model"]["layers"]["mlp"]["down_proj"]["kernel"].dtype == ml_dtypes.bfloat16
 
 
@@ -357,7 +357,7 @@ def test_an_absent_head_is_the_embedding_only_where_config_ties_it(dialect, conf
         (folder / "config.json").write_text(json.dumps(raw))
         if tied:
             language = read_params(folder, sizes, as_numpy=True)[0]["language_model"]
-            np.testing.assert_array_equal(language["lm_head"]["kernel"], language["embed_tokens"]["embedding"].T)
+            np.testing.assert_array_equal(language["lm_head"]["kernel"], language["embed_tokens"]["embedding"])
         else:
             with pytest.raises(ValueError, match=f"missing: {head}"):
                 read_params(folder, sizes)
@@ -376,4 +376,4 @@ def test_transformers_ties_what_it_saves_tied(tiny, tmp_path):
     model.save_pretrained(tmp_path / "again")
     assert "lm_head.weight" not in load_file(tmp_path / "again" / "model.safetensors")
     language = read_params(tmp_path / "again", tiny.config, as_numpy=True)[0]["language_model"]
-    np.testing.assert_array_equal(language["lm_head"]["kernel"], language["embed_tokens"]["embedding"].T)
+    np.testing.assert_array_equal(language["lm_head"]["kernel"], language["embed_tokens"]["embedding"])
