@@ -7,6 +7,8 @@ written out: VQ encode normalises before it looks for the nearest code, and text
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import torch
 import transformers
@@ -69,10 +71,11 @@ def embed_images(model: TorchJanus, pixels: np.ndarray) -> np.ndarray:
 
 
 @torch.inference_mode()
-def vq_features(model: TorchJanus, images: np.ndarray) -> np.ndarray:
+def vq_features(model: TorchJanus, images: np.ndarray, dtype: torch.dtype = torch.float32) -> np.ndarray:
     """Encoder and quant_conv: [B, grid, grid, codebook_dim]."""
     vq = model.model.vqmodel
-    return vq.quant_conv(vq.encoder(_channels_first(images))).permute(0, 2, 3, 1).numpy()
+    vq = vq if dtype == torch.float32 else copy.deepcopy(vq).to(dtype)
+    return vq.quant_conv(vq.encoder(_channels_first(images).to(dtype))).permute(0, 2, 3, 1).numpy()
 
 
 @torch.inference_mode()

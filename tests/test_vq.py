@@ -41,10 +41,15 @@ def codes(case, rng):
     return rng.integers(0, g.codebook_size, (2, g.num_tokens))
 
 
-@pytest.mark.parametrize("contrast", [1, 0.01])  # at a hundredth the group norms' eps is felt
-def test_encoder_features(case, images, contrast, close):
-    images = images * np.float32(contrast)
+def test_encoder_features(case, images, close):
     close(case.run(quantizer_input, images), oracle.vq_features(case.torch_model, images), "encoder and quant_conv")
+
+
+def test_encoder_features_of_a_faint_image(case, images, close):
+    """So faint that the group norms' eps is felt. torch's own float32 is off by 1e-3 here: it cancels large means."""
+    images = images / 100
+    theirs = oracle.vq_features(case.torch_model, images, oracle.torch.float64)
+    close(case.run(quantizer_input, images), theirs, "encoder and quant_conv")
 
 
 def test_encode_codes(case, images):
