@@ -153,7 +153,7 @@ def _info(args: argparse.Namespace):
     print(f"{args.model}: {checkpoint.kind} layout, {config.dtype}")
     details = {
         "vision_model": f"{v.layers} blocks, width {v.width}, {v.heads} heads, images {v.image_size}, "
-        f"patches {v.patch_size}",
+        f"patch size {v.patch_size}",
         "gen_vision_model": f"images {g.image_size}, {g.grid} x {g.grid} codes of {g.codebook_size} x {g.codebook_dim}",
         "language_model": f"{t.layers} layers, width {t.width}, MLP {t.mlp_dim}, {t.heads} heads, "
         f"{t.kv_heads} key/value heads, vocabulary {t.vocab_size}, positions {t.max_positions}",
