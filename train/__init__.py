@@ -1,0 +1,1 @@
+"""The three-stage training recipe of Janus-Pro: data, loss, step and loop."""

@@ -1,0 +1,161 @@
+"""What a training run is: frozen dataclasses, one for each part of it.
+
+A file in `configs/` returns one `TrainConfig`; `train.overrides` changes single fields from the command line.
+Sources: Janus-Pro report (arXiv 2501.17811), table 2 and section 3.1; Janus (arXiv 2410.13848), table 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from janus_jax.config import JanusConfig
+
+KINDS = ("understanding", "text", "generation")
+
+# The subtrees that each stage trains; every other one is frozen (report, section 2.2 and figure 3).
+ADAPTERS = ("aligner", "gen_aligner", "gen_embed", "gen_head")
+TRAINED: dict[int, tuple[str, ...]] = {
+    1: ADAPTERS,
+    2: (*ADAPTERS, "language_model"),
+    3: (*ADAPTERS, "language_model", "vision_model"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What is read, and how it is mixed into rows.
+
+    Attributes:
+      understanding, text, generation: prepared folders (see `train.prepare`) of each kind.
+      understanding_weights, text_weights, generation_weights: how often each folder of a kind is drawn from, beside
+        the others; empty for equally often.
+      early_generation, early_steps: folders that stand in for `generation` in the first so many steps (Janus's stage 2
+        begins with ImageNet).
+      ratio: samples understanding : text : generation, exact in every step.
+      context: tokens a row, T.
+      images_per_row: at most so many understanding images in a row: the encoder works on this many for each.
+      guidance_dropout: share of generation samples whose prompt becomes pads, for classifier-free guidance.
+      caption_cut: share of generation samples whose caption is cut to its first sentence.
+      text_loss: 'all' tokens of text samples, or the 'answers' only.
+      workers: processes that assemble batches ahead; 0 assembles them in threads of this process.
+      max_bad_share: stop when more than this share of the samples read turned out damaged.
+    """
+
+    understanding: tuple[str, ...] = ()
+    text: tuple[str, ...] = ()
+    generation: tuple[str, ...] = ()
+    understanding_weights: tuple[float, ...] = ()
+    text_weights: tuple[float, ...] = ()
+    generation_weights: tuple[float, ...] = ()
+    early_generation: tuple[str, ...] = ()
+    early_steps: int = 0
+    ratio: tuple[int, int, int] = (5, 1, 4)
+    context: int = 4096
+    images_per_row: int = 4
+    guidance_dropout: float = 0.1
+    caption_cut: float = 0.0
+    text_loss: Literal["all", "answers"] = "all"
+    workers: int = 4
+    max_bad_share: float = 0.001
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Losses on held-out data: `batches` fixed batches of prepared folders, every `every` steps (0 for never)."""
+
+    understanding: tuple[str, ...] = ()
+    text: tuple[str, ...] = ()
+    generation: tuple[str, ...] = ()
+    every: int = 0
+    batches: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """A grid of images drawn by the model, every `every` steps (0 for never): a row for each of `prompts`."""
+
+    every: int = 0
+    prompts: tuple[str, ...] = ()
+    images: int = 4
+    guidance: float = 5.0
+    temperature: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW; a `constant` or `cosine` learning rate after a linear warm-up from 0."""
+
+    learning_rate: float = 1e-4
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = 0
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices on each mesh axis; -1 for all that are left."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One run of one stage.
+
+    Attributes:
+      name: of the run, for messages and metrics.
+      workdir: everything that the run writes goes here.
+      model: sizes; checked against those of `init_from`.
+      stage: 1, 2 or 3: what is trained, see `TRAINED`.
+      init_from: where the parameters start: a checkpoint folder that `janus_jax.load` reads, or the workdir of an
+        earlier run; empty for random ones.
+      vision_from, vq_from: checkpoint folders whose `vision_model` or `gen_vision_model` take the place of those.
+      tokenizer: folder with tokenizer.json; empty for that of `init_from`.
+      steps: optimizer updates in all.
+      batch_size: packed rows a step, over all hosts.
+      accumulate: parts that a step's rows are worked off in, one after the other.
+      seed: of initialisation, order, dropout.
+      compute_dtype: of activations and of the parameters' copies that products use; trained parameters are float32.
+      frozen_dtype: of parameters that are not trained.
+      remat: what the backward pass computes again: 'none', all but matrix products ('dots'), or 'full' layers.
+      loss_chunk: tokens of a row whose logits exist at a time.
+      log_every, save_every: in steps.
+      keep: checkpoints kept, the newest ones.
+      export_every: steps between exported bfloat16 parameters (0: at the end only).
+      profile_start, profile_steps: a trace of so many steps from this one on is written to workdir/profile.
+    """
+
+    name: str
+    workdir: str
+    model: JanusConfig
+    stage: Literal[1, 2, 3]
+    steps: int
+    batch_size: int
+    data: DataConfig
+    optimizer: OptimizerConfig
+    init_from: str = ""
+    vision_from: str = ""
+    vq_from: str = ""
+    tokenizer: str = ""
+    accumulate: int = 1
+    seed: int = 0
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    frozen_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    remat: Literal["none", "dots", "full"] = "full"
+    loss_chunk: int = 512
+    mesh: MeshConfig = MeshConfig()
+    evaluation: EvalConfig = EvalConfig()
+    samples: SampleConfig = SampleConfig()
+    log_every: int = 10
+    save_every: int = 1000
+    keep: int = 3
+    export_every: int = 0
+    profile_start: int = 0
+    profile_steps: int = 0

@@ -1,0 +1,64 @@
+"""One training sample, and how it is stored in a record of a prepared folder.
+
+A sample is a sequence of elements, text ids and then perhaps image codes; the model reads all but the last element
+and predicts all but the first. `length` counts what it reads, which is what a sample takes of a packed row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import msgpack
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """A tokenised sample.
+
+    Attributes:
+      kind: 'understanding', 'text' or 'generation'.
+      ids: int32 [n], starting with BOS; each understanding image is begin_of_image, one placeholder for each patch,
+        end_of_image. Of a generation sample the prompt, ending with begin_of_image.
+      answers: bool [n], the tokens that a model is to learn to say: answers with their EOS; all but BOS in plain text;
+        none in a generation sample, where it is the codes.
+      images: image files as bytes, in order, for understanding.
+      codes: int32 [num_tokens] of the image, of generation samples; else empty.
+      short_ids: a generation sample's prompt with the caption cut to its first sentence; empty where it has only one.
+    """
+
+    kind: str
+    ids: np.ndarray
+    answers: np.ndarray
+    images: tuple[bytes, ...] = ()
+    codes: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
+    short_ids: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row that the sample takes."""
+        return len(self.ids) + len(self.codes) - 1
+
+    def to_bytes(self) -> bytes:
+        """One record of an ArrayRecord file."""
+        fields = {
+            "kind": self.kind,
+            "ids": self.ids.astype("<i4").tobytes(),
+            "answers": np.packbits(self.answers).tobytes(),
+            "images": list(self.images),
+            "codes": self.codes.astype("<i4").tobytes(),
+            "short_ids": self.short_ids.astype("<i4").tobytes(),
+        }
+        return msgpack.packb(fields)
+
+    @classmethod
+    def from_bytes(cls, record: bytes) -> Sample:
+        """The inverse of `to_bytes`; ValueError when the record is not one."""
+        try:
+            fields = msgpack.unpackb(record)
+            ids = np.frombuffer(fields["ids"], "<i4")
+            answers = np.unpackbits(np.frombuffer(fields["answers"], np.uint8), count=len(ids)).astype(bool)
+            codes, short = (np.frombuffer(fields[name], "<i4") for name in ("codes", "short_ids"))
+            return cls(fields["kind"], ids, answers, tuple(fields["images"]), codes, short)
+        except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
+            raise ValueError(f"the record is not a prepared sample ({error})") from None
