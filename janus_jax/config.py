@@ -14,6 +14,8 @@ from typing import Any
 IMAGE_CHANNELS = 3
 _DTYPES = ("bfloat16", "float16", "float32")
 _VQ16 = {"ch": 128, "ch_mult": (1, 1, 2, 2, 4), "z_channels": 256, "grid": 24}
+# What a `custom` gen_vision block may say as well; left out where it is this.
+_VQ_OPTIONAL = {"num_res_blocks": 2, "norm_groups": 32}
 # The towers that the reference's siglip_vit.py knows by name.
 _SIGLIP_NAMES = {
     "siglip_large_patch16_384": {"patch_size": 16, "width": 1024, "layers": 24, "heads": 16, "mlp_ratio": 4.0},
@@ -283,7 +285,9 @@ def _parse_original(raw: dict[str, Any]) -> JanusConfig:
     params = block["params"]
     cls = block.get("cls", "VQ-16")
     _require(cls in ("VQ-16", "custom"), f"gen_vision cls {cls!r} is unknown; known: VQ-16, custom")
-    sizes = _VQ16 if cls == "VQ-16" else {key: params[key] for key in _VQ16}
+    sizes = _VQ16
+    if cls == "custom":
+        sizes = {key: params[key] for key in _VQ16} | {k: params[k] for k in _VQ_OPTIONAL if k in params}
     gen_vision = VQConfig(
         codebook_size=params["image_token_size"],
         codebook_dim=params["n_embed"],
@@ -354,16 +358,14 @@ def _parse_transformers(raw: dict[str, Any]) -> JanusConfig:
 # ---------------------------------------------------------------- writing config.json
 
 
-def _require_vq_norms(g: VQConfig):
-    _require(g.norm_groups == 32, f"no dialect can say {g.norm_groups} VQ norm groups (only 32)")
+def _require_vq_eps(g: VQConfig):
     _require(g.norm_eps == 1e-6, f"no dialect can say a VQ norm eps of {g.norm_eps} (only 1e-6)")
 
 
 def original_config(config: JanusConfig) -> dict[str, Any]:
     """`config` as a config.json of the original dialect; sizes without a name there are written as `custom`."""
     v, g, t = config.vision, config.gen_vision, config.language
-    _require_vq_norms(g)
-    _require(g.num_res_blocks == 2, f"the original dialect cannot say num_res_blocks {g.num_res_blocks} (only 2)")
+    _require_vq_eps(g)
     _require(v.norm_eps == 1e-6, f"the original dialect cannot say a vision norm eps of {v.norm_eps} (only 1e-6)")
     sizes = {
         "patch_size": v.patch_size,
@@ -381,6 +383,7 @@ def original_config(config: JanusConfig) -> dict[str, Any]:
         **({} if names else sizes),
     }
     vq_sizes = {key: getattr(g, key) for key in _VQ16}
+    vq_sizes |= {key: getattr(g, key) for key, usual in _VQ_OPTIONAL.items() if getattr(g, key) != usual}
     vq = {"image_token_size": g.codebook_size, "n_embed": g.codebook_dim}
     is_vq16 = vq_sizes == _VQ16
     if not is_vq16:
@@ -418,7 +421,8 @@ def transformers_config(config: JanusConfig, image_token_id: int) -> dict[str, A
     cannot say.
     """
     v, g, t = config.vision, config.gen_vision, config.language
-    _require_vq_norms(g)
+    _require_vq_eps(g)
+    _require(g.norm_groups == 32, f"the transformers dialect cannot say {g.norm_groups} VQ norm groups (only 32)")
     _require(t.width % t.heads == 0, f"transformers wants a width ({t.width}) that its {t.heads} heads divide")
     _require(config.gen_head_width == t.width, "the transformers dialect needs the image head as wide as the decoder")
     _require(

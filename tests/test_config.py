@@ -55,10 +55,12 @@ def configs(draw, dialect: str) -> JanusConfig:
         mlp_ratio=draw(st.floats(0.5, 8)),
         norm_eps=1e-6 if only else draw(st.floats(1e-8, 1e-3)),
     )
+    norm_groups = draw(size) if only else 32
     gen_vision = VQConfig(
-        ch=32 * draw(size),
+        ch=norm_groups * draw(size),
         ch_mult=tuple(draw(st.lists(size, min_size=1, max_size=5))),
-        num_res_blocks=2 if only else draw(size),
+        num_res_blocks=draw(size),
+        norm_groups=norm_groups,
         z_channels=draw(size),
         codebook_size=draw(st.integers(1, 10**5)),
         codebook_dim=draw(size),
@@ -130,6 +132,24 @@ def test_select_layer(select, layers):
     raw = original_config(PRESETS["janus_pro_1b"])
     raw["vision_config"]["params"]["select_layer"] = select
     assert parse_config(raw).vision.layers == layers
+
+
+def test_vq_norm_groups_and_res_blocks():
+    """Our own extension of the original dialect: said only where they differ from VQ-16's, and in a custom block."""
+    tiny = PRESETS["janus_tiny"]
+    plain = original_config(tiny)["gen_vision_config"]
+    assert plain["cls"] == "custom" and not {"norm_groups", "num_res_blocks"} & plain["params"].keys()
+    small = dataclasses.replace(tiny.gen_vision, ch=16, norm_groups=16, num_res_blocks=1)
+    config = dataclasses.replace(tiny, gen_vision=small)
+    raw = json.loads(json.dumps(original_config(config)))
+    assert raw["gen_vision_config"]["params"].items() >= {"norm_groups": 16, "num_res_blocks": 1}.items()
+    assert parse_config(raw) == config
+    with pytest.raises(ValueError, match="VQ norm_groups is '16', not a whole number from 1"):
+        parse_config(changed(raw, "gen_vision_config.params.norm_groups", "16"))
+    # A VQ-16 that differs in these alone is no VQ-16.
+    large = dataclasses.replace(PRESETS["janus_pro_1b"], gen_vision=VQConfig(norm_groups=16))
+    assert original_config(large)["gen_vision_config"]["cls"] == "custom"
+    assert parse_config(original_config(large)) == large
 
 
 # What the original checkpoints hold and the model does not use: SigLIP's attention-pool head (a probe, q, kv and proj,
@@ -284,13 +304,11 @@ def test_read_config_errors(tmp_path):
 @pytest.mark.parametrize(
     "write, change, message",
     [
-        (original_config, {"gen_vision": {"num_res_blocks": 3}}, "original dialect cannot say num_res_blocks 3"),
         (original_config, {"vision": {"norm_eps": 1e-5}}, "original dialect cannot say a vision norm eps"),
-        (original_config, {"gen_vision": {"norm_groups": 16}}, "no dialect can say 16 VQ norm groups"),
         (original_config, {"gen_vision": {"norm_eps": 1e-5}}, "no dialect can say a VQ norm eps of 1e-05"),
         (to_transformers, {"gen_head_width": 64}, "image head as wide as the decoder"),
         (to_transformers, {"gen_vision": {"grid": 5}}, "generated grid 5 to equal the patch grid 4"),
-        (to_transformers, {"gen_vision": {"norm_groups": 16}}, "no dialect can say 16 VQ norm groups"),
+        (to_transformers, {"gen_vision": {"norm_groups": 16}}, "transformers dialect cannot say 16 VQ norm groups"),
         (to_transformers, {"gen_vision": {"norm_eps": 1e-5}}, "no dialect can say a VQ norm eps of 1e-05"),
         (to_transformers, {"language": {"heads": 5, "kv_heads": 5}}, r"width \(96\) that its 5 heads divide"),
     ],
