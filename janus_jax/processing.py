@@ -127,6 +127,17 @@ class Tokenizer:
         """Whether `name` is one added token, which no text around it can split or merge."""
         return any(token.content == name for token in self._tokenizer.get_added_tokens_decoder().values())
 
+    def special_tokens(self) -> list[str]:
+        """The tokens that a user's text should not hold: all that are marked as special, and Janus's own."""
+        own = {self.bos_id, self.eos_id, self.pad_id, self.begin_of_image_id, self.end_of_image_id}
+        own.add(self.image_placeholder_id)
+        added = self._tokenizer.get_added_tokens_decoder()
+        return [token.content for token_id, token in added.items() if token.special or token_id in own]
+
+    def state(self) -> str:
+        """All that decides which ids a text gets, for comparing tokenizers."""
+        return self._tokenizer.to_str()
+
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
         """Ids of `text`, after exactly one BOS if `add_bos`, whatever the post-processor of tokenizer.json adds."""
         try:

@@ -1,0 +1,412 @@
+"""Prepares training data: `python -m train.prepare --kind generation --source captions.jsonl --model DIR --out DIR`.
+
+Reads any format of `train.sources`, checks and tokenises every sample, encodes generation images to codes, and writes
+a folder for `train.prepared.open_prepared`. Each shard covers a fixed range of the source and appears when it is
+complete, so that a run which was stopped goes on with the missing ones and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from janus_jax.checkpoint import open_checkpoint, write_json
+from janus_jax.config import read_config
+from janus_jax.loading import resolve
+from janus_jax.model import Janus
+from janus_jax.processing import SYSTEM_PROMPT, Processor
+from janus_jax.progress import shown, step_bar
+from janus_jax.sharding import flatten
+from janus_jax.torch_weights import place
+from train.config import KINDS
+from train.prepared import DROPPED, FORMAT_VERSION, IMAGES, LENGTHS, META, read_meta
+from train.samples import Sample
+from train.sources import FORMATS, BadSample, RawSample, open_source
+from train.tokenise import Tokeniser, tokenizer_fingerprint
+
+VQ = "gen_vision_model"
+# Fewer samples say too little about the share of bad ones.
+_LEAST_READ = 100
+
+Encode = Callable[[np.ndarray], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a preparation did: samples of the source read and dropped (by reason), samples kept, their tokens."""
+
+    folder: pathlib.Path
+    kind: str
+    read: int
+    kept: int
+    tokens: int
+    dropped: dict[str, int]
+
+    def __str__(self) -> str:
+        rows = [("read", self.read), ("kept", self.kept), ("dropped", sum(self.dropped.values()))]
+        rows += [(f"  {reason}", count) for reason, count in self.dropped.items()]
+        rows += [("tokens", self.tokens), ("mean length", round(self.tokens / max(self.kept, 1)))]
+        lines = [f"{name:24} {value:>16,}" for name, value in rows]
+        return "\n".join([f"{self.folder} ({self.kind})", *lines])
+
+
+def prepare(
+    source: Sequence[RawSample],
+    out: str | os.PathLike,
+    kind: str,
+    processor: Processor,
+    *,
+    encode: Encode | None = None,
+    vq_fingerprint: str = "",
+    context: int = 4096,
+    shard_size: int = 8192,
+    batch_size: int = 32,
+    max_bad_share: float = 0.01,
+    system_prompt: str = SYSTEM_PROMPT,
+    workers: int | None = None,
+    progress: bool | None = None,
+) -> Report:
+    """Writes the prepared folder `out`, or what is missing of it; the bytes do not depend on `workers`.
+
+    Args:
+      source: of `train.sources.open_source`, or any sequence of `RawSample`.
+      out: the folder to write; a folder that was begun with other settings is refused.
+      kind: 'understanding', 'text' or 'generation'.
+      processor: of the checkpoint that is to be trained.
+      encode: for generation: float32 images [B, h, w, 3] in [-1, 1] to int32 codes [B, num_tokens], B = `batch_size`.
+      vq_fingerprint: what `encode` encodes with, see `vq_encoder`.
+      context: samples of more tokens are dropped; plain texts are cut instead.
+      shard_size: samples of the source a file.
+      max_bad_share: more bad samples than this share stop the preparation.
+      system_prompt: of conversations that bring none.
+      workers: threads that read, decode and tokenise; None for one a core.
+    Raises: ValueError with the counts by reason for too many bad samples, and for what does not fit together.
+    """
+    if kind == "generation" and encode is None:
+        raise ValueError("preparing generation data needs encode, from images to codes")
+    if min(shard_size, batch_size) < 1 or (workers is not None and workers < 1):
+        raise ValueError("shard_size, batch_size and workers must be at least 1")
+    if not 0 <= max_bad_share <= 1:
+        raise ValueError(f"max_bad_share is a share between 0 and 1, not {max_bad_share}")
+    if not len(source):
+        raise ValueError("the source is empty")
+    out = pathlib.Path(out)
+    tokeniser = Tokeniser(processor, kind, context, system_prompt)
+    settings = {
+        "kind": kind,
+        "context": context,
+        "shard_size": shard_size,
+        "system_prompt": system_prompt,
+        "tokenizer": tokenizer_fingerprint(processor),
+        "vq": vq_fingerprint if kind == "generation" else "",
+        "image_size": processor.config.gen_vision.image_size if kind == "generation" else 0,
+        "patches": processor.config.vision.num_patches,
+        "source": getattr(source, "description", {"samples": len(source)}),
+    }
+    meta = _begin(out, settings)
+    if meta["finished"]:
+        return Report(out, kind, meta["read"], meta["samples"], meta["tokens"], meta["dropped"])
+
+    work = _Work(source, out, tokeniser, encode, batch_size, max_bad_share)
+    count = -(-len(source) // shard_size)
+    ranges = [range(shard * shard_size, min((shard + 1) * shard_size, len(source))) for shard in range(count)]
+    done = {shard: index for shard in range(count) if (index := _read_index(out, shard)) is not None}
+    for index in done.values():
+        work.add(index["read"], index["dropped"])
+    pool = ThreadPoolExecutor(workers or os.cpu_count() or 1)
+    try:
+        with step_bar("preparing", len(source), shown(progress)) as bar:
+            for shard, items in enumerate(ranges):
+                if shard in done:
+                    bar.update(len(items))
+                else:
+                    done[shard] = work.write(pool, shard, items, bar.update)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    work.check()
+    return _finish(out, meta, [done[shard] for shard in range(count)])
+
+
+class _Work:
+    """Writes shards, and counts bad samples over all of them."""
+
+    def __init__(self, source, out, tokeniser: Tokeniser, encode, batch_size: int, max_bad_share: float):
+        self.source, self.out, self.tokeniser, self.encode = source, out, tokeniser, encode
+        self.batch_size, self.max_bad_share = batch_size, max_bad_share
+        self.read, self.dropped = 0, collections.Counter()
+        self.first: dict[str, str] = {}
+
+    def add(self, read: int, dropped: Sequence[dict[str, str]]):
+        self.read += read
+        for one in dropped:
+            self.dropped[one["reason"]] += 1
+            self.first.setdefault(one["reason"], f"{one['place']}: {one['detail']}")
+
+    def check(self):
+        """Raises ValueError when too many were bad so far."""
+        bad = self.dropped.total()
+        if bad > self.max_bad_share * self.read:
+            reasons = "; ".join(f"{n} {reason} (first: {self.first[reason]})" for reason, n in self.dropped.items())
+            raise ValueError(
+                f"{bad} of {self.read} samples are bad, more than max_bad_share {self.max_bad_share:g}: {reasons}. "
+                "Mend the data, or allow more with --max-bad-share"
+            )
+
+    def make(self, item: int) -> tuple[list[Sample], np.ndarray | None] | BadSample:
+        try:
+            return self.tokeniser(self.source[item])
+        except BadSample as error:
+            return error
+
+    def write(self, pool: ThreadPoolExecutor, shard: int, items: range, on_read: Callable[[int], Any]) -> dict:
+        """Writes the shard of `items` and then its index, which it returns."""
+        path = self.out / _data_file(shard)
+        partial = path.with_name(f"{path.name}.partial")
+        index = {"read": len(items), "lengths": [], "images": [], "dropped": []}
+        digest, waiting = hashlib.sha256(), []
+        writer = ArrayRecordWriter(str(partial), "group_size:1")
+
+        def put(sample: Sample):
+            record = sample.to_bytes()
+            writer.write(record)
+            digest.update(record)
+            index["lengths"].append(sample.length)
+            index["images"].append(len(sample.images))
+
+        try:
+            # As many ahead as keep the threads busy while a batch is being encoded.
+            for made in _in_order(pool, self.make, items, ahead=2 * self.batch_size):
+                bad = [dataclasses.asdict(_Dropped.of(made))] if isinstance(made, BadSample) else []
+                index["dropped"] += bad
+                self.add(1, bad)
+                on_read(1)
+                if bad:
+                    if self.read >= _LEAST_READ:
+                        self.check()
+                elif made[1] is None:
+                    for sample in made[0]:
+                        put(sample)
+                else:
+                    waiting.append((made[0][0], made[1]))
+                    if len(waiting) == self.batch_size:
+                        for sample in self.add_codes(waiting):
+                            put(sample)
+                        waiting.clear()
+            for sample in self.add_codes(waiting):
+                put(sample)
+        finally:
+            writer.close()
+        if index["lengths"]:
+            # The writer says nothing when the disk is full.
+            if ArrayRecordReader(str(partial)).num_records() != len(index["lengths"]):
+                raise OSError(f"{partial} could not be written whole: is the disk full?")
+            index |= {"bytes": partial.stat().st_size, "sha256": digest.hexdigest()}
+            partial.replace(path)
+        else:
+            partial.unlink()
+        _replace(self.out / _index_file(shard), json.dumps(index, ensure_ascii=False))
+        return index
+
+    def add_codes(self, waiting: list[tuple[Sample, np.ndarray]]) -> Iterator[Sample]:
+        if not waiting:
+            return
+        # One shape, so that it is compiled once.
+        images = np.zeros((self.batch_size, *waiting[0][1].shape), np.float32)
+        images[: len(waiting)] = [pixels for _, pixels in waiting]
+        codes = np.asarray(self.encode(images))
+        expected = (self.batch_size, self.tokeniser.processor.config.gen_vision.num_tokens)
+        if codes.shape != expected or not np.issubdtype(codes.dtype, np.integer):
+            raise ValueError(f"encode gave {codes.dtype} {list(codes.shape)}, expected integers {list(expected)}")
+        for (sample, _), own in zip(waiting, codes.astype(np.int32), strict=False):
+            yield dataclasses.replace(sample, codes=own)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Dropped:
+    reason: str
+    place: str
+    detail: str
+
+    @classmethod
+    def of(cls, error: BadSample) -> _Dropped:
+        # Lone surrogates come from the data, and cannot be written.
+        return cls(*(text.encode(errors="replace").decode() for text in (error.reason, error.place, error.detail)))
+
+
+def _in_order(pool: ThreadPoolExecutor, function: Callable, items: range, ahead: int) -> Iterator[Any]:
+    """`function` of each item in order, computed by `pool`, at most `ahead` of them before they are asked for."""
+    waiting = collections.deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) >= ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+# ---------------------------------------------------------------- the folder
+
+
+def _data_file(shard: int) -> str:
+    return f"data-{shard:05d}.array_record"
+
+
+def _index_file(shard: int) -> str:
+    return f"data-{shard:05d}.json"
+
+
+def _replace(path: pathlib.Path, text: str):
+    """Writes a file that is there either whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _begin(out: pathlib.Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The meta of `out`, made if absent; ValueError where it is something else or was begun with other settings."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; give a folder that is new or was begun before")
+    out.mkdir(parents=True, exist_ok=True)
+    meta = read_meta(out)
+    if meta is None:
+        if any(not child.name.endswith(".partial") for child in out.iterdir()):
+            raise ValueError(f"{out} holds other files; give a folder that is new or was begun before")
+        meta = {"version": FORMAT_VERSION, "kind": settings["kind"], "finished": False, "shards": []}
+        meta["settings"] = settings
+        write_json(out / "meta.partial", meta)
+        (out / "meta.partial").replace(out / META)
+        return meta
+    ours, theirs = _flat(settings), _flat(meta.get("settings", {}))
+    # The same data may be reached by another path.
+    other = [key for key in ours | theirs if key != "source.path" and ours.get(key) != theirs.get(key)]
+    if other:
+        told = ", ".join(f"{key} {theirs.get(key)!r:.60}, now {ours.get(key)!r:.60}" for key in other)
+        raise ValueError(f"{out} was begun with other settings ({told}); choose another folder, or delete this one")
+    return meta
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    source = settings.get("source", {})
+    return {k: v for k, v in settings.items() if k != "source"} | {f"source.{k}": v for k, v in source.items()}
+
+
+def _read_index(out: pathlib.Path, shard: int) -> dict[str, Any] | None:
+    """The index of a complete shard, None of another."""
+    try:
+        index = json.loads((out / _index_file(shard)).read_text(encoding="utf-8"))
+        whole = not index["lengths"] or (out / _data_file(shard)).stat().st_size == index["bytes"]
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
+    return index if whole else None
+
+
+def _finish(out: pathlib.Path, meta: dict[str, Any], shards: list[dict[str, Any]]) -> Report:
+    lengths = np.array([n for index in shards for n in index["lengths"]], np.int32)
+    np.save(out / LENGTHS, lengths)
+    np.save(out / IMAGES, np.array([n for index in shards for n in index["images"]], np.int32))
+    dropped = [one for index in shards for one in index["dropped"]]
+    (out / DROPPED).write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in dropped), encoding="utf-8")
+    counts = dict(collections.Counter(one["reason"] for one in dropped).most_common())
+    read, tokens = sum(index["read"] for index in shards), int(lengths.sum(dtype=np.int64))
+    files = [
+        {
+            "file": _data_file(shard),
+            "samples": len(index["lengths"]),
+            "bytes": index.get("bytes", 0),
+            "sha256": index.get("sha256", ""),
+        }
+        for shard, index in enumerate(shards)
+    ]
+    totals = {"read": read, "samples": len(lengths), "tokens": tokens, "dropped": counts, "shards": files}
+    _replace(out / META, json.dumps(meta | totals | {"finished": True}, indent=2, ensure_ascii=False) + "\n")
+    for shard in range(len(shards)):
+        (out / _index_file(shard)).unlink()
+    return Report(out, meta["kind"], read, len(lengths), tokens, counts)
+
+
+# ---------------------------------------------------------------- command line
+
+
+def vq_encoder(folder: str | os.PathLike) -> tuple[Encode, str]:
+    """Compiled `encode_codes` of a checkpoint folder, of which only the VQ parameters are read, and their hash."""
+    checkpoint = open_checkpoint(folder)
+    params = place({path: leaf for path, leaf in checkpoint.leaves.items() if path[0] == VQ}, "float32")
+    model = Janus(checkpoint.config, dtype=jnp.float32, param_dtype=jnp.float32)
+    encode = jax.jit(lambda params, images: model.apply({"params": params}, images, method="encode_codes"))
+    return lambda images: encode(params, images), params_fingerprint(params)
+
+
+def params_fingerprint(params: Any) -> str:
+    """A hash of the values of nested dicts of arrays, whatever float type holds them."""
+    digest = hashlib.sha256()
+    for path, leaf in sorted(flatten(params).items()):
+        digest.update(f"{path} {leaf.shape}".encode() + np.asarray(leaf, np.float32).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0 when it worked, 2 for bad input (one line on standard error), 130 when interrupted."""
+    args = _parser().parse_args(argv)
+    try:
+        source = open_source(args.source, args.format, args.images, args.names)
+        folder = resolve(args.model)
+        processor = Processor.from_folder(folder, read_config(folder))
+        encode, fingerprint = vq_encoder(folder) if args.kind == "generation" else (None, "")
+        report = prepare(
+            source,
+            args.out,
+            args.kind,
+            processor,
+            encode=encode,
+            vq_fingerprint=fingerprint,
+            context=args.context,
+            shard_size=args.shard_size,
+            batch_size=args.batch_size,
+            max_bad_share=args.max_bad_share,
+            system_prompt=args.system_prompt,
+            workers=args.workers,
+        )
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    print(report)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m train.prepare", description="Prepares data for training.")
+    parser.add_argument("--kind", choices=KINDS, required=True)
+    parser.add_argument("--source", required=True, metavar="PATH", help="file, folder or glob")
+    parser.add_argument("--format", choices=FORMATS, help="default: told by the files")
+    parser.add_argument("--images", metavar="DIR", help="where image paths start (default: beside the source file)")
+    parser.add_argument("--names", metavar="FILE", help="names of category folders, JSON or lines")
+    parser.add_argument("--model", required=True, help="checkpoint folder (any layout) or hub id")
+    parser.add_argument("--out", required=True, metavar="DIR")
+    parser.add_argument("--context", type=int, default=4096, help="tokens of a sample at most (default 4096)")
+    parser.add_argument("--shard-size", type=int, default=8192, help="samples of the source a file (default 8192)")
+    parser.add_argument("--max-bad-share", type=float, default=0.01, help="more bad samples stop it (default 0.01)")
+    parser.add_argument("--batch-size", type=int, default=32, help="images encoded at a time (default 32)")
+    parser.add_argument("--system-prompt", default=SYSTEM_PROMPT, help="of conversations without one; empty for none")
+    parser.add_argument("--workers", type=int, help="threads that read and decode (default: one a core)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
