@@ -212,7 +212,11 @@ class _Work:
             writer.close()
         if index["lengths"]:
             # The writer says nothing when the disk is full.
-            if ArrayRecordReader(str(partial)).num_records() != len(index["lengths"]):
+            try:
+                written = ArrayRecordReader(str(partial)).num_records()
+            except RuntimeError:
+                written = 0
+            if written != len(index["lengths"]):
                 raise OSError(f"{partial} could not be written whole: is the disk full?")
             index |= {"bytes": partial.stat().st_size, "sha256": digest.hexdigest()}
             partial.replace(path)

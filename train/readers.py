@@ -7,6 +7,7 @@ Readers hold an index and no open file, so that threads may share them. What is 
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import tarfile
 import threading
@@ -24,6 +25,7 @@ class BadSample(ValueError):
     """A sample that cannot be used: `reason` (a short stable key), `place` (file and line or so), `detail`."""
 
     def __init__(self, reason: str, place: str, detail: str):
+        detail = " ".join(detail.split())  # one line, whatever a library says
         super().__init__(reason, place, detail)
         self.reason, self.place, self.detail = reason, place, detail
 
@@ -165,13 +167,11 @@ class TarShard:
         members, self._broken = _scan_tar(path)
         spans: dict[str, list[int]] = {}  # begin and size of image, text, JSON; -1 for none
         for name, begin, size in members:
-            folder, _, base = name.rpartition("/")
-            stem, _, suffix = base.partition(".")
-            suffix = f".{suffix.lower()}"
+            key, suffix = os.path.splitext(name)
+            suffix = suffix.lower()
             kind = 0 if suffix in IMAGE_SUFFIXES else {".txt": 1, ".json": 2}.get(suffix)
             if kind is not None:
-                span = spans.setdefault(f"{folder}/{stem}" if folder else stem, [-1] * 6)
-                span[2 * kind : 2 * kind + 2] = begin, size
+                spans.setdefault(key, [-1] * 6)[2 * kind : 2 * kind + 2] = begin, size
         if self._broken and spans:
             # The cut may have gone through the last sample: without an image or a text it is part of what was lost.
             key, span = next(reversed(spans.items()))
