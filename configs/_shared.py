@@ -1,0 +1,46 @@
+"""What several runs have in common: sizes of rows, where data lie by default, held-out losses, sample prompts."""
+
+from __future__ import annotations
+
+from train.config import EvalConfig, SampleConfig
+
+CONTEXT = 4096
+
+# Janus-Pro leaves ImageNet to stage 1; Janus begins stage 2 with it.
+IMAGENET = ("data/prepared/stage1_imagenet",)
+CAPTIONS = ("data/prepared/stage1_captions",)
+
+STAGE2_UNDERSTANDING = (
+    "data/prepared/stage2_captions",
+    "data/prepared/stage2_tables",
+    "data/prepared/stage2_charts",
+    "data/prepared/stage2_documents",
+)
+STAGE2_TEXT = ("data/prepared/stage2_text",)
+# Real and synthetic images 1 : 1, from which Janus-Pro trains text to image (report, section 2.3).
+STAGE2_GENERATION = ("data/prepared/stage2_images_real", "data/prepared/stage2_images_synthetic")
+
+STAGE3_UNDERSTANDING = ("data/prepared/stage3_understanding",)
+STAGE3_TEXT = ("data/prepared/stage3_dialogue",)
+STAGE3_GENERATION = ("data/prepared/stage3_images",)
+
+HELD_OUT = EvalConfig(
+    understanding=("data/prepared/held_out_understanding",),
+    text=("data/prepared/held_out_text",),
+    generation=("data/prepared/held_out_generation",),
+    every=1000,
+    batches=8,
+)
+
+SAMPLES = SampleConfig(
+    every=2000,
+    prompts=(
+        "a red bicycle leaning against a white wall",
+        "a lighthouse on a cliff at dusk",
+        "a bowl of ripe oranges on a wooden table",
+        "an astronaut riding a horse in a snowy forest",
+    ),
+    images=4,
+)
+# Stage 1 has seen category names and no long prompts.
+CATEGORY_SAMPLES = SampleConfig(every=2000, prompts=("goldfish", "golden retriever", "lighthouse", "volcano"), images=4)

@@ -1,0 +1,360 @@
+"""Run configurations by name, and their fields from the command line: `optimizer.learning_rate=2e-5 data.ratio=5,1,4`.
+
+Works on any frozen dataclasses, nested or in tuples; types are those of the annotations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import importlib.util
+import inspect
+import json
+import math
+import pathlib
+import re
+import sys
+import traceback
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
+_BOOLS = {"true": True, "1": True, "false": False, "0": False}
+
+
+# ---------------------------------------------------------------- finding
+
+
+def config_names() -> list[str]:
+    """Names that `load_config` knows, from `configs/`; files with a leading underscore are helpers."""
+    return sorted(path.stem for path in CONFIGS.glob("*.py") if not path.stem.startswith("_"))
+
+
+def load_config(name: str, overrides: Sequence[str] = ()) -> Any:
+    """What `get_config()` of `configs/<name>.py`, or of the .py file at the path `name`, returns, with overrides.
+
+    Raises: ValueError in one line for an unknown name, a file that does not give a dataclass, or a bad override.
+    """
+    if name in config_names():
+        path = CONFIGS / f"{name}.py"
+    elif name.endswith(".py"):
+        path = pathlib.Path(name)
+        if not path.is_file():
+            raise FileNotFoundError(f"config file {name} does not exist")
+    else:
+        known = config_names()
+        raise ValueError(f"unknown config {name!r}{_did_you_mean(name, known)}; known: {', '.join(known)}")
+    return override(_get_config(path), overrides)
+
+
+def _get_config(path: pathlib.Path) -> Any:
+    spec = importlib.util.spec_from_file_location(f"config_{re.sub(r'[^0-9a-zA-Z]', '_', path.stem)}", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise ValueError("it has no function get_config()")
+        config = module.get_config()
+        if not dataclasses.is_dataclass(config) or isinstance(config, type):
+            raise ValueError(f"its get_config() returns a {type(config).__name__}, not a dataclass instance")
+    except Exception as error:
+        # The config is the user's own text: its line is what they need, not the way that led there.
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        place = f"{path}:{frames[-1].lineno}" if frames else f"{path}"
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{place}: {kind}{_one_line(error)}") from None
+    return config
+
+
+# ---------------------------------------------------------------- overriding
+
+
+def override(config: Any, overrides: Sequence[str]) -> Any:
+    """`config` with each `key=value` of `overrides` in place; the last one of a key counts.
+
+    Values: whole numbers (also 1_000 and 1e3), numbers, true or false, text, one of a Literal's, `none` where it is
+    optional; tuples with commas, or as a JSON list where their texts hold commas; nothing after the `=` for ().
+    Fields of a tuple of dataclasses are named by index: `stages.0.steps=5`.
+    All are put in place together, so that fields which a `__post_init__` compares can change at once.
+
+    Raises: ValueError in one line naming the key, for an unknown one with the nearest ones.
+    """
+    changes: dict[tuple[str, ...], str] = {}
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        if not equals or not key:
+            raise ValueError(f"the override {item!r} is not of the form key=value")
+        changes[tuple(key.split("."))] = text
+    return _changed(config, type(config), changes, "", config)
+
+
+def _changed(value: Any, hint: Any, changes: Mapping[tuple[str, ...], str], key: str, root: Any) -> Any:
+    """`value` at the dotted `key`, of type `hint`, with `changes` by what remains of their paths."""
+    if () in changes:
+        if len(changes) > 1:
+            raise ValueError(f"{key} is set as a whole and in parts; give one or the other")
+        return _parse(changes[()], hint, value, key)
+    groups: dict[str, dict[tuple[str, ...], str]] = {}
+    for (head, *rest), text in changes.items():
+        groups.setdefault(head, {})[tuple(rest)] = text
+    children = _children(value, hint)
+    made = {}
+    for head, group in groups.items():
+        name = f"{key}.{head}" if key else head
+        if head not in children:
+            raise ValueError(_unknown(".".join((name, *next(iter(group)))), root))
+        made[head] = _changed(*children[head], group, name, root)
+    if isinstance(value, tuple):
+        return tuple(made.get(str(i), item) for i, item in enumerate(value))
+    try:
+        return dataclasses.replace(value, **made)
+    except ValueError as error:
+        keys = (".".join(filter(None, (key, *path))) + f"={text}" for path, text in changes.items())
+        raise ValueError(f"{', '.join(keys)}: {_one_line(error)}") from None
+
+
+def _children(value: Any, hint: Any) -> dict[str, tuple[Any, Any]]:
+    """(value, type) by name of what lies in a dataclass, or by index in a tuple; {} for anything else."""
+    if dataclasses.is_dataclass(value):
+        hints = typing.get_type_hints(type(value))
+        return {f.name: (getattr(value, f.name), hints[f.name]) for f in dataclasses.fields(value) if f.init}
+    if isinstance(value, tuple):
+        return {str(i): (item, _item_type(hint, i)) for i, item in enumerate(value)}
+    return {}
+
+
+def _item_type(hint: Any, index: int) -> Any:
+    args = typing.get_args(_without_none(hint)) or (str, ...)
+    return args[0] if len(args) == 2 and args[1] is ... else args[index]
+
+
+def _without_none(hint: Any) -> Any:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return next(arg for arg in typing.get_args(hint) if arg is not type(None))
+    return hint
+
+
+def _parse(text: str, hint: Any, value: Any, key: str) -> Any:
+    """The value of type `hint` that `text` says; `value` is the one in place."""
+    inner = _without_none(hint)
+    if inner is not hint and text.lower() == "none":
+        return None
+    below = _children(value, hint)
+    if dataclasses.is_dataclass(inner) or any(dataclasses.is_dataclass(item) for item, _ in below.values()):
+        shown = ", ".join(f"{key}.{name}" for name in below)
+        raise ValueError(f"{key} is not a single value; set its parts: {shown}")
+    try:
+        return _value(text, inner)
+    except ValueError as error:
+        raise ValueError(f"{key}={text}: {error}") from None
+
+
+def _value(text: str, hint: Any) -> Any:
+    if typing.get_origin(hint) is typing.Literal:
+        choices = {str(choice): choice for choice in typing.get_args(hint)}
+        if text not in choices:
+            raise ValueError(f"{text!r} is not one of {', '.join(choices)}{_did_you_mean(text, list(choices))}")
+        return choices[text]
+    if typing.get_origin(hint) is tuple:
+        parts = _parts(text)
+        args = typing.get_args(hint)
+        if args[-1] is not ... and len(parts) != len(args):
+            raise ValueError(f"needs {len(args)} values ({type_name(hint)}), got {len(parts)}")
+        return tuple(_value(part, _item_type(hint, i)) for i, part in enumerate(parts))
+    if hint is str:
+        return text
+    if hint is bool and text.lower() in _BOOLS:
+        return _BOOLS[text.lower()]
+    if hint in (int, float):
+        number = _number(text)
+        if number is not None and (hint is float or number == int(number)):
+            return hint(number)
+    raise ValueError(f"{text!r} is not {_WANTED.get(hint, f'a {type_name(hint)}')}")
+
+
+_WANTED = {int: "a whole number (int)", float: "a number (float)", bool: "true or false (bool)"}
+
+
+def _number(text: str) -> int | float | None:
+    """The finite number that `text` says, exactly where it is whole; else None."""
+    for convert in (int, float):
+        try:
+            number = convert(text)
+        except ValueError:
+            continue
+        return number if math.isfinite(number) else None
+    return None
+
+
+def _parts(text: str) -> list[str]:
+    if not text.strip():
+        return []
+    if text.startswith("["):
+        try:
+            return [item if isinstance(item, str) else json.dumps(item) for item in json.loads(text)]
+        except json.JSONDecodeError:
+            raise ValueError(f"{text!r} begins like a JSON list and is none") from None
+    parts = [part.strip() for part in text.split(",")]
+    if "" in parts:
+        raise ValueError(f"{text!r} has nothing between two commas or after the last one")
+    return parts
+
+
+def _unknown(key: str, root: Any) -> str:
+    known = list(flat(root))
+    # A bare field name is most often one of a part's.
+    inside = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    near = _did_you_mean(key, inside or known)
+    if near:
+        return f"unknown key {key!r}{near}"
+    parent = next((p for p in _parents(key) if any(name.startswith(f"{p}.") for name in known)), "")
+    cut = len(parent) + 1 if parent else 0
+    here = {name[cut:].split(".")[0]: None for name in known if not parent or name.startswith(f"{parent}.")}
+    return f"unknown key {key!r}; known in {parent or 'the config'}: {', '.join(here)}"
+
+
+def _parents(key: str) -> Iterator[str]:
+    while "." in key:
+        key = key.rsplit(".", 1)[0]
+        yield key
+
+
+def _did_you_mean(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+# ---------------------------------------------------------------- writing
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Values of `config` (or of what `to_json` made of one) by dotted key; a tuple of plain values is one value."""
+    if isinstance(config, Mapping):
+        below = config
+    elif dataclasses.is_dataclass(config):
+        below = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    elif isinstance(config, (tuple, list)) and any(dataclasses.is_dataclass(x) or isinstance(x, dict) for x in config):
+        below = {str(i): item for i, item in enumerate(config)}
+    else:
+        return {prefix: tuple(config) if isinstance(config, list) else config}
+    made: dict[str, Any] = {}
+    for name, value in below.items():
+        made |= flat(value, f"{prefix}.{name}" if prefix else name)
+    return made
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """`config` as what JSON can say: nested dicts, with lists for tuples."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def diff(a: Any, b: Any) -> list[str]:
+    """Dotted keys whose values differ between two configs, each a dataclass or what `to_json` made of one."""
+    left, right = flat(a), flat(b)
+    missing = object()
+    return [key for key in left | right if left.get(key, missing) != right.get(key, missing)]
+
+
+def value_text(value: Any) -> str:
+    """`value` as an override would write it."""
+    if isinstance(value, tuple):
+        texts = [value_text(item) for item in value]
+        plain = all(text and text == text.strip() and "," not in text and text[0] != "[" for text in texts)
+        return ",".join(texts) if plain else json.dumps(value, ensure_ascii=False)
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def type_name(hint: Any) -> str:
+    """`hint` in words for a user: 'int', 'all|answers', 'str,...', 'int,int,int', 'float or none'."""
+    inner = _without_none(hint)
+    if inner is not hint:
+        return f"{type_name(inner)} or none"
+    if typing.get_origin(hint) is typing.Literal:
+        return "|".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) is tuple:
+        return ",".join("..." if arg is ... else type_name(arg) for arg in typing.get_args(hint))
+    return getattr(hint, "__name__", str(hint))
+
+
+def help_text(config: Any) -> str:
+    """A line for each field of `config`: dotted key, type, value, and what its class's docstring says of it."""
+    rows = list(_help_rows(config, "", ""))
+    widths = [min(max((len(row[i]) for row in rows), default=0), 40) for i in (0, 1)]
+    return "\n".join(
+        f"{key:{widths[0]}}  {kind:{widths[1]}}  = {value}{f'  # {text}' if text else ''}"
+        for key, kind, value, text in rows
+    )
+
+
+def _help_rows(value: Any, hint: Any, key: str, text: str = "") -> Iterator[tuple[str, str, str, str]]:
+    children = _children(value, hint)
+    if not dataclasses.is_dataclass(value) and not any(dataclasses.is_dataclass(v) for v, _ in children.values()):
+        yield key, type_name(hint), value_text(value), text
+        return
+    described = _attributes(type(value))
+    for name, (child, child_hint) in children.items():
+        yield from _help_rows(child, child_hint, f"{key}.{name}" if key else name, described.get(name, ""))
+
+
+def _attributes(cls: type) -> dict[str, str]:
+    """Descriptions in the 'Attributes:' section of a docstring, by name."""
+    _, _, section = (inspect.getdoc(cls) or "").partition("Attributes:\n")
+    found: dict[str, str] = {}
+    names: list[str] = []
+    for line in section.splitlines():
+        start = re.match(r"  (\w+(?:, \w+)*): +(.*)", line)
+        if start:
+            names = start[1].split(", ")
+            found |= dict.fromkeys(names, start[2].strip())
+        elif line.startswith("   "):
+            found |= {name: f"{found[name]} {line.strip()}" for name in names}
+        else:
+            break
+    return found
+
+
+# ---------------------------------------------------------------- command line
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(message)
+
+
+def parse_args(argv: Sequence[str] | None = None, prog: str = "python -m train.main") -> Any:
+    """The config that `--config NAME [key=value ...]` asks for.
+
+    `--help` (with a config: all its fields) and `--print-config` print and exit with 0; bad input prints one line,
+    `error: ...`, on standard error and exits with 2.
+    """
+    parser = _Parser(
+        prog=prog, add_help=False, allow_abbrev=False,
+        usage="%(prog)s --config NAME [key=value ...] [--help] [--print-config]",
+        epilog=f"configs: {', '.join(config_names())}",
+    )  # fmt: skip
+    parser.add_argument("--config", metavar="NAME", help="a config by name, or a .py file with get_config()")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes of single fields")
+    parser.add_argument("--help", "-h", action="store_true", help="with --config, list every field of that config")
+    parser.add_argument("--print-config", action="store_true", help="print every field's value and do nothing")
+    try:
+        args = parser.parse_intermixed_args(argv)
+        if args.config is None and not args.help:
+            raise ValueError(f"--config NAME is missing; known: {', '.join(config_names())}")
+        config = None if args.config is None else load_config(args.config, args.overrides)
+    except (OSError, ValueError) as error:
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
+    if args.help:
+        print(parser.format_help() if config is None else f"{parser.format_usage()}\n{help_text(config)}")
+    elif args.print_config:
+        print("\n".join(f"{key} = {value_text(value)}" for key, value in flat(config).items()))
+    else:
+        return config
+    raise SystemExit(0)

@@ -1,0 +1,118 @@
+"""Refuses, before anything is loaded, a run that cannot work."""
+
+from __future__ import annotations
+
+import math
+
+from train.config import KINDS, TRAINED, TrainConfig
+
+
+def validate(config: TrainConfig) -> list[str]:
+    """Checks `config` alone, no file and no device.
+
+    Returns: remarks, a line each, on what works but is hardly meant.
+    Raises: ValueError in one line, naming the first key that cannot work.
+    """
+    c, d = config, config.data
+    for key in ("name", "workdir"):
+        _require(getattr(c, key), f"{key} is empty")
+    _require(c.stage in TRAINED, f"stage={c.stage}: the stages are {', '.join(map(str, TRAINED))}")
+    _require(c.init_from or c.tokenizer, "tokenizer is empty, and there is no init_from to take one from")
+    for key in ("steps", "batch_size", "accumulate", "loss_chunk", "log_every", "save_every", "keep"):
+        _require(getattr(c, key) >= 1, f"{key}={getattr(c, key)}: it is a whole number from 1")
+    for key in ("export_every", "profile_start", "profile_steps"):
+        _require(getattr(c, key) >= 0, f"{key}={getattr(c, key)}: it is not negative")
+    _require(
+        c.batch_size % c.accumulate == 0,
+        f"batch_size={c.batch_size} is not a multiple of accumulate={c.accumulate}, the parts it is worked off in",
+    )
+    remarks = _check_data(config)
+    _check_optimizer(config)
+    _require(d.context % c.loss_chunk == 0, f"loss_chunk={c.loss_chunk} does not divide data.context={d.context}")
+    if c.optimizer.warmup_steps >= c.steps:
+        remarks.append(f"optimizer.warmup_steps={c.optimizer.warmup_steps}: all {c.steps} steps are warm-up")
+
+    e, s = c.evaluation, c.samples
+    _require(e.every >= 0, f"evaluation.every={e.every}: it is not negative (0 for never)")
+    if e.every:
+        _require(e.batches >= 1, f"evaluation.batches={e.batches}: it is a whole number from 1")
+        folders = e.understanding + e.text + e.generation
+        _require(folders, f"evaluation.every={e.every}, but evaluation names no folders; evaluation.every=0 for never")
+    _require(s.every >= 0, f"samples.every={s.every}: it is not negative (0 for never)")
+    if s.every:
+        _require(s.prompts, f"samples.every={s.every}, but samples.prompts is empty; samples.every=0 for never")
+        _require(s.images >= 1, f"samples.images={s.images}: it is a whole number from 1")
+        _require(s.temperature >= 0, f"samples.temperature={s.temperature}: it is not negative (0 is greedy)")
+        codes, most = c.model.gen_vision.num_tokens, c.model.language.max_positions
+        _require(codes < most, f"samples.every={s.every}: an image's {codes} codes exceed the model's {most} positions")
+    return remarks
+
+
+def _require(condition: object, message: str):
+    if not condition:
+        raise ValueError(message)
+
+
+def _check_data(config: TrainConfig) -> list[str]:
+    d, remarks = config.data, []
+    _require(
+        len(d.ratio) == 3 and all(type(part) is int and part >= 0 for part in d.ratio) and sum(d.ratio) > 0,
+        f"data.ratio={_commas(d.ratio)}: it is three whole numbers from 0 ({' : '.join(KINDS)}), not all 0",
+    )
+    for kind, part in zip(KINDS, d.ratio, strict=True):
+        folders, weights = getattr(d, kind), getattr(d, f"{kind}_weights")
+        _require(
+            folders or not part,
+            f"data.ratio={_commas(d.ratio)} asks for {kind} samples, but data.{kind} names no folder",
+        )
+        _require(
+            not weights or len(weights) == len(folders),
+            f"data.{kind}_weights has {len(weights)} weights for the {len(folders)} folders of data.{kind}",
+        )
+        _require(
+            all(0 < weight < math.inf for weight in weights),
+            f"data.{kind}_weights={_commas(weights)}: weights are numbers above 0",
+        )
+        if folders and not part:
+            remarks.append(f"data.{kind} is not read: its part of data.ratio={_commas(d.ratio)} is 0")
+    for key in ("guidance_dropout", "caption_cut", "max_bad_share"):
+        _require(0 <= getattr(d, key) <= 1, f"data.{key}={getattr(d, key)}: it is a share, between 0 and 1")
+    _require(d.workers >= 0, f"data.workers={d.workers}: it is not negative (0 for threads)")
+    _require(d.early_steps >= 0, f"data.early_steps={d.early_steps}: it is not negative")
+    _require(
+        bool(d.early_steps) == bool(d.early_generation),
+        f"data.early_steps={d.early_steps} and data.early_generation={_commas(d.early_generation)}: "
+        "give both, or neither",
+    )
+    _require(
+        not d.early_generation or d.ratio[2],
+        f"data.early_generation is set, but data.ratio={_commas(d.ratio)} asks for no generation samples",
+    )
+    most = config.model.language.max_positions
+    _require(1 <= d.context <= most, f"data.context={d.context}: it lies between 1 and the model's {most} positions")
+    codes = config.model.gen_vision.num_tokens
+    _require(not d.ratio[2] or codes < d.context, f"data.context={d.context} does not hold an image of {codes} codes")
+    if d.ratio[0]:
+        patches = config.model.vision.num_patches
+        _require(d.images_per_row >= 1, f"data.images_per_row={d.images_per_row}: understanding samples need one")
+        _require(patches < d.context, f"data.context={d.context} does not hold an image of {patches} patches")
+        if d.images_per_row * patches > d.context:
+            remarks.append(
+                f"data.images_per_row={d.images_per_row}: a row of {d.context} tokens holds {d.context // patches} "
+                f"images of {patches} patches; the encoder works on the rest for nothing"
+            )
+    return remarks
+
+
+def _check_optimizer(config: TrainConfig):
+    o = config.optimizer
+    for key in ("learning_rate", "eps", "clip"):
+        _require(0 < getattr(o, key) < math.inf, f"optimizer.{key}={getattr(o, key)}: it is a number above 0")
+    for key in ("b1", "b2"):
+        _require(0 <= getattr(o, key) < 1, f"optimizer.{key}={getattr(o, key)}: it is between 0 and below 1")
+    for key in ("warmup_steps", "weight_decay"):
+        _require(0 <= getattr(o, key) < math.inf, f"optimizer.{key}={getattr(o, key)}: it is not negative")
+
+
+def _commas(values: tuple) -> str:
+    return ",".join(map(str, values))
