@@ -62,7 +62,7 @@ def test_image_root(tmp_path):
     (tmp_path / "pictures").mkdir()
     source = open_source(lines(tmp_path / "data.jsonl", LLAVA), images=tmp_path / "pictures")
     assert source[0].images == (tmp_path / "pictures" / "a.png",)
-    with pytest.raises(FileNotFoundError, match="did you mean .*pictures"):
+    with pytest.raises(FileNotFoundError, match=r"did you mean .*pictures"):
         open_source(tmp_path / "data.jsonl", images=tmp_path / "picture")
 
 
@@ -268,7 +268,7 @@ def test_parquet(tmp_path):
     with pytest.raises(ValueError, match="has the columns jpg, txt; expected some of image"):
         open_source(tmp_path / "other.parquet")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 not really")
-    with pytest.raises(ValueError, match="bad.parquet is not a readable parquet file"):
+    with pytest.raises(ValueError, match=r"bad.parquet is not a readable parquet file"):
         open_source(tmp_path / "bad.parquet")
 
 
@@ -376,7 +376,7 @@ def test_formats_that_cannot_be_told(tmp_path):
     with pytest.raises(ValueError, match=r"a.jsonl:1: bad_json: .*say which"):
         open_source(lines(tmp_path / "a.jsonl", "hello"))
     (tmp_path / "a.json").write_text("[1, 2")
-    with pytest.raises(ValueError, match="a.json is not valid JSON"):
+    with pytest.raises(ValueError, match=r"a.json is not valid JSON"):
         open_source(tmp_path / "a.json")
     with pytest.raises(ValueError, match="did you mean llava"):
         open_source(tmp_path / "a.jsonl", "lava")

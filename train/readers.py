@@ -119,10 +119,10 @@ class ImageFolders:
             raise ValueError(f"the names lack {len(unnamed)} of the folders in {path}, {unnamed[0]!r} for one")
         self._names = [names[folder.name] if names else folder.name.replace("_", " ") for folder in folders]
         self._images = [
-            (category, image)
+            (category, f"{folder.name}/{image}")
             for category, folder in enumerate(folders)
-            for image in sorted(folder.iterdir())
-            if image.suffix.lower() in IMAGE_SUFFIXES and not image.name.startswith(".")
+            for image in sorted(os.listdir(folder))
+            if image.lower().endswith(IMAGE_SUFFIXES) and not image.startswith(".")
         ]
 
     def __len__(self) -> int:
@@ -130,7 +130,8 @@ class ImageFolders:
 
     def __getitem__(self, index: int) -> Record:
         category, image = self._images[index]
-        return str(image), {"image": str(image.absolute()), "caption": self._names[category]}
+        place = self.path / image
+        return str(place), {"image": str(place.absolute()), "caption": self._names[category]}
 
 
 def read_names(path: pathlib.Path) -> dict[str, str]:

@@ -116,7 +116,7 @@ class Tokeniser:
     def _turns(self, raw: RawSample) -> tuple[list[tuple[str, str]], str]:
         messages, system = list(raw.messages), self.system_prompt
         if messages and messages[0]["role"] == "system":
-            system = self._clean(messages.pop(0)["content"], raw, allow_empty=True)
+            system = self._clean(messages.pop(0)["content"].strip(), raw, allow_empty=True)
         roles = [message["role"] for message in messages]
         if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
             said = ", ".join(roles[:6]) or "nothing"
