@@ -15,14 +15,13 @@ import json
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from janus_jax.checkpoint import open_checkpoint, write_json
 from janus_jax.config import read_config
@@ -34,15 +33,11 @@ from janus_jax.sharding import flatten
 from janus_jax.torch_weights import place
 from train.config import KINDS
 from train.prepared import DROPPED, FORMAT_VERSION, IMAGES, LENGTHS, META, read_meta
-from train.samples import Sample
+from train.shards import Encode, ShardWriter, data_file, index_file, read_index, replace_file
 from train.sources import FORMATS, BadSample, RawSample, open_source
 from train.tokenise import Tokeniser, tokenizer_fingerprint
 
 VQ = "gen_vision_model"
-# Fewer samples say too little about the share of bad ones.
-_LEAST_READ = 100
-
-Encode = Callable[[np.ndarray], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,10 +116,10 @@ def prepare(
     if meta["finished"]:
         return Report(out, kind, meta["read"], meta["samples"], meta["tokens"], meta["dropped"])
 
-    work = _Work(source, out, tokeniser, encode, batch_size, max_bad_share)
+    work = ShardWriter(source, out, tokeniser, encode, batch_size, max_bad_share)
     count = -(-len(source) // shard_size)
     ranges = [range(shard * shard_size, min((shard + 1) * shard_size, len(source))) for shard in range(count)]
-    done = {shard: index for shard in range(count) if (index := _read_index(out, shard)) is not None}
+    done = {shard: index for shard in range(count) if (index := read_index(out, shard)) is not None}
     for index in done.values():
         work.add(index["read"], index["dropped"])
     pool = ThreadPoolExecutor(workers or os.cpu_count() or 1)
@@ -141,143 +136,7 @@ def prepare(
     return _finish(out, meta, [done[shard] for shard in range(count)])
 
 
-class _Work:
-    """Writes shards, and counts bad samples over all of them."""
-
-    def __init__(self, source, out, tokeniser: Tokeniser, encode, batch_size: int, max_bad_share: float):
-        self.source, self.out, self.tokeniser, self.encode = source, out, tokeniser, encode
-        self.batch_size, self.max_bad_share = batch_size, max_bad_share
-        self.read, self.dropped = 0, collections.Counter()
-        self.first: dict[str, str] = {}
-
-    def add(self, read: int, dropped: Sequence[dict[str, str]]):
-        self.read += read
-        for one in dropped:
-            self.dropped[one["reason"]] += 1
-            self.first.setdefault(one["reason"], f"{one['place']}: {one['detail']}")
-
-    def check(self):
-        """Raises ValueError when too many were bad so far."""
-        bad = self.dropped.total()
-        if bad > self.max_bad_share * self.read:
-            reasons = "; ".join(f"{n} {reason} (first: {self.first[reason]})" for reason, n in self.dropped.items())
-            raise ValueError(
-                f"{bad} of {self.read} samples are bad, more than max_bad_share {self.max_bad_share:g}: {reasons}. "
-                "Mend the data, or allow more with --max-bad-share"
-            )
-
-    def make(self, item: int) -> tuple[list[Sample], np.ndarray | None] | BadSample:
-        try:
-            return self.tokeniser(self.source[item])
-        except BadSample as error:
-            return error
-
-    def write(self, pool: ThreadPoolExecutor, shard: int, items: range, on_read: Callable[[int], Any]) -> dict:
-        """Writes the shard of `items` and then its index, which it returns."""
-        path = self.out / _data_file(shard)
-        partial = path.with_name(f"{path.name}.partial")
-        index = {"read": len(items), "lengths": [], "images": [], "dropped": []}
-        digest, waiting = hashlib.sha256(), []
-        writer = ArrayRecordWriter(str(partial), "group_size:1")
-
-        def put(sample: Sample):
-            record = sample.to_bytes()
-            writer.write(record)
-            digest.update(record)
-            index["lengths"].append(sample.length)
-            index["images"].append(len(sample.images))
-
-        try:
-            # As many ahead as keep the threads busy while a batch is being encoded.
-            for made in _in_order(pool, self.make, items, ahead=2 * self.batch_size):
-                bad = [dataclasses.asdict(_Dropped.of(made))] if isinstance(made, BadSample) else []
-                index["dropped"] += bad
-                self.add(1, bad)
-                on_read(1)
-                if bad:
-                    if self.read >= _LEAST_READ:
-                        self.check()
-                elif made[1] is None:
-                    for sample in made[0]:
-                        put(sample)
-                else:
-                    waiting.append((made[0][0], made[1]))
-                    if len(waiting) == self.batch_size:
-                        for sample in self.add_codes(waiting):
-                            put(sample)
-                        waiting.clear()
-            for sample in self.add_codes(waiting):
-                put(sample)
-        finally:
-            writer.close()
-        if index["lengths"]:
-            # The writer says nothing when the disk is full.
-            try:
-                written = ArrayRecordReader(str(partial)).num_records()
-            except RuntimeError:
-                written = 0
-            if written != len(index["lengths"]):
-                raise OSError(f"{partial} could not be written whole: is the disk full?")
-            index |= {"bytes": partial.stat().st_size, "sha256": digest.hexdigest()}
-            partial.replace(path)
-        else:
-            partial.unlink()
-        _replace(self.out / _index_file(shard), json.dumps(index, ensure_ascii=False))
-        return index
-
-    def add_codes(self, waiting: list[tuple[Sample, np.ndarray]]) -> Iterator[Sample]:
-        if not waiting:
-            return
-        # One shape, so that it is compiled once.
-        images = np.zeros((self.batch_size, *waiting[0][1].shape), np.float32)
-        images[: len(waiting)] = [pixels for _, pixels in waiting]
-        codes = np.asarray(self.encode(images))
-        expected = (self.batch_size, self.tokeniser.processor.config.gen_vision.num_tokens)
-        if codes.shape != expected or not np.issubdtype(codes.dtype, np.integer):
-            raise ValueError(f"encode gave {codes.dtype} {list(codes.shape)}, expected integers {list(expected)}")
-        for (sample, _), own in zip(waiting, codes.astype(np.int32), strict=False):
-            yield dataclasses.replace(sample, codes=own)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Dropped:
-    reason: str
-    place: str
-    detail: str
-
-    @classmethod
-    def of(cls, error: BadSample) -> _Dropped:
-        # Lone surrogates come from the data, and cannot be written.
-        return cls(*(text.encode(errors="replace").decode() for text in (error.reason, error.place, error.detail)))
-
-
-def _in_order(pool: ThreadPoolExecutor, function: Callable, items: range, ahead: int) -> Iterator[Any]:
-    """`function` of each item in order, computed by `pool`, at most `ahead` of them before they are asked for."""
-    waiting = collections.deque()
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) >= ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
-
-
 # ---------------------------------------------------------------- the folder
-
-
-def _data_file(shard: int) -> str:
-    return f"data-{shard:05d}.array_record"
-
-
-def _index_file(shard: int) -> str:
-    return f"data-{shard:05d}.json"
-
-
-def _replace(path: pathlib.Path, text: str):
-    """Writes a file that is there either whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def _probe(source: Sequence[RawSample]) -> str:
@@ -321,16 +180,6 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in settings.items() if k != "source"} | {f"source.{k}": v for k, v in source.items()}
 
 
-def _read_index(out: pathlib.Path, shard: int) -> dict[str, Any] | None:
-    """The index of a complete shard, None of another."""
-    try:
-        index = json.loads((out / _index_file(shard)).read_text(encoding="utf-8"))
-        whole = not index["lengths"] or (out / _data_file(shard)).stat().st_size == index["bytes"]
-    except (FileNotFoundError, ValueError, KeyError):
-        return None
-    return index if whole else None
-
-
 def _finish(out: pathlib.Path, meta: dict[str, Any], shards: list[dict[str, Any]]) -> Report:
     lengths = np.array([n for index in shards for n in index["lengths"]], np.int32)
     np.save(out / LENGTHS, lengths)
@@ -341,7 +190,7 @@ def _finish(out: pathlib.Path, meta: dict[str, Any], shards: list[dict[str, Any]
     read, tokens = sum(index["read"] for index in shards), int(lengths.sum(dtype=np.int64))
     files = [
         {
-            "file": _data_file(shard),
+            "file": data_file(shard),
             "samples": len(index["lengths"]),
             "bytes": index.get("bytes", 0),
             "sha256": index.get("sha256", ""),
@@ -349,9 +198,9 @@ def _finish(out: pathlib.Path, meta: dict[str, Any], shards: list[dict[str, Any]
         for shard, index in enumerate(shards)
     ]
     totals = {"read": read, "samples": len(lengths), "tokens": tokens, "dropped": counts, "shards": files}
-    _replace(out / META, json.dumps(meta | totals | {"finished": True}, indent=2, ensure_ascii=False) + "\n")
+    replace_file(out / META, json.dumps(meta | totals | {"finished": True}, indent=2, ensure_ascii=False) + "\n")
     for shard in range(len(shards)):
-        (out / _index_file(shard)).unlink()
+        (out / index_file(shard)).unlink()
     return Report(out, meta["kind"], read, len(lengths), tokens, counts)
 
 
