@@ -24,12 +24,10 @@ _PEAKS: tuple[tuple[str, float], ...] = (
     # A chip of 2307e12 shows up as two devices.
     (r"TPU7x", 1153.5e12),
     (r"(NVIDIA )?A100\b.*", 312e12),
-    # The PCIe and NVL boards are slower than SXM: 756e12 and 835e12.
+    # The PCIe and NVL boards are slower than SXM's.
     (r"(NVIDIA )?H100 PCIe", 756e12),
-    (r"(NVIDIA )?H100 NVL", 835e12),
-    (r"(NVIDIA )?H100\b.*", 989e12),
-    # The NVL board's is lower.
-    (r"(NVIDIA )?H200(?! NVL)\b.*", 989e12),
+    (r"(NVIDIA )?H[12]00 NVL", 835e12),
+    (r"(NVIDIA )?H[12]00\b.*", 989e12),
 )
 
 

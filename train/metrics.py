@@ -32,6 +32,7 @@ class Metrics:
         self.enabled, self.total_steps = enabled, total_steps
         self._last = (start_step, time.monotonic())
         self._rate: float | None = None
+        self._compiling = True
         self._file = self._board = None
         if not enabled:
             return
@@ -81,10 +82,12 @@ class Metrics:
             now, (last_step, last_time) = time.monotonic(), self._last
             if step > last_step and now > last_time:
                 rate = (step - last_step) / (now - last_time)
-                # The first stretch holds the compilation; later ones are averaged so that the time left is calm.
-                self._rate = rate if self._rate is None or rate > 2 * self._rate else 0.7 * self._rate + 0.3 * rate
-                self._last = (step, now)
+                # Averaged, so that the time left is calm; the first stretch holds the compilation and is no measure.
+                self._rate = rate if self._rate is None else 0.7 * self._rate + 0.3 * rate
                 left = max(self.total_steps - step, 0) / self._rate
+                if self._compiling:
+                    self._rate, self._compiling = None, False
+                self._last = (step, now)
                 parts += [f"{rate:.3g} steps/s", f"{duration(left)} left"]
         else:
             parts.append(prefix)

@@ -205,21 +205,19 @@ def _parts(text: str) -> list[str]:
 
 def _unknown(key: str, root: Any) -> str:
     known = list(flat(root))
-    # A bare field name is most often one of a part's.
-    inside = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-    near = _did_you_mean(key, inside or known)
+    *path, last = key.split(".")
+    # The right name in the wrong part, or without its part.
+    near = [name for name in known if name.split(".")[-1] == last]
+    near.sort(key=lambda name: -difflib.SequenceMatcher(None, name, key).ratio())
+    while path and not any(name.startswith(".".join((*path, ""))) for name in known):
+        last = path.pop()
+    prefix = ".".join((*path, "")) if path else ""
+    here = list(dict.fromkeys(name[len(prefix) :].split(".")[0] for name in known if name.startswith(prefix)))
+    if not near:
+        near = [prefix + name for name in difflib.get_close_matches(last, here, n=3)]
     if near:
-        return f"unknown key {key!r}{near}"
-    parent = next((p for p in _parents(key) if any(name.startswith(f"{p}.") for name in known)), "")
-    cut = len(parent) + 1 if parent else 0
-    here = {name[cut:].split(".")[0]: None for name in known if not parent or name.startswith(f"{parent}.")}
-    return f"unknown key {key!r}; known in {parent or 'the config'}: {', '.join(here)}"
-
-
-def _parents(key: str) -> Iterator[str]:
-    while "." in key:
-        key = key.rsplit(".", 1)[0]
-        yield key
+        return f"unknown key {key!r}; did you mean {' or '.join(near[:3])}?"
+    return f"unknown key {key!r}; known in {'.'.join(path) or 'the config'}: {', '.join(here)}"
 
 
 def _did_you_mean(name: str, known: Sequence[str]) -> str:
