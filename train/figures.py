@@ -75,7 +75,9 @@ def loss_curves(
     axes.grid(color="0.92")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    labelled = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    order = [label for held_out in ("", ", held out") for kind in KINDS if (label := kind + held_out) in labelled]
+    axes.legend([labelled[label] for label in order], order, frameon=False)
     out_png = pathlib.Path(out_png)
     out_png.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out_png, dpi=150)
