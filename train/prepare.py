@@ -26,6 +26,7 @@ import numpy as np
 from janus_jax.checkpoint import open_checkpoint, write_json
 from janus_jax.config import read_config
 from janus_jax.loading import resolve
+from janus_jax.memory import OutOfMemory
 from janus_jax.model import Janus
 from janus_jax.processing import SYSTEM_PROMPT, Processor
 from janus_jax.progress import shown, step_bar
@@ -33,7 +34,7 @@ from janus_jax.sharding import flatten
 from janus_jax.torch_weights import place
 from train.config import KINDS
 from train.prepared import DROPPED, FORMAT_VERSION, IMAGES, LENGTHS, META, read_meta
-from train.shards import Encode, ShardWriter, data_file, index_file, read_index, replace_file
+from train.shards import Encode, ShardWriter, data_file, read_index, replace_file
 from train.sources import FORMATS, BadSample, RawSample, open_source
 from train.tokenise import Tokeniser, tokenizer_fingerprint
 
@@ -114,6 +115,7 @@ def prepare(
     }
     meta = _begin(out, settings)
     if meta["finished"]:
+        _drop_indices(out)
         return Report(out, kind, meta["read"], meta["samples"], meta["tokens"], meta["dropped"])
 
     work = ShardWriter(source, out, tokeniser, encode, batch_size, max_bad_share)
@@ -199,9 +201,14 @@ def _finish(out: pathlib.Path, meta: dict[str, Any], shards: list[dict[str, Any]
     ]
     totals = {"read": read, "samples": len(lengths), "tokens": tokens, "dropped": counts, "shards": files}
     replace_file(out / META, json.dumps(meta | totals | {"finished": True}, indent=2, ensure_ascii=False) + "\n")
-    for shard in range(len(shards)):
-        (out / index_file(shard)).unlink()
+    _drop_indices(out)
     return Report(out, meta["kind"], read, len(lengths), tokens, counts)
+
+
+def _drop_indices(out: pathlib.Path):
+    # What they say stands in the folder's own index by now.
+    for path in out.glob("data-*.json"):
+        path.unlink()
 
 
 # ---------------------------------------------------------------- command line
@@ -248,6 +255,11 @@ def main(argv: list[str] | None = None) -> int:
         )
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except jax.errors.JaxRuntimeError as error:
+        if not OutOfMemory.says(error):
+            raise
+        print(f"error: {args.batch_size} images at a time do not fit the memory; lower --batch-size", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
