@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -155,6 +155,33 @@ class Quantizer(_VQModule):
         """Unit vectors [..., codebook_dim] of codes [...]."""
         return l2_normalize(jnp.take(self.embedding, codes, axis=0)).astype(self.dtype)
 
+    def quantize(self, z: jax.Array) -> QuantizerOutput:
+        """Vectors z [..., codebook_dim] to their codes, with gradients for training (VectorQuantizer.forward)."""
+        codes, z = self.nearest(z), l2_normalize(z)
+        z_q = l2_normalize(jnp.take(self.embedding, codes, axis=0))
+        codebook_loss = jnp.mean((z_q - jax.lax.stop_gradient(z)) ** 2)
+        commitment_loss = jnp.mean((jax.lax.stop_gradient(z_q) - z) ** 2)
+        straight_through = z + jax.lax.stop_gradient(z_q - z)
+        return QuantizerOutput(straight_through, codes, z, codebook_loss, commitment_loss)
+
+
+class QuantizerOutput(NamedTuple):
+    """What training needs of the quantizer.
+
+    Attributes:
+      z_q: unit code vectors [..., codebook_dim]; their gradient goes to the encoder as it is (straight-through).
+      codes: [...] int32.
+      z: the encoder's unit vectors [..., codebook_dim].
+      codebook_loss: mean((z_q - sg(z))**2), which moves the codebook.
+      commitment_loss: mean((sg(z_q) - z)**2), which moves the encoder; not yet weighted with beta.
+    """
+
+    z_q: jax.Array
+    codes: jax.Array
+    z: jax.Array
+    codebook_loss: jax.Array
+    commitment_loss: jax.Array
+
 
 class VQModel(nn.Module):
     """Images to codes and codes to images."""
@@ -181,6 +208,11 @@ class VQModel(nn.Module):
         grid = self.config.grid
         z = self.quantize.lookup(codes.reshape(codes.shape[0], grid, grid))
         return self.decoder(self.post_quant_conv(z))
+
+    def reconstruct(self, images: jax.Array) -> tuple[jax.Array, QuantizerOutput]:
+        """For training: reconstructions [B, image_size, image_size, 3], differentiable, and the quantizer's output."""
+        quantized = self.quantize.quantize(self.quant_conv(self.encoder(images.astype(self.dtype))))
+        return self.decoder(self.post_quant_conv(quantized.z_q.astype(self.dtype))), quantized
 
     def __call__(self, images: jax.Array) -> jax.Array:
         return self.decode(self.encode(images))

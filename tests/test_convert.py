@@ -106,7 +106,7 @@ def test_transformers_comes_back_bit_for_bit(case, tmp_path):
 def test_transformers_loads_what_was_written(case, tmp_path):
     from transformers import JanusForConditionalGeneration
 
-    if case.config.gen_vision.num_res_blocks == 2 and case.config.vision.norm_eps == 1e-6:
+    if case.config.vision.norm_eps == 1e-6:
         to_torch(case.folder, tmp_path / "original", "original", note=lambda text: None)
         assert read_config(tmp_path / "original") == dataclasses.replace(case.config, dtype="float32")
         to_torch(tmp_path / "original", tmp_path / "out", "transformers", 10**6, note=lambda text: None)
