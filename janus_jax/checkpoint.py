@@ -18,7 +18,7 @@ import functools
 import json
 import math
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -88,7 +88,7 @@ def open_checkpoint(folder: str | pathlib.Path, config: JanusConfig | None = Non
         raise ValueError(f"{folder / 'config.json'}: {error}") from None
     if kind == "converted":
         carried = open_file(folder / CARRIED) if (folder / CARRIED).is_file() else {}
-        return Checkpoint(folder, kind, config, raw, _converted_leaves(folder, config), carried)
+        return Checkpoint(folder, kind, config, raw, array_leaves(folder / PARAMS, abstract_params(config)), carried)
     return Checkpoint(folder, kind, config, raw, *lazy_params(folder, config))
 
 
@@ -112,15 +112,20 @@ def load_params(
 # ---------------------------------------------------------------- the orbax folder
 
 
+def saving_context() -> ocp.Context:
+    """Orbax's settings under which `array_leaves` reads what is saved."""
+    context = ocp.Context()
+    context.array.saving.use_ocdbt = context.array.saving.use_zarr3 = True
+    context.array.saving.use_compression = False  # weights hardly shrink, and load faster so
+    return context
+
+
 def save_params(folder: str | pathlib.Path, params: Any) -> None:
     """Writes arrays in canonical (stacked) layout as the orbax checkpoint `folder`; every process of a run calls it.
 
     Raises ValueError where `folder` exists already.
     """
-    context = ocp.Context()
-    context.array.saving.use_ocdbt = context.array.saving.use_zarr3 = True  # what `_open_array` expects
-    context.array.saving.use_compression = False  # weights hardly shrink, and load faster so
-    with context:
+    with saving_context():
         ocp.save(pathlib.Path(folder).absolute(), params)
 
 
@@ -140,9 +145,15 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def has_arrays(folder: pathlib.Path) -> bool:
+    """Whether `folder` is an orbax checkpoint that `array_leaves` reads."""
+    return _state(folder) is not None
+
+
 def _state(params: pathlib.Path) -> pathlib.Path | None:
     """The folder inside the orbax checkpoint `params` that holds the arrays, None where there is none."""
-    folders = (params / name for name in ("state", "pytree", "default"))  # the names that orbax has had for it
+    # The names that orbax has had for it; it is the folder itself where several trees are saved together.
+    folders = (params / name for name in ("state", "pytree", "default", ""))
     return next((folder for folder in folders if (folder / "manifest.ocdbt").is_file()), None)
 
 
@@ -158,11 +169,15 @@ def _open_array(state: pathlib.Path, path: Iterable[str], **options: Any) -> ts.
     return ts.open(spec, **options).result()
 
 
-def _converted_leaves(folder: pathlib.Path, config: JanusConfig) -> LazyParams:
-    state = _state(folder / PARAMS)
-    wanted = traverse_util.flatten_dict(abstract_params(config))
+def array_leaves(folder: pathlib.Path, wanted: Mapping[str, Any]) -> LazyParams:
+    """The arrays of the orbax checkpoint `folder` that `wanted`, nested dicts of things with a `shape`, asks for.
+
+    Raises ValueError where they are others, all of them in one message.
+    """
+    state = _state(folder)
+    wanted = traverse_util.flatten_dict(wanted)
     suffix = b"/zarr.json"
-    with _named(folder / PARAMS):
+    with _named(folder):
         kvstore = ts.KvStore.open({"driver": "ocdbt", "base": {"driver": "file", "path": f"{state.absolute()}/"}})
         found = {key.removesuffix(suffix).decode() for key in kvstore.result().list().result() if key.endswith(suffix)}
     names = {".".join(path): path for path in wanted}
@@ -172,7 +187,7 @@ def _converted_leaves(folder: pathlib.Path, config: JanusConfig) -> LazyParams:
     for name, path in names.items():
         if name not in found:
             continue
-        with _named(folder / PARAMS):
+        with _named(folder):
             store = _open_array(state, path)
         dtype = store.dtype.numpy_dtype
         if store.shape != wanted[path].shape:
@@ -182,12 +197,12 @@ def _converted_leaves(folder: pathlib.Path, config: JanusConfig) -> LazyParams:
         leaves[path] = LazyArray(store.shape, dtype, functools.partial(_read_array, folder, store))
     if problems:
         listed = "\n  ".join(problems)
-        raise ValueError(f"{folder / PARAMS}: the arrays do not fit config.json:\n  {listed}")
+        raise ValueError(f"{folder}: the arrays do not fit config.json:\n  {listed}")
     return leaves
 
 
 def _read_array(folder: pathlib.Path, store: ts.TensorStore, index: Index) -> np.ndarray:
-    with _named(folder / PARAMS):
+    with _named(folder):
         return store[index].read().result()
 
 

@@ -139,3 +139,22 @@ def apply_rope(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
     cos, sin = (table[:, :, None, :] for table in cos_sin)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+# What a block's backward pass finds saved instead of computing it again.
+_REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def rematerialised(block: type[nn.Module], remat: str) -> type[nn.Module]:
+    """`block`, whose backward pass computes activations again.
+
+    Args:
+      remat: 'none' keeps all activations, 'dots' the matrix products, 'full' only the block's input.
+    """
+    if remat == "none":
+        return block
+    # In a scan XLA cannot undo the recomputation by common-subexpression elimination, and barriers would cost time.
+    return nn.remat(block, policy=_REMAT_POLICIES[remat], prevent_cse=False)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from janus_jax.attention import attend, causal_mask
 from janus_jax.config import LlamaConfig
-from janus_jax.layers import Einsum, Embed, RMSNorm, apply_rope, rope
+from janus_jax.layers import Einsum, Embed, RMSNorm, apply_rope, rematerialised, rope
 from janus_jax.sharding import constrain
 
 
@@ -142,19 +142,22 @@ class Llama(nn.Module):
 
     `scan_layers` says how parameters are laid out: `layers` stacked on a first axis (training, conversion), or
     `layers_0`, `layers_1`, ... apart (decoding on CPU, where slicing the stack costs a copy of the weights a step).
+    `remat`: see `layers.rematerialised`.
     """
 
     config: LlamaConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     scan_layers: bool = True
+    remat: str = "none"
 
     def setup(self):
         c, types = self.config, (self.dtype, self.param_dtype)
         self.embed_tokens = Embed(c.vocab_size, c.width, *types, rows="vocab")
+        block = rematerialised(Block, self.remat)
         if self.scan_layers:
             scanned = nn.scan(
-                Block,
+                block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast,) * 3,
@@ -162,7 +165,7 @@ class Llama(nn.Module):
             )
             self.layers = scanned(c, *types)
         else:
-            self.layers = [Block(c, *types) for _ in range(c.layers)]
+            self.layers = [block(c, *types) for _ in range(c.layers)]
         self.norm = RMSNorm(c.norm_eps, *types)
         self.lm_head = Einsum("BTD,VD->BTV", (c.vocab_size, c.width), False, *types, jnp.float32)
 

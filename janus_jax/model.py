@@ -40,23 +40,25 @@ class Janus(nn.Module):
       dtype: compute dtype; parameters are cast to it where they are used.
       param_dtype: dtype of parameters that `init` makes.
       scan_layers: layout of the decoder's parameters, see `Llama`.
+      remat: what training computes twice to save memory, see `layers.rematerialised`.
     """
 
     config: JanusConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     scan_layers: bool = True
+    remat: str = "none"
 
     def setup(self):
         c, types = self.config, (self.dtype, self.param_dtype)
         g, width = c.gen_vision, c.language.width
-        self.vision_model = Siglip(c.vision, *types)
+        self.vision_model = Siglip(c.vision, *types, self.remat)
         self.aligner = MlpProjector(c.vision.width, width, c.aligner_depth, *types)
         self.gen_vision_model = VQModel(g, *types)
         self.gen_embed = Embed(g.codebook_size, g.codebook_dim, *types)
         self.gen_aligner = MlpProjector(g.codebook_dim, width, c.gen_aligner_depth, *types)
         self.gen_head = GenHead(width, c.gen_head_width, g.codebook_size, *types)
-        self.language_model = Llama(c.language, *types, self.scan_layers)
+        self.language_model = Llama(c.language, *types, self.scan_layers, self.remat)
 
     # ------------------------------------------------------------ into the decoder
 

@@ -128,7 +128,9 @@ def _shards(index: pathlib.Path) -> list[pathlib.Path]:
 
 def open_file(path: pathlib.Path) -> dict[str, Tensor]:
     """Every tensor of one file, by name."""
-    return _open_pickle(path) if path.suffix == ".bin" else _open_safetensors(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: expected a file of tensors there")
+    return _open_pickle(path) if path.suffix in (".bin", ".pt", ".pth") else _open_safetensors(path)
 
 
 # ---------------------------------------------------------------- safetensors
@@ -271,6 +273,8 @@ def _open_pickle(path: pathlib.Path) -> dict[str, Tensor]:
                 raise ValueError("its byte order is not little-endian")
             with archive.open(infos["data.pkl"]) as pickled:
                 state = _StateDictUnpickler(pickled).load()
+            if isinstance(state, dict) and isinstance(state.get("model"), dict):
+                state = state["model"]  # a training checkpoint such as LlamaGen's
             if not isinstance(state, dict) or not all(isinstance(t, _PickledTensor) for t in state.values()):
                 raise ValueError("it holds more than tensors")
             return {str(name): _pickle_entry(path, file, infos, tensor) for name, tensor in state.items()}

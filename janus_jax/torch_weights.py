@@ -172,7 +172,7 @@ def lazy_params(folder: str | pathlib.Path, config: JanusConfig) -> tuple[LazyPa
         listed = "\n  ".join(problems)
         raise ValueError(f"{folder}: the tensors do not fit config.json ({dialect} dialect):\n  {listed}")
 
-    leaves = {path: _leaf(filled, tensors) for path, filled in by_path.items()}
+    leaves = leaves_of([slot for filled in by_path.values() for slot in filled], tensors)
     return leaves, {name: tensors[name] for name in carried if name in tensors}
 
 
@@ -181,6 +181,11 @@ def _is_tied(raw: Mapping[str, Any], dialect: str) -> bool:
     if dialect == "original":
         return bool(raw.get("language_config", {}).get("tie_word_embeddings", False))
     return bool(raw.get("tie_word_embeddings", True))
+
+
+def leaves_of(filled: list[Slot], tensors: dict[str, Tensor]) -> LazyParams:
+    """The parameters that `tensors` fill, by the slots' names."""
+    return {path: _leaf(own, tensors) for path, own in _by_path(filled).items()}
 
 
 def _leaf(filled: list[Slot], tensors: dict[str, Tensor]) -> LazyArray:
@@ -293,10 +298,7 @@ def tensors_to_write(
 
     The original dialect's unused tensors come from `carried`, as zeros where they are not there.
     """
-    by_name: dict[str, list[Slot]] = collections.defaultdict(list)
-    for slot in slots(config, dialect):
-        by_name[slot.name].append(slot)
-    tensors = [_tensor_to_write(name, filled, leaves) for name, filled in by_name.items()]
+    tensors = tensors_of(slots(config, dialect), leaves)
     for name, shape in carried_shapes(config).items() if dialect == "original" else ():
         if name in carried:
             tensors.append(TensorToWrite(name, shape, carried[name].dtype, carried[name].view))
@@ -304,6 +306,14 @@ def tensors_to_write(
             dtype = parse_dtype(config.dtype)
             tensors.append(TensorToWrite(name, shape, dtype, lambda shape=shape, dtype=dtype: np.zeros(shape, dtype)))
     return tensors
+
+
+def tensors_of(filled: list[Slot], leaves: LazyParams) -> list[TensorToWrite]:
+    """The torch tensors that `leaves` fill, by the slots' names."""
+    by_name: dict[str, list[Slot]] = collections.defaultdict(list)
+    for slot in filled:
+        by_name[slot.name].append(slot)
+    return [_tensor_to_write(name, own, leaves) for name, own in by_name.items()]
 
 
 def _tensor_to_write(name: str, filled: list[Slot], leaves: LazyParams) -> TensorToWrite:

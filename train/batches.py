@@ -25,6 +25,9 @@ Batch = dict[str, np.ndarray]
 class Assembler:
     """Makes the arrays of any rows of any step.
 
+    The report of a step tells of all its rows the `tokens`, `samples`, understanding `images`, and groups `left_out`
+    (see `Mixture`), and of the rows asked for the `problems`, one line for each damaged sample.
+
     The arrays of a batch, T the context and Q the images a row:
 
       ids          int32 [B, T]  token ids, or image codes where `is_code`
@@ -35,7 +38,6 @@ class Assembler:
       segment_ids  int32 [B, T]  samples counted from 1, 0 on padding
       positions    int32 [B, T]  from 0 in each sample
       images       uint8 [B, Q, S, S, 3]  understanding images in the order of their placeholders, then zeros
-      num_images   int32 [B]
 
     Attributes:
       mixture: plans the rows.
@@ -49,16 +51,26 @@ class Assembler:
     placeholder_id: int
 
     def __call__(self, step: int, rows: Sequence[int] | None = None) -> tuple[Batch, dict[str, Any]]:
-        """The arrays of `rows` (default: all) of `step`, and `left_out` groups, and `problems`: damaged samples.
+        """The arrays of `rows` (default: all) of `step`, and a report.
 
-        A sample that cannot be read or decoded leaves its place in the row empty and is named in `problems`.
+        A sample that cannot be read or decoded leaves its place in the row empty and is named in the report.
         """
         plan = self.mixture.plan(step)
         rows = range(len(plan.rows)) if rows is None else rows
         problems: list[str] = []
         made = [self._row(plan.rows[row], problems) for row in rows]
         batch = {name: np.stack([row[name] for row in made]) for name in made[0]}
-        return batch, {"left_out": plan.left_out, "problems": problems, "samples": sum(len(plan.rows[r]) for r in rows)}
+        lengths = np.array([item.length for row in plan.rows for item in row], np.int64)
+        report = {
+            "tokens": int(lengths.sum()),
+            "samples": len(lengths),
+            "images": sum(item.images for row in plan.rows for item in row),
+            # The length of the sample that a token stands in, on average: what attention costs.
+            "sample_length": float((lengths**2).sum() / max(lengths.sum(), 1)),
+            "left_out": plan.left_out,
+            "problems": problems,
+        }
+        return batch, report
 
     def _row(self, items: Sequence[Item], problems: list[str]) -> Batch:
         data = self.mixture.data
@@ -73,9 +85,8 @@ class Assembler:
             "segment_ids": np.zeros(length, np.int32),
             "positions": np.zeros(length, np.int32),
             "images": np.zeros((most, size, size, IMAGE_CHANNELS), np.uint8),
-            "num_images": np.zeros((), np.int32),
         }
-        start = 0
+        start = placed = 0
         for segment, item in enumerate(items, 1):
             try:
                 sample = item.folder[item.index]
@@ -90,9 +101,8 @@ class Assembler:
                 row[name][start:stop] = values
             row["segment_ids"][start:stop] = segment
             row["positions"][start:stop] = np.arange(stop - start)
-            for image in pixels:
-                row["images"][row["num_images"]] = image
-                row["num_images"] += 1
+            row["images"][placed : placed + len(pixels)] = np.reshape(pixels, (-1, size, size, IMAGE_CHANNELS))
+            placed += len(pixels)
             start += item.length
         return row
 

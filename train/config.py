@@ -116,7 +116,8 @@ class TrainConfig:
       stage: 1, 2 or 3: what is trained, see `TRAINED`.
       init_from: where the parameters start: a checkpoint folder that `janus_jax.load` reads, or the workdir of an
         earlier run; empty for random ones.
-      vision_from, vq_from: checkpoint folders whose `vision_model` or `gen_vision_model` take the place of those.
+      language_from, vision_from, vq_from: where `language_model`, `vision_model` and `gen_vision_model` start instead:
+        a Janus checkpoint folder, or a file of that part alone (a LLaMA, timm's SigLIP, LlamaGen's VQ-16).
       tokenizer: folder with tokenizer.json; empty for that of `init_from`.
       steps: optimizer updates in all.
       batch_size: packed rows a step, over all hosts.
@@ -141,6 +142,7 @@ class TrainConfig:
     data: DataConfig
     optimizer: OptimizerConfig
     init_from: str = ""
+    language_from: str = ""
     vision_from: str = ""
     vq_from: str = ""
     tokenizer: str = ""

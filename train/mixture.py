@@ -129,7 +129,9 @@ class Mixture:
     def _open(self, path: str, kind: str) -> Prepared:
         folder = open_prepared(path)
         if folder.kind != kind:
-            raise ValueError(f"{path} holds {folder.kind} samples but stands under data.{kind}; move it to its own kind")
+            raise ValueError(
+                f"{path} holds {folder.kind} samples but stands under data.{kind}; move it to its own kind"
+            )
         longest, most = int(folder.lengths.max()), int(folder.images.max())
         if longest > self.data.context:
             raise ValueError(

@@ -1,0 +1,177 @@
+"""A run's workdir: what it holds, how a run goes on from it, and what is exported from it.
+
+run.json          the configuration, and what the data were
+frozen/           the parameters that the stage does not train, written once
+checkpoints/N/    after N steps: `trained` (float32 parameters) and `rest` (optimizer state and counters)
+export/N/         a checkpoint folder in bfloat16 for `janus_jax.load` and `convert/to_torch.py`
+metrics.jsonl, tensorboard/, samples/, profile/
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from janus_jax import checkpoint
+from janus_jax.config import JanusConfig
+from janus_jax.torch_weights import LazyParams, abstract_params
+from train.config import TrainConfig
+from train.overrides import diff, to_json
+from train.state import Params, TrainState, split
+
+_RUN, _FROZEN, _CHECKPOINTS, _EXPORT = "run.json", "frozen", "checkpoints", "export"
+# What may change between the starts of one run: how it is computed and watched, not what is computed.
+_FREE = (
+    "workdir", "steps", "accumulate", "remat", "loss_chunk", "mesh.", "evaluation.", "samples.", "log_every",
+    "save_every", "keep", "export_every", "profile_start", "profile_steps", "data.workers", "data.max_bad_share",
+    "init_from", "language_from", "vision_from", "vq_from",
+)  # fmt: skip
+
+
+class Workdir:
+    """The folder of one run. Every process of the run makes one; process 0 writes the small files.
+
+    Raises: ValueError where the folder holds a run of another configuration or other data.
+    """
+
+    def __init__(self, config: TrainConfig, data: dict[str, str]):
+        """`data` are the fingerprints of the prepared folders by path."""
+        self.config, self.folder = config, pathlib.Path(config.workdir)
+        self._claim(data)
+        self._context = checkpoint.saving_context()
+        policies = ocp.training.preservation_policies
+        with self._context:
+            self._checkpointer = ocp.training.Checkpointer(
+                (self.folder / _CHECKPOINTS).absolute(),
+                save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),  # the loop decides
+                preservation_policy=policies.LatestN(config.keep),
+                cleanup_tmp_directories=True,
+            )
+
+    def __enter__(self) -> Workdir:
+        return self
+
+    def __exit__(self, *_):
+        with self._context:
+            self._checkpointer.close()
+
+    def _claim(self, data: dict[str, str]):
+        path, run = self.folder / _RUN, {"config": to_json(self.config), "data": data}
+        if path.exists():
+            try:
+                earlier = json.loads(path.read_text(encoding="utf-8"))
+                differing = [line for line in diff(earlier["config"], run["config"]) if not line.startswith(_FREE)]
+                changed = sorted(name for name in data if earlier["data"].get(name) != data[name])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path} is not a run's description ({error}); choose another workdir") from None
+            cure = "give the run's own settings, or another workdir"
+            if differing:
+                raise ValueError(f"{self.folder} holds a run of another configuration: {'; '.join(differing)}; {cure}")
+            if changed:
+                raise ValueError(f"{self.folder} holds a run on other data: {', '.join(changed)} changed; {cure}")
+        elif self.folder.is_dir() and any(self.folder.iterdir()):
+            raise ValueError(f"{self.folder} is not empty and holds no run; choose another workdir")
+        if jax.process_index() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_json(path, run)
+
+    # ------------------------------------------------------------ saving
+
+    @property
+    def latest(self) -> int | None:
+        """Steps of the newest complete checkpoint; None where there is none."""
+        found = self._checkpointer.latest
+        return None if found is None else found.step
+
+    def save_frozen(self, frozen: Params):
+        """Writes what no step changes, unless it is there already."""
+        if frozen and not checkpoint.has_arrays(self.folder / _FROZEN):
+            checkpoint.save_params(self.folder / _FROZEN, frozen)
+
+    def save(self, step: int, state: TrainState):
+        """Begins to save `state` in the background, after `step` steps; first waits for the save before it."""
+        with self._context:
+            self._checkpointer.save_checkpointables_async(step, _trees(state), overwrite=True)
+
+    def wait(self):
+        """Until the save in the background is complete; raises what it met."""
+        with self._context:
+            self._checkpointer.wait()
+
+    # ------------------------------------------------------------ going on
+
+    def restore(self, abstract: TrainState, frozen: Params) -> tuple[TrainState, Params]:
+        """The newest checkpoint and the frozen parameters, laid out as the `abstract` ones, on any mesh."""
+        with self._context:
+            found = self._checkpointer.load_checkpointables(self.latest, _trees(abstract))
+            frozen = ocp.load(self.folder.absolute() / _FROZEN, frozen) if frozen else {}
+        return TrainState(trained=found["trained"], **found["rest"]), frozen
+
+    # ------------------------------------------------------------ exporting
+
+    def export(self, step: int, trained: Params, frozen: Params, tokenizer: pathlib.Path) -> pathlib.Path:
+        """Writes a checkpoint folder in bfloat16 with the files of `tokenizer`; returns it."""
+        folder = self.folder / _EXPORT / str(step)
+        if checkpoint.has_arrays(folder / checkpoint.PARAMS):
+            return folder
+        cast = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype("bfloat16"), tree))
+        if jax.process_index() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            copy_tokenizer(tokenizer, folder)
+        checkpoint.save(folder, dataclasses.replace(self.config.model, dtype="bfloat16"), cast({**trained, **frozen}))
+        return folder
+
+
+def _trees(state: TrainState) -> dict[str, Any]:
+    rest = {"step": state.step, "opt_state": state.opt_state, "skipped": state.skipped}
+    return {"trained": state.trained, "rest": rest}
+
+
+def copy_tokenizer(source: pathlib.Path, folder: pathlib.Path):
+    """Copies the tokenizer's and processor's files, everything small beside the weights."""
+    for path in source.iterdir():
+        is_theirs = path.suffix in (".json", ".jinja", ".model") and not path.name.endswith(".index.json")
+        if is_theirs and path.name not in ("config.json", _RUN):
+            shutil.copyfile(path, folder / path.name)
+
+
+# ---------------------------------------------------------------- starting from an earlier run
+
+
+def open_run(folder: pathlib.Path) -> tuple[JanusConfig, LazyParams] | None:
+    """The model and the newest parameters of the run in `folder`, still in their files; None where there is no run.
+
+    Raises: ValueError where the run has no complete checkpoint, or one is damaged.
+    """
+    if not (folder / _RUN).exists():
+        return None
+    try:
+        raw = json.loads((folder / _RUN).read_text(encoding="utf-8"))["config"]
+        config, stage = model_config(raw["model"]), raw["stage"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / _RUN} is not a run's description ({error})") from None
+    steps = [int(path.name) for path in (folder / _CHECKPOINTS).glob("*") if path.name.isdigit()]
+    if not steps:
+        raise ValueError(f"{folder} holds a run without a complete checkpoint; let it save one first")
+    trained, frozen = split(abstract_params(config), stage)
+    leaves = checkpoint.array_leaves(folder / _CHECKPOINTS / str(max(steps)) / "trained", trained)
+    return config, leaves | checkpoint.array_leaves(folder / _FROZEN, frozen)
+
+
+def model_config(raw: dict[str, Any]) -> JanusConfig:
+    """The JanusConfig that `overrides.to_json` wrote."""
+    usual = JanusConfig()
+    parts = {name: value for name, value in raw.items() if not isinstance(value, dict)}
+    for name, values in raw.items():
+        if isinstance(values, dict):
+            cls = type(getattr(usual, name))
+            parts[name] = cls(
+                **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+            )
+    return JanusConfig(**parts)

@@ -1,0 +1,124 @@
+"""The training loss: next-token cross entropy of answers, text and image codes over packed rows (report, section 2.1).
+
+Tasks carry no weights: a step's loss is the sum over all target tokens divided by their number.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from janus_jax.images import ImageSettings
+from janus_jax.model import Janus, place_images
+from train.batches import TASKS
+
+Params = dict[str, Any]
+
+
+def embed_batch(model: Janus, params: Params, batch: dict[str, jax.Array], settings: ImageSettings) -> jax.Array:
+    """Embeddings [B, T, D] of a batch as `train.batches.Assembler` makes it: text, codes and images in their places."""
+    apply = functools.partial(model.apply, {"params": params})
+    is_code = batch["is_code"]
+    text = apply(jnp.where(is_code, 0, batch["ids"]), method="embed_text")
+    codes = apply(jnp.where(is_code, batch["ids"], 0), method="embed_codes")
+    x = jnp.where(is_code[..., None], codes, text)
+    images = batch["images"]
+    rows, most = images.shape[:2]
+    if not most:
+        return x
+    features = apply(normalise(images.reshape(-1, *images.shape[2:]), settings), method="embed_images")
+    return place_images(x, batch["is_image"], features.reshape(rows, -1, features.shape[-1]))
+
+
+def normalise(images: jax.Array, settings: ImageSettings) -> jax.Array:
+    """uint8 images [..., 3] as SigLIP's input; what `images.understanding_pixels` does on the host."""
+    pixels = images.astype(jnp.float32) * settings.rescale_factor
+    if settings.do_normalize:
+        pixels = (pixels - jnp.asarray(settings.mean)) / jnp.asarray(settings.std)
+    return pixels
+
+
+def token_losses(
+    model: Janus, params: Params, batch: dict[str, jax.Array], settings: ImageSettings, chunk: int
+) -> jax.Array:
+    """Cross entropy [B, T] in float32 of each target token, 0 where a position has no task.
+
+    Args:
+      chunk: tokens of each row whose logits exist at a time.
+    """
+    x = embed_batch(model, params, batch, settings)
+    hidden = model.apply({"params": params}, x, batch["positions"], batch["segment_ids"], method="hidden")
+    is_code = batch["tasks"] == TASKS["generation"]
+    losses = jnp.zeros(batch["tasks"].shape, jnp.float32)
+    for wanted, head in (((batch["tasks"] > 0) & ~is_code, "text_logits"), (is_code, "image_logits")):
+        with jax.named_scope(head):
+            logits = functools.partial(model.apply, {"params": params}, method=head)
+            losses += cross_entropy(logits, hidden, batch["targets"], wanted, chunk)
+    return losses
+
+
+def cross_entropy(
+    logits: Callable[[jax.Array], jax.Array], hidden: jax.Array, targets: jax.Array, wanted: jax.Array, chunk: int
+) -> jax.Array:
+    """-log p [B, T] of `targets` under `logits(hidden)` where `wanted`, 0 elsewhere.
+
+    The wanted tokens of each row are moved to its front and worked off in chunks, each of which computes its logits
+    again in the backward pass; a chunk in which no row has a wanted token costs nothing.
+
+    Args:
+      logits: hidden states [B, C, D] to float32 logits [B, C, V].
+      hidden: [B, T, D].
+      targets, wanted: [B, T].
+      chunk: C; it divides T.
+    """
+    batch, length, width = hidden.shape
+    order = jnp.argsort(~wanted, axis=1, stable=True)
+    hidden = jnp.take_along_axis(hidden, order[..., None], axis=1)
+    targets, wanted = (jnp.take_along_axis(x, order, axis=1) for x in (targets, wanted))
+
+    def chunks(x: jax.Array) -> jax.Array:
+        return x.reshape(batch, length // chunk, chunk, *x.shape[2:]).swapaxes(0, 1)
+
+    @jax.checkpoint
+    def negative_log_likelihood(hidden, targets, wanted):
+        scores = logits(hidden)
+        # By comparison and not by gathering: it stays local where the vocabulary is split over devices.
+        chosen = jnp.where(jnp.arange(scores.shape[-1]) == targets[..., None], scores, 0).sum(-1)
+        return jnp.where(wanted, jax.nn.logsumexp(scores, axis=-1) - chosen, 0)
+
+    def one(_, args):
+        wanted = args[2]
+        return None, jax.lax.cond(wanted.any(), negative_log_likelihood, lambda *_: jnp.zeros(wanted.shape), *args)
+
+    _, losses = jax.lax.scan(one, None, (chunks(hidden), chunks(targets), chunks(wanted)))
+    losses = losses.swapaxes(0, 1).reshape(batch, length)
+    return jnp.take_along_axis(losses, jnp.argsort(order, axis=1), axis=1)
+
+
+def loss_sums(losses: jax.Array, tasks: jax.Array) -> dict[str, jax.Array]:
+    """Sums over a batch, to be added up over batches and divided once.
+
+    Args:
+      losses, tasks: [B, T], as from `token_losses` and in the batch.
+    Returns: 'loss' and 'tokens', and 'loss_<kind>' and 'tokens_<kind>' of each kind, float32 scalars.
+    """
+    sums = {"loss": losses.sum(), "tokens": (tasks > 0).sum(dtype=jnp.float32)}
+    for kind, task in TASKS.items():
+        sums[f"loss_{kind}"] = jnp.where(tasks == task, losses, 0).sum()
+        sums[f"tokens_{kind}"] = (tasks == task).sum(dtype=jnp.float32)
+    return sums
+
+
+def means(sums: dict[str, Any]) -> dict[str, float]:
+    """Mean loss a token, in all and of each kind that has any, and the counts, of summed `loss_sums`."""
+    result = {}
+    for name in ("", *(f"_{kind}" for kind in TASKS)):
+        tokens = float(sums[f"tokens{name}"])
+        result[f"tokens{name}"] = tokens
+        if tokens:
+            result[f"loss{name}"] = float(sums[f"loss{name}"]) / tokens
+    return result
