@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import pathlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from janus_jax.progress import shown
 from janus_jax.sharding import batch_shards, make_mesh
 from train.batches import TASKS, Assembler, Batch, load_batches
 from train.checkpoints import Workdir
-from train.config import KINDS, DataConfig, EvalConfig, TrainConfig
+from train.config import KINDS, DataConfig, TrainConfig
 from train.figures import loss_curves
 from train.flops import peak_flops, step_flops
 from train.loss import means

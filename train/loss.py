@@ -75,7 +75,7 @@ def cross_entropy(
       targets, wanted: [B, T].
       chunk: C; it divides T.
     """
-    batch, length, width = hidden.shape
+    batch, length, _ = hidden.shape
     order = jnp.argsort(~wanted, axis=1, stable=True)
     hidden = jnp.take_along_axis(hidden, order[..., None], axis=1)
     targets, wanted = (jnp.take_along_axis(x, order, axis=1) for x in (targets, wanted))

@@ -1,0 +1,106 @@
+"""A tiny training run: prepared data of all three kinds, and a config over them."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import zlib
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from janus_jax.config import JanusConfig, LlamaConfig, SiglipConfig, VQConfig
+from janus_jax.processing import Processor
+from tests.tiny_tokenizer import write_tokenizer
+from train.config import DataConfig, EvalConfig, OptimizerConfig, TrainConfig
+from train.prepare import prepare
+from train.sources import RawSample
+
+WORDS = "red blue green tall small bright dark round square old new house tree cat dog bird boat cloud river stone".split()
+MODEL = JanusConfig(
+    vision=SiglipConfig(image_size=32, patch_size=8, width=32, layers=2, heads=2),
+    gen_vision=VQConfig(ch=32, ch_mult=(1, 1), num_res_blocks=2, z_channels=16, codebook_size=64, grid=4),
+    language=LlamaConfig(
+        vocab_size=416, width=48, mlp_dim=64, layers=2, heads=4, kv_heads=2, head_dim=16, max_positions=512
+    ),
+    gen_head_width=32,
+    dtype="float32",
+)
+
+
+def some_image(rng: np.random.Generator) -> Image.Image:
+    """A random picture of random proportions."""
+    return Image.fromarray(rng.integers(0, 256, (*rng.integers(20, 60, 2), 3), dtype=np.uint8))
+
+
+def encode(images: np.ndarray) -> np.ndarray:
+    """Stands in for the VQ encoder: codes that depend on the image."""
+    seeds = [zlib.crc32(np.ascontiguousarray(image)) for image in np.asarray(images)]
+    g = MODEL.gen_vision
+    return np.stack([np.random.default_rng(s).integers(0, g.codebook_size, g.num_tokens) for s in seeds]).astype(np.int32)
+
+
+def write_data(folder: pathlib.Path, count: int = 24, seed: int = 0) -> dict[str, str]:
+    """Prepares `count` samples of each kind under `folder`; returns the folder of each kind, and 'tokenizer'."""
+    rng = np.random.default_rng(seed)
+    tokenizer = folder / "tokenizer"
+    write_tokenizer(tokenizer, image_size=MODEL.vision.image_size, num_image_tokens=MODEL.vision.num_patches)
+    processor = Processor.from_folder(tokenizer, MODEL)
+
+    def words(low: int, high: int) -> str:
+        return " ".join(rng.choice(WORDS, rng.integers(low, high)))
+
+    def conversation(i: int) -> RawSample:
+        images = [some_image(rng) for _ in range(1 + i % 2)]
+        turns = [
+            {"role": "user", "content": "<image>\n" * len(images) + words(1, 6)},
+            {"role": "assistant", "content": words(1, 5)},
+        ]
+        if i % 3 == 0:
+            turns += [{"role": "user", "content": words(1, 4)}, {"role": "assistant", "content": words(1, 4)}]
+        return RawSample(place=f"und {i}", messages=turns, images=tuple(images))
+
+    def drawing(i: int) -> RawSample:
+        return RawSample(place=f"gen {i}", caption=f"{words(2, 8)}. {words(2, 5)}.", images=(some_image(rng),))
+
+    def text(i: int) -> RawSample:
+        if i % 2:
+            return RawSample(place=f"text {i}", text=words(5, 40))
+        turns = [{"role": "user", "content": words(2, 9)}, {"role": "assistant", "content": words(2, 20)}]
+        return RawSample(place=f"text {i}", messages=turns)
+
+    made = {"understanding": conversation, "text": text, "generation": drawing}
+    folders = {"tokenizer": str(tokenizer)}
+    for kind, make in made.items():
+        folders[kind] = str(folder / kind)
+        options = {"encode": encode} if kind == "generation" else {}
+        prepare(
+            [make(i) for i in range(count)], folders[kind], kind, processor, context=128, batch_size=8, progress=False,
+            system_prompt="", **options,
+        )  # fmt: skip
+    return folders
+
+
+def tiny_config(folders: dict[str, str], workdir: pathlib.Path | str, **changes: Any) -> TrainConfig:
+    """A float32 run over `write_data`'s folders; `changes` are fields of TrainConfig."""
+    kinds = {kind: (folders[kind],) for kind in ("understanding", "text", "generation")}
+    config = TrainConfig(
+        name="tiny",
+        workdir=str(workdir),
+        model=MODEL,
+        stage=3,
+        tokenizer=folders["tokenizer"],
+        steps=4,
+        batch_size=8,
+        data=DataConfig(**kinds, ratio=(2, 1, 2), context=128, images_per_row=4, workers=0, guidance_dropout=0.25),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2),
+        compute_dtype="float32",
+        frozen_dtype="float32",
+        remat="none",
+        loss_chunk=32,
+        evaluation=EvalConfig(**kinds, every=2, batches=1),
+        log_every=1,
+        save_every=2,
+    )
+    return dataclasses.replace(config, **changes)
