@@ -7,11 +7,14 @@ import pathlib
 import zlib
 from typing import Any
 
+import jax
 import numpy as np
 from PIL import Image
 
+from janus_jax import checkpoint
 from janus_jax.config import JanusConfig, LlamaConfig, SiglipConfig, VQConfig
 from janus_jax.processing import Processor
+from janus_jax.torch_weights import abstract_params
 from tests.tiny_tokenizer import write_tokenizer
 from train.config import DataConfig, EvalConfig, OptimizerConfig, TrainConfig
 from train.prepare import prepare
@@ -80,6 +83,18 @@ def write_data(folder: pathlib.Path, count: int = 24, seed: int = 0) -> dict[str
             system_prompt="", **options,
         )  # fmt: skip
     return folders
+
+
+def write_checkpoint(folder: pathlib.Path, seed: int = 0) -> pathlib.Path:
+    """A converted checkpoint of MODEL with random parameters: made by numpy, since compiling an init takes long."""
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf) -> np.ndarray:
+        scale = 1 / np.sqrt(leaf.shape[-1]) if len(leaf.shape) > 1 else 0.1
+        return (rng.normal(size=leaf.shape) * scale + (len(leaf.shape) == 1)).astype(np.float32)
+
+    checkpoint.save(folder, MODEL, jax.tree.map(draw, abstract_params(MODEL)))
+    return folder
 
 
 def tiny_config(folders: dict[str, str], workdir: pathlib.Path | str, **changes: Any) -> TrainConfig:

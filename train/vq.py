@@ -72,7 +72,8 @@ class VQState(NamedTuple):
 
 
 def _optimizer(config: VQTrainConfig) -> optax.GradientTransformation:
-    return optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps))
+    # Flattened: one small program instead of one for each of a hundred arrays, which XLA takes seconds to compile.
+    return optax.flatten(optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps)))
 
 
 def init_vq_state(config: VQTrainConfig) -> VQState:
@@ -82,49 +83,46 @@ def init_vq_state(config: VQTrainConfig) -> VQState:
     abstract = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros(shape))["params"])
 
     # By numpy: XLA takes half a minute to compile flax's own initialisation on a CPU.
-    def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    def made(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
         name = path[-1].key
         if name in ("bias", "scale"):
             return jnp.full(leaf.shape, float(name == "scale"))
         fan_in = math.prod(leaf.shape[:-1]) if name == "kernel" else 1
         return jnp.asarray(rng.normal(0, fan_in**-0.5, leaf.shape).astype(np.float32))
 
-    params = jax.tree_util.tree_map_with_path(draw, abstract)
+    params = jax.tree_util.tree_map_with_path(made, abstract)
     counts = jnp.zeros(config.model.codebook_size, jnp.int32)
     return VQState(jnp.int32(0), params, _optimizer(config).init(params), counts)
 
 
-def _batch(config: VQTrainConfig, step: jax.Array, images: jax.Array) -> jax.Array:
-    key = jax.random.fold_in(jax.random.key(config.seed), step)
-    return images[jax.random.randint(key, (config.batch_size,), 0, len(images))]
+def draw(config: VQTrainConfig, step: int, size: int, count: int) -> np.ndarray:
+    """`count` whole numbers below `size`, which depend on the seed and the step alone."""
+    return np.random.default_rng((config.seed, step)).integers(size, size=count)
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
-def reseed(config: VQTrainConfig, state: VQState, images: jax.Array) -> VQState:
+def reseed(config: VQTrainConfig, state: VQState, batch: jax.Array, rows: jax.Array) -> VQState:
     """The state with a new window of counts, and every code that had no count in the last one set to an encoder output.
 
-    Which one is drawn by (seed, step). Before the first step nothing has been counted, so that every code starts so.
+    `rows` [codebook_size] says which of the batch's, [B * num_tokens] of them. Before the first step nothing has been
+    counted, so that every code starts so.
     """
-    batch = _batch(config, state.step, images)
     z = VQModel(config.model).apply({"params": state.params}, batch, method="reconstruct")[1].z
     z, codebook = z.reshape(-1, config.model.codebook_dim), state.params["quantize"]["embedding"]
-    key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
-    drawn = z[jax.random.randint(key, (len(codebook),), 0, len(z))]
-    codebook = jnp.where((state.counts == 0)[:, None], drawn, codebook)
+    codebook = jnp.where((state.counts == 0)[:, None], z[rows], codebook)
     params = state.params | {"quantize": {"embedding": codebook}}
     return state._replace(params=params, counts=jnp.zeros_like(state.counts))
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
-def vq_train_step(config: VQTrainConfig, state: VQState, images: jax.Array) -> tuple[VQState, dict[str, jax.Array]]:
+def vq_train_step(config: VQTrainConfig, state: VQState, batch: jax.Array) -> tuple[VQState, dict[str, jax.Array]]:
     """One update.
 
     Args:
-      images: [N, image_size, image_size, 3] in [-1, 1], all of them: the step draws its batch.
+      batch: images [B, image_size, image_size, 3] in [-1, 1].
     Returns: the new state, and scalars: `reconstruction`, `codebook` and `commitment` (unweighted) losses, and of the
       counts so far `usage`, the share of codes in use, and `perplexity`, the exponential of the codes' entropy.
     """
-    batch = _batch(config, state.step, images)
 
     def loss_fn(params):
         reconstruction, quantized = VQModel(config.model).apply({"params": params}, batch, method="reconstruct")
@@ -167,15 +165,17 @@ def train_vq(
         raise ValueError(f"images of shape {list(images.shape)} do not fit: expected [N, {size}, {size}, 3]")
     if not (np.abs(images) <= 1).all():
         raise ValueError("images must lie in [-1, 1], as images.generation_pixels makes them")
-    state, images = init_vq_state(config), jnp.asarray(images)
+    state = init_vq_state(config)
     history = []
     with step_bar("training VQ", config.steps, shown(progress)) as bar:
         for step in range(config.steps):
-            if step % config.reseed_every == 0:
-                # Later on only the counts start again.
-                early = step < config.reseed_until
-                state = reseed(config, state, images) if early else state._replace(counts=state.counts * 0)
-            state, metrics = vq_train_step(config, state, images)
+            batch = images[draw(config, step, len(images), config.batch_size)]
+            if step % config.reseed_every == 0 and step < config.reseed_until:
+                vectors = config.batch_size * config.model.num_tokens
+                state = reseed(config, state, batch, draw(config, step, vectors, config.model.codebook_size))
+            elif step % config.reseed_every == 0:
+                state = state._replace(counts=jnp.zeros_like(state.counts))
+            state, metrics = vq_train_step(config, state, batch)
             history.append(metrics)
             if step % config.reseed_every == config.reseed_every - 1 or step == config.steps - 1:
                 metrics = jax.device_get(metrics)
@@ -229,7 +229,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m train.vq", description="Train a VQ image tokenizer.")
     parser.add_argument("--images", type=pathlib.Path, required=True, help="folder of image files")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="checkpoint folder to write")
-    sizes, usual = VQConfig(), VQTrainConfig()
+    sizes, usual = VQConfig(), VQTrainConfig(model=VQConfig())
     for name in ("ch", "num_res_blocks", "z_channels", "codebook_size", "codebook_dim", "grid", "norm_groups"):
         parser.add_argument(f"--{name}", type=int, default=getattr(sizes, name))
     parser.add_argument("--ch_mult", type=int, nargs="+", default=sizes.ch_mult)
