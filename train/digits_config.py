@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from typing import Literal
 
-from train.config import EvalConfig, TrainConfig
+from train.config import KINDS, EvalConfig, TrainConfig
 from train.vq import VQTrainConfig
 
 
@@ -21,6 +22,7 @@ class DigitsConfig:
       stages: one after the other; `run_stages` fills in where each finds what it reads.
       guidance, temperature: at which the digits to be judged are drawn.
       images_per_class: digits drawn of each class to be judged.
+      split: the images that the final figures are read on; settings are chosen on 'validation'.
     """
 
     workdir: str
@@ -31,6 +33,7 @@ class DigitsConfig:
     guidance: float = 3.0
     temperature: float = 1.0
     images_per_class: int = 40
+    split: Literal["held_out", "validation"] = "held_out"
 
     def __post_init__(self):
         for stage in self.stages:
@@ -68,7 +71,8 @@ class DigitsConfig:
         """`stages` with this run's seed and folders, each but the first starting where the one before it ended."""
         made: list[TrainConfig] = []
         for stage in self.stages:
-            folders = {k: (str(self.prepared("train", k)),) for k in ("understanding", "text", "generation")}
+            read = [kind for kind, part in zip(KINDS, stage.data.ratio, strict=True) if part]
+            folders = {kind: (str(self.prepared("train", kind)),) if kind in read else () for kind in KINDS}
             held = {k: (str(self.prepared("validation", k)),) for k in ("understanding", "generation")}
             evaluation = stage.evaluation
             made.append(

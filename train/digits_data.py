@@ -67,8 +67,10 @@ def shifted(images: np.ndarray, shifts: Iterable[tuple[int, int]] = SHIFTS) -> n
 
 
 def to_rgb(images: np.ndarray) -> np.ndarray:
-    """uint8 images [N, 8, 8] as [N, 16, 16, 3]: each pixel becomes 2 x 2, which the judge's average pool undoes."""
-    return np.repeat(images.repeat(2, axis=1).repeat(2, axis=2)[..., None], 3, axis=-1)
+    """uint8 images [N, 8, 8] as [N, 16, 16, 3], by Pillow's bicubic filter."""
+    size = (IMAGE_SIZE, IMAGE_SIZE)
+    large = [np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)) for image in images]
+    return np.repeat(np.stack(large)[..., None], 3, axis=-1)
 
 
 def to_float(images: np.ndarray) -> np.ndarray:

@@ -23,8 +23,8 @@ import optax
 from janus_jax import checkpoint
 from janus_jax.config import IMAGE_CHANNELS, JanusConfig, LlamaConfig, SiglipConfig, VQConfig
 from janus_jax.images import generation_pixels
-from janus_jax.model import Janus, init_params
 from janus_jax.progress import shown, step_bar
+from janus_jax.torch_weights import abstract_params
 from janus_jax.vq import VQModel
 
 
@@ -191,7 +191,7 @@ def train_vq(
 
 
 def save_vq(folder: pathlib.Path, config: VQConfig, params: dict[str, Any]) -> None:
-    """Writes a checkpoint folder around a VQ model: all other parts of Janus are there, random and one unit wide.
+    """Writes a checkpoint folder around a VQ model: all other parts of Janus are there, zeros and one unit wide.
 
     So everything that opens a Janus checkpoint opens it: `janus_jax.load(folder).encode_images`, or a run's `vq_from`.
     Raises ValueError where the folder has parameters already.
@@ -205,7 +205,7 @@ def save_vq(folder: pathlib.Path, config: VQConfig, params: dict[str, Any]) -> N
         gen_head_width=1,
         dtype="float32",
     )
-    rest = jax.jit(lambda key: init_params(Janus(whole), key))(jax.random.key(0))
+    rest = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), abstract_params(whole))
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.save(folder, whole, rest | {"gen_vision_model": params})
 

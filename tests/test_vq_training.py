@@ -1,0 +1,287 @@
+"""Training of the VQ tokenizer: losses and gradients against torch autograd, codes kept alive, bad input."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import janus_jax
+from janus_jax import checkpoint
+from janus_jax.config import VQConfig
+from janus_jax.vq import Quantizer, VQModel
+from train.vq import (
+    VQTrainConfig,
+    draw,
+    init_vq_state,
+    main,
+    read_images,
+    reseed,
+    save_vq,
+    train_vq,
+    usage,
+    vq_train_step,
+)
+
+TINY = VQConfig(
+    ch=4, ch_mult=(1, 2), num_res_blocks=1, z_channels=8, codebook_size=16, codebook_dim=4, grid=4, norm_groups=4
+)
+CONFIG = VQTrainConfig(model=TINY, steps=24, batch_size=8, learning_rate=3e-3, reseed_every=8, reseed_until=16)
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    """Flat squares of a few grays, 8 x 8."""
+    values = np.random.default_rng(0).uniform(-1, 1, (64, 2, 2, 1)).astype(np.float32)
+    return np.repeat(values.repeat(4, axis=1).repeat(4, axis=2), 3, axis=-1)
+
+
+@pytest.fixture(scope="module")
+def trained(images):
+    return train_vq(CONFIG, images, progress=False)
+
+
+# ---------------------------------------------------------------- against torch
+
+
+def torch_quantize(z, embedding, beta):
+    """VectorQuantizer.forward of the reference, written out: unit vectors, two losses, straight-through."""
+    normalize = functools.partial(torch.nn.functional.normalize, dim=-1)
+    z, embedding = normalize(z), normalize(embedding)
+    codes = ((z[:, None] - embedding) ** 2).sum(-1).argmin(1)
+    z_q = embedding[codes]
+    codebook_loss = ((z_q - z.detach()) ** 2).mean()
+    commitment_loss = beta * ((z_q.detach() - z) ** 2).mean()
+    return z + (z_q - z).detach(), codes, codebook_loss, commitment_loss
+
+
+def test_quantizer_against_autograd(rng):
+    """Output, codes, losses, and gradients of z and of the codebook, of a loss that uses everything."""
+    z = rng.normal(size=(40, 4)).astype(np.float32) * rng.uniform(0.1, 10, (40, 1)).astype(np.float32)
+    embedding = rng.normal(size=(16, 4)).astype(np.float32) * 3
+    weights, beta = rng.normal(size=(40, 4)).astype(np.float32), 0.25
+
+    theirs_z, theirs_e = (torch.tensor(x, requires_grad=True) for x in (z, embedding))
+    out, codes, codebook_loss, commitment_loss = torch_quantize(theirs_z, theirs_e, beta)
+    ((out**2 * torch.tensor(weights)).sum() + 100 * (codebook_loss + commitment_loss)).backward()
+
+    quantizer = Quantizer(TINY, jnp.float32, jnp.float32)
+
+    def loss_fn(z, embedding):
+        q = quantizer.apply({"params": {"embedding": embedding}}, z, method="quantize")
+        total = jnp.sum(q.z_q**2 * weights) + 100 * (q.codebook_loss + beta * q.commitment_loss)
+        return total, q
+
+    (_, q), grads = jax.jit(jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True))(z, embedding)
+    np.testing.assert_array_equal(q.codes, codes.numpy())
+    np.testing.assert_allclose(q.z_q, out.detach().numpy(), atol=1e-5)
+    np.testing.assert_allclose(q.codebook_loss, codebook_loss.item(), rtol=1e-5)
+    np.testing.assert_allclose(beta * q.commitment_loss, commitment_loss.item(), rtol=1e-5)
+    for name, ours, theirs in (("z", grads[0], theirs_z.grad), ("codebook", grads[1], theirs_e.grad)):
+        assert float(theirs.abs().max()) > 0.01
+        np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-5, err_msg=name)
+
+
+def test_reconstruct_is_encode_and_decode(images):
+    """What training sees is what sampling sees: the same codes, and the same images of them."""
+    model, params = VQModel(TINY), init_vq_state(CONFIG).params
+    run = jax.jit(lambda method, x: model.apply({"params": params}, x, method=method), static_argnums=0)
+    reconstruction, q = run("reconstruct", images[:4])
+    codes = run("encode", images[:4])
+    np.testing.assert_array_equal(q.codes.reshape(4, -1), codes)
+    np.testing.assert_allclose(reconstruction, run("decode", codes), atol=1e-5)
+
+
+def test_gradients_reach_every_parameter(images):
+    """The codebook's rows in use by their own loss, what is before the quantizer straight through it."""
+    model, params = VQModel(TINY), init_vq_state(CONFIG).params
+
+    def loss_fn(params):
+        return jnp.mean((model.apply({"params": params}, images[:8], method="reconstruct")[0] - images[:8]) ** 2)
+
+    grads = jax.jit(jax.grad(loss_fn))(params)
+    np.testing.assert_array_equal(grads["quantize"]["embedding"], 0)
+    flat = jax.tree_util.tree_leaves_with_path({k: v for k, v in grads.items() if k != "quantize"})
+    # A bias of attention keys shifts all scores alike.
+    still = [jax.tree_util.keystr(path) for path, g in flat if float(jnp.abs(g).max()) == 0]
+    assert still == [], "no gradient"
+
+
+# ---------------------------------------------------------------- codes
+
+
+def test_reseeding_replaces_dead_codes_alone(images):
+    state = init_vq_state(CONFIG)
+    counts = jnp.zeros(TINY.codebook_size, jnp.int32).at[jnp.array([2, 5])].set(7)
+    before = np.asarray(state.params["quantize"]["embedding"])
+    z = VQModel(TINY).apply({"params": state.params}, images[:8], method="reconstruct")[1].z.reshape(-1, 4)
+    rows = np.arange(TINY.codebook_size) + 3
+    state = reseed(CONFIG, state._replace(counts=counts), images[:8], rows)
+    after = np.asarray(state.params["quantize"]["embedding"])
+    np.testing.assert_array_equal(after[[2, 5]], before[[2, 5]])
+    dead = np.array([i for i in range(TINY.codebook_size) if i not in (2, 5)])
+    np.testing.assert_allclose(after[dead], z[rows[dead]], atol=1e-5)
+    assert not state.counts.any()
+
+
+def test_draws_depend_on_seed_and_step_alone():
+    first = draw(CONFIG, 5, 1000, 8)
+    assert first.min() >= 0 and first.max() < 1000
+    np.testing.assert_array_equal(first, draw(CONFIG, 5, 1000, 8))
+    for other in (draw(CONFIG, 6, 1000, 8), draw(dataclasses.replace(CONFIG, seed=1), 5, 1000, 8)):
+        assert (first != other).any()
+
+
+def test_usage():
+    uniform = usage(jnp.array([5, 5, 5, 5, 0, 0, 0, 0]))
+    assert float(uniform["usage"]) == 0.5
+    assert float(uniform["perplexity"]) == pytest.approx(4, rel=1e-5)
+    assert float(usage(jnp.array([9, 0]))["perplexity"]) == pytest.approx(1)
+
+
+def test_counts_are_of_one_window(images):
+    """Uses are counted over `reseed_every` steps: as many as there were vectors."""
+    state = init_vq_state(CONFIG)
+    for step in range(3):
+        state, metrics = vq_train_step(CONFIG, state, images[:8])
+        assert int(state.counts.sum()) == (step + 1) * CONFIG.batch_size * TINY.num_tokens
+    assert float(metrics["usage"]) == float(np.mean(np.asarray(state.counts) > 0))
+
+
+# ---------------------------------------------------------------- runs
+
+
+def test_training_learns(trained, images):
+    params, history = trained
+    assert {name: values.shape for name, values in history.items()} == dict.fromkeys(
+        ("reconstruction", "codebook", "commitment", "usage", "perplexity"), (CONFIG.steps,)
+    )
+    assert history["reconstruction"][-4:].mean() < 0.5 * history["reconstruction"][:4].mean()
+    assert history["usage"][-1] > 0.5
+    assert jax.tree.structure(params) == jax.tree.structure(init_vq_state(CONFIG).params)
+
+
+def test_training_is_deterministic(trained, images):
+    params, history = train_vq(CONFIG, images, progress=False)
+    jax.tree.map(np.testing.assert_array_equal, params, trained[0])
+    jax.tree.map(np.testing.assert_array_equal, history, trained[1])
+
+
+def test_saved_folder_is_a_checkpoint(trained, images, tmp_path):
+    params, _ = trained
+    save_vq(tmp_path / "vq", TINY, params)
+    loaded = janus_jax.load(tmp_path / "vq")
+    assert loaded.config.gen_vision == TINY
+    jax.tree.map(np.testing.assert_array_equal, loaded.params["gen_vision_model"], params)
+    with pytest.raises(ValueError, match="exists"):
+        save_vq(tmp_path / "vq", TINY, params)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda x: x[..., :1], r"\[64, 8, 8, 1\] do not fit: expected \[N, 8, 8, 3\]"),
+        (lambda x: x[:0], r"\[0, 8, 8, 3\] do not fit"),
+        (lambda x: x[0], "do not fit"),
+        (lambda x: x * 255, r"must lie in \[-1, 1\]"),
+        (lambda x: x * np.nan, r"must lie in \[-1, 1\]"),
+    ],
+)
+def test_bad_images(images, make, message):
+    with pytest.raises(ValueError, match=message):
+        train_vq(CONFIG, make(images), progress=False)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"steps": 0}, "steps is 0, not a whole number from 1"),
+        ({"batch_size": -1}, "batch_size is -1"),
+        ({"reseed_every": 0}, "reseed_every is 0"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0, not a number above 0"),
+        ({"beta": float("nan")}, "beta is nan"),
+    ],
+)
+def test_bad_settings(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **change)
+
+
+def test_divergence_is_said(images, monkeypatch):
+    def diverged(config, state, batch):
+        return state, {"reconstruction": np.float32(np.nan)}
+
+    monkeypatch.setattr("train.vq.vq_train_step", diverged)
+    with pytest.raises(ValueError, match=r"the loss is nan at step 8; lower learning_rate \(0\.003\)"):
+        train_vq(CONFIG, images, progress=False)
+
+
+# ---------------------------------------------------------------- command line
+
+SIZES = [
+    "--ch",
+    "4",
+    "--ch_mult",
+    "1",
+    "2",
+    "--num_res_blocks",
+    "1",
+    "--z_channels",
+    "8",
+    "--codebook_size",
+    "16",
+    "--codebook_dim",
+    "4",
+    "--grid",
+    "4",
+]
+
+
+def write_images(folder, images):
+    folder.mkdir()
+    for index, image in enumerate(images):
+        Image.fromarray(np.rint((image + 1) * 127.5).astype(np.uint8)).save(folder / f"{index}.png")
+
+
+def test_command_line(images, tmp_path, capsys):
+    write_images(tmp_path / "images", images[:6])
+    paths = ["--images", str(tmp_path / "images"), "--out", str(tmp_path / "out")]
+    # CONFIG, whose step is compiled already.
+    run = {"norm_groups": 4} | {
+        field: getattr(CONFIG, field)
+        for field in ("steps", "batch_size", "learning_rate", "reseed_every", "reseed_until")
+    }
+    arguments = [*paths, *SIZES, *(f"--{name}={value}" for name, value in run.items())]
+    main(arguments)
+    assert "reconstruction" in capsys.readouterr().out
+    assert checkpoint.open_checkpoint(tmp_path / "out").config.gen_vision == TINY
+    with pytest.raises(SystemExit, match="holds a checkpoint already: give another --out"):
+        main(arguments)
+
+
+def test_command_line_refuses(images, tmp_path):
+    (tmp_path / "empty").mkdir()
+    write_images(tmp_path / "images", images[:2])
+    (tmp_path / "images" / "bad.png").write_bytes(b"no image")
+
+    def run(folder, *arguments):
+        main(["--images", str(tmp_path / folder), "--out", str(tmp_path / "out"), *SIZES, *arguments])
+
+    with pytest.raises(SystemExit, match="channels 4 x 1 are not a multiple of 32 norm groups"):
+        run("images")
+    with pytest.raises(SystemExit, match="empty holds no image files"):
+        run("empty", "--norm_groups", "4")
+    with pytest.raises(SystemExit, match=r"bad\.png: not an image"):
+        run("images", "--norm_groups", "4")
+    assert not (tmp_path / "out").exists()
+
+
+def test_read_images(images, tmp_path):
+    write_images(tmp_path / "images", images[:3])
+    read = read_images(tmp_path / "images", 8)
+    assert read.shape == (3, 8, 8, 3) and read.dtype == np.float32
+    np.testing.assert_allclose(read, images[:3], atol=1 / 127)
