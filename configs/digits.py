@@ -26,7 +26,7 @@ def get_config() -> DigitsConfig:
     stages = (_stage(1, 20, (1, 0, 3)), _stage(2, 150, (2, 1, 4)), _stage(3, 650, (4, 1, 6), sample=True))
     return DigitsConfig(
         workdir="runs/digits",
-        vq=VQTrainConfig(model=VQ, steps=700, batch_size=64, learning_rate=3e-3, reseed_every=100, reseed_until=450),
+        vq=VQTrainConfig(model=VQ, steps=900, batch_size=32, learning_rate=3e-3, reseed_every=50, reseed_until=500),
         stages=stages,
     )
 
