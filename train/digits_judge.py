@@ -6,21 +6,22 @@ from typing import Any
 
 import numpy as np
 
-from train.digits_data import IMAGE_SIZE, load_split, shifted, to_rgb
-
-# The image itself, and one pixel up, down, left, right: digits that a model draws need not stand in the middle.
-_SHIFTS = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))
+from train.digits_data import IMAGE_SIZE, SHIFTS, load_split, shifted, to_rgb
 
 
 class Judge:
-    """A support vector machine on the 8 x 8 average pool of images; fitted when made, in seconds."""
+    """A support vector machine on the 8 x 8 average pool of images; fitted when made, in seconds.
+
+    It sees the training images at every shift, as the model that it is to judge does: without them it takes a digit
+    that stands a pixel aside for another one.
+    """
 
     def __init__(self):
         from sklearn.svm import SVC
 
         images, labels = load_split("train")
         self._svm: Any = SVC(C=3, gamma=0.2)
-        self._svm.fit(_features(to_rgb(shifted(images, _SHIFTS))), np.tile(labels, len(_SHIFTS)))
+        self._svm.fit(_features(to_rgb(shifted(images))), np.tile(labels, len(SHIFTS)))
 
     def predict(self, images: np.ndarray) -> np.ndarray:
         """Labels [N] of uint8 images [N, 16, 16, 3]; ValueError for others."""
