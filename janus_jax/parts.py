@@ -36,7 +36,7 @@ def open_part(path: pathlib.Path, config: JanusConfig, part: str) -> LazyParams:
     tensors = open_tensors(path) if path.is_dir() else open_file(path)
     filled = _slots(config, part)
     problems = []
-    for slot in filled:
+    for slot in {slot.name: slot for slot in filled}.values():  # q, k and v share a tensor
         found = tensors.get(slot.name)
         if found is None:
             problems.append(f"missing: {slot.name} {list(slot.tensor_shape)}")

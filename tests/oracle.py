@@ -8,6 +8,9 @@ written out: VQ encode normalises before it looks for the nearest code, and text
 from __future__ import annotations
 
 import copy
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +18,8 @@ import transformers
 from transformers import initialization
 
 from janus_jax.config import JanusConfig, transformers_config
+from janus_jax.torch_names import slots
+from janus_jax.torch_weights import leaves_of, place
 
 torch.set_num_threads(2)
 transformers.logging.set_verbosity_error()
@@ -162,3 +167,59 @@ def generate_codes(
         x = model.prepare_embeddings_for_image_generation(code.repeat_interleave(2)[:, None])
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
     return torch.stack(codes, 1).numpy(), torch.stack(kept, 1).numpy()
+
+
+# ---------------------------------------------------------------- training
+
+
+def sequence_losses(
+    model: TorchJanus, ids: np.ndarray, codes: np.ndarray, pixels: np.ndarray, is_image: np.ndarray
+) -> torch.Tensor:
+    """-log p [n - 1] of every element but the first of one sample, text ids and then image codes, with gradients.
+
+    Args:
+      ids, is_image: [T], the text and its image placeholders; codes [C]; pixels [N, h, w, 3].
+    """
+    x = model.get_input_embeddings()(_ids(ids))
+    if len(pixels):
+        x = torch.index_put(x, (torch.tensor(is_image),), _image_embeddings(model, pixels).flatten(0, 1))
+    if len(codes):
+        drawn = model.model.generation_aligner(model.model.generation_embeddings(_ids(codes)))
+        x = torch.cat([x, drawn])
+    hidden = model.model.language_model(inputs_embeds=x[None, :-1], use_cache=False).last_hidden_state[0]
+    text = -model.lm_head(hidden[: len(ids) - 1]).log_softmax(-1)
+    losses = text.gather(-1, _ids(ids[1:])[:, None])[:, 0]
+    if len(codes):
+        image = -model.model.generation_head(hidden[len(ids) - 1 :]).log_softmax(-1)
+        losses = torch.cat([losses, image.gather(-1, _ids(codes)[:, None])[:, 0]])
+    return losses
+
+
+def _image_embeddings(model: TorchJanus, pixels: np.ndarray) -> torch.Tensor:
+    return model.model.aligner(model.model.vision_model(_channels_first(pixels)).last_hidden_state)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Held:
+    """An array that `leaves_of` reads as it reads a tensor of a file."""
+
+    array: np.ndarray
+
+    shape = property(lambda self: self.array.shape)
+    dtype = property(lambda self: self.array.dtype)
+
+    def view(self) -> np.ndarray:
+        return self.array
+
+
+def gradients(model: TorchJanus, config: JanusConfig, loss: torch.Tensor, parts: Sequence[str]) -> dict[str, Any]:
+    """Gradients of `loss` with regard to the parameters of `parts`, in our tree; zeros where it depends on none."""
+    wanted = [slot for slot in slots(config, "transformers") if slot.path[0] in parts]
+    named = dict(model.named_parameters())
+    names = sorted({slot.name for slot in wanted})
+    found = torch.autograd.grad(loss, [named[name] for name in names], retain_graph=True, allow_unused=True)
+    tensors = {
+        name: _Held(np.zeros(named[name].shape, np.float32) if grad is None else grad.numpy())
+        for name, grad in zip(names, found, strict=True)
+    }
+    return place(leaves_of(wanted, tensors), as_numpy=True)
