@@ -45,7 +45,7 @@ def _stage(stage: int, steps: int, ratio: tuple[int, int, int], sample: bool = F
         stage=stage,
         tokenizer="runs/digits/tokenizer",
         steps=steps,
-        batch_size=22,
+        batch_size=15,
         data=DataConfig(**folders, ratio=ratio, context=192, images_per_row=3, workers=0),
         # Constant in stages 1 and 2 as in the report; the last one ends at rest instead of being cut off.
         optimizer=OptimizerConfig(

@@ -90,9 +90,10 @@ class Workdir:
         return None if found is None else found.step
 
     def save_frozen(self, frozen: Params):
-        """Writes what no step changes, unless it is there already."""
-        if frozen and not checkpoint.has_arrays(self.folder / _FROZEN):
-            checkpoint.save_params(self.folder / _FROZEN, frozen)
+        """Writes what no step changes, over that of a start that did not come to its first checkpoint."""
+        if frozen:
+            with checkpoint.saving_context():
+                ocp.save(self.folder.absolute() / _FROZEN, frozen, overwrite=True)
 
     def save(self, step: int, state: TrainState):
         """Begins to save `state` in the background, after `step` steps; first waits for the save before it."""
@@ -118,13 +119,15 @@ class Workdir:
     def export(self, step: int, trained: Params, frozen: Params, tokenizer: pathlib.Path) -> pathlib.Path:
         """Writes a checkpoint folder in bfloat16 with the files of `tokenizer`; returns it."""
         folder = self.folder / _EXPORT / str(step)
-        if checkpoint.has_arrays(folder / checkpoint.PARAMS):
-            return folder
-        cast = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype("bfloat16"), tree))
         if jax.process_index() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             copy_tokenizer(tokenizer, folder)
-        checkpoint.save(folder, dataclasses.replace(self.config.model, dtype="bfloat16"), cast({**trained, **frozen}))
+            model = dataclasses.replace(self.config.model, dtype="bfloat16")
+            checkpoint.write_json(folder / "config.json", original_config(model))
+        # The arrays come into being last and at once: where they are, an earlier start was done with this folder.
+        if not checkpoint.has_arrays(folder / checkpoint.PARAMS):
+            cast = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype("bfloat16"), tree))
+            checkpoint.save_params(folder / checkpoint.PARAMS, cast({**trained, **frozen}))
         return folder
 
 
@@ -153,13 +156,13 @@ def open_run(folder: pathlib.Path) -> tuple[JanusConfig, LazyParams] | None:
         return None
     try:
         raw = json.loads((folder / _RUN).read_text(encoding="utf-8"))["config"]
-        config, stage = model_config(raw["model"]), raw["stage"]
+        config = model_config(raw["model"])
+        trained, frozen = split(abstract_params(config), raw["stage"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / _RUN} is not a run's description ({error})") from None
     steps = [int(path.name) for path in (folder / _CHECKPOINTS).glob("*") if path.name.isdigit()]
     if not steps:
         raise ValueError(f"{folder} holds a run without a complete checkpoint; let it save one first")
-    trained, frozen = split(abstract_params(config), stage)
     leaves = checkpoint.array_leaves(folder / _CHECKPOINTS / str(max(steps)) / "trained", trained)
     return config, leaves | checkpoint.array_leaves(folder / _FROZEN, frozen)
 

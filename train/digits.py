@@ -59,9 +59,7 @@ def run(config: DigitsConfig) -> dict[str, Any]:
     write_json(folder / "results.json", figures)
     print(table(figures))
     print(f"pictures: {', '.join(str(path) for path in sorted(folder.glob('*.png')))}")
-    print(
-        f"try: python -m janus_jax generate --model {exported} --prompt 'a handwritten 7' --guidance 3 --out drawn"
-    )
+    print(f"try: python -m janus_jax generate --model {exported} --prompt 'a handwritten 7' --guidance 3 --out drawn")
     return figures
 
 
@@ -117,7 +115,8 @@ def _prepare(config: DigitsConfig):
 
 def evaluate(janus: JanusPipeline, config: DigitsConfig, folder: pathlib.Path) -> dict[str, Any]:
     """Judges a trained model on `config.split` and writes the pictures into `folder`."""
-    judge = Judge()
+    # Validation images are training images of the judge once nothing is chosen by them any more.
+    judge = Judge(("train",) if config.split == "validation" else ("train", "validation"))
     images, labels = load_split(config.split)
     shown = to_rgb(images)
     figures: dict[str, Any] = {"split": config.split, "judge": judge.accuracy(config.split)}

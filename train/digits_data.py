@@ -188,7 +188,7 @@ def _write_lines(path: pathlib.Path, records: Iterable[dict[str, Any]]):
 def write_tokenizer(folder: pathlib.Path, vocab_size: int, image_size: int, num_image_tokens: int) -> None:
     """Writes the tokenizer and processor files of a checkpoint: byte-level BPE learned from the digits' texts.
 
-    The system prompt counts among them many times over, so that each of its words is one token.
+    The system prompt, with which every conversation opens, is one token of its own.
 
     Args:
       vocab_size: of at most so many ids, Janus's special tokens and the 256 bytes included.
@@ -197,20 +197,21 @@ def write_tokenizer(folder: pathlib.Path, vocab_size: int, image_size: int, num_
     """
     specials = [BOS, EOS, PAD, BEGIN_OF_IMAGE, END_OF_IMAGE, IMAGE_PLACEHOLDER, *ROLES["pro"]]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    if vocab_size < len(alphabet) + len(specials):
+    if vocab_size <= len(alphabet) + len(specials):
         raise ValueError(f"a vocabulary of {vocab_size} has no room for {len(alphabet) + len(specials)} bytes and tags")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(specials), initial_alphabet=alphabet, show_progress=False, min_frequency=1
+        vocab_size=vocab_size - len(specials) - 1, initial_alphabet=alphabet, show_progress=False, min_frequency=1
     )
-    texts = [SYSTEM_PROMPT] * 100 + sentences()
+    texts = sentences()
     for label in range(10):
         texts += [f": {caption}" for caption in captions(label)]
         texts += [f"\n{question}\n\n: {answer}" for question, answer in questions(label)]
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in specials])
+    tokenizer.add_tokens([AddedToken(SYSTEM_PROMPT, normalized=False)])
 
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))

@@ -1,7 +1,8 @@
-"""The judge of generated digits: a classifier that has seen nothing but the training split."""
+"""The judge of generated digits: a classifier that has seen nothing of the images that it is itself judged by."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,16 @@ class Judge:
 
     It sees the training images at every shift, as the model that it is to judge does: without them it takes a digit
     that stands a pixel aside for another one.
+
+    Args:
+      splits: what it is fitted on.
     """
 
-    def __init__(self):
+    def __init__(self, splits: Sequence[str] = ("train",)):
         from sklearn.svm import SVC
 
-        images, labels = load_split("train")
-        self._svm: Any = SVC(C=3, gamma=0.2)
+        images, labels = (np.concatenate(parts) for parts in zip(*map(load_split, splits), strict=True))
+        self._svm: Any = SVC(C=3, gamma=0.3)
         self._svm.fit(_features(to_rgb(shifted(images))), np.tile(labels, len(SHIFTS)))
 
     def predict(self, images: np.ndarray) -> np.ndarray:

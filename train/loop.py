@@ -55,6 +55,8 @@ def train(config: TrainConfig) -> pathlib.Path:
         mixture, processor.settings, processor.tokenizer.pad_id, processor.tokenizer.image_placeholder_id
     )
     held_out = _held_out(config, assembler)
+    if held_out:
+        _check_folders(held_out.mixture, processor)
     rows = local_rows(batch_sharding(mesh), config.batch_size)
 
     with Workdir(config, {str(f.folder): f.fingerprint for f in mixture.folders}) as workdir, jax.set_mesh(mesh):
@@ -63,6 +65,11 @@ def train(config: TrainConfig) -> pathlib.Path:
             state, frozen = first_state(config, mesh, progress=shown(None) and is_main)
             workdir.save_frozen(frozen)
         else:
+            if workdir.latest > config.steps:
+                raise ValueError(
+                    f"steps={config.steps}, but {workdir.folder} is at step {workdir.latest} already; "
+                    "raise steps, or choose another workdir"
+                )
             state, frozen = workdir.restore(*abstract_state(config, mesh))
         first = int(state.step)
         _describe(config, mesh, mixture, state, frozen, first)
@@ -70,11 +77,11 @@ def train(config: TrainConfig) -> pathlib.Path:
         # -------------------------------------------------------- steps
         step_fn = make_train_step(config, mesh, processor.settings)
         evaluate = _Evaluator(config, mesh, held_out, rows, processor.settings)
-        window = _Window(config, mesh)
+        window, profile = _Window(config, mesh), _Profile(config, workdir.folder / "profile", is_main)
         batches = load_batches(assembler, rows, first, config.steps, config.data.workers)
         with Metrics(workdir.folder, config.steps, first, enabled=is_main) as metrics:
             for step in range(first, config.steps):
-                _profile(config, workdir.folder, step, is_main)
+                profile.at(step)
                 with window.waiting():
                     _, batch, report = next(batches)
                 state, out = step_fn(state, frozen, _put(batch, rows, mesh, config.batch_size))
@@ -91,6 +98,7 @@ def train(config: TrainConfig) -> pathlib.Path:
                 if config.export_every and done % config.export_every == 0:
                     workdir.export(done, state.trained, frozen, tokenizer)
                 window.pause()
+        profile.stop()
 
         # -------------------------------------------------------- what is left behind
         exported = workdir.export(config.steps, state.trained, frozen, tokenizer)
@@ -303,7 +311,10 @@ class _Evaluator:
 
     def __call__(self, state: TrainState, frozen: Params) -> dict[str, float]:
         if not self._batches:
-            self._batches = [self._assembler(number, self._rows)[0] for number in range(self._count)]
+            made = [self._assembler(number, self._rows) for number in range(self._count)]
+            self._batches = [batch for batch, _ in made]
+            for problem in (problem for _, report in made for problem in report["problems"]):
+                print(f"evaluation: left out {problem}", flush=True)
         outs = [self._step(state.trained, frozen, _put(b, self._rows, self._mesh, self._size)) for b in self._batches]
         outs = jax.device_get(outs)
         return means({name: sum(float(out[name]) for out in outs) for name in outs[0]})
@@ -323,10 +334,24 @@ def draw_samples(
         contact_sheet(images, columns=s.images, gap=2).save(path)
 
 
-def _profile(config: TrainConfig, folder: pathlib.Path, step: int, is_main: bool):
-    if not config.profile_steps or not is_main:
-        return
-    if step == config.profile_start:
-        jax.profiler.start_trace(str(folder / "profile"))
-    elif step == config.profile_start + config.profile_steps:
-        jax.profiler.stop_trace()
+class _Profile:
+    """The trace of the steps that the config names, or of as many of them as this process does."""
+
+    def __init__(self, config: TrainConfig, folder: pathlib.Path, is_main: bool):
+        self._folder, self._running = folder, False
+        steps = config.profile_steps if is_main else 0
+        self._steps = range(config.profile_start, config.profile_start + steps)
+
+    def at(self, step: int):
+        """Starts or stops the trace where `step` is about to begin."""
+        if step not in self._steps:
+            self.stop()
+        elif not self._running:
+            jax.profiler.start_trace(str(self._folder))
+            self._running = True
+
+    def stop(self):
+        """Writes the trace, if there is one."""
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False

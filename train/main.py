@@ -26,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
+        if type(error) is not RuntimeError:  # JAX's own and the like, whose traceback is needed
+            raise
         print(f"stopped: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

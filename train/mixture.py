@@ -59,12 +59,12 @@ class Stream:
     """
 
     def __init__(self, folders: Sequence[Prepared], weights: Sequence[float], seed: int):
-        self.folders = folders
+        self.folders, self.weights = folders, weights or (1,) * len(folders)
         orders = []
         for number, folder in enumerate(folders):
             order = grain.MapDataset.range(len(folder)).seed(seed + number).shuffle().repeat()
             orders.append(order.map(functools.partial(_tagged, number)))
-        self._order = orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, weights or None)
+        self._order = orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, self.weights)
 
     def __getitem__(self, position: int) -> tuple[Prepared, int]:
         number, index = self._order[position]
@@ -206,6 +206,8 @@ class Mixture:
 
 
 def _means(stream: Stream) -> tuple[float, float]:
-    """Tokens and images of a stream's samples, on average over a stretch of it."""
-    sampled = [stream[_TRIAL_STEP + i] for i in range(2048)]
-    return tuple(float(np.mean([getattr(f, name)[i] for f, i in sampled])) for name in ("lengths", "images"))
+    """Tokens and images of a stream's samples, on average."""
+    return tuple(
+        float(np.average([getattr(folder, name).mean() for folder in stream.folders], weights=stream.weights))
+        for name in ("lengths", "images")
+    )

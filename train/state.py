@@ -192,8 +192,10 @@ def _open_one(key: str, path: pathlib.Path, config: TrainConfig, part: str) -> L
                 raise ValueError(f"{path} holds a {part} of other sizes than the config's model")
             return leaves
         return open_part(path, config.model, part)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{key}: {error}") from None
     except (OSError, ValueError) as error:
-        raise type(error)(f"{key}: {error}") from None
+        raise ValueError(f"{key}: {error}") from None
 
 
 def _is_janus(folder: pathlib.Path) -> bool:
