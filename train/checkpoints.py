@@ -19,7 +19,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from janus_jax import checkpoint
-from janus_jax.config import JanusConfig
+from janus_jax.config import JanusConfig, original_config
 from janus_jax.torch_weights import LazyParams, abstract_params
 from train.config import TrainConfig
 from train.overrides import diff, to_json

@@ -21,7 +21,7 @@ from train.packing import pack
 from train.prepared import Prepared, open_prepared
 
 _TRIALS = 8  # steps on which the number of groups is tried out
-_TRIAL_STEP = 1 << 40  # far from any real step: the trial reads other parts of the streams
+_TRIAL_GROUP = 1 << 40  # far from any real one: the trial reads other parts of the streams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +77,10 @@ def _tagged(number: int, index: int) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class _Phase:
-    """Steps from `start` on, which read `groups` groups each."""
+    """Steps from `start` on, which read `groups` groups each; `read` groups were read before them."""
 
     start: int
+    read: int
     streams: dict[str, Stream]
     groups: int
 
@@ -95,10 +96,13 @@ class Mixture:
         self.data, self.batch_size, self.seed = data, batch_size, seed
         divisor = math.gcd(*data.ratio)
         self.ratio = {kind: part // divisor for kind, part in zip(KINDS, data.ratio, strict=True) if part}
-        self._phases = [self._phase(0, data.generation)]
         if data.early_steps and data.early_generation:
-            later = self._phase(data.early_steps, data.generation)
-            self._phases = [self._phase(0, data.early_generation), later]
+            early = self._phase(0, 0, data.early_generation, ())
+            read = data.early_steps * early.groups  # understanding and text go on from there
+            later = self._phase(data.early_steps, read, data.generation, data.generation_weights)
+            self._phases = [early, later]
+        else:
+            self._phases = [self._phase(0, 0, data.generation, data.generation_weights)]
 
     @property
     def folders(self) -> list[Prepared]:
@@ -109,22 +113,24 @@ class Mixture:
     def plan(self, step: int) -> Plan:
         """The rows of `step`, counted from 0."""
         phase = next(phase for phase in reversed(self._phases) if step >= phase.start)
-        return self._plan(phase.streams, phase.groups, step - phase.start, step)
+        return self._plan(phase.streams, phase.groups, phase.read + (step - phase.start) * phase.groups, step)
 
     def groups(self, step: int) -> int:
         """How many groups `step` is meant to take."""
         return next(phase for phase in reversed(self._phases) if step >= phase.start).groups
 
-    def _phase(self, start: int, generation: Sequence[str]) -> _Phase:
-        folders = {"understanding": self.data.understanding, "text": self.data.text, "generation": generation}
-        weights = {kind: getattr(self.data, f"{kind}_weights") for kind in KINDS}
+    def _phase(self, start: int, read: int, generation: Sequence[str], generation_weights: Sequence[float]) -> _Phase:
+        d = self.data
+        folders = {"understanding": d.understanding, "text": d.text, "generation": generation}
+        weights = {
+            "understanding": d.understanding_weights, "text": d.text_weights, "generation": generation_weights
+        }  # fmt: skip
         streams = {}
         for number, kind in enumerate(KINDS):
             if kind in self.ratio:
                 opened = [self._open(path, kind) for path in folders[kind]]
-                own = weights[kind] if len(weights[kind]) == len(opened) else ()
-                streams[kind] = Stream(opened, own, self.seed + 1000 * number)
-        return _Phase(start, streams, self._fitting_groups(streams))
+                streams[kind] = Stream(opened, weights[kind], self.seed + 1000 * number)
+        return _Phase(start, read, streams, self._fitting_groups(streams))
 
     def _open(self, path: str, kind: str) -> Prepared:
         folder = open_prepared(path)
@@ -154,7 +160,7 @@ class Mixture:
             most = min(most, self.batch_size * self.data.images_per_row / images)
 
         def fits(groups: int) -> bool:
-            plans = (self._plan(streams, groups, _TRIAL_STEP + t, t, exact=True) for t in range(_TRIALS))
+            plans = (self._plan(streams, groups, _TRIAL_GROUP + t * groups, t, exact=True) for t in range(_TRIALS))
             return sum(plan is not None for plan in plans) >= _TRIALS - 1
 
         low, high = 0, int(most) + 1
@@ -169,8 +175,8 @@ class Mixture:
             )
         return low
 
-    def _plan(self, streams: dict[str, Stream], groups: int, position: int, step: int, exact: bool = False):
-        items = {kind: self._items(stream, kind, groups, position) for kind, stream in streams.items()}
+    def _plan(self, streams: dict[str, Stream], groups: int, first: int, step: int, exact: bool = False):
+        items = {kind: self._items(stream, kind, groups, first) for kind, stream in streams.items()}
         if "generation" in items:
             items["generation"] = self._randomised(items["generation"], step)
         for kept in range(groups, 0, -1):
@@ -188,10 +194,9 @@ class Mixture:
                 return None
         return Plan([[] for _ in range(self.batch_size)], 0, groups)
 
-    def _items(self, stream: Stream, kind: str, groups: int, position: int) -> list[Item]:
-        count = groups * self.ratio[kind]
-        items = []
-        for i in range(position * count, (position + 1) * count):
+    def _items(self, stream: Stream, kind: str, groups: int, first: int) -> list[Item]:
+        count, items = self.ratio[kind], []
+        for i in range(first * count, (first + groups) * count):
             folder, index = stream[i]
             items.append(Item(kind, folder, index, int(folder.lengths[index]), int(folder.images[index])))
         return items
