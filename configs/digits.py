@@ -23,7 +23,7 @@ MODEL = JanusConfig(
 
 def get_config() -> DigitsConfig:
     # Stage 1 trains adapters on a random frozen decoder, which learns next to nothing at this scale.
-    stages = (_stage(1, 20, (1, 0, 3)), _stage(2, 150, (2, 1, 4)), _stage(3, 650, (4, 1, 6), sample=True))
+    stages = (_stage(1, 20, (1, 0, 3)), _stage(2, 60, (2, 1, 4)), _stage(3, 1000, (8, 1, 8), sample=True))
     return DigitsConfig(
         workdir="runs/digits",
         vq=VQTrainConfig(model=VQ, steps=900, batch_size=32, learning_rate=3e-3, reseed_every=50, reseed_until=500),
@@ -45,18 +45,18 @@ def _stage(stage: int, steps: int, ratio: tuple[int, int, int], sample: bool = F
         stage=stage,
         tokenizer="runs/digits/tokenizer",
         steps=steps,
-        batch_size=15,
-        data=DataConfig(**folders, ratio=ratio, context=192, images_per_row=3, workers=0),
+        batch_size=41,
+        data=DataConfig(**folders, ratio=ratio, context=56, images_per_row=1, workers=0),
         # Constant in stages 1 and 2 as in the report; the last one ends at rest instead of being cut off.
         optimizer=OptimizerConfig(
-            learning_rate=1e-3 if stage < 3 else 1.5e-3,
+            learning_rate=1e-3 if stage < 3 else 2e-3,
             schedule="cosine" if stage == 3 else "constant",
-            warmup_steps=10 if stage < 3 else 20,
+            warmup_steps=10 if stage < 3 else 50,
         ),
         compute_dtype="float32",
         frozen_dtype="float32",
         remat="none",
-        loss_chunk=64,
+        loss_chunk=56,
         evaluation=EvalConfig(
             understanding=("runs/digits/prepared/validation/understanding",),
             generation=("runs/digits/prepared/validation/generation",),

@@ -158,7 +158,7 @@ def test_through_preparation(sources, processor, tmp_path):
         )  # fmt: skip
         assert report.kept == report.read and not report.dropped
         prepared = open_prepared(tmp_path / kind)
-        assert prepared.kind == kind and prepared.lengths.max() <= context // 2
+        assert prepared.kind == kind and prepared.lengths.max() <= context
     sample = open_prepared(tmp_path / "understanding")[0]
     start = int(np.argmax(sample.answers))
     asked, answer = processor.tokenizer.decode(sample.ids[:start]), processor.tokenizer.decode(sample.ids[start:])

@@ -345,7 +345,7 @@ def test_7b_stage3_takes_a_step(folders, tmp_path, monkeypatch):
         config,
         workdir=str(tmp_path / "run"),
         model=model,
-        init_from="",
+        init_from=str(write_checkpoint(tmp_path / "checkpoint", model)),
         tokenizer=folders["tokenizer"],
         steps=1,
         batch_size=8,

@@ -20,7 +20,22 @@ from train.config import DataConfig, EvalConfig, OptimizerConfig, TrainConfig
 from train.prepare import prepare
 from train.sources import RawSample
 
-WORDS = "red blue green tall small bright dark round square old new house tree cat dog bird boat cloud river stone".split()
+WORDS = [
+    "red",
+    "blue",
+    "green",
+    "tall",
+    "small",
+    "bright",
+    "round",
+    "old",
+    "house",
+    "tree",
+    "cat",
+    "dog",
+    "bird",
+    "boat",
+]
 MODEL = JanusConfig(
     vision=SiglipConfig(image_size=32, patch_size=8, width=32, layers=2, heads=2),
     gen_vision=VQConfig(ch=32, ch_mult=(1, 1), num_res_blocks=2, z_channels=16, codebook_size=64, grid=4),
@@ -39,9 +54,9 @@ def some_image(rng: np.random.Generator) -> Image.Image:
 
 def encode(images: np.ndarray) -> np.ndarray:
     """Stands in for the VQ encoder: codes that depend on the image."""
-    seeds = [zlib.crc32(np.ascontiguousarray(image)) for image in np.asarray(images)]
+    rngs = [np.random.default_rng(zlib.crc32(np.ascontiguousarray(image))) for image in np.asarray(images)]
     g = MODEL.gen_vision
-    return np.stack([np.random.default_rng(s).integers(0, g.codebook_size, g.num_tokens) for s in seeds]).astype(np.int32)
+    return np.stack([rng.integers(0, g.codebook_size, g.num_tokens) for rng in rngs]).astype(np.int32)
 
 
 def write_data(folder: pathlib.Path, count: int = 24, seed: int = 0) -> dict[str, str]:
@@ -85,15 +100,15 @@ def write_data(folder: pathlib.Path, count: int = 24, seed: int = 0) -> dict[str
     return folders
 
 
-def write_checkpoint(folder: pathlib.Path, seed: int = 0) -> pathlib.Path:
-    """A converted checkpoint of MODEL with random parameters: made by numpy, since compiling an init takes long."""
+def write_checkpoint(folder: pathlib.Path, model: JanusConfig = MODEL, seed: int = 0) -> pathlib.Path:
+    """A converted checkpoint of `model` with random parameters: made by numpy, since compiling an init takes long."""
     rng = np.random.default_rng(seed)
 
     def draw(leaf) -> np.ndarray:
         scale = 1 / np.sqrt(leaf.shape[-1]) if len(leaf.shape) > 1 else 0.1
         return (rng.normal(size=leaf.shape) * scale + (len(leaf.shape) == 1)).astype(np.float32)
 
-    checkpoint.save(folder, MODEL, jax.tree.map(draw, abstract_params(MODEL)))
+    checkpoint.save(folder, model, jax.tree.map(draw, abstract_params(model)))
     return folder
 
 

@@ -66,7 +66,8 @@ class Workdir:
         if path.exists():
             try:
                 earlier = json.loads(path.read_text(encoding="utf-8"))
-                differing = [line for line in diff(earlier["config"], run["config"]) if not line.startswith(_FREE)]
+                free = tuple(key for key in _FREE if key != "steps" or self.config.optimizer.schedule != "cosine")
+                differing = [key for key in diff(earlier["config"], run["config"]) if not key.startswith(free)]
                 changed = sorted(name for name in data if earlier["data"].get(name) != data[name])
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path} is not a run's description ({error}); choose another workdir") from None

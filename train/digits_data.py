@@ -200,15 +200,17 @@ def write_tokenizer(folder: pathlib.Path, vocab_size: int, image_size: int, num_
     if vocab_size <= len(alphabet) + len(specials):
         raise ValueError(f"a vocabulary of {vocab_size} has no room for {len(alphabet) + len(specials)} bytes and tags")
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
+    # What comes with every digit becomes one token, and what comes with one digit alone is not merged with it.
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(specials) - 1, initial_alphabet=alphabet, show_progress=False, min_frequency=1
+        vocab_size=vocab_size - len(specials) - 1, initial_alphabet=alphabet, show_progress=False, min_frequency=8
     )
-    texts = sentences()
+    texts = ["\n\n", ": ", ":\n\n"] * 8
     for label in range(10):
-        texts += [f": {caption}" for caption in captions(label)]
-        texts += [f"\n{question}\n\n: {answer}" for question, answer in questions(label)]
+        texts += [f": {caption}\n\n" for caption in captions(label)]
+        texts += [part for question, answer in questions(label) for part in (f"\n{question}\n\n", f" {answer}")]
+    texts += sentences()
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in specials])
     tokenizer.add_tokens([AddedToken(SYSTEM_PROMPT, normalized=False)])

@@ -51,7 +51,7 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """`make_train_step`'s function, before compilation."""
     grads, sums = gradients(config, settings, state.trained, frozen, batch)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(grad_norm)
 
     optimizer = make_optimizer(config)
