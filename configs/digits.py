@@ -8,13 +8,13 @@ from train.digits_config import DigitsConfig
 from train.vq import VQTrainConfig
 
 VQ = VQConfig(
-    ch=8, ch_mult=(1, 4, 4), num_res_blocks=1, z_channels=32, codebook_size=128, codebook_dim=8, grid=4, norm_groups=8
+    ch=8, ch_mult=(1, 4, 4), num_res_blocks=1, z_channels=32, codebook_size=256, codebook_dim=8, grid=4, norm_groups=8
 )
 MODEL = JanusConfig(
-    vision=SiglipConfig(image_size=16, patch_size=4, width=96, layers=3, heads=4),
+    vision=SiglipConfig(image_size=16, patch_size=8, width=96, layers=3, heads=4),
     gen_vision=VQ,
     language=LlamaConfig(
-        vocab_size=512, width=128, mlp_dim=352, layers=4, heads=4, kv_heads=4, head_dim=32, max_positions=256
+        vocab_size=512, width=128, mlp_dim=352, layers=4, heads=2, kv_heads=2, head_dim=64, max_positions=256
     ),
     gen_head_width=128,
     dtype="float32",
@@ -23,7 +23,7 @@ MODEL = JanusConfig(
 
 def get_config() -> DigitsConfig:
     # Stage 1 trains adapters on a random frozen decoder, which learns next to nothing at this scale.
-    stages = (_stage(1, 20, (1, 0, 3)), _stage(2, 60, (2, 1, 4)), _stage(3, 1000, (8, 1, 8), sample=True))
+    stages = (_stage(1, 20, (1, 0, 3)), _stage(2, 60, (2, 1, 4)), _stage(3, 900, (10, 1, 10), sample=True))
     return DigitsConfig(
         workdir="runs/digits",
         vq=VQTrainConfig(model=VQ, steps=900, batch_size=32, learning_rate=3e-3, reseed_every=50, reseed_until=500),
@@ -45,8 +45,8 @@ def _stage(stage: int, steps: int, ratio: tuple[int, int, int], sample: bool = F
         stage=stage,
         tokenizer="runs/digits/tokenizer",
         steps=steps,
-        batch_size=41,
-        data=DataConfig(**folders, ratio=ratio, context=56, images_per_row=1, workers=0),
+        batch_size=40,
+        data=DataConfig(**folders, ratio=ratio, context=64, images_per_row=3, workers=0),
         # Constant in stages 1 and 2 as in the report; the last one ends at rest instead of being cut off.
         optimizer=OptimizerConfig(
             learning_rate=1e-3 if stage < 3 else 2e-3,
@@ -56,7 +56,7 @@ def _stage(stage: int, steps: int, ratio: tuple[int, int, int], sample: bool = F
         compute_dtype="float32",
         frozen_dtype="float32",
         remat="none",
-        loss_chunk=56,
+        loss_chunk=64,
         evaluation=EvalConfig(
             understanding=("runs/digits/prepared/validation/understanding",),
             generation=("runs/digits/prepared/validation/generation",),

@@ -94,7 +94,7 @@ def test_rgb_and_float():
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    return write_sources(tmp_path_factory.mktemp("sources"), "validation", seed=0, augment=False)
+    return write_sources(tmp_path_factory.mktemp("sources"), ("validation",), seed=0, augment=False)
 
 
 def test_sources_are_read(sources):
@@ -127,10 +127,10 @@ def test_texts_belong_to_their_images(sources):
 def test_augmented_sources(tmp_path, monkeypatch):
     """Nine shifts of every image; noise on those to be understood, and none on those to be drawn."""
     few = load_split("train")[0][:4], load_split("train")[1][:4]
-    monkeypatch.setattr("train.digits_data.load_split", lambda name: few)
-    paths = write_sources(tmp_path / "a", "train", seed=0, augment=True)
-    again = write_sources(tmp_path / "b", "train", seed=0, augment=True)
-    other = write_sources(tmp_path / "c", "train", seed=1, augment=True)
+    monkeypatch.setattr("train.digits_data.load_split", lambda *names: few)
+    paths = write_sources(tmp_path / "a", ("train",), seed=0, augment=True)
+    again = write_sources(tmp_path / "b", ("train",), seed=0, augment=True)
+    other = write_sources(tmp_path / "c", ("train",), seed=1, augment=True)
     assert paths["generation"].read_bytes() == again["generation"].read_bytes()
     assert paths["understanding"].read_bytes() == again["understanding"].read_bytes()
     assert paths["generation"].read_bytes() != other["generation"].read_bytes()

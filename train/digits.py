@@ -79,7 +79,7 @@ class _Clock:
 def _train_vq(config: DigitsConfig):
     if (config.vq_folder / "config.json").exists():
         return
-    images = to_float(to_rgb(shifted(load_split("train")[0])))
+    images = to_float(to_rgb(shifted(load_split(*config.training_splits)[0])))
     params, history = train_vq(config.run_vq, images)
     save_vq(config.vq_folder, config.vq.model, params)
     last = {name: float(values[-20:].mean()) for name, values in history.items()}
@@ -96,7 +96,8 @@ def _prepare(config: DigitsConfig):
     context = config.stages[0].data.context
     for split in ("train", "validation"):
         if not config.sources.joinpath(split, "done").exists():
-            write_sources(config.sources / split, split, config.seed, split == "train", config.noise)
+            splits = config.training_splits if split == "train" else (split,)
+            write_sources(config.sources / split, splits, config.seed, split == "train", config.noise)
             config.sources.joinpath(split, "done").touch()
         paths = {
             "understanding": "understanding/llava.jsonl",
@@ -115,8 +116,7 @@ def _prepare(config: DigitsConfig):
 
 def evaluate(janus: JanusPipeline, config: DigitsConfig, folder: pathlib.Path) -> dict[str, Any]:
     """Judges a trained model on `config.split` and writes the pictures into `folder`."""
-    # Validation images are training images of the judge once nothing is chosen by them any more.
-    judge = Judge(("train",) if config.split == "validation" else ("train", "validation"))
+    judge = Judge(config.training_splits)
     images, labels = load_split(config.split)
     shown = to_rgb(images)
     figures: dict[str, Any] = {"split": config.split, "judge": judge.accuracy(config.split)}
@@ -160,7 +160,9 @@ def _generation(janus: JanusPipeline, config: DigitsConfig, judge: Judge, path: 
     images, wanted = np.stack([np.asarray(image) for image in drawn]), np.repeat(np.arange(10), count)
     right = judge.predict(images) == wanted
     by_class = right.reshape(10, count).mean(1)
-    _picture([images[label * count + i] for label in range(10) for i in range(_SHOWN)], _SHOWN, path)
+    _picture(
+        [images[label * count + i] for label in range(10) for i in range(min(count, _SHOWN))], min(count, _SHOWN), path
+    )
     return {
         "generation": float(right.mean()),
         "generation_by_class": by_class.tolist(),

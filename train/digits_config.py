@@ -22,7 +22,8 @@ class DigitsConfig:
       stages: one after the other; `run_stages` fills in where each finds what it reads.
       guidance, temperature: at which the digits to be judged are drawn.
       images_per_class: digits drawn of each class to be judged.
-      split: the images that the final figures are read on; settings are chosen on 'validation'.
+      split: the images that the final figures are read on. Settings are chosen on 'validation', which counts among
+        the training images once 'held_out' is read.
     """
 
     workdir: str
@@ -39,6 +40,11 @@ class DigitsConfig:
         for stage in self.stages:
             if stage.model.gen_vision != self.vq.model:
                 raise ValueError(f"the VQ model of {stage.name} is not that of vq; change both alike")
+
+    @property
+    def training_splits(self) -> tuple[str, ...]:
+        """What models and judge are trained on."""
+        return ("train",) if self.split == "validation" else ("train", "validation")
 
     # ------------------------------------------------------------ where everything lies
 

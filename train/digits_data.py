@@ -9,7 +9,7 @@ import io
 import json
 import pathlib
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,10 +45,11 @@ QUESTIONS = (
 # ---------------------------------------------------------------- images
 
 
-def load_split(name: str) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 images [N, 8, 8] and labels [N] of one of `SPLITS`, which are the same in every run: 1257, 180, 360."""
-    if name not in SPLITS:
-        raise ValueError(f"unknown split {name!r}; known: {', '.join(SPLITS)}")
+def load_split(*names: str) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 images [N, 8, 8] and labels [N] of some of `SPLITS`, which are the same in every run: 1257, 180, 360."""
+    for name in names:
+        if name not in SPLITS:
+            raise ValueError(f"unknown split {name!r}; known: {', '.join(SPLITS)}")
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -56,7 +57,8 @@ def load_split(name: str) -> tuple[np.ndarray, np.ndarray]:
     images = np.rint(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
     rest, held_out = train_test_split(np.arange(len(labels)), test_size=_HELD_OUT, stratify=labels, random_state=0)
     train, validation = train_test_split(rest, test_size=_VALIDATION, stratify=labels[rest], random_state=0)
-    chosen = np.sort({"train": train, "validation": validation, "held_out": held_out}[name])
+    splits = {"train": train, "validation": validation, "held_out": held_out}
+    chosen = np.sort(np.concatenate([splits[name] for name in names]))
     return images[chosen], labels[chosen]
 
 
@@ -78,8 +80,13 @@ def to_float(images: np.ndarray) -> np.ndarray:
     return images.astype(np.float32) / 127.5 - 1
 
 
-def _noisy(images: np.ndarray, noise: float, rng: np.random.Generator) -> np.ndarray:
-    return np.clip(np.rint(images + rng.normal(0, noise, images.shape)), 0, 255).astype(np.uint8)
+def _varied(images: np.ndarray, noise: float, rng: np.random.Generator) -> np.ndarray:
+    """uint8 images [N, 16, 16, 3], each moved by up to half a pixel of the 8 x 8, with noise."""
+    padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    down, right = rng.integers(0, 3, (2, len(images)))
+    moved = [p[d : d + IMAGE_SIZE, r : r + IMAGE_SIZE] for p, d, r in zip(padded, down, right, strict=True)]
+    gray = rng.normal(0, noise, (*images.shape[:3], 1))
+    return np.clip(np.rint(np.stack(moved) + gray), 0, 255).astype(np.uint8)
 
 
 def _png(image: np.ndarray) -> bytes:
@@ -122,30 +129,33 @@ def sentences() -> list[str]:
 
 
 def write_sources(
-    folder: pathlib.Path, split: str, seed: int, augment: bool, noise: float = 12.0
+    folder: pathlib.Path, splits: Sequence[str], seed: int, augment: bool, noise: float = 12.0
 ) -> dict[str, pathlib.Path]:
-    """Writes a split as sources for `train.prepare`, in a few seconds.
+    """Writes splits as sources for `train.prepare`, in a few seconds.
 
     understanding/llava.jsonl names PNG files beside it, with one question each; generation/digits.tar is a webdataset
     of images and captions; text/text.jsonl holds `sentences`. Which image comes with which text is drawn by `seed`.
 
     Args:
-      augment: every image at each of `SHIFTS`, and slight noise on those to be understood.
+      augment: as many copies of every image as there are `SHIFTS`: those to be drawn at each of them, those to be
+        understood moved half as far at most, with slight noise (they stand in the middle when they are asked about).
       noise: its standard deviation, in 255ths.
     Returns: the three files, by kind.
     """
     rng = np.random.default_rng(seed)
-    images, labels = load_split(split)
+    images, labels = load_split(*splits)
+    drawn, seen = to_rgb(images), to_rgb(images)
     if augment:
-        images, labels = shifted(images), np.tile(labels, len(SHIFTS))
+        copies = len(SHIFTS)
+        drawn, labels = to_rgb(shifted(images)), np.tile(labels, copies)
+        seen = _varied(np.tile(seen, (copies, 1, 1, 1)), noise, rng)
     order = rng.permutation(len(labels))
-    images, labels = images[order], labels[order]
-    seen = to_rgb(_noisy(images, noise, rng) if augment else images)
+    drawn, seen, labels = drawn[order], seen[order], labels[order]
     paths = {kind: folder / kind / name for kind, name in _FILES.items()}
     for path in paths.values():
         path.parent.mkdir(parents=True, exist_ok=True)
     _write_understanding(paths["understanding"], seen, labels, rng)
-    _write_generation(paths["generation"], to_rgb(images), labels, rng)
+    _write_generation(paths["generation"], drawn, labels, rng)
     _write_lines(paths["text"], ({"text": text} for text in sentences()))
     return paths
 
