@@ -10,11 +10,12 @@ import jax
 import pytest
 
 from janus_jax.config import PRESETS
-from janus_jax.sharding import make_mesh, param_shardings
+from janus_jax.sharding import flatten, make_mesh
 from janus_jax.torch_weights import abstract_params
 from train import overrides
-from train.config import TrainConfig
+from train.config import TRAINED, TrainConfig
 from train.overrides import config_names, diff, flat, help_text, load_config, override, parse_args, to_json, value_text
+from train.state import abstract_state
 from train.validate import validate
 
 STAGES = [f"{family}_stage{stage}" for family in ("janus", "1b", "7b") for stage in (1, 2, 3)]
@@ -64,13 +65,17 @@ def test_stages_follow_one_another(name):
 
 @pytest.mark.parametrize("name", config_names())
 def test_every_config_can_run(name):
-    c = load_config(name)
-    if not isinstance(c, TrainConfig):
-        return
-    assert validate(c) == []
-    assert len(jax.tree.leaves(abstract_params(c.model))) > 30
-    mesh = {"fsdp": 8, "tensor": 1}
-    param_shardings(abstract_params(c.model), make_mesh(mesh))  # raises where the mesh does not divide the model
+    """And builds its whole state, at full size, on eight devices."""
+    config = load_config(name)
+    mesh = make_mesh({"fsdp": 8})
+    for c in [config] if isinstance(config, TrainConfig) else config.run_stages:
+        assert validate(c) == []
+        state, frozen = abstract_state(c, mesh)  # raises where the mesh does not divide the model
+        assert set(state.trained) == set(TRAINED[c.stage]) and not set(frozen) & set(state.trained)
+        sizes = {path: x.size for path, x in flatten({**state.trained, **frozen}).items()}
+        assert sizes == {path: x.size for path, x in flatten(abstract_params(c.model)).items()}
+        moments = sum(x.size for x in jax.tree.leaves(state.opt_state) if x.ndim)
+        assert moments == 2 * sum(x.size for x in jax.tree.leaves(state.trained))
 
 
 def test_every_run_is_known_and_helpers_are_not():
