@@ -30,8 +30,8 @@ class DataConfig:
       understanding, text, generation: prepared folders (see `train.prepare`) of each kind.
       understanding_weights, text_weights, generation_weights: how often each folder of a kind is drawn from, beside
         the others; empty for equally often.
-      early_generation, early_steps: folders that stand in for `generation` in the first so many steps (Janus's stage 2
-        begins with ImageNet).
+      early_generation: folders that stand in for `generation` at first (Janus's stage 2 begins with ImageNet).
+      early_steps: for how many steps they do.
       ratio: samples understanding : text : generation, exact in every step.
       context: tokens a row, T.
       images_per_row: at most so many understanding images in a row: the encoder works on this many for each.
@@ -62,7 +62,13 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Losses on held-out data: `batches` fixed batches of prepared folders, every `every` steps (0 for never)."""
+    """Losses on held-out data.
+
+    Attributes:
+      understanding, text, generation: prepared folders; all kinds that have any count alike.
+      every: steps between evaluations, 0 for none.
+      batches: how many batches are looked at, the same ones each time.
+    """
 
     understanding: tuple[str, ...] = ()
     text: tuple[str, ...] = ()
@@ -73,7 +79,14 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-    """A grid of images drawn by the model, every `every` steps (0 for never): a row for each of `prompts`."""
+    """A grid of images drawn by the model as it stands.
+
+    Attributes:
+      every: steps between grids, 0 for none.
+      prompts: a row of the grid each.
+      images: a prompt.
+      guidance, temperature: as in sampling.
+    """
 
     every: int = 0
     prompts: tuple[str, ...] = ()
@@ -84,7 +97,16 @@ class SampleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW; a `constant` or `cosine` learning rate after a linear warm-up from 0."""
+    """AdamW.
+
+    Attributes:
+      learning_rate: after the warm-up.
+      schedule: 'constant', or 'cosine' down to 0 at the last step.
+      warmup_steps: in which the rate rises linearly from 0.
+      b1, b2, eps: of AdamW.
+      weight_decay: of kernels and embeddings; norms and biases have none.
+      clip: the largest norm of all gradients together.
+    """
 
     learning_rate: float = 1e-4
     schedule: Literal["constant", "cosine"] = "constant"
@@ -98,7 +120,13 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices on each mesh axis; -1 for all that are left."""
+    """Devices on each mesh axis; -1 for all that are left.
+
+    Attributes:
+      data: copies of the parameters, each with its part of the batch.
+      fsdp: parts of parameters and batch alike.
+      tensor: parts of heads, MLP and vocabulary.
+    """
 
     data: int = 1
     fsdp: int = -1
@@ -116,8 +144,9 @@ class TrainConfig:
       stage: 1, 2 or 3: what is trained, see `TRAINED`.
       init_from: where the parameters start: a checkpoint folder that `janus_jax.load` reads, or the workdir of an
         earlier run; empty for random ones.
-      language_from, vision_from, vq_from: where `language_model`, `vision_model` and `gen_vision_model` start instead:
-        a Janus checkpoint folder, or a file of that part alone (a LLaMA, timm's SigLIP, LlamaGen's VQ-16).
+      language_from: where `language_model` starts instead: a Janus checkpoint folder, or a LLaMA's own file or folder.
+      vision_from: where `vision_model` starts instead: a Janus checkpoint folder, or timm's SigLIP in its own file.
+      vq_from: where `gen_vision_model` starts instead: a Janus checkpoint folder, or LlamaGen's VQ-16 in its own file.
       tokenizer: folder with tokenizer.json; empty for that of `init_from`.
       steps: optimizer updates in all.
       batch_size: packed rows a step, over all hosts.

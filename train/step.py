@@ -77,7 +77,7 @@ def gradients(
 
     The batch is worked off in `config.accumulate` parts whose sums are added up and divided once.
     """
-    cast = jax.tree.map(lambda x: x.astype(config.compute_dtype), trained)  # once, and not in every part
+    cast = _compute_copy(config, trained)  # once, and not in every part
     objective = jax.grad(lambda trained, part: _sums(config, settings, trained, frozen, part), has_aux=True)
 
     def add(total, part: Batch):
@@ -100,9 +100,17 @@ def _parts(x: jax.Array, count: int) -> jax.Array:
     return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
 
 
+def _compute_copy(config: TrainConfig, params: Params) -> Params:
+    """`params` in the compute dtype, but for the heads: their gradients are summed up over the chunks of a row."""
+
+    def cast(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        return x if {"gen_head", "lm_head"} & {key.key for key in path} else x.astype(config.compute_dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
 def _sums(config: TrainConfig, settings: ImageSettings, trained: Params, frozen: Params, batch: Batch):
-    frozen = jax.tree.map(lambda x: x.astype(config.compute_dtype), frozen)
-    params = {**frozen, **jax.tree.map(lambda x: x.astype(config.compute_dtype), trained)}
+    params = {**_compute_copy(config, frozen), **_compute_copy(config, trained)}
     losses = token_losses(make_model(config), params, batch, settings, config.loss_chunk)
     sums = loss_sums(losses, batch["tasks"])
     return sums["loss"], sums
