@@ -181,7 +181,7 @@ def test_a_malicious_pickle_is_not_executed(folder, protocol):
 
 @pytest.mark.parametrize(
     "content",
-    [{"model": {"x": torch.zeros(2)}}, {"x": torch.zeros(2), "step": 3}, [torch.zeros(2)], torch.nn.Linear(2, 2)],
+    [{"weights": {"x": torch.zeros(2)}}, {"x": torch.zeros(2), "step": 3}, [torch.zeros(2)], torch.nn.Linear(2, 2)],
     ids=["nested", "number", "list", "module"],
 )
 def test_a_bin_that_is_no_state_dict(folder, content):
