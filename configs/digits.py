@@ -23,7 +23,7 @@ MODEL = JanusConfig(
 
 def get_config() -> DigitsConfig:
     # Stage 1 trains adapters on a random frozen decoder, which learns next to nothing at this scale.
-    stages = (_stage(1, 20, (1, 0, 3)), _stage(2, 60, (2, 1, 4)), _stage(3, 900, (10, 1, 10), sample=True))
+    stages = (_stage(1, 20, (1, 0, 3)), _stage(2, 60, (2, 1, 4)), _stage(3, 850, (10, 1, 10), sample=True))
     return DigitsConfig(
         workdir="runs/digits",
         vq=VQTrainConfig(model=VQ, steps=900, batch_size=32, learning_rate=3e-3, reseed_every=50, reseed_until=500),
