@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-import shutil
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ from orbax.checkpoint import v1 as ocp
 
 from janus_jax import checkpoint
 from janus_jax.config import JanusConfig, original_config
+from janus_jax.conversion import PROCESSOR_FILES, TOKENIZER_FILES, copy_files
 from janus_jax.torch_weights import LazyParams, abstract_params
 from train.config import TrainConfig
 from train.overrides import diff, to_json
@@ -122,7 +122,7 @@ class Workdir:
         folder = self.folder / _EXPORT / str(step)
         if jax.process_index() == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            copy_tokenizer(tokenizer, folder)
+            copy_files(tokenizer, folder, TOKENIZER_FILES + PROCESSOR_FILES)
             model = dataclasses.replace(self.config.model, dtype="bfloat16")
             checkpoint.write_json(folder / "config.json", original_config(model))
         # The arrays come into being last and at once: where they are, an earlier start was done with this folder.
@@ -135,14 +135,6 @@ class Workdir:
 def _trees(state: TrainState) -> dict[str, Any]:
     rest = {"step": state.step, "opt_state": state.opt_state, "skipped": state.skipped}
     return {"trained": state.trained, "rest": rest}
-
-
-def copy_tokenizer(source: pathlib.Path, folder: pathlib.Path):
-    """Copies the tokenizer's and processor's files, everything small beside the weights."""
-    for path in source.iterdir():
-        is_theirs = path.suffix in (".json", ".jinja", ".model") and not path.name.endswith(".index.json")
-        if is_theirs and path.name not in ("config.json", _RUN):
-            shutil.copyfile(path, folder / path.name)
 
 
 # ---------------------------------------------------------------- starting from an earlier run

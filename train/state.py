@@ -15,12 +15,13 @@ from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from janus_jax.checkpoint import open_checkpoint
-from janus_jax.config import JanusConfig
+from janus_jax.config import JanusConfig, dialect_of
 from janus_jax.model import Janus, init_params
 from janus_jax.parts import open_part
 from janus_jax.sharding import RULES, param_shardings
-from janus_jax.torch_weights import LazyParams, abstract_params, place
+from janus_jax.torch_weights import LazyParams, abstract_params, place, read_raw_config
 from train.config import TRAINED, OptimizerConfig, TrainConfig
+from train.overrides import flat
 
 Params = dict[str, Any]
 
@@ -199,9 +200,6 @@ def _open_one(key: str, path: pathlib.Path, config: TrainConfig, part: str) -> L
 
 
 def _is_janus(folder: pathlib.Path) -> bool:
-    from janus_jax.config import dialect_of
-    from janus_jax.torch_weights import read_raw_config
-
     try:
         dialect_of(read_raw_config(folder))
     except ValueError:
@@ -218,17 +216,7 @@ def _by_part(leaves: LazyParams) -> dict[str, LazyParams]:
 
 def _check_sizes(key: str, folder: pathlib.Path, found: JanusConfig, wanted: JanusConfig):
     # The dtype that a checkpoint is stored in is no size of the model.
-    differing = _differences(dataclasses.replace(found, dtype=wanted.dtype), wanted)
+    theirs, ours = flat(dataclasses.replace(found, dtype=wanted.dtype)), flat(wanted)
+    differing = [f"{k} is {theirs[k]}, the config's model has {ours[k]}" for k in ours if theirs[k] != ours[k]]
     if differing:
         raise ValueError(f"{key}: {folder} holds another model: {'; '.join(differing[:4])}")
-
-
-def _differences(found: Any, wanted: Any, prefix: str = "") -> list[str]:
-    lines = []
-    for field in dataclasses.fields(wanted):
-        a, b = getattr(found, field.name), getattr(wanted, field.name)
-        if dataclasses.is_dataclass(b):
-            lines += _differences(a, b, f"{prefix}{field.name}.")
-        elif a != b:
-            lines.append(f"{prefix}{field.name} is {a}, the config's model has {b}")
-    return lines
