@@ -23,7 +23,7 @@ MODEL = JanusConfig(
 
 def get_config() -> DigitsConfig:
     # Stage 1 trains adapters on a random frozen decoder, which learns next to nothing at this scale.
-    stages = (_stage(1, 20, (1, 0, 3)), _stage(2, 60, (2, 1, 4)), _stage(3, 850, (10, 1, 10), sample=True))
+    stages = (_stage(1, 20, (1, 0, 3)), _stage(2, 60, (2, 1, 4)), _stage(3, 850, (5, 1, 14), sample=True))
     return DigitsConfig(
         workdir="runs/digits",
         vq=VQTrainConfig(model=VQ, steps=900, batch_size=32, learning_rate=3e-3, reseed_every=50, reseed_until=500),
@@ -46,7 +46,7 @@ def _stage(stage: int, steps: int, ratio: tuple[int, int, int], sample: bool = F
         tokenizer="runs/digits/tokenizer",
         steps=steps,
         batch_size=40,
-        data=DataConfig(**folders, ratio=ratio, context=64, images_per_row=3, workers=0),
+        data=DataConfig(**folders, ratio=ratio, context=64, images_per_row=2 if stage == 3 else 3, workers=0),
         # Constant in stages 1 and 2 as in the report; the last one ends at rest instead of being cut off.
         optimizer=OptimizerConfig(
             learning_rate=1e-3 if stage < 3 else 2e-3,

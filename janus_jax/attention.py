@@ -1,9 +1,14 @@
-"""Scaled dot-product attention, one function for every block."""
+"""Scaled dot-product attention: one function for caches and encoders, one for packed sequences."""
 
 from __future__ import annotations
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
+
+from janus_jax.sharding import activation_spec
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -33,3 +38,67 @@ def causal_mask(segment_ids: jax.Array) -> jax.Array:
     length = segment_ids.shape[1]
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
     return same & jnp.tril(jnp.ones((length, length), bool))
+
+
+def attend_segments(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, implementation: str = "xla"
+) -> jax.Array:
+    """Causal attention in which tokens look at their own segment only.
+
+    Args:
+      q: [B, T, N, H].
+      k, v: [B, K, T, H]; N is a multiple of K.
+      segment_ids: [B, T], see `causal_mask`.
+      implementation: 'xla', which holds the scores of all pairs, or 'splash', TPU's kernel, which never does; see
+        `splash_takes` for its shapes.
+    Returns: [B, T, N, H] in q's dtype.
+    """
+    if implementation == "xla":
+        return attend(q, k, v, causal_mask(segment_ids))
+    return _by_shard(_splash, q.swapaxes(1, 2), k, v, segment_ids.astype(jnp.int32)).swapaxes(1, 2)
+
+
+def splash_takes(length: int, head_dim: int) -> bool:
+    """Whether TPU's kernel can work on rows of `length` tokens: its blocks divide both sizes."""
+    return length % _LANES == 0 and head_dim % _LANES == 0
+
+
+_LANES = 128  # of a TPU's vector registers
+_LARGEST_BLOCK = 512
+
+
+def _by_shard(kernel, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """`kernel` on each device's rows and heads: the compiler cannot split a kernel by itself."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return kernel(q, k, v, segment_ids)
+    of_q = activation_spec(q.shape, ("batch", "heads", None, None), mesh.shape)
+    of_kv = activation_spec(k.shape, ("batch", "kv_heads", None, None), mesh.shape)
+    if of_q[1] != of_kv[1]:  # fewer key/value heads than shards
+        of_q = of_kv
+    of_ids = activation_spec(segment_ids.shape, ("batch", None), mesh.shape)
+    return jax.shard_map(
+        kernel, mesh=mesh, in_specs=(of_q, of_kv, of_kv, of_ids), out_specs=of_q, check_vma=False
+    )(q, k, v, segment_ids)  # fmt: skip
+
+
+def _splash(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    # Imported where it is used: it takes a second, and only TPUs have the kernel.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    _, heads, length, head_dim = q.shape
+    block = math.gcd(length, _LARGEST_BLOCK)
+    sizes = {f"block_{name}": block for name in ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute")}
+    kernel = splash.make_splash_mha(
+        masks.MultiHeadMask([masks.CausalMask((length, length))] * heads),
+        block_sizes=splash.BlockSizes(**sizes, block_q_dq=block, block_kv_dq=block),
+        head_shards=1,
+        q_seq_shards=1,
+    )
+    one_row = functools.partial(_one_row, kernel, splash.SegmentIds)
+    return jax.vmap(one_row)(q * jnp.asarray(head_dim**-0.5, q.dtype), k, v, segment_ids)
+
+
+def _one_row(kernel, segments, q, k, v, segment_ids):
+    return kernel(q, k, v, segments(segment_ids, segment_ids))

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from janus_jax.attention import attend, causal_mask
+from janus_jax.attention import attend, attend_segments
 from janus_jax.config import LlamaConfig
 from janus_jax.layers import Einsum, Embed, RMSNorm, apply_rope, rematerialised, rope
 from janus_jax.sharding import constrain
@@ -74,9 +74,10 @@ class Attention(nn.Module):
     config: LlamaConfig
     dtype: Any
     param_dtype: Any
+    attention: str
 
     @nn.compact
-    def __call__(self, x, cos_sin, mask, kv, layer, slot):
+    def __call__(self, x, cos_sin, where, kv, layer, slot):
         """See Block; returns the attention output [B, T, D] and the updated `kv`."""
         c, types = self.config, (False, self.dtype, self.param_dtype)
         q = Einsum("BTD,NHD->BTNH", (c.heads, c.head_dim, c.width), *types, name="q_proj")(x)
@@ -87,9 +88,11 @@ class Attention(nn.Module):
         if kv is not None:
             start = 0 if slot is None else slot
             kv = (_store(kv[0], k, layer, start), _store(kv[1], v, layer, start))
-            if slot is not None:
-                k, v = kv if layer is None else (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in kv)
-        y = attend(q, k, v, mask)
+        if slot is None:
+            y = attend_segments(q, k, v, where, self.attention)
+        else:
+            k, v = kv if layer is None else (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in kv)
+            y = attend(q, k, v, where)
         return Einsum("BTNH,DNH->BTD", (c.width, c.heads, c.head_dim), *types, name="o_proj")(y), kv
 
 
@@ -111,15 +114,16 @@ class Block(nn.Module):
     config: LlamaConfig
     dtype: Any
     param_dtype: Any
+    attention: str
 
     @nn.compact
-    def __call__(self, carry, cos_sin, mask, slot):
+    def __call__(self, carry, cos_sin, where, slot):
         """One layer.
 
         Args:
           carry: (x [B, T, D], kv, layer): kv is None or (keys, values), of all layers [layers, B, K, S, H] with this
             one at index `layer`, or of this layer alone [B, K, S, H] with `layer` None.
-          mask: [B, T, keys] bool.
+          where: what is attended to: segment ids [B, T] where `slot` is None, else a mask [B, T, keys] of the cache.
           slot: where the cache takes the new keys and from which on it is read; None writes at 0 and attends to the
             new keys alone.
         Returns: (carry, None), as nn.scan wants it.
@@ -128,8 +132,8 @@ class Block(nn.Module):
         args = (self.config, self.dtype, self.param_dtype)
         norm = (self.config.norm_eps, self.dtype, self.param_dtype)
         with jax.named_scope("attention"):
-            h, kv = Attention(*args, name="self_attn")(
-                RMSNorm(*norm, name="input_layernorm")(x), cos_sin, mask, kv, layer, slot
+            h, kv = Attention(*args, self.attention, name="self_attn")(
+                RMSNorm(*norm, name="input_layernorm")(x), cos_sin, where, kv, layer, slot
             )
         x = constrain(x + h, "batch", None, None)
         with jax.named_scope("mlp"):
@@ -142,7 +146,7 @@ class Llama(nn.Module):
 
     `scan_layers` says how parameters are laid out: `layers` stacked on a first axis (training, conversion), or
     `layers_0`, `layers_1`, ... apart (decoding on CPU, where slicing the stack costs a copy of the weights a step).
-    `remat`: see `layers.rematerialised`.
+    `remat`: see `layers.rematerialised`. `attention`: see `attention.attend_segments`.
     """
 
     config: LlamaConfig
@@ -150,6 +154,7 @@ class Llama(nn.Module):
     param_dtype: Any = jnp.float32
     scan_layers: bool = True
     remat: str = "none"
+    attention: str = "xla"
 
     def setup(self):
         c, types = self.config, (self.dtype, self.param_dtype)
@@ -163,9 +168,9 @@ class Llama(nn.Module):
                 in_axes=(nn.broadcast,) * 3,
                 length=c.layers,
             )
-            self.layers = scanned(c, *types)
+            self.layers = scanned(c, *types, self.attention)
         else:
-            self.layers = [block(c, *types) for _ in range(c.layers)]
+            self.layers = [block(c, *types, self.attention) for _ in range(c.layers)]
         self.norm = RMSNorm(c.norm_eps, *types)
         self.lm_head = Einsum("BTD,VD->BTV", (c.vocab_size, c.width), False, *types, jnp.float32)
 
@@ -176,7 +181,7 @@ class Llama(nn.Module):
           positions: [B, T] int32, counted from 0 in each segment.
           segment_ids: [B, T] int32; tokens attend within their segment only.
         """
-        hidden, _ = self._run(x, positions, causal_mask(segment_ids), None, None)
+        hidden, _ = self._run(x, positions, segment_ids, None, None)
         return hidden
 
     def prefill(self, x: jax.Array, mask: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
@@ -188,7 +193,7 @@ class Llama(nn.Module):
         Returns: hidden states [B, T, D] (undefined on padding), and the cache.
         """
         positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-        hidden, kv = self._run(x, positions, causal_mask(mask), cache, None)
+        hidden, kv = self._run(x, positions, mask, cache, None)
         cache = dataclasses.replace(
             kv,
             mask=jax.lax.dynamic_update_slice(cache.mask, mask.astype(bool), (0, 0)),
@@ -210,17 +215,17 @@ class Llama(nn.Module):
             kv, mask=valid, length=cache.length + length, positions=cache.positions + length
         )
 
-    def _run(self, x, positions, mask, cache, slot):
+    def _run(self, x, positions, where, cache, slot):
         c = self.config
         cos_sin = rope(positions, c.head_dim, c.rope_theta)
         groups = [None] if cache is None else list(zip(cache.keys, cache.values, strict=True))
         x = constrain(x, "batch", None, None)
         if self.scan_layers:
-            (x, groups[0], _), _ = self.layers((x, groups[0], jnp.zeros((), jnp.int32)), cos_sin, mask, slot)
+            (x, groups[0], _), _ = self.layers((x, groups[0], jnp.zeros((), jnp.int32)), cos_sin, where, slot)
         else:
             groups = groups * c.layers if cache is None else groups
             for i, block in enumerate(self.layers):
-                (x, groups[i], _), _ = block((x, groups[i], None), cos_sin, mask, slot)
+                (x, groups[i], _), _ = block((x, groups[i], None), cos_sin, where, slot)
         if cache is not None:
             keys, values = zip(*groups, strict=True)
             cache = dataclasses.replace(cache, keys=keys, values=values)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from janus_jax.config import IMAGE_CHANNELS, JanusConfig
 from janus_jax.layers import Einsum, Embed, MlpProjector, gelu
 from janus_jax.llama import KVCache, Llama
+from janus_jax.sharding import constrain
 from janus_jax.siglip import Siglip
 from janus_jax.vq import VQModel
 
@@ -28,8 +29,10 @@ class GenHead(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         types = (True, self.dtype, self.param_dtype)
         x = Einsum("...D,FD->...F", (self.hidden, self.width), *types, name="output_mlp_projector")(x)
+        # Whole on every device, or TPU's partitioner passes its pieces round a ring, one product each.
+        x = constrain(gelu(x), "batch", *(None,) * (x.ndim - 1))
         shape = (self.codebook_size, self.hidden)
-        return Einsum("...F,VF->...V", shape, *types, jnp.float32, name="vision_head")(gelu(x))
+        return Einsum("...F,VF->...V", shape, *types, jnp.float32, name="vision_head")(x)
 
 
 class Janus(nn.Module):
@@ -41,6 +44,7 @@ class Janus(nn.Module):
       param_dtype: dtype of parameters that `init` makes.
       scan_layers: layout of the decoder's parameters, see `Llama`.
       remat: what training computes twice to save memory, see `layers.rematerialised`.
+      attention: the decoder's, see `attention.attend_segments`.
     """
 
     config: JanusConfig
@@ -48,6 +52,7 @@ class Janus(nn.Module):
     param_dtype: Any = jnp.float32
     scan_layers: bool = True
     remat: str = "none"
+    attention: str = "xla"
 
     def setup(self):
         c, types = self.config, (self.dtype, self.param_dtype)
@@ -58,7 +63,7 @@ class Janus(nn.Module):
         self.gen_embed = Embed(g.codebook_size, g.codebook_dim, *types)
         self.gen_aligner = MlpProjector(g.codebook_dim, width, c.gen_aligner_depth, *types)
         self.gen_head = GenHead(width, c.gen_head_width, g.codebook_size, *types)
-        self.language_model = Llama(c.language, *types, self.scan_layers, self.remat)
+        self.language_model = Llama(c.language, *types, self.scan_layers, self.remat, self.attention)
 
     # ------------------------------------------------------------ into the decoder
 

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 from tqdm import tqdm
@@ -147,7 +148,7 @@ class JanusPipeline:
                     sampler=sampler,
                     progress=None if bar.disable else bar.update,
                 )
-                return np.asarray(codes)[: part.stop - part.start]
+                return _on_host(codes)[: part.stop - part.start]
 
         return self._in_parts(draw, total, per_image, batch_size, progress, "drawing", steps)
 
@@ -172,7 +173,7 @@ class JanusPipeline:
             with self._mesh():
                 images = sampling.decode_images(self.model, self.params, self._put(_pad_rows(codes, part, size)))
                 bar.update()
-                return np.asarray(images)[: part.stop - part.start]
+                return _on_host(images)[: part.stop - part.start]
 
         if batch_size is None:
             # More at a time is no faster, and every other size is one more program to compile.
@@ -185,7 +186,7 @@ class JanusPipeline:
 
         pixels = np.stack([generation_pixels(image, self.config.gen_vision.image_size) for image in images])
         with self._mesh():
-            return np.asarray(encode_codes(self.model, self.params, self._put(pixels)))
+            return _on_host(encode_codes(self.model, self.params, self._put(pixels)))
 
     # ------------------------------------------------------------ understanding
 
@@ -319,7 +320,7 @@ class JanusPipeline:
                 tokens = next(pieces, None)
             if tokens is None:
                 return
-            yield np.asarray(tokens)
+            yield _on_host(tokens)
 
     # ------------------------------------------------------------ plumbing
 
@@ -349,6 +350,8 @@ class JanusPipeline:
         free = available_bytes((jax.devices() if self.mesh is None else self.mesh.devices.flat)[0])
         if free is None:
             return -(-total // shards) * shards
+        if jax.process_count() > 1:  # all processes must run the same programs
+            free = int(process_allgather(np.float32(free)).min())
         return max(1, free * 8 // 10 // max(per_item // shards, 1))
 
     def _in_parts(
@@ -408,6 +411,11 @@ def _check_count(name: str, value: Any):
     # Also NaN, which is not below 1 either.
     if not isinstance(value, (int, np.integer)) or value < 1:
         raise ValueError(f"{name} {value!r} is out of range: a whole number from 1")
+
+
+def _on_host(x: jax.Array) -> np.ndarray:
+    """All of `x`, also of the parts that lie on other processes' devices."""
+    return np.asarray(x) if x.is_fully_addressable or x.is_fully_replicated else process_allgather(x, tiled=True)
 
 
 def _pad_rows(x: Any, part: slice, size: int) -> Any:

@@ -273,7 +273,7 @@ def test_help_lists_every_field(capsys):
 
 
 def test_command_line(capsys):
-    assert parse_args(["steps=5", "--config", "debug", "seed=-1"]) == load_config("debug", ["steps=5", "seed=-1"])
+    assert parse_args(["steps=5", "--config", "debug", "seed=-1"])[0] == load_config("debug", ["steps=5", "seed=-1"])
     for argv, shown in {
         ("--help",): "configs: 1b_stage1, ",
         ("--config", "debug", "--help"): "optimizer.learning_rate",

@@ -18,7 +18,7 @@ from janus_jax.sharding import flatten, make_mesh
 from janus_jax.torch_weights import abstract_params, read_now
 from tests import tiny_run
 from tests.tiny_run import MODEL, tiny_config, write_checkpoint, write_data
-from train import loop
+from train import faults, loop
 from train.checkpoints import open_run
 from train.config import EvalConfig, MeshConfig, SampleConfig, TrainConfig
 from train.main import main
@@ -319,7 +319,7 @@ def test_too_many_damaged_samples_stop_the_run(command, capsys, monkeypatch):
     sample = Prepared.__getitem__
     monkeypatch.setattr(Prepared, "__getitem__", lambda self, i: sample(self, i) if i == 0 else damaged(self, i))
     code, lines = command(capsys, "evaluation.every=0", "data.max_bad_share=0.5")
-    assert code == 1
+    assert code == faults.STOPPED
     assert len(lines) == 1 and "samples were damaged, more than data.max_bad_share=0.5" in lines[0]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -38,6 +40,7 @@ class Assembler:
       segment_ids  int32 [B, T]  samples counted from 1, 0 on padding
       positions    int32 [B, T]  from 0 in each sample
       images       uint8 [B, Q, S, S, 3]  understanding images in the order of their placeholders, then zeros
+      damaged      int32 [B]  samples that could not be read
 
     Attributes:
       mixture: plans the rows.
@@ -85,6 +88,7 @@ class Assembler:
             "segment_ids": np.zeros(length, np.int32),
             "positions": np.zeros(length, np.int32),
             "images": np.zeros((most, size, size, IMAGE_CHANNELS), np.uint8),
+            "damaged": np.zeros((), np.int32),
         }
         start = placed = 0
         for segment, item in enumerate(items, 1):
@@ -93,6 +97,7 @@ class Assembler:
                 pixels = [understanding_pixels_uint8(image, self.settings) for image in sample.images]
             except (OSError, ValueError) as error:
                 problems.append(f"{item.folder.folder}, sample {item.index}: {error}")
+                row["damaged"] += 1
                 start += item.length
                 continue
             arrays = self._elements(sample, item)
@@ -137,6 +142,9 @@ class _Assemble:
     rows: tuple[int, ...]
 
     def __call__(self, step: int):
+        if multiprocessing.parent_process() is not None:
+            # Who ends a job tells all of its processes; the rows are needed until the run has come to a stop.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return int(step), *self.assembler(int(step), self.rows)
 
 

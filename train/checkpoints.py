@@ -1,6 +1,7 @@
 """A run's workdir: what it holds, how a run goes on from it, and what is exported from it.
 
 run.json          the configuration, and what the data were
+damaged-P.txt     the samples that process P could not read
 frozen/           the parameters that the stage does not train, written once
 checkpoints/N/    after N steps: `trained` (float32 parameters) and `rest` (optimizer state and counters)
 export/N/         a checkpoint folder in bfloat16 for `janus_jax.load` and `convert/to_torch.py`
@@ -9,9 +10,13 @@ metrics.jsonl, tensorboard/, samples/, profile/
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import pathlib
+import secrets
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,14 +27,20 @@ from janus_jax.config import JanusConfig, original_config
 from janus_jax.conversion import PROCESSOR_FILES, TOKENIZER_FILES, copy_files
 from janus_jax.torch_weights import LazyParams, abstract_params
 from train.config import TrainConfig
+from train.distributed import barrier, from_first, together
+from train.faults import STORAGE, Stopped
 from train.overrides import diff, to_json
 from train.state import Params, TrainState, split
 
 _RUN, _FROZEN, _CHECKPOINTS, _EXPORT = "run.json", "frozen", "checkpoints", "export"
+DAMAGED = "damaged-*.txt"
+_SEEN_WITHIN = 30  # seconds in which a shared folder shows a new file everywhere
 # What may change between the starts of one run: how it is computed and watched, not what is computed.
 _FREE = (
     "workdir", "steps", "accumulate", "remat", "loss_chunk", "mesh.", "evaluation.", "samples.", "log_every",
-    "save_every", "keep", "export_every", "profile_start", "profile_steps", "data.workers", "data.max_bad_share",
+    "save_every", "keep", "export_every", "profile_start", "profile_steps", "max_skipped", "watchdog",
+    "attention", "homes.", "sampling_homes.",
+    "data.workers", "data.max_bad_share",
     "init_from", "language_from", "vision_from", "vq_from",
 )  # fmt: skip
 
@@ -43,7 +54,10 @@ class Workdir:
     def __init__(self, config: TrainConfig, data: dict[str, str]):
         """`data` are the fingerprints of the prepared folders by path."""
         self.config, self.folder = config, pathlib.Path(config.workdir)
-        self._claim(data)
+        with together():
+            self._claim(data)
+        with together():
+            self._check_shared()
         self._context = checkpoint.saving_context()
         policies = ocp.training.preservation_policies
         with self._context:
@@ -78,9 +92,39 @@ class Workdir:
                 raise ValueError(f"{self.folder} holds a run on other data: {', '.join(changed)} changed; {cure}")
         elif self.folder.is_dir() and any(self.folder.iterdir()):
             raise ValueError(f"{self.folder} is not empty and holds no run; choose another workdir")
+        barrier()  # all have looked
         if jax.process_index() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             checkpoint.write_json(path, run)
+
+    def _check_shared(self):
+        """Whether all processes see the folder of process 0, by a file of a name that none of them has seen before."""
+        if jax.process_count() == 1:
+            return
+        mark = self.folder / f"shared-{from_first(secrets.token_hex(8))}"
+        if jax.process_index() == 0:
+            mark.touch()
+        barrier()
+        deadline = time.monotonic() + _SEEN_WITHIN
+        while not (seen := mark.exists()) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        barrier()
+        if jax.process_index() == 0:
+            mark.unlink()
+        if not seen:
+            raise ValueError(
+                f"workdir={self.folder} is not the one that process 0 sees; choose one on storage that all hosts share"
+            )
+
+    def note_damaged(self, step: int, problems: Sequence[str]):
+        """Keeps the samples of `step` that could not be read; process 0 also tells them."""
+        if not problems:
+            return
+        lines = [f"step {step}: left out {problem}" for problem in problems]
+        with (self.folder / DAMAGED.replace("*", str(jax.process_index()))).open("a", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in lines)
+        if jax.process_index() == 0:
+            print("\n".join(lines), flush=True)
 
     # ------------------------------------------------------------ saving
 
@@ -93,18 +137,35 @@ class Workdir:
     def save_frozen(self, frozen: Params):
         """Writes what no step changes, over that of a start that did not come to its first checkpoint."""
         if frozen:
-            with checkpoint.saving_context():
+            with self._storing("the frozen parameters"), checkpoint.saving_context():
                 ocp.save(self.folder.absolute() / _FROZEN, frozen, overwrite=True)
 
     def save(self, step: int, state: TrainState):
         """Begins to save `state` in the background, after `step` steps; first waits for the save before it."""
-        with self._context:
+        with self._storing(f"the checkpoint of step {step} or the one before it"), self._context:
             self._checkpointer.save_checkpointables_async(step, _trees(state), overwrite=True)
 
     def wait(self):
         """Until the save in the background is complete; raises what it met."""
-        with self._context:
+        with self._storing("the last checkpoint"), self._context:
             self._checkpointer.wait()
+
+    @contextlib.contextmanager
+    def _storing(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:  # tensorstore's come as ValueError
+            told = next((line for line in str(error).splitlines() if "annot" in line or "rror" in line), str(error))
+            latest = self._complete()
+            left = f"that of step {latest} is whole" if latest else "there is no earlier one"
+            raise Stopped(
+                f"{what} could not be written to {self.folder}: {told[:300]}; {left}; make room there, and the same "
+                "command goes on",
+                STORAGE,
+            ) from error
+
+    def _complete(self) -> int | None:
+        return max(_steps(self.folder), default=None)
 
     # ------------------------------------------------------------ going on
 
@@ -126,9 +187,10 @@ class Workdir:
             model = dataclasses.replace(self.config.model, dtype="bfloat16")
             checkpoint.write_json(folder / "config.json", original_config(model))
         # The arrays come into being last and at once: where they are, an earlier start was done with this folder.
-        if not checkpoint.has_arrays(folder / checkpoint.PARAMS):
+        if not from_first(checkpoint.has_arrays(folder / checkpoint.PARAMS)):
             cast = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype("bfloat16"), tree))
-            checkpoint.save_params(folder / checkpoint.PARAMS, cast({**trained, **frozen}))
+            with self._storing("the export"):
+                checkpoint.save_params(folder / checkpoint.PARAMS, cast({**trained, **frozen}))
         return folder
 
 
@@ -153,11 +215,16 @@ def open_run(folder: pathlib.Path) -> tuple[JanusConfig, LazyParams] | None:
         trained, frozen = split(abstract_params(config), raw["stage"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / _RUN} is not a run's description ({error})") from None
-    steps = [int(path.name) for path in (folder / _CHECKPOINTS).glob("*") if path.name.isdigit()]
+    steps = _steps(folder)
     if not steps:
         raise ValueError(f"{folder} holds a run without a complete checkpoint; let it save one first")
     leaves = checkpoint.array_leaves(folder / _CHECKPOINTS / str(max(steps)) / "trained", trained)
     return config, leaves | checkpoint.array_leaves(folder / _FROZEN, frozen)
+
+
+def _steps(folder: pathlib.Path) -> list[int]:
+    """Of the complete checkpoints of the run in `folder`."""
+    return [int(path.name) for path in (folder / _CHECKPOINTS).glob("*") if path.name.isdigit()]
 
 
 def model_config(raw: dict[str, Any]) -> JanusConfig:

@@ -134,6 +134,21 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class Home:
+    """Devices that a run is meant for, and how it is laid out there.
+
+    Attributes:
+      topology: a TPU slice, as v5e-256 or v5p:4x4x4; see `train.topologies`.
+      mesh, accumulate, remat: in place of the run's.
+    """
+
+    topology: str
+    mesh: MeshConfig
+    accumulate: int = 1
+    remat: Literal["none", "dots", "full"] = "full"
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """One run of one stage.
 
@@ -155,10 +170,17 @@ class TrainConfig:
       compute_dtype: of activations and of the parameters' copies that products use; trained parameters are float32.
       frozen_dtype: of parameters that are not trained.
       remat: what the backward pass computes again: 'none', all but matrix products ('dots'), or 'full' layers.
+      attention: of the decoder: 'xla', 'splash' (TPU's kernel), or 'auto' for the best that the devices and the sizes
+        allow.
       loss_chunk: tokens of a row whose logits exist at a time.
+      homes: devices that the run is meant for; it takes their mesh, accumulate and remat where it finds itself on
+        them with `mesh` as it is by default.
+      sampling_homes: devices that its model draws on, for `train.compile`.
       log_every, save_every: in steps.
       keep: checkpoints kept, the newest ones.
       export_every: steps between exported bfloat16 parameters (0: at the end only).
+      max_skipped: stop after so many steps in a row whose loss or gradients were not finite.
+      watchdog: end the process when nothing has got on for so many seconds; 0 for never.
       profile_start, profile_steps: a trace of so many steps from this one on is written to workdir/profile.
     """
 
@@ -180,13 +202,18 @@ class TrainConfig:
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     frozen_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     remat: Literal["none", "dots", "full"] = "full"
+    attention: Literal["auto", "xla", "splash"] = "auto"
     loss_chunk: int = 512
     mesh: MeshConfig = MeshConfig()
+    homes: tuple[Home, ...] = ()
+    sampling_homes: tuple[Home, ...] = ()
     evaluation: EvalConfig = EvalConfig()
     samples: SampleConfig = SampleConfig()
     log_every: int = 10
     save_every: int = 1000
     keep: int = 3
     export_every: int = 0
+    max_skipped: int = 10
+    watchdog: float = 1800.0
     profile_start: int = 0
     profile_steps: int = 0

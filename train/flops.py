@@ -100,6 +100,26 @@ def step_flops(
     )
 
 
+# Tokens of a usual sample of each kind, and how many of an understanding sample's answers.
+_TYPICAL = {"understanding": 900, "text": 600, "generation": 640}
+_ANSWERS = 0.5
+
+
+def typical_flops(config: TrainConfig) -> float:
+    """`step_flops` of a full step of usual samples: 900 tokens one with an image, 600 a text, 64 a prompt to draw."""
+    model = config.model
+    lengths = dict(zip(_TYPICAL, config.data.ratio, strict=True))
+    group = sum(_TYPICAL[kind] * part for kind, part in lengths.items())
+    tokens = config.batch_size * config.data.context
+    samples = {kind: part * tokens / group for kind, part in lengths.items()}
+    answers = samples["understanding"] * max(_TYPICAL["understanding"] - model.vision.num_patches, 0)
+    texts = samples["text"] * _TYPICAL["text"]
+    text_targets = _ANSWERS * answers + (1 if config.data.text_loss == "all" else _ANSWERS) * texts
+    drawn = samples["generation"] * model.gen_vision.num_tokens
+    squares = sum(_TYPICAL[kind] ** 2 * part for kind, part in lengths.items())
+    return step_flops(config, tokens, samples["understanding"], text_targets, drawn, squares / group)
+
+
 def _kernel_sizes(config: JanusConfig) -> dict[str, int]:
     """Elements of all kernels of a part, all layers together: the multiply-adds of one item that passes through."""
     sizes: dict[str, int] = {}

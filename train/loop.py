@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,16 +20,20 @@ from janus_jax.processing import Processor
 from janus_jax.progress import shown
 from janus_jax.sharding import batch_shards, make_mesh
 from train.batches import TASKS, Assembler, Batch, load_batches
-from train.checkpoints import Workdir
+from train.checkpoints import DAMAGED, Workdir
 from train.config import KINDS, DataConfig, TrainConfig
+from train.distributed import check_same, together
+from train.faults import AGAIN, STOPPED, Notice, Stopped, Watchdog
 from train.figures import loss_curves
 from train.flops import peak_flops, step_flops
 from train.loss import means
 from train.metrics import FILE, Metrics
 from train.mixture import Mixture
+from train.overrides import flat
 from train.state import Params, TrainState, abstract_state, batch_sharding, first_state, make_model
 from train.step import make_eval_step, make_train_step
 from train.tokenise import tokenizer_fingerprint
+from train.topologies import settle
 from train.validate import validate
 
 _AHEAD = 2  # steps given to the device before the one it works on is done
@@ -37,32 +42,45 @@ _AHEAD = 2  # steps given to the device before the one it works on is done
 def train(config: TrainConfig) -> pathlib.Path:
     """Runs `config` to its last step, from its workdir's newest checkpoint where there is one.
 
+    Every process of a run calls it; the console is process 0's.
+
     Returns: the exported checkpoint folder.
-    Raises: FileNotFoundError or ValueError, in one line, for what cannot work, before the first step; RuntimeError when
-      too many samples are damaged.
+    Raises: FileNotFoundError or ValueError, in one line, for what cannot work, before the first step; Stopped for what
+      ends the run later.
     """
     # ------------------------------------------------------------ what the run is made of
     is_main = jax.process_index() == 0
-    for remark in validate(config):
-        _say(f"note: {remark}")
-    mesh = make_mesh(dataclasses.asdict(config.mesh))
-    _check_mesh(config, mesh)
-    tokenizer = pathlib.Path(config.tokenizer or config.init_from)
-    processor = Processor.from_folder(tokenizer, config.model)
-    mixture = Mixture(config.data, config.batch_size, config.seed)
-    _check_folders(mixture, processor)
-    assembler = Assembler(
-        mixture, processor.settings, processor.tokenizer.pad_id, processor.tokenizer.image_placeholder_id
-    )
-    held_out = _held_out(config, assembler)
-    if held_out:
-        _check_folders(held_out.mixture, processor)
-    rows = local_rows(batch_sharding(mesh), config.batch_size)
+    with together():
+        config = settle(config)
+        for remark in validate(config):
+            _say(f"note: {remark}")
+        mesh = make_mesh(dataclasses.asdict(config.mesh))
+        check_mesh(config, mesh)
+        tokenizer = pathlib.Path(config.tokenizer or config.init_from)
+        processor = Processor.from_folder(tokenizer, config.model)
+        mixture = Mixture(config.data, config.batch_size, config.seed)
+        _check_folders(mixture, processor)
+        assembler = Assembler(
+            mixture, processor.settings, processor.tokenizer.pad_id, processor.tokenizer.image_placeholder_id
+        )
+        held_out = _held_out(config, assembler)
+        if held_out:
+            _check_folders(held_out.mixture, processor)
+        rows = local_rows(batch_sharding(mesh), config.batch_size)
+    data = {str(folder.folder): folder.fingerprint for folder in mixture.folders}
+    check_same(flat(config), data)
 
-    with Workdir(config, {str(f.folder): f.fingerprint for f in mixture.folders}) as workdir, jax.set_mesh(mesh):
+    with (
+        Workdir(config, data) as workdir,
+        jax.set_mesh(mesh),
+        Watchdog(config.watchdog) as watchdog,
+        Notice() as notice,
+    ):
         # -------------------------------------------------------- state
+        watchdog.doing("reading parameters")
         if workdir.latest is None:
-            state, frozen = first_state(config, mesh, progress=shown(None) and is_main)
+            with together():
+                state, frozen = first_state(config, mesh, progress=shown(None) and is_main)
             workdir.save_frozen(frozen)
         else:
             if workdir.latest > config.steps:
@@ -82,13 +100,27 @@ def train(config: TrainConfig) -> pathlib.Path:
         with Metrics(workdir.folder, config.steps, first, enabled=is_main) as metrics:
             for step in range(first, config.steps):
                 profile.at(step)
-                with window.waiting():
-                    _, batch, report = next(batches)
-                state, out = step_fn(state, frozen, _put(batch, rows, mesh, config.batch_size))
-                window.add(step, out, report)
                 done, last = step + 1, step + 1 == config.steps
+                watchdog.doing(f"waiting for the data of step {done}")
+                with window.waiting():
+                    batch, report = _next(batches)
+                workdir.note_damaged(done, report["problems"])
+                watchdog.doing(f"working on step {done}")
+                state, out = step_fn(state, frozen, _put(batch, rows, mesh, config.batch_size))
+                try:
+                    window.add(step, out, report)
+                except NotFinite as error:
+                    workdir.save(done, state)
+                    workdir.wait()
+                    raise Stopped(f"{error}; saved after step {done}, as after the last good update", STOPPED) from None
+                if notice.after(done) and not last:
+                    watchdog.doing("saving")
+                    workdir.save(done, state)
+                    workdir.wait()
+                    raise Stopped(f"told to end; saved after step {done}, and the same command goes on", AGAIN)
                 if done % config.log_every == 0 or last:
                     metrics.write(done, window.summary())
+                watchdog.doing(f"evaluating, drawing or saving after step {done}")
                 if held_out and config.evaluation.every and (done % config.evaluation.every == 0 or last):
                     metrics.write(done, evaluate(state, frozen), prefix="eval")
                 if config.samples.every and (done % config.samples.every == 0 or last):
@@ -99,10 +131,11 @@ def train(config: TrainConfig) -> pathlib.Path:
                     workdir.export(done, state.trained, frozen, tokenizer)
                 window.pause()
         profile.stop()
+        watchdog.doing("exporting")
 
         # -------------------------------------------------------- what is left behind
-        exported = workdir.export(config.steps, state.trained, frozen, tokenizer)
         workdir.wait()
+        exported = workdir.export(config.steps, state.trained, frozen, tokenizer)
     if is_main and (workdir.folder / FILE).exists():
         loss_curves(workdir.folder / FILE, workdir.folder / "curves.png", config.name)
     _say(f"{config.name}: {config.steps} steps done; load {exported}")
@@ -117,7 +150,8 @@ def _say(line: str):
 # ---------------------------------------------------------------- before the first step
 
 
-def _check_mesh(config: TrainConfig, mesh: Mesh):
+def check_mesh(config: TrainConfig, mesh: Mesh):
+    """ValueError in one line where `mesh` does not suit the rest of `config`."""
     shards = batch_shards(mesh)
     if config.batch_size % (config.accumulate * shards):
         raise ValueError(
@@ -198,7 +232,22 @@ def _put(batch: Batch, rows: Sequence[int], mesh: Mesh, batch_size: int) -> dict
     return {name: put(x) for name, x in batch.items()}
 
 
+def _next(batches: Iterator[tuple[int, Batch, dict[str, Any]]]) -> tuple[Batch, dict[str, Any]]:
+    try:
+        return next(batches)[1:]
+    except RuntimeError as error:  # grain's, when a worker process has died
+        raise Stopped(
+            f"a process that reads data has died ({str(error).splitlines()[0]}); if it was for want of memory, lower "
+            "data.workers; the same command goes on from the last checkpoint",
+            STOPPED,
+        ) from None
+
+
 # ---------------------------------------------------------------- what is reported
+
+
+class NotFinite(Exception):
+    """Too many updates in a row were left out."""
 
 
 class _Window:
@@ -207,8 +256,8 @@ class _Window:
     def __init__(self, config: TrainConfig, mesh: Mesh):
         self._config, self._devices = config, mesh.devices.size
         self._peak = peak_flops(mesh.devices.flat[0].device_kind)
-        self._pending: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
-        self._bad = self._samples = 0
+        self._pending: collections.deque[tuple[int, dict[str, jax.Array], int]] = collections.deque()
+        self._bad = self._samples = self._skipped = 0
         self._reset()
 
     def _reset(self):
@@ -226,33 +275,42 @@ class _Window:
 
     def add(self, step: int, out: dict[str, jax.Array], report: dict[str, Any]):
         """Takes in one step, and waits for an earlier one lest the device be given ever more of them."""
-        self._pending.append((step, out))
+        self._pending.append((step, out, report["samples"]))
         self._reports.append(report)
-        self._count_bad(step, report)
         while len(self._pending) > _AHEAD:
             self._collect()
         now = time.monotonic()
         self._elapsed, self._since = self._elapsed + now - self._since, now
 
-    def _count_bad(self, step: int, report: dict[str, Any]):
-        self._samples += report["samples"]
-        for problem in report["problems"]:
-            self._bad += 1
-            print(f"step {step + 1}: left out {problem}", flush=True)
+    def _collect(self):
+        step, out, samples = self._pending.popleft()
+        values = {name: float(value) for name, value in jax.device_get(out).items()}
+        self._outs.append(values)
+        self._check_damaged(values["damaged"], samples)
+        self._check_finite(step, values)
+
+    def _check_damaged(self, damaged: float, samples: int):
+        # Counted over all rows by the step itself, so that all processes stop at the same one.
+        self._bad += int(damaged)
+        self._samples += samples
         share = self._config.data.max_bad_share
         if self._bad > max(share * self._samples, 1 if share else 0):
-            raise RuntimeError(
+            raise Stopped(
                 f"{self._bad} of {self._samples} samples were damaged, more than data.max_bad_share={share}; "
-                "the lines above name them"
+                f"{self._config.workdir}/{DAMAGED} names them",
+                STOPPED,
             )
 
-    def _collect(self):
-        step, out = self._pending.popleft()
-        values = {name: float(value) for name, value in jax.device_get(out).items()}
-        if not values["finite"]:
-            kinds = [kind for kind in TASKS if not np.isfinite(values[f"loss_{kind}"])]
-            _say(f"step {step + 1}: {', '.join(kinds) or 'a gradient'} is not finite; the update is left out")
-        self._outs.append(values)
+    def _check_finite(self, step: int, values: dict[str, float]):
+        if values["finite"]:
+            self._skipped = 0
+            return
+        self._skipped += 1
+        kinds = [kind for kind in TASKS if not np.isfinite(values[f"loss_{kind}"])]
+        what = ", ".join(kinds) or "a gradient"
+        _say(f"step {step + 1}: {what} is not finite; the update is left out")
+        if self._skipped >= self._config.max_skipped:
+            raise NotFinite(f"{what} was not finite in {self._skipped} steps in a row (max_skipped), up to {step + 1}")
 
     def summary(self) -> dict[str, float]:
         """Means since the last summary; waits for all steps taken in."""
@@ -326,12 +384,17 @@ def draw_samples(
     """Draws the config's sample prompts as they stand after this step and writes them as one picture."""
     s = config.samples
     model = make_model(config)
-    params = jax.tree.map(lambda x: x.astype(model.dtype), {**state.trained, **frozen})
+    params = _cast({**state.trained, **frozen}, model.dtype)
     pipeline = JanusPipeline(config.model, params, model, processor, mesh)
     images = pipeline.generate_images(s.prompts, s.images, s.guidance, s.temperature, progress=False)
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         contact_sheet(images, columns=s.images, gap=2).save(path)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _cast(tree: Params, dtype: Any) -> Params:
+    return jax.tree.map(lambda x: x.astype(dtype), tree)
 
 
 class _Profile:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
+import jax
+
 from janus_jax.memory import OutOfMemory
+from train import distributed, faults
 from train.config import TrainConfig
 from train.overrides import parse_args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one configuration; 0 when it is done, 2 for bad input (one line on standard error), 130 when interrupted."""
-    config = parse_args(argv)
+    """Runs one configuration; 0 when it is done, else one of the codes of `train.faults` and one line."""
+    config, processes = parse_args(argv)
     try:
+        distributed.start(**processes)
         if isinstance(config, TrainConfig):
             from train.loop import train
 
@@ -22,18 +27,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             from train.digits import run
 
             run(config)
+    except faults.Stopped as error:
+        return _end(f"stopped: {error}", error.code)
     except (OSError, ValueError, OutOfMemory) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        if type(error) is not RuntimeError:  # JAX's own and the like, whose traceback is needed
-            raise
-        print(f"stopped: {error}", file=sys.stderr)
-        return 1
+        return _end(f"error: {error}", faults.BAD_INPUT)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+        return _end("interrupted; the same command goes on from the last checkpoint", faults.INTERRUPTED)
     return 0
+
+
+def _end(line: str, code: int) -> int:
+    several = jax.distributed.is_initialized()
+    if not several or jax.process_index() == 0 or code == faults.STOPPED:
+        print(line, file=sys.stderr, flush=True)
+    if several and code != faults.AGAIN:
+        # The way out through JAX waits for the other processes, which may be waiting for this one.
+        sys.stdout.flush()
+        os._exit(code)
+    return code
 
 
 if __name__ == "__main__":

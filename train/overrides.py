@@ -326,21 +326,31 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def parse_args(argv: Sequence[str] | None = None, prog: str = "python -m train.main") -> Any:
-    """The config that `--config NAME [key=value ...]` asks for.
+def parse_args(
+    argv: Sequence[str] | None = None, prog: str = "python -m train.main"
+) -> tuple[Any, dict[str, str | int | None]]:
+    """The config that `--config NAME [key=value ...]` asks for, and the arguments of `train.distributed.start`.
 
     `--help` (with a config: all its fields) and `--print-config` print and exit with 0; bad input prints one line,
     `error: ...`, on standard error and exits with 2.
     """
     parser = _Parser(
         prog=prog, add_help=False, allow_abbrev=False,
-        usage="%(prog)s --config NAME [key=value ...] [--help] [--print-config]",
+        usage="%(prog)s --config NAME [key=value ...] [--help] [--print-config] "
+        "[--coordinator HOST:PORT --processes N --process I] [--timeout SECONDS]",
         epilog=f"configs: {', '.join(config_names())}",
     )  # fmt: skip
     parser.add_argument("--config", metavar="NAME", help="a config by name, or a .py file with get_config()")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes of single fields")
     parser.add_argument("--help", "-h", action="store_true", help="with --config, list every field of that config")
     parser.add_argument("--print-config", action="store_true", help="print every field's value and do nothing")
+    several = parser.add_argument_group("several processes", "found by themselves on TPU pods and under SLURM")
+    several.add_argument("--coordinator", metavar="HOST:PORT", default="", help="where process 0 runs, and a free port")
+    several.add_argument("--processes", metavar="N", type=int, help="how many processes there are")
+    several.add_argument("--process", metavar="I", type=int, help="which of them this is, from 0")
+    several.add_argument(
+        "--timeout", metavar="SECONDS", type=int, default=300, help="how long to wait for the others (default: 300)"
+    )
     try:
         args = parser.parse_intermixed_args(argv)
         if args.config is None and not args.help:
@@ -354,5 +364,5 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = "python -m train.m
     elif args.print_config:
         print("\n".join(f"{key} = {value_text(value)}" for key, value in flat(config).items()))
     else:
-        return config
+        return config, {key: getattr(args, key) for key in ("coordinator", "processes", "process", "timeout")}
     raise SystemExit(0)

@@ -14,8 +14,9 @@ import optax
 from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from janus_jax.attention import splash_takes
 from janus_jax.checkpoint import open_checkpoint
-from janus_jax.config import JanusConfig, dialect_of
+from janus_jax.config import IMAGE_CHANNELS, JanusConfig, dialect_of
 from janus_jax.model import Janus, init_params
 from janus_jax.parts import open_part
 from janus_jax.sharding import RULES, param_shardings
@@ -44,9 +45,18 @@ class TrainState:
     skipped: jax.Array
 
 
-def make_model(config: TrainConfig) -> Janus:
-    """The model as training runs it."""
-    return Janus(config.model, dtype=jnp.dtype(config.compute_dtype), remat=config.remat)
+def make_model(config: TrainConfig, mesh: Mesh | None = None) -> Janus:
+    """The model as training runs it on `mesh` (default: anywhere)."""
+    attention = "xla" if mesh is None else attention_on(config, mesh)
+    return Janus(config.model, dtype=jnp.dtype(config.compute_dtype), remat=config.remat, attention=attention)
+
+
+def attention_on(config: TrainConfig, mesh: Mesh) -> str:
+    """The implementation of the decoder's attention that `config` means on `mesh`."""
+    if config.attention != "auto":
+        return config.attention
+    fits = splash_takes(config.data.context, config.model.language.head_dim)
+    return "splash" if mesh.devices.flat[0].platform == "tpu" and fits else "xla"
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -109,6 +119,19 @@ def abstract_state(config: TrainConfig, mesh: Mesh) -> tuple[TrainState, Params]
         (state, frozen),
         state_shardings(config, mesh),
     )
+
+
+def abstract_batch(config: TrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """`jax.ShapeDtypeStruct`s with shardings of a batch; see `train.batches.Assembler`."""
+    rows, size = config.batch_size, config.model.vision.image_size
+    images = config.data.images_per_row if config.data.ratio[0] else 0
+    per_token = {"is_code": bool, "is_image": bool, "tasks": jnp.int8}
+    per_token |= dict.fromkeys(("ids", "targets", "segment_ids", "positions"), jnp.int32)
+    shapes = {name: ((rows, config.data.context), dtype) for name, dtype in per_token.items()}
+    shapes["images"] = ((rows, images, size, size, IMAGE_CHANNELS), jnp.uint8)
+    shapes["damaged"] = ((rows,), jnp.int32)
+    sharding = batch_sharding(mesh)
+    return {name: jax.ShapeDtypeStruct(*shape, sharding=sharding) for name, shape in shapes.items()}
 
 
 def _start(optimizer: optax.GradientTransformation, trained: Params) -> TrainState:

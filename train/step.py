@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from janus_jax.images import ImageSettings
+from janus_jax.model import Janus
 from train.config import TrainConfig
 from train.loss import loss_sums, token_losses
 from train.state import Params, TrainState, batch_sharding, learning_rate, make_model, make_optimizer, state_shardings
@@ -23,13 +24,13 @@ Step = Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, jax.Arr
 def make_train_step(config: TrainConfig, mesh: Mesh, settings: ImageSettings) -> Step:
     """The compiled step: (state, frozen parameters, batch) to (state, metrics); the state is donated.
 
-    Metrics are float32 scalars: the sums of `loss.loss_sums`, 'grad_norm' before clipping, 'learning_rate', and
-    'finite', 0 where the loss or a gradient is not finite and the update was therefore left out.
+    Metrics are float32 scalars: the sums of `loss.loss_sums`, the samples 'damaged', 'grad_norm' before clipping,
+    'learning_rate', and 'finite', 0 where the loss or a gradient is not finite and the update was therefore left out.
     Call it under `jax.set_mesh(mesh)`.
     """
     shardings, frozen = state_shardings(config, mesh)
     return jax.jit(
-        functools.partial(train_step, config, settings),
+        functools.partial(train_step, config, make_model(config, mesh), settings),
         in_shardings=(shardings, frozen, batch_sharding(mesh)),
         out_shardings=(shardings, None),
         donate_argnums=0,
@@ -39,18 +40,19 @@ def make_train_step(config: TrainConfig, mesh: Mesh, settings: ImageSettings) ->
 def make_eval_step(config: TrainConfig, mesh: Mesh, settings: ImageSettings) -> Callable[[Params, Params, Batch], Any]:
     """(trained parameters, frozen parameters, batch) to the sums of `loss.loss_sums`, compiled."""
     shardings, frozen = state_shardings(config, mesh)
+    model = make_model(config, mesh)
 
     def evaluate(trained: Params, frozen: Params, batch: Batch):
-        return _sums(config, settings, trained, frozen, batch)[1]
+        return _sums(config, model, settings, trained, frozen, batch)[1]
 
     return jax.jit(evaluate, in_shardings=(shardings.trained, frozen, batch_sharding(mesh)))
 
 
 def train_step(
-    config: TrainConfig, settings: ImageSettings, state: TrainState, frozen: Params, batch: Batch
+    config: TrainConfig, model: Janus, settings: ImageSettings, state: TrainState, frozen: Params, batch: Batch
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """`make_train_step`'s function, before compilation."""
-    grads, sums = gradients(config, settings, state.trained, frozen, batch)
+    grads, sums = gradients(config, model, settings, state.trained, frozen, batch)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(grad_norm)
 
@@ -62,6 +64,7 @@ def train_step(
     )
     done = state.step - state.skipped  # updates, which is what the schedule counts
     metrics = sums | {
+        "damaged": batch["damaged"].sum(dtype=jnp.float32),
         "grad_norm": grad_norm,
         "learning_rate": jnp.asarray(learning_rate(config.optimizer, config.steps)(done), jnp.float32),
         "finite": finite.astype(jnp.float32),
@@ -71,14 +74,14 @@ def train_step(
 
 
 def gradients(
-    config: TrainConfig, settings: ImageSettings, trained: Params, frozen: Params, batch: Batch
+    config: TrainConfig, model: Janus, settings: ImageSettings, trained: Params, frozen: Params, batch: Batch
 ) -> tuple[Params, dict[str, jax.Array]]:
     """Float32 gradients of the mean loss a target token with regard to `trained`, and the batch's `loss_sums`.
 
     The batch is worked off in `config.accumulate` parts whose sums are added up and divided once.
     """
     cast = _compute_copy(config, trained)  # once, and not in every part
-    objective = jax.grad(lambda trained, part: _sums(config, settings, trained, frozen, part), has_aux=True)
+    objective = jax.grad(lambda trained, part: _sums(config, model, settings, trained, frozen, part), has_aux=True)
 
     def add(total, part: Batch):
         new = objective(cast, part)
@@ -109,8 +112,8 @@ def _compute_copy(config: TrainConfig, params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
-def _sums(config: TrainConfig, settings: ImageSettings, trained: Params, frozen: Params, batch: Batch):
+def _sums(config: TrainConfig, model: Janus, settings: ImageSettings, trained: Params, frozen: Params, batch: Batch):
     params = {**_compute_copy(config, frozen), **_compute_copy(config, trained)}
-    losses = token_losses(make_model(config), params, batch, settings, config.loss_chunk)
+    losses = token_losses(model, params, batch, settings, config.loss_chunk)
     sums = loss_sums(losses, batch["tasks"])
     return sums["loss"], sums

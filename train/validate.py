@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from janus_jax.attention import splash_takes
 from train.config import KINDS, TRAINED, TrainConfig
 
 
@@ -18,10 +19,16 @@ def validate(config: TrainConfig) -> list[str]:
         _require(getattr(c, key), f"{key} is empty")
     _require(c.stage in TRAINED, f"stage={c.stage}: the stages are {', '.join(map(str, TRAINED))}")
     _require(c.init_from or c.tokenizer, "tokenizer is empty, and there is no init_from to take one from")
-    for key in ("steps", "batch_size", "accumulate", "loss_chunk", "log_every", "save_every", "keep"):
+    for key in ("steps", "batch_size", "accumulate", "loss_chunk", "log_every", "save_every", "keep", "max_skipped"):
         _require(getattr(c, key) >= 1, f"{key}={getattr(c, key)}: it is a whole number from 1")
     for key in ("export_every", "profile_start", "profile_steps"):
         _require(getattr(c, key) >= 0, f"{key}={getattr(c, key)}: it is not negative")
+    _require(c.watchdog >= 0, f"watchdog={c.watchdog}: it is not negative (0 for never)")
+    language = c.model.language
+    _require(
+        c.attention != "splash" or splash_takes(d.context, language.head_dim),
+        f"attention=splash takes multiples of 128: data.context={d.context}, heads of {language.head_dim}",
+    )
     _require(
         c.batch_size % c.accumulate == 0,
         f"batch_size={c.batch_size} is not a multiple of accumulate={c.accumulate}, the parts it is worked off in",

@@ -1,0 +1,184 @@
+"""What a compiled program does, read from its HLO text: collectives and copies, counted as often as loops run them."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+_BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0}
+_INSTRUCTION = re.compile(
+    r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>.*?) (?P<opcode>[a-z][a-z0-9\-]*)\((?P<rest>.*)$"
+)
+_CALLED = re.compile(
+    r"\b(?:calls|body|condition|to_apply|branch_computations|called_computations)=\{?([^,}]*(?:, ?%[^,}]*)*)"
+)
+_ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[([0-9,]*)\](?:\{([^}]*)\})?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One instruction of a program and how often a run executes it.
+
+    Attributes:
+      opcode: HLO's name, without the -start of its asynchronous form.
+      arrays: (dtype, shape, layout) of each array of its result.
+      line: the text.
+      times: how often; loops of unknown length count as one turn.
+      in_loop: whether it stands in the body of a loop.
+    """
+
+    opcode: str
+    arrays: tuple[tuple[str, tuple[int, ...], str], ...]
+    line: str
+    times: int
+    in_loop: bool
+
+    @property
+    def bytes(self) -> int:
+        """Of its largest array."""
+        return max((array_bytes(dtype, shape) for dtype, shape, _ in self.arrays), default=0)
+
+
+def array_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of an array of HLO's type `dtype`."""
+    digits = re.search(r"\d+", dtype)
+    bits = _BITS.get(dtype, int(digits[0]) if digits else 0)
+    return math.prod(shape) * bits // 8
+
+
+def instructions(text: str) -> Iterator[Instruction]:
+    """Every instruction that a run of the module `text` executes, through loops, branches and fusions."""
+    computations, entry = _computations(text)
+
+    def walk(name: str, times: int, in_loop: bool) -> Iterator[Instruction]:
+        for line in computations.get(name, ()):
+            match = _INSTRUCTION.match(line)
+            if not match:
+                continue
+            opcode = match["opcode"]
+            if opcode.endswith(("-done", "-update")):
+                continue
+            turns = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+            loops = opcode == "while"
+            for called in _CALLED.findall(line):
+                for callee in called.replace("%", "").split(","):
+                    yield from walk(
+                        callee.strip(), times * int(turns[1]) if turns and loops else times, in_loop or loops
+                    )
+            arrays = tuple(
+                (dtype, tuple(int(n) for n in shape.split(",") if n), layout or "")
+                for dtype, shape, layout in _ARRAY.findall(match["type"])
+            )
+            yield Instruction(opcode.removesuffix("-start"), arrays, line.strip(), times, in_loop)
+
+    yield from walk(entry, 1, False)
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    found: dict[str, list[str]] = {}
+    entry = name = ""
+    for line in text.splitlines():
+        header = re.match(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line)
+        if header:
+            name = header[2]
+            found[name] = []
+            entry = name if header[1] else entry
+        elif name:
+            found[name].append(line)
+    return found, entry
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """Collectives of one kind: how many a run executes, and the bytes of their larger sides on one device."""
+
+    count: int
+    bytes: int
+
+
+def collectives(text: str) -> dict[str, Traffic]:
+    """`Traffic` of each kind of collective in the module `text`."""
+    counts: collections.Counter[str] = collections.Counter()
+    sizes: collections.Counter[str] = collections.Counter()
+    for one in instructions(text):
+        if one.opcode in _COLLECTIVES:
+            # What is scattered is as many times larger as there are devices in a group.
+            larger = one.bytes * (_group_size(one.line) if one.opcode == "reduce-scatter" else 1)
+            counts[one.opcode] += one.times
+            sizes[one.opcode] += one.times * larger
+    return {kind: Traffic(counts[kind], sizes[kind]) for kind in sorted(counts)}
+
+
+def _group_size(line: str) -> int:
+    if match := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
+        return int(match[1])
+    if match := re.search(r"replica_groups=\{\{([0-9,]+)\}", line):
+        return match[1].count(",") + 1
+    return 1
+
+
+def copies(text: str, at_least: int) -> list[Instruction]:
+    """Copies in loops, from main memory to main memory, of arrays of `at_least` bytes."""
+    return [
+        one
+        for one in instructions(text)
+        if one.opcode == "copy" and one.in_loop and one.bytes >= at_least and not any("S(" in a[2] for a in one.arrays)
+    ]
+
+
+# Instructions that move nothing by themselves.
+_FREE = {
+    "parameter",
+    "get-tuple-element",
+    "tuple",
+    "bitcast",
+    "constant",
+    "while",
+    "conditional",
+    "call",
+    "partition-id",
+}
+
+
+def loop_bytes(text: str) -> int:
+    """Bytes that the bodies of loops read from and write to main memory in one turn each.
+
+    What lies in a chip's fast memory is told by its layout; a transfer between the two counts once, by what arrives;
+    an array that is changed in place does not count.
+    """
+    computations, _ = _computations(text)
+    bodies = {match[1] for lines in computations.values() for line in lines if (match := _BODY.search(line))}
+    return sum(_bytes_of_body(computations[name]) for name in bodies)
+
+
+_BODY = re.compile(r" while\(.*\bbody=%?([\w.\-]+)")
+
+
+def _bytes_of_body(lines: list[str]) -> int:
+    matches = [match for match in map(_INSTRUCTION.match, lines) if match]
+    types = {match["name"]: match["type"] for match in matches}
+    total = 0
+    for match in matches:
+        opcode = match["opcode"]
+        if opcode in _FREE or opcode.endswith(("-done", "-update")):
+            continue
+        results = _ARRAY.findall(match["type"])
+        if opcode.endswith("-start"):
+            arrived = [_size(array) for array in results[1:] if _size(array) > 4]
+            total += max(arrived, default=0)
+            continue
+        operands = [types.get(name, "") for name in re.findall(r"%([\w.\-]+)", match["rest"].split("), ")[0])]
+        changed = match["type"] in operands
+        read = [array for kind in operands if not (changed and kind == match["type"]) for array in _ARRAY.findall(kind)]
+        written = [] if changed else results
+        total += sum(_size(array) for array in (*read, *written) if "S(" not in array[2])
+    return total
+
+
+def _size(array: tuple[str, str, str]) -> int:
+    dtype, shape, _ = array
+    return array_bytes(dtype, tuple(int(n) for n in shape.split(",") if n))
