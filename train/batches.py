@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -142,9 +141,6 @@ class _Assemble:
     rows: tuple[int, ...]
 
     def __call__(self, step: int):
-        if multiprocessing.parent_process() is not None:
-            # Who ends a job tells all of its processes; the rows are needed until the run has come to a stop.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return int(step), *self.assembler(int(step), self.rows)
 
 
@@ -162,7 +158,13 @@ def load_batches(
         return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
     _parse_absl_flags()
     made = steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
-    return iter(made.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)))
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+    return iter(made.mp_prefetch(options, worker_init_fn=_outlive_the_notice))
+
+
+def _outlive_the_notice(*_):
+    # Who ends a job tells all of its processes; the rows are needed until the run has come to a stop.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _parse_absl_flags():
