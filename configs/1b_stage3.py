@@ -33,7 +33,7 @@ def get_config() -> TrainConfig:
         ),
         evaluation=_shared.HELD_OUT,
         samples=_shared.SAMPLES,
-        homes=_homes.homes({"v5e-256": 1, "v5p-128": 1, "v6e-256": 1}, {"v5e-256": 2, "v6e-256": 2}),
+        homes=_homes.homes({"v5e-256": 1, "v5p-128": 1, "v6e-256": 1}, 16, {"v5e-256": 2, "v6e-256": 2}),
         sampling_homes=_homes.DRAWING,
         save_every=1000,
     )

@@ -36,6 +36,6 @@ def get_config() -> TrainConfig:
         ),
         evaluation=dataclasses.replace(_shared.HELD_OUT, text=()),
         samples=_shared.CATEGORY_SAMPLES,
-        homes=_homes.homes({"v5e-256": 1, "v5p-128": 1, "v6e-256": 1}),
+        homes=_homes.homes({"v5e-256": 1, "v5p-128": 1, "v6e-256": 1}, 32),
         save_every=1000,
     )

@@ -5,16 +5,18 @@ from __future__ import annotations
 from train.config import Home, MeshConfig
 
 
-def homes(parts: dict[str, int], tensor: dict[str, int] | None = None) -> tuple[Home, ...]:
-    """Everything on `fsdp` but for the heads.
+def homes(parts: dict[str, int], fsdp: int, tensor: dict[str, int] | None = None) -> tuple[Home, ...]:
+    """A home for each slice.
 
     Args:
       parts: in how many parts a step is worked off, by slice.
+      fsdp: over how many chips parameters are split: the width by it is a multiple of a TPU's 128 lanes.
       tensor: over how many chips heads are split, where a slice has more chips than a part has rows.
     """
     tensor = tensor or {}
     return tuple(
-        Home(name, MeshConfig(fsdp=-1, tensor=tensor.get(name, 1)), accumulate=count) for name, count in parts.items()
+        Home(name, MeshConfig(data=-1, fsdp=fsdp, tensor=tensor.get(name, 1)), accumulate=count)
+        for name, count in parts.items()
     )
 
 

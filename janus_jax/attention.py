@@ -8,7 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from janus_jax.sharding import activation_spec
+from janus_jax.sharding import activation_spec, automatic_axes
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -69,17 +69,17 @@ _LARGEST_BLOCK = 512
 
 def _by_shard(kernel, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
     """`kernel` on each device's rows and heads: the compiler cannot split a kernel by itself."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    mesh = automatic_axes()
+    if not mesh:
         return kernel(q, k, v, segment_ids)
-    of_q = activation_spec(q.shape, ("batch", "heads", None, None), mesh.shape)
-    of_kv = activation_spec(k.shape, ("batch", "kv_heads", None, None), mesh.shape)
+    of_q = activation_spec(q.shape, ("batch", "heads", None, None), mesh)
+    of_kv = activation_spec(k.shape, ("batch", "kv_heads", None, None), mesh)
     if of_q[1] != of_kv[1]:  # fewer key/value heads than shards
         of_q = of_kv
-    of_ids = activation_spec(segment_ids.shape, ("batch", None), mesh.shape)
-    return jax.shard_map(
-        kernel, mesh=mesh, in_specs=(of_q, of_kv, of_kv, of_ids), out_specs=of_q, check_vma=False
-    )(q, k, v, segment_ids)  # fmt: skip
+    of_ids = activation_spec(segment_ids.shape, ("batch", None), mesh)
+    specs = (of_q, of_kv, of_kv, of_ids)
+    sharded = jax.shard_map(kernel, in_specs=specs, out_specs=of_q, axis_names=set(mesh), check_vma=False)
+    return sharded(q, k, v, segment_ids)
 
 
 def _splash(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from janus_jax.attention import attend, attend_segments
 from janus_jax.config import LlamaConfig
 from janus_jax.layers import Einsum, Embed, RMSNorm, apply_rope, rematerialised, rope
-from janus_jax.sharding import constrain
+from janus_jax.sharding import constrain, gather_layer
 
 
 @jax.tree_util.register_dataclass
@@ -147,6 +148,7 @@ class Llama(nn.Module):
     `scan_layers` says how parameters are laid out: `layers` stacked on a first axis (training, conversion), or
     `layers_0`, `layers_1`, ... apart (decoding on CPU, where slicing the stack costs a copy of the weights a step).
     `remat`: see `layers.rematerialised`. `attention`: see `attention.attend_segments`.
+    `fsdp`: see `Janus`.
     """
 
     config: LlamaConfig
@@ -155,11 +157,16 @@ class Llama(nn.Module):
     scan_layers: bool = True
     remat: str = "none"
     attention: str = "xla"
+    fsdp: bool = False
 
     def setup(self):
         c, types = self.config, (self.dtype, self.param_dtype)
         self.embed_tokens = Embed(c.vocab_size, c.width, *types, rows="vocab")
-        block = rematerialised(Block, self.remat)
+        block = Block
+        if self.fsdp:
+            gather = functools.partial(gather_layer, "language_model/layers/")
+            block = nn.map_variables(block, "params", trans_in_fn=gather)
+        block = rematerialised(block, self.remat)
         if self.scan_layers:
             scanned = nn.scan(
                 block,

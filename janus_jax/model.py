@@ -45,6 +45,8 @@ class Janus(nn.Module):
       scan_layers: layout of the decoder's parameters, see `Llama`.
       remat: what training computes twice to save memory, see `layers.rematerialised`.
       attention: the decoder's, see `attention.attend_segments`.
+      fsdp: whether the parameters of layers are this device's parts along the mesh axis `fsdp`, to be gathered where
+        they are used; inside `jax.shard_map` (training).
     """
 
     config: JanusConfig
@@ -53,17 +55,18 @@ class Janus(nn.Module):
     scan_layers: bool = True
     remat: str = "none"
     attention: str = "xla"
+    fsdp: bool = False
 
     def setup(self):
         c, types = self.config, (self.dtype, self.param_dtype)
         g, width = c.gen_vision, c.language.width
-        self.vision_model = Siglip(c.vision, *types, self.remat)
+        self.vision_model = Siglip(c.vision, *types, self.remat, self.fsdp)
         self.aligner = MlpProjector(c.vision.width, width, c.aligner_depth, *types)
         self.gen_vision_model = VQModel(g, *types)
         self.gen_embed = Embed(g.codebook_size, g.codebook_dim, *types)
         self.gen_aligner = MlpProjector(g.codebook_dim, width, c.gen_aligner_depth, *types)
         self.gen_head = GenHead(width, c.gen_head_width, g.codebook_size, *types)
-        self.language_model = Llama(c.language, *types, self.scan_layers, self.remat, self.attention)
+        self.language_model = Llama(c.language, *types, self.scan_layers, self.remat, self.attention, self.fsdp)
 
     # ------------------------------------------------------------ into the decoder
 

@@ -114,15 +114,19 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 def logical_axes(path: str, ndim: int) -> tuple[str | None, ...]:
     """Logical axes of the parameter at `path`. ValueError unless exactly one row of PARAMETER_AXES matches."""
-    rows = [axes for pattern, axes in PARAMETER_AXES if re.fullmatch(pattern, path)]
-    if len(rows) != 1:
-        raise ValueError(f"parameter {path!r} matches {len(rows)} rows of the sharding table, not exactly one")
-    axes = rows[0] or (None,) * ndim
+    axes = _axes_in_layer(path) or (None,) * ndim
     if _STACKED.match(path):
         axes = (None, *axes)
     if len(axes) != ndim:
         raise ValueError(f"parameter {path!r} has {ndim} axes, the sharding table gives it {len(axes)}")
     return axes
+
+
+def _axes_in_layer(path: str) -> tuple[str | None, ...]:
+    rows = [axes for pattern, axes in PARAMETER_AXES if re.fullmatch(pattern, path)]
+    if len(rows) != 1:
+        raise ValueError(f"parameter {path!r} matches {len(rows)} rows of the sharding table, not exactly one")
+    return rows[0]
 
 
 def _mesh_axes(name: str | None) -> tuple[str, ...]:
@@ -158,10 +162,52 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
     A dimension that the mesh axes do not divide (one chat on eight data shards) stays whole.
     """
+    shape = automatic_axes()
+    return jax.lax.with_sharding_constraint(x, activation_spec(x.shape, names, shape)) if shape else x
+
+
+def automatic_axes() -> dict[str, int]:
+    """Sizes of the current mesh's axes that the compiler splits work over; inside a `shard_map`, of the others."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, activation_spec(x.shape, names, mesh.shape))
+    sizes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    return {name: size for name, size, kind in sizes if kind == AxisType.Auto}
+
+
+def manual_axes() -> tuple[str, ...]:
+    """The axes of the `jax.shard_map` that we are in."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, kind in kinds if kind == AxisType.Manual)
+
+
+def gather_layer(prefix: str, variables: Mapping[str, Any]) -> dict[str, Any]:
+    """A layer's `variables` whole, from this device's parts of them along `fsdp`; inside `jax.shard_map`.
+
+    The gradient of a gathered parameter is reduce-scattered.
+
+    Args:
+      prefix: of the parameters' paths, as 'language_model/layers/'.
+    """
+    return {
+        kind: _gather({prefix + path: x for path, x in flatten(tree).items()}, prefix)
+        for kind, tree in variables.items()
+    }
+
+
+def gather_but_layers(params: Mapping[str, Any]) -> dict[str, Any]:
+    """All `params` whole but those of stacked layers, which the layers gather; see `gather_layer`."""
+    flat = flatten(params)
+    layers = {path: x for path, x in flat.items() if _STACKED.match(path)}
+    others = {path: x for path, x in flat.items() if path not in layers}
+    return unflatten(layers | flatten(_gather(others)))
+
+
+def _gather(flat: Mapping[str, jax.Array], prefix: str = "") -> dict[str, Any]:
+    def whole(path: str, x: jax.Array) -> jax.Array:
+        axes = _axes_in_layer(path)
+        return jax.lax.all_gather(x, RULES["embed"], axis=axes.index("embed"), tiled=True) if "embed" in axes else x
+
+    return unflatten({path.removeprefix(prefix): whole(path, x) for path, x in flat.items()})
 
 
 def activation_spec(shape: Sequence[int], names: Sequence[str | None], mesh_shape: Mapping[str, int]) -> PartitionSpec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from janus_jax.attention import attend
 from janus_jax.config import SiglipConfig
 from janus_jax.layers import Einsum, gelu, rematerialised
-from janus_jax.sharding import constrain
+from janus_jax.sharding import constrain, gather_layer
 
 
 def _layer_norm(module: nn.Module, name: str) -> nn.LayerNorm:
@@ -69,13 +70,14 @@ class Siglip(nn.Module):
     """Pixels [B, image_size, image_size, 3], normalised, to patch features [B, num_patches, width].
 
     The final LayerNorm is applied; there is no class token and no pooling, as the reference uses the tower.
-    `remat`: see `layers.rematerialised`.
+    `remat`: see `layers.rematerialised`. `fsdp`: see `Janus`.
     """
 
     config: SiglipConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     remat: str = "none"
+    fsdp: bool = False
 
     @nn.compact
     def __call__(self, pixels: jax.Array) -> jax.Array:
@@ -88,7 +90,11 @@ class Siglip(nn.Module):
         x = x.reshape(x.shape[0], c.num_patches, c.width)
         pos = self.param("pos_embed", nn.initializers.normal(0.02), (c.num_patches, c.width), self.param_dtype)
         x = constrain(x + pos.astype(self.dtype), "batch", None, None)
-        block = rematerialised(Block, self.remat)
+        block = Block
+        if self.fsdp:
+            gather = functools.partial(gather_layer, "vision_model/blocks/")
+            block = nn.map_variables(block, "params", trans_in_fn=gather)
+        block = rematerialised(block, self.remat)
         blocks = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.layers)
         x, _ = blocks(c, self.dtype, self.param_dtype, name="blocks")(x, None)
         return _layer_norm(self, "norm")(x)

@@ -25,7 +25,6 @@ from train.state import (
     abstract_state,
     first_state,
     learning_rate,
-    make_model,
     make_optimizer,
     open_sources,
     split,
@@ -334,7 +333,7 @@ def test_parts_of_a_step_add_up(config, mesh, processor, batch):
     results = []
     for accumulate in (1, 2):
         own = dataclasses.replace(config, accumulate=accumulate)
-        gradients = jax.jit(functools.partial(step_module.gradients, own, make_model(own), processor.settings))
+        gradients = jax.jit(functools.partial(step_module.gradients, own, mesh, processor.settings))
         with jax.set_mesh(mesh):
             results.append(jax.device_get(gradients(state.trained, frozen, batch)))
     (whole, sums), (parts, part_sums) = results

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import pathlib
 import secrets
@@ -27,13 +28,14 @@ from janus_jax.config import JanusConfig, original_config
 from janus_jax.conversion import PROCESSOR_FILES, TOKENIZER_FILES, copy_files
 from janus_jax.torch_weights import LazyParams, abstract_params
 from train.config import TrainConfig
-from train.distributed import barrier, from_first, together
+from train.distributed import from_first, together
 from train.faults import STORAGE, Stopped
 from train.overrides import diff, to_json
 from train.state import Params, TrainState, split
 
 _RUN, _FROZEN, _CHECKPOINTS, _EXPORT = "run.json", "frozen", "checkpoints", "export"
 DAMAGED = "damaged-*.txt"
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 _SEEN_WITHIN = 30  # seconds in which a shared folder shows a new file everywhere
 # What may change between the starts of one run: how it is computed and watched, not what is computed.
 _FREE = (
@@ -54,9 +56,14 @@ class Workdir:
     def __init__(self, config: TrainConfig, data: dict[str, str]):
         """`data` are the fingerprints of the prepared folders by path."""
         self.config, self.folder = config, pathlib.Path(config.workdir)
+        run = {"config": to_json(config), "data": data}
         with together():
-            self._claim(data)
+            self._check_claim(run)
         with together():
+            if jax.process_index() == 0:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                checkpoint.write_json(self.folder / _RUN, run)
+        if jax.process_count() > 1:
             self._check_shared()
         self._context = checkpoint.saving_context()
         policies = ocp.training.preservation_policies
@@ -75,8 +82,8 @@ class Workdir:
         with self._context:
             self._checkpointer.close()
 
-    def _claim(self, data: dict[str, str]):
-        path, run = self.folder / _RUN, {"config": to_json(self.config), "data": data}
+    def _check_claim(self, run: dict[str, Any]):
+        path, data = self.folder / _RUN, run["data"]
         if path.exists():
             try:
                 earlier = json.loads(path.read_text(encoding="utf-8"))
@@ -92,29 +99,26 @@ class Workdir:
                 raise ValueError(f"{self.folder} holds a run on other data: {', '.join(changed)} changed; {cure}")
         elif self.folder.is_dir() and any(self.folder.iterdir()):
             raise ValueError(f"{self.folder} is not empty and holds no run; choose another workdir")
-        barrier()  # all have looked
-        if jax.process_index() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_json(path, run)
 
     def _check_shared(self):
         """Whether all processes see the folder of process 0, by a file of a name that none of them has seen before."""
-        if jax.process_count() == 1:
-            return
         mark = self.folder / f"shared-{from_first(secrets.token_hex(8))}"
-        if jax.process_index() == 0:
-            mark.touch()
-        barrier()
-        deadline = time.monotonic() + _SEEN_WITHIN
-        while not (seen := mark.exists()) and time.monotonic() < deadline:
-            time.sleep(0.5)
-        barrier()
-        if jax.process_index() == 0:
-            mark.unlink()
-        if not seen:
-            raise ValueError(
-                f"workdir={self.folder} is not the one that process 0 sees; choose one on storage that all hosts share"
-            )
+        with together():
+            if jax.process_index() == 0:
+                mark.touch()
+        try:
+            with together():
+                deadline = time.monotonic() + _SEEN_WITHIN
+                while not mark.exists():
+                    if time.monotonic() > deadline:
+                        raise ValueError(
+                            f"workdir={self.folder} is not the folder that process 0 sees; choose one on storage that "
+                            "all hosts share"
+                        )
+                    time.sleep(0.5)
+        finally:
+            if jax.process_index() == 0:
+                mark.unlink()
 
     def note_damaged(self, step: int, problems: Sequence[str]):
         """Keeps the samples of `step` that could not be read; process 0 also tells them."""
@@ -151,21 +155,31 @@ class Workdir:
             self._checkpointer.wait()
 
     @contextlib.contextmanager
+    def storing(self) -> Iterator[None]:
+        """Tells what could not be written to the folder, pictures and metrics too, as the end of the run."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            raise self._no_room("the workdir", error) from error
+
+    @contextlib.contextmanager
     def _storing(self, what: str) -> Iterator[None]:
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:  # tensorstore's come as ValueError
-            told = next((line for line in str(error).splitlines() if "annot" in line or "rror" in line), str(error))
-            latest = self._complete()
-            left = f"that of step {latest} is whole" if latest else "there is no earlier one"
-            raise Stopped(
-                f"{what} could not be written to {self.folder}: {told[:300]}; {left}; make room there, and the same "
-                "command goes on",
-                STORAGE,
-            ) from error
+            raise self._no_room(what, error) from error
 
-    def _complete(self) -> int | None:
-        return max(_steps(self.folder), default=None)
+    def _no_room(self, what: str, error: Exception) -> Stopped:
+        latest = max(_steps(self.folder), default=None)
+        left = f"the checkpoint of step {latest} is whole" if latest else "there is no complete checkpoint"
+        told = " ".join(str(error).split())
+        return Stopped(
+            f"{what} could not be written to {self.folder}: {told[:300]}; {left}. Make room there, and the same "
+            "command goes on",
+            STORAGE,
+        )
 
     # ------------------------------------------------------------ going on
 

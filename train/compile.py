@@ -94,7 +94,10 @@ class Compiled:
             f"({self.peak / self.place.hbm:.0%}){verdict}"
         )
         for kind, traffic in self.collectives.items():
-            yield f"  {kind:16} {traffic.count:8,} of {traffic.bytes / GIB:.2f} GiB together, on each chip"
+            yield (
+                f"  {kind:16} {traffic.count:8,} of {traffic.bytes / GIB:.2f} GiB together on each chip, "
+                f"the largest {traffic.largest / GIB:.3f}"
+            )
         if self.flops is not None:
             yield f"  {self.flops / 1e15:.2f} PFLOP a step: " + ", ".join(
                 f"{seconds:.2f} s at {mfu:.0%} MFU" for mfu, seconds in self.step_seconds().items()

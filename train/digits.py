@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from PIL import Image
 
@@ -22,6 +23,7 @@ from janus_jax.processing import Processor
 from train.digits_config import DigitsConfig
 from train.digits_data import captions, load_split, questions, shifted, to_float, to_rgb, write_sources, write_tokenizer
 from train.digits_judge import Judge
+from train.distributed import barrier
 from train.figures import loss_curves
 from train.loop import train
 from train.metrics import FILE
@@ -36,21 +38,25 @@ _ZOOM = 4
 
 
 def run(config: DigitsConfig) -> dict[str, Any]:
-    """Runs everything that `config` describes and prints a table; returns its figures.
+    """Runs everything that `config` describes and prints a table; returns its figures, to process 0 alone.
 
     In the workdir: the folders of `DigitsConfig`, results.json, and the pictures reconstructions.png, generated.png,
     answers.png and curves.png.
     """
     folder, seconds = pathlib.Path(config.workdir), {}
     clock = _Clock(seconds)
-    _train_vq(config)
-    clock.lap("VQ tokenizer")
-    _prepare(config)
-    clock.lap("data")
+    if jax.process_index() == 0:
+        _train_vq(config)
+        clock.lap("VQ tokenizer")
+        _prepare(config)
+        clock.lap("data")
+    barrier()
     exported = None
     for stage in config.run_stages:
         exported = train(stage)
         clock.lap(stage.name)
+    if jax.process_index():
+        return {}
     janus = janus_jax.load(exported, dtype="float32", progress=False)
     figures = evaluate(janus, config, folder)
     loss_curves([pathlib.Path(s.workdir) / FILE for s in config.run_stages], folder / "curves.png", "digits")
@@ -70,7 +76,8 @@ class _Clock:
     def lap(self, name: str):
         now = time.monotonic()
         self._seconds[name], self._last = round(now - self._last, 1), now
-        print(f"{name}: {self._seconds[name]:.0f} s", flush=True)
+        if jax.process_index() == 0:
+            print(f"{name}: {self._seconds[name]:.0f} s", flush=True)
 
 
 # ---------------------------------------------------------------- what the stages need

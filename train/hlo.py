@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import math
 import re
@@ -27,6 +26,7 @@ class Instruction:
       opcode: HLO's name, without the -start of its asynchronous form.
       arrays: (dtype, shape, layout) of each array of its result.
       line: the text.
+      computation: where it stands.
       times: how often; loops of unknown length count as one turn.
       in_loop: whether it stands in the body of a loop.
     """
@@ -34,6 +34,7 @@ class Instruction:
     opcode: str
     arrays: tuple[tuple[str, tuple[int, ...], str], ...]
     line: str
+    computation: str
     times: int
     in_loop: bool
 
@@ -57,25 +58,34 @@ def instructions(text: str) -> Iterator[Instruction]:
     def walk(name: str, times: int, in_loop: bool) -> Iterator[Instruction]:
         for line in computations.get(name, ()):
             match = _INSTRUCTION.match(line)
-            if not match:
+            if not match or match["opcode"].endswith(("-done", "-update")):
                 continue
             opcode = match["opcode"]
-            if opcode.endswith(("-done", "-update")):
-                continue
-            turns = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
             loops = opcode == "while"
+            inside = times * _turns(line, computations) if loops else times
             for called in _CALLED.findall(line):
                 for callee in called.replace("%", "").split(","):
-                    yield from walk(
-                        callee.strip(), times * int(turns[1]) if turns and loops else times, in_loop or loops
-                    )
+                    yield from walk(callee.strip(), inside, in_loop or loops)
             arrays = tuple(
                 (dtype, tuple(int(n) for n in shape.split(",") if n), layout or "")
                 for dtype, shape, layout in _ARRAY.findall(match["type"])
             )
-            yield Instruction(opcode.removesuffix("-start"), arrays, line.strip(), times, in_loop)
+            yield Instruction(opcode.removesuffix("-start"), arrays, line.strip(), name, times, in_loop)
 
     yield from walk(entry, 1, False)
+
+
+def _turns(line: str, computations: dict[str, list[str]]) -> int:
+    """How often the loop of this line runs: as the compiler says, or as it counts from 0 up to a constant."""
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', line):
+        return int(known[1])
+    condition = re.search(r"\bcondition=%?([\w.\-]+)", line)
+    body = "\n".join(computations.get(condition[1], ())) if condition else ""
+    compared = re.search(r"ROOT .* compare\((.*?)\), direction=LT", body)
+    for name in re.findall(r"%([\w.\-]+)", compared[1]) if compared else ():
+        if constant := re.search(rf"%{re.escape(name)} = s32\[\]\S* constant\((\d+)\)", body):
+            return int(constant[1])
+    return 1
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
@@ -94,23 +104,27 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Collectives of one kind: how many a run executes, and the bytes of their larger sides on one device."""
+    """Collectives of one kind in one run: how many, and the bytes of their larger sides, in all and of the largest."""
 
-    count: int
-    bytes: int
+    count: int = 0
+    bytes: int = 0
+    largest: int = 0
 
 
 def collectives(text: str) -> dict[str, Traffic]:
     """`Traffic` of each kind of collective in the module `text`."""
-    counts: collections.Counter[str] = collections.Counter()
-    sizes: collections.Counter[str] = collections.Counter()
+    found: dict[str, Traffic] = {}
     for one in instructions(text):
-        if one.opcode in _COLLECTIVES:
-            # What is scattered is as many times larger as there are devices in a group.
-            larger = one.bytes * (_group_size(one.line) if one.opcode == "reduce-scatter" else 1)
-            counts[one.opcode] += one.times
-            sizes[one.opcode] += one.times * larger
-    return {kind: Traffic(counts[kind], sizes[kind]) for kind in sorted(counts)}
+        if one.opcode not in _COLLECTIVES:
+            continue
+        kind, size = one.opcode, one.bytes
+        if kind == "reduce-scatter":
+            size *= _group_size(one.line)  # its result is what is left to one device
+        elif one.computation.startswith("all-reduce-scatter"):
+            kind = "reduce-scatter"  # as TPU's compiler writes it: an all-reduce of which each device keeps a slice
+        so_far = found.get(kind, Traffic())
+        found[kind] = Traffic(so_far.count + one.times, so_far.bytes + one.times * size, max(so_far.largest, size))
+    return dict(sorted(found.items()))
 
 
 def _group_size(line: str) -> int:
@@ -118,6 +132,9 @@ def _group_size(line: str) -> int:
         return int(match[1])
     if match := re.search(r"replica_groups=\{\{([0-9,]+)\}", line):
         return match[1].count(",") + 1
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match[2]))
     return 1
 
 
@@ -172,7 +189,7 @@ def _bytes_of_body(lines: list[str]) -> int:
             total += max(arrived, default=0)
             continue
         operands = [types.get(name, "") for name in re.findall(r"%([\w.\-]+)", match["rest"].split("), ")[0])]
-        changed = match["type"] in operands
+        changed = opcode != "copy" and match["type"] in operands
         read = [array for kind in operands if not (changed and kind == match["type"]) for array in _ARRAY.findall(kind)]
         written = [] if changed else results
         total += sum(_size(array) for array in (*read, *written) if "S(" not in array[2])

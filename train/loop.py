@@ -75,6 +75,7 @@ def train(config: TrainConfig) -> pathlib.Path:
         jax.set_mesh(mesh),
         Watchdog(config.watchdog) as watchdog,
         Notice() as notice,
+        workdir.storing(),
     ):
         # -------------------------------------------------------- state
         watchdog.doing("reading parameters")

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from janus_jax.images import ImageSettings
 from janus_jax.model import Janus, place_images
+from janus_jax.sharding import manual_axes
 from train.batches import TASKS
 
 Params = dict[str, Any]
@@ -90,11 +91,16 @@ def cross_entropy(
         chosen = jnp.where(jnp.arange(scores.shape[-1]) == targets[..., None], scores, 0).sum(-1)
         return jnp.where(wanted, jax.nn.logsumexp(scores, axis=-1) - chosen, 0)
 
-    def one(_, args):
-        wanted = args[2]
-        return None, jax.lax.cond(wanted.any(), negative_log_likelihood, lambda *_: jnp.zeros(wanted.shape), *args)
+    # The same on all devices, which have to run the same collectives.
+    most = wanted.sum(1).max()
+    if axes := manual_axes():
+        most = jax.lax.pmax(most, axes)
 
-    _, losses = jax.lax.scan(one, None, (chunks(hidden), chunks(targets), chunks(wanted)))
+    def one(done, args):
+        zeros = jnp.zeros(args[2].shape)
+        return done + chunk, jax.lax.cond(done < most, negative_log_likelihood, lambda *_: zeros, *args)
+
+    _, losses = jax.lax.scan(one, 0, (chunks(hidden), chunks(targets), chunks(wanted)))
     losses = losses.swapaxes(0, 1).reshape(batch, length)
     return jnp.take_along_axis(losses, jnp.argsort(order, axis=1), axis=1)
 

@@ -46,9 +46,9 @@ class TrainState:
 
 
 def make_model(config: TrainConfig, mesh: Mesh | None = None) -> Janus:
-    """The model as training runs it on `mesh` (default: anywhere)."""
-    attention = "xla" if mesh is None else attention_on(config, mesh)
-    return Janus(config.model, dtype=jnp.dtype(config.compute_dtype), remat=config.remat, attention=attention)
+    """The model with the config's dtype and remat; with a `mesh`, as the step runs it there, inside `jax.shard_map`."""
+    own = {} if mesh is None else {"attention": attention_on(config, mesh), "fsdp": True}
+    return Janus(config.model, dtype=jnp.dtype(config.compute_dtype), remat=config.remat, **own)
 
 
 def attention_on(config: TrainConfig, mesh: Mesh) -> str:

@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from janus_jax.images import ImageSettings
-from janus_jax.model import Janus
+from janus_jax.sharding import RULES, gather_but_layers
 from train.config import TrainConfig
 from train.loss import loss_sums, token_losses
 from train.state import Params, TrainState, batch_sharding, learning_rate, make_model, make_optimizer, state_shardings
@@ -30,7 +30,7 @@ def make_train_step(config: TrainConfig, mesh: Mesh, settings: ImageSettings) ->
     """
     shardings, frozen = state_shardings(config, mesh)
     return jax.jit(
-        functools.partial(train_step, config, make_model(config, mesh), settings),
+        functools.partial(train_step, config, mesh, settings),
         in_shardings=(shardings, frozen, batch_sharding(mesh)),
         out_shardings=(shardings, None),
         donate_argnums=0,
@@ -40,19 +40,15 @@ def make_train_step(config: TrainConfig, mesh: Mesh, settings: ImageSettings) ->
 def make_eval_step(config: TrainConfig, mesh: Mesh, settings: ImageSettings) -> Callable[[Params, Params, Batch], Any]:
     """(trained parameters, frozen parameters, batch) to the sums of `loss.loss_sums`, compiled."""
     shardings, frozen = state_shardings(config, mesh)
-    model = make_model(config, mesh)
-
-    def evaluate(trained: Params, frozen: Params, batch: Batch):
-        return _sums(config, model, settings, trained, frozen, batch)[1]
-
+    evaluate = _make_sums(config, mesh, settings)
     return jax.jit(evaluate, in_shardings=(shardings.trained, frozen, batch_sharding(mesh)))
 
 
 def train_step(
-    config: TrainConfig, model: Janus, settings: ImageSettings, state: TrainState, frozen: Params, batch: Batch
+    config: TrainConfig, mesh: Mesh, settings: ImageSettings, state: TrainState, frozen: Params, batch: Batch
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """`make_train_step`'s function, before compilation."""
-    grads, sums = gradients(config, model, settings, state.trained, frozen, batch)
+    grads, sums = gradients(config, mesh, settings, state.trained, frozen, batch)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(grad_norm)
 
@@ -74,14 +70,20 @@ def train_step(
 
 
 def gradients(
-    config: TrainConfig, model: Janus, settings: ImageSettings, trained: Params, frozen: Params, batch: Batch
+    config: TrainConfig, mesh: Mesh, settings: ImageSettings, trained: Params, frozen: Params, batch: Batch
 ) -> tuple[Params, dict[str, jax.Array]]:
     """Float32 gradients of the mean loss a target token with regard to `trained`, and the batch's `loss_sums`.
 
     The batch is worked off in `config.accumulate` parts whose sums are added up and divided once.
     """
-    cast = _compute_copy(config, trained)  # once, and not in every part
-    objective = jax.grad(lambda trained, part: _sums(config, model, settings, trained, frozen, part), has_aux=True)
+    cast = _cast(trained, config.compute_dtype)  # once, and not in every part
+    sums_of = _make_sums(config, mesh, settings)
+
+    def loss(trained: Params, part: Batch):
+        sums = sums_of(trained, frozen, part)
+        return sums["loss"], sums
+
+    objective = jax.grad(loss, has_aux=True)
 
     def add(total, part: Batch):
         new = objective(cast, part)
@@ -103,17 +105,44 @@ def _parts(x: jax.Array, count: int) -> jax.Array:
     return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
 
 
-def _compute_copy(config: TrainConfig, params: Params) -> Params:
-    """`params` in the compute dtype, but for the heads: their gradients are summed up over the chunks of a row."""
-
-    def cast(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
-        return x if {"gen_head", "lm_head"} & {key.key for key in path} else x.astype(config.compute_dtype)
-
-    return jax.tree_util.tree_map_with_path(cast, params)
+def _cast(params: Params, dtype: Any) -> Params:
+    return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
-def _sums(config: TrainConfig, model: Janus, settings: ImageSettings, trained: Params, frozen: Params, batch: Batch):
-    params = {**_compute_copy(config, frozen), **_compute_copy(config, trained)}
-    losses = token_losses(model, params, batch, settings, config.loss_chunk)
-    sums = loss_sums(losses, batch["tasks"])
-    return sums["loss"], sums
+def _make_sums(config: TrainConfig, mesh: Mesh, settings: ImageSettings) -> Callable[[Params, Params, Batch], Any]:
+    """(trained parameters, frozen parameters, batch) to `loss_sums`.
+
+    Each device works on its own rows, and gathers over `fsdp` the parameters that it needs, layer by layer: written out
+    (`jax.shard_map`), since the compiler would reduce the gradients of the heads anew in every chunk of a row, and all
+    others as if each device needed them whole.
+    """
+    model = make_model(config, mesh)
+    # The compiler splits heads, MLP and vocabulary; with nothing to split it has no say.
+    manual = set(RULES["batch"]) if mesh.shape["tensor"] > 1 else set(mesh.axis_names)
+    rows = PartitionSpec(RULES["batch"])
+
+    def local(trained: Params, frozen: Params, batch: Batch):
+        params = gather_but_layers(_cast({**frozen, **trained}, config.compute_dtype))
+        # Float32, though they are used in the compute dtype: their gradients are summed up over the chunks of a row.
+        params["gen_head"] = _cast(params["gen_head"], jnp.float32)
+        params["language_model"]["lm_head"] = _cast(params["language_model"]["lm_head"], jnp.float32)
+        sums = loss_sums(token_losses(model, params, batch, settings, config.loss_chunk), batch["tasks"])
+        return jax.tree.map(lambda x: x[None], sums)
+
+    def specs(shardings: Params) -> Params:
+        return jax.tree.map(lambda s: _only(s.spec, manual), shardings)
+
+    shardings, frozen_shardings = state_shardings(config, mesh)
+    of_devices = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(specs(shardings.trained), specs(frozen_shardings), rows),
+        out_specs=rows,
+        axis_names=manual,
+        check_vma=False,
+    )
+    return lambda *args: jax.tree.map(lambda x: x.sum(0), of_devices(*args))
+
+
+def _only(spec: PartitionSpec, axes: set[str]) -> PartitionSpec:
+    return PartitionSpec(*(name if name in axes else None for name in spec))

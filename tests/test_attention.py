@@ -1,0 +1,54 @@
+"""Causal attention within segments: TPU's kernel, interpreted, against the plain one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from janus_jax.attention import attend_segments, splash_takes
+from janus_jax.sharding import make_mesh
+
+
+@pytest.fixture(scope="module")
+def packed():
+    """Queries, keys, values and the segments of two packed rows, with padding at the end of one."""
+    rng = np.random.default_rng(0)
+    q, k, v = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 256, 4, 128), *((2, 2, 256, 128),) * 2)
+    )
+    segment_ids = np.zeros((2, 256), np.int32)
+    for segment, (begin, stop) in enumerate(((0, 100), (100, 130), (130, 250)), 1):
+        segment_ids[0, begin:stop] = segment
+    segment_ids[1] = 1
+    return q, k, v, jnp.asarray(segment_ids)
+
+
+def value_and_grads(implementation, q, k, v, segment_ids):
+    def loss(q, k, v):
+        y = attend_segments(q, k, v, segment_ids, implementation)
+        return (jnp.sin(y) * (segment_ids > 0)[..., None, None]).sum(), y
+
+    (_, y), grads = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+    return y, *grads
+
+
+@pytest.mark.parametrize("shape", [None, {"data": 2}, {"fsdp": 1, "tensor": 2}])
+def test_splash_is_attention_within_segments(packed, shape, close):
+    expected = jax.jit(value_and_grads, static_argnums=0)("xla", *packed)
+    with pltpu.force_tpu_interpret_mode():
+        if shape is None:
+            got = jax.jit(value_and_grads, static_argnums=0)("splash", *packed)
+        else:
+            mesh = make_mesh({"fsdp": 1} | shape, jax.devices()[:2])
+            with jax.set_mesh(mesh):
+                got = jax.jit(value_and_grads, static_argnums=0)("splash", *packed)
+    real = np.asarray(packed[3] > 0)
+    close(np.asarray(got[0])[real], np.asarray(expected[0])[real], "attention", 2e-5)
+    for name, ours, theirs in zip("qkv", got[1:], expected[1:], strict=True):
+        close(ours, theirs, f"gradient of {name}", 2e-5)
+
+
+@pytest.mark.parametrize(("length", "head_dim", "takes"), [(4096, 128, True), (576, 64, False), (64, 128, False)])
+def test_shapes_that_splash_takes(length, head_dim, takes):
+    assert splash_takes(length, head_dim) is takes
