@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from janus_jax import compilation_cache
 from janus_jax.checkpoint import open_checkpoint
 from janus_jax.images import contact_sheet, open_image
 from janus_jax.loading import load, resolve
@@ -23,6 +24,7 @@ from janus_jax.torch_weights import DTYPES, abstract_params
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; 0 when it worked, 2 for bad input (one line on standard error), 130 when interrupted."""
     args = _parser().parse_args(argv)
+    compilation_cache.enable()
     try:
         args.run(args)
     except (OSError, ValueError, OutOfMemory) as error:
@@ -141,6 +143,8 @@ def _chat(args: argparse.Namespace):
         seed=args.seed,
         **options,
     )
+    # The first piece begins with the space that the template leaves to the answer.
+    print(next(pieces, "").lstrip(), end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)
     print()

@@ -9,6 +9,7 @@ import pathlib
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")  # nothing from an earlier session
 
 import jax
 import numpy as np

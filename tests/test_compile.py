@@ -1,6 +1,7 @@
 """TPU slices, the layouts that the configs name for them, and compilation without a TPU."""
 
 import dataclasses
+import importlib.util
 import os
 import pathlib
 import subprocess
@@ -16,6 +17,7 @@ from train.overrides import config_names, load_config
 from train.topologies import KNOWN, settle, topology
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is for Linux on x86")
 SHIPPED = [name for name in config_names() if name.split("_")[0] in ("janus", "1b", "7b")]
 
 
@@ -103,6 +105,7 @@ SMALL = [
 ]
 
 
+@needs_libtpu
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
@@ -117,6 +120,7 @@ def test_layouts_that_do_not_fit_are_refused_before_compiling(overrides, told, c
     assert [line for line in done.stderr.splitlines() if told in line] and "Traceback" not in done.stderr
 
 
+@needs_libtpu
 def test_a_small_step_compiles_for_tpu():
     """With TPU's own compiler: what it asks of a chip, and no collective but those of the sharding."""
     done = _command("--config", "debug", "--topology", "v5e-4", *SMALL, "mesh.data=2", "mesh.fsdp=2")

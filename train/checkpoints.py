@@ -179,6 +179,7 @@ class Workdir:
             f"{what} could not be written to {self.folder}: {told[:300]}; {left}. Make room there, and the same "
             "command goes on",
             STORAGE,
+            alone=True,
         )
 
     # ------------------------------------------------------------ going on

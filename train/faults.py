@@ -26,11 +26,12 @@ class Stopped(RuntimeError):
 
     Attributes:
       code: the exit code.
+      alone: whether this process may be the only one to know.
     """
 
-    def __init__(self, message: str, code: int):
+    def __init__(self, message: str, code: int, alone: bool = False):
         super().__init__(message)
-        self.code = code
+        self.code, self.alone = code, alone
 
 
 class Notice:

@@ -241,6 +241,7 @@ def _next(batches: Iterator[tuple[int, Batch, dict[str, Any]]]) -> tuple[Batch, 
             f"a process that reads data has died ({str(error).splitlines()[0]}); if it was for want of memory, lower "
             "data.workers; the same command goes on from the last checkpoint",
             STOPPED,
+            alone=True,
         ) from None
 
 
@@ -373,7 +374,7 @@ class _Evaluator:
             made = [self._assembler(number, self._rows) for number in range(self._count)]
             self._batches = [batch for batch, _ in made]
             for problem in (problem for _, report in made for problem in report["problems"]):
-                print(f"evaluation: left out {problem}", flush=True)
+                _say(f"evaluation: left out {problem}")
         outs = [self._step(state.trained, frozen, _put(b, self._rows, self._mesh, self._size)) for b in self._batches]
         outs = jax.device_get(outs)
         return means({name: sum(float(out[name]) for out in outs) for name in outs[0]})

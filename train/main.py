@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import jax
 
+from janus_jax import compilation_cache
 from janus_jax.memory import OutOfMemory
 from train import distributed, faults
 from train.config import TrainConfig
@@ -17,6 +18,7 @@ from train.overrides import parse_args
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one configuration; 0 when it is done, else one of the codes of `train.faults` and one line."""
     config, processes = parse_args(argv)
+    compilation_cache.enable()
     try:
         distributed.start(**processes)
         if isinstance(config, TrainConfig):
@@ -28,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             run(config)
     except faults.Stopped as error:
-        return _end(f"stopped: {error}", error.code)
+        return _end(f"stopped: {error}", error.code, error.alone)
     except (OSError, ValueError, OutOfMemory) as error:
         return _end(f"error: {error}", faults.BAD_INPUT)
     except KeyboardInterrupt:
@@ -36,9 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _end(line: str, code: int) -> int:
+def _end(line: str, code: int, alone: bool = False) -> int:
     several = jax.distributed.is_initialized()
-    if not several or jax.process_index() == 0 or code == faults.STOPPED:
+    if not several or jax.process_index() == 0 or alone:
         print(line, file=sys.stderr, flush=True)
     if several and code != faults.AGAIN:
         # The way out through JAX waits for the other processes, which may be waiting for this one.
