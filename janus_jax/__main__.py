@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_model(parser: argparse.ArgumentParser):
     parser.add_argument("--model", required=True, help="checkpoint folder (any layout) or hub id")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16, float32 on CPU")
+    parser.add_argument("--weights", choices=("int8",), help="one byte a weight of the decoder (default: as --dtype)")
     parser.add_argument("--mesh", metavar="AXIS=N,...", help=f"device mesh over {', '.join(MESH_AXES)}")
     parser.add_argument("--roles", help="chat roles of the prompt, pro or old (default: by the checkpoint)")
 
@@ -98,7 +99,7 @@ def _mesh(text: str | None) -> dict[str, int] | None:
 
 
 def _load(args: argparse.Namespace):
-    return load(args.model, dtype=args.dtype, mesh=_mesh(args.mesh), roles=args.roles)
+    return load(args.model, dtype=args.dtype, mesh=_mesh(args.mesh), weights=args.weights, roles=args.roles)
 
 
 def _generate(args: argparse.Namespace):

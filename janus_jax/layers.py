@@ -45,22 +45,26 @@ class Einsum(nn.Module):
         added = [i for i, axis in enumerate(kernel_axes) if axis not in inputs]
         init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=contracted, out_axis=added)
         kernel = self.param("kernel", init, self.shape, self.param_dtype).astype(self.dtype)
+        quantised = self.has_variable("params", "kernel_scale")  # see `janus_jax.quantise`
+        out_dtype = jnp.float32 if quantised else self.out_dtype
         x = x.astype(self.dtype)
         leading, out_shape = x.shape[: x.ndim - len(contracted)], tuple(self.shape[i] for i in added)
 
         def default(x, kernel):
-            return jnp.einsum(self.spec, x, kernel, preferred_element_type=self.out_dtype)
+            return jnp.einsum(self.spec, x, kernel, preferred_element_type=out_dtype)
 
         def kernel_left(x, kernel):
             # XLA:CPU repacks the right operand of a product, however large; the barrier keeps it from swapping them.
             rows, matrix = x.reshape(math.prod(leading), -1), kernel.reshape(math.prod(out_shape), -1)
-            y = jnp.einsum("FD,TD->FT", matrix, rows, preferred_element_type=self.out_dtype)
+            y = jnp.einsum("FD,TD->FT", matrix, rows, preferred_element_type=out_dtype)
             return jax.lax.optimization_barrier(y).T.reshape(*leading, *out_shape)
 
         if math.prod(leading) <= _FEW_TOKENS:
             y = jax.lax.platform_dependent(x, kernel, cpu=kernel_left, default=default)
         else:
             y = default(x, kernel)
+        if quantised:
+            y = (y * self.get_variable("params", "kernel_scale")).astype(self.out_dtype or self.dtype)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, out_shape, self.param_dtype)
             y = y + bias.astype(y.dtype)

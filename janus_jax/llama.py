@@ -53,6 +53,21 @@ def init_cache(config: LlamaConfig, batch: int, slots: int, dtype: Any, scan_lay
     )
 
 
+def tile_cache(cache: KVCache, times: int) -> KVCache:
+    """`cache` with all its rows `times` times over, one round after the other."""
+
+    def tile(x: jax.Array) -> jax.Array:
+        return _constrain_kv(jnp.tile(x, (times, 1, 1, 1)))
+
+    return dataclasses.replace(
+        cache,
+        keys=tuple(map(tile, cache.keys)),
+        values=tuple(map(tile, cache.values)),
+        mask=constrain(jnp.tile(cache.mask, (times, 1)), "batch", None),
+        positions=constrain(jnp.tile(cache.positions, times), "batch"),
+    )
+
+
 def cache_bytes(config: LlamaConfig, rows: int, slots: int, dtype: Any) -> int:
     """Bytes of the keys and values of a cache."""
     per_slot = 2 * config.layers * config.kv_heads * config.head_dim

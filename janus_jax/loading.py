@@ -17,6 +17,7 @@ from janus_jax.model import Janus
 from janus_jax.pipeline import JanusPipeline
 from janus_jax.processing import Processor
 from janus_jax.progress import shown
+from janus_jax.quantise import quantise
 from janus_jax.sharding import MESH_AXES, make_mesh, param_shardings
 from janus_jax.torch_weights import abstract_params, parse_dtype, place
 
@@ -31,6 +32,7 @@ def load(
     dtype: Any = None,
     mesh: Mesh | Mapping[str, int] | None = None,
     *,
+    weights: str | None = None,
     scan_layers: bool | None = None,
     roles: str | None = None,
     revision: str | None = None,
@@ -44,12 +46,15 @@ def load(
       dtype: of parameters and computation; default bfloat16, and float32 on CPU, where bfloat16 is emulated slowly.
       mesh: a mesh with the axes `data`, `fsdp`, `tensor` (or their sizes, as for `sharding.make_mesh`): each shard is
         read straight onto its device. Default: one device.
+      weights: 'int8' keeps the decoder's and the heads' kernels in one byte a weight, see `quantise`; default `dtype`.
       scan_layers: whether the decoder's layers are stacked; default as measured faster for sampling: apart on CPU.
       roles: 'pro' or 'old' to choose the chat roles by hand; default by the checkpoint, see `detect_roles`.
       revision: branch, tag or commit on the hub.
       progress: show a bar; default in a terminal or a notebook.
     Raises: OSError for files that are absent, ValueError for what does not fit, each in one line naming the thing.
     """
+    if weights not in (None, "int8"):
+        raise ValueError(f"weights={weights!r} is unknown; give 'int8', or None for the dtype's own")
     folder = resolve(path_or_hub_id, revision)
     if isinstance(mesh, Mapping):
         mesh = make_mesh(mesh)
@@ -68,6 +73,8 @@ def load(
     if mesh is not None:
         shardings = param_shardings(abstract_params(config, scan_layers), mesh)
     params = place(checkpoint.leaves, dtype, shardings, scan_layers, progress=shown(progress))
+    if weights == "int8":
+        params = quantise(params, delete=True)
     model = Janus(config, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype), scan_layers=scan_layers)
     return JanusPipeline(config, params, model, processor, mesh, source=str(path_or_hub_id))
 

@@ -112,7 +112,8 @@ class JanusPipeline:
         rows = [processor.text_to_image_prompt(prompt) for prompt in prompts]
         length = sampling.bucket(max(len(row) for row in rows))
         guided = cfg_weight != 1
-        pairs = [[row, processor.unconditional(row)] if guided else [row] for row in rows for _ in range(n)]
+        times = n if len(rows) > 1 else 1  # one prompt is prefilled once, for all its images
+        pairs = [[row, processor.unconditional(row)] if guided else [row] for row in rows for _ in range(times)]
         ids, mask = processor.left_pad([row for pair in pairs for row in pair], length)
         ids, mask = (x.reshape(len(pairs), -1, length) for x in (ids, mask.astype(bool)))
         return self.sample_codes(
@@ -131,13 +132,13 @@ class JanusPipeline:
         progress: bool | None = None,
     ) -> np.ndarray:
         """`sampling.generate_codes` in parts that fit the memory; arguments as there, on the host."""
-        total, pair, length = ids.shape
+        (prompts, pair, length), total = ids.shape, len(keys)
         steps = self.config.gen_vision.num_tokens
         per_image = cache_bytes(self.config.language, pair, length + steps, self.model.dtype)
         per_image += self._prefill_bytes(pair, length)
 
         def draw(part: slice, size: int, bar: tqdm) -> np.ndarray:
-            padded = [_pad_rows(x, part, size) for x in (ids, mask)]
+            padded = (ids, mask) if prompts == 1 else [_pad_rows(x, part, size) for x in (ids, mask)]
             with self._mesh():
                 codes, _ = sampling.generate_codes(
                     self.model,

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from janus_jax.llama import KVCache, init_cache
+from janus_jax.llama import KVCache, init_cache, tile_cache
 from janus_jax.model import Janus, place_images
 from janus_jax.sharding import constrain
 
@@ -123,11 +123,13 @@ def start_image(
     keep_logits: bool = False,
 ) -> ImageState:
     """Prefills the prompts and draws the first code. Shapes as in `generate_codes`."""
-    batch, pair, length = ids.shape
-    cache = init_cache(model.config.language, batch * pair, length + num_tokens - 1, model.dtype, model.scan_layers)
-    x = _run(model, params, "embed_text", ids.reshape(batch * pair, length))
-    hidden, cache = _run(model, params, "prefill", x, mask.reshape(batch * pair, length), cache)
+    (prompts, pair, length), batch = ids.shape, keys.shape[0]
+    cache = init_cache(model.config.language, prompts * pair, length + num_tokens - 1, model.dtype, model.scan_layers)
+    x = _run(model, params, "embed_text", ids.reshape(prompts * pair, length))
+    hidden, cache = _run(model, params, "prefill", x, mask.reshape(prompts * pair, length), cache)
     logits = guide(_image_logits(model, params, hidden[:, -1:], pair), guidance)
+    if prompts != batch:
+        logits, cache = jnp.tile(logits, (batch, 1)), tile_cache(cache, batch)
     codes = jnp.zeros((batch, num_tokens), jnp.int32).at[:, 0].set(sampler(_step_keys(keys, 0), logits))
     kept = None
     if keep_logits:
@@ -187,8 +189,8 @@ def generate_codes(
 
     Args:
       ids: [B, P, T] int32, left-padded prompts ending in begin_of_image. P is 2 (conditional, unconditional row) or 1
-        (no guidance: the unconditional row is left out).
-      mask: [B, P, T] bool, False on left padding only.
+        (no guidance: the unconditional row is left out). [1, P, T] is one prompt for all images, prefilled once.
+      mask: bool, as ids; False on left padding only.
       keys: [B] random keys, one an image.
       guidance: weight of classifier-free guidance; ignored when P is 1.
       sampler: see `make_sampler`; default temperature 1.

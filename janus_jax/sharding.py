@@ -123,6 +123,9 @@ def logical_axes(path: str, ndim: int) -> tuple[str | None, ...]:
 
 
 def _axes_in_layer(path: str) -> tuple[str | None, ...]:
+    if path.endswith("/kernel_scale"):  # of `janus_jax.quantise`: the kernel's first axes, its outputs
+        outputs = 2 if re.search(r"/[qkv]_proj/", path) else 1
+        return _axes_in_layer(path.removesuffix("_scale"))[:outputs]
     rows = [axes for pattern, axes in PARAMETER_AXES if re.fullmatch(pattern, path)]
     if len(rows) != 1:
         raise ValueError(f"parameter {path!r} matches {len(rows)} rows of the sharding table, not exactly one")

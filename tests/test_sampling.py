@@ -100,6 +100,18 @@ def test_batch_equals_its_rows_alone(tiny, close):
         close(alone_logits[0], logits[i], "logits alone", 1e-5)
 
 
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_one_prompt_for_all_images_is_prefilled_once(tiny, close, scan_layers):
+    case = tiny if scan_layers else tiny.unstacked
+    ids, mask = pairs(case, (8,))
+    keys = image_keys(5)
+    codes, logits = draw(case, ids, mask, keys, sampler=TRUNCATED)
+    repeated, repeated_logits = draw(case, np.repeat(ids, 5, 0), np.repeat(mask, 5, 0), keys, sampler=TRUNCATED)
+    np.testing.assert_array_equal(codes, repeated)
+    close(logits, repeated_logits, "logits", 1e-5)
+    assert len({tuple(row) for row in codes}) == 5
+
+
 def test_keys_decide(tiny):
     """The same prompt: another key, another image; the same key, the same image, at any place of the batch."""
     ids, mask = (np.repeat(a, 5, 0) for a in pairs(tiny, (8,)))

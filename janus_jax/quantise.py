@@ -1,0 +1,55 @@
+"""Weight-only int8: the decoder's and the heads' kernels in one byte, with a float32 scale for each output channel.
+
+A decoding step reads every weight once and is bound by that; half the bytes are up to half the time, and half the room.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from janus_jax.sharding import flatten, unflatten
+
+_KERNELS = re.compile(
+    r"(?P<layers>language_model/layers(_\d+)?/(self_attn|mlp)/(?P<proj>\w+)_proj|language_model/lm_head|gen_head/\w+)/kernel"
+)
+_LEVELS = 127
+
+
+def quantise(params: Mapping[str, Any], delete: bool = False) -> dict[str, Any]:
+    """`params` with int8 kernels, each with a `kernel_scale` beside it that `layers.Einsum` multiplies by.
+
+    Embeddings, adapters, encoders, norms and biases stay as they are: they are read little, or once an image.
+
+    Args:
+      params: of `Janus`, layers stacked or apart.
+      delete: give the memory of each kernel back once its int8 form stands.
+    """
+    flat = flatten(params)
+    made: dict[str, Any] = {}
+    for path, x in flat.items():
+        match = _KERNELS.fullmatch(path)
+        if not match:
+            made[path] = x
+            continue
+        outputs = 2 if match["proj"] in ("q", "k", "v") else 1  # heads and their size, or one axis
+        stacked = path.startswith("language_model/layers/")
+        made[path], made[f"{path}_scale"] = jax.block_until_ready(_to_int8(x, outputs + stacked))
+        if delete:
+            x.delete()
+    return unflatten(made)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _to_int8(kernel: jax.Array, kept: int) -> tuple[jax.Array, jax.Array]:
+    """`kernel` in int8 and its scales, which have its first `kept` axes."""
+    contracted = tuple(range(kept, kernel.ndim))
+    x = kernel.astype(jnp.float32)
+    scale = jnp.abs(x).max(contracted, keepdims=True) / _LEVELS
+    rounded = jnp.round(x / jnp.where(scale > 0, scale, 1))
+    return rounded.astype(jnp.int8), scale.reshape(scale.shape[:kept])
