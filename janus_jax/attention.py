@@ -65,6 +65,7 @@ def splash_takes(length: int, head_dim: int) -> bool:
 
 _LANES = 128  # of a TPU's vector registers
 _LARGEST_BLOCK = 512
+_INTERPRET = False  # set by tests, to run TPU's kernel elsewhere
 
 
 def _by_shard(kernel, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
@@ -95,6 +96,7 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) ->
         block_sizes=splash.BlockSizes(**sizes, block_q_dq=block, block_kv_dq=block),
         head_shards=1,
         q_seq_shards=1,
+        interpret=_INTERPRET,
     )
     one_row = functools.partial(_one_row, kernel, splash.SegmentIds)
     return jax.vmap(one_row)(q * jnp.asarray(head_dim**-0.5, q.dtype), k, v, segment_ids)
