@@ -1,0 +1,105 @@
+"""What a benchmark's processes share: the device, its bandwidth, a clock, and weights."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import pathlib
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from janus_jax.config import JanusConfig
+
+COPY_BYTES = 1 << 30  # beyond every cache
+# Normal numbers of a usual spread. Their count is odd, so that rows of a kernel differ.
+_VALUES = 1_000_003
+
+
+def answer(run: dict[str, Any], framework: str = "jax") -> int:
+    """Prints what a variant's process measured, with the device it was on; returns the exit code."""
+    print(json.dumps(run | {"device": device(framework)}))
+    return 0
+
+
+def device(framework: str = "jax") -> str:
+    """The device that this process computes on, in words."""
+    if framework == "torch":
+        import torch
+
+        if torch.cuda.is_available():
+            return torch.cuda.get_device_name()
+    else:
+        import jax
+
+        devices = jax.devices()
+        if devices[0].platform != "cpu":
+            return f"{len(devices)} x {devices[0].device_kind}"
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores"
+
+
+def default_dtype() -> str:
+    """What `janus_jax.load` takes on this device."""
+    import jax
+
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def copy_bandwidth(num_bytes: int | None = None) -> float:
+    """Bytes/s that this device reads and writes while it adds 1 to a large array in place: a copy without page faults.
+
+    Args:
+      num_bytes: of the array; default COPY_BYTES.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    step = jax.jit(lambda x: x + 1, donate_argnums=0)
+    x = jax.block_until_ready(step(jnp.zeros((num_bytes or COPY_BYTES) // 4, jnp.float32)))
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        for _ in range(4):  # so many that the host's part does not count
+            x = step(x)
+        jax.block_until_ready(x)
+        seconds.append((time.perf_counter() - began) / 4)
+    return 2 * x.nbytes / statistics.median(seconds)
+
+
+def timed(function: Callable[..., Any], *args: Any) -> tuple[float, Any]:
+    """Seconds until all arrays of `function(*args)` are there, and these."""
+    import jax
+
+    began = time.perf_counter()
+    result = jax.block_until_ready(function(*args))
+    return time.perf_counter() - began, result
+
+
+@functools.cache
+def _values() -> np.ndarray:
+    return np.random.default_rng(0).normal(0, 0.02, _VALUES).astype(np.float32)
+
+
+def random_array(shape: Sequence[int], dtype: Any = np.float32) -> np.ndarray:
+    """One block of random numbers, over and over: as good as others for timing, and made at the speed of a copy."""
+    return np.resize(_values().astype(dtype), shape)
+
+
+def random_params(config: JanusConfig, dtype: str, scan_layers: bool, parts: Sequence[str] | None = None) -> Any:
+    """Parameters of the model's `parts` (default: all) on the default device."""
+    import jax
+    import jax.numpy as jnp
+
+    from janus_jax.torch_weights import abstract_params
+
+    abstract = abstract_params(config, scan_layers, dtype)
+    wanted = {part: abstract[part] for part in parts or abstract}
+    return jax.tree.map(lambda leaf: jnp.asarray(random_array(leaf.shape, leaf.dtype)), wanted)

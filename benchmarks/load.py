@@ -1,0 +1,128 @@
+"""Seconds from nothing to a model that draws: `janus_jax.load`, compilation, and the first run of each program.
+
+`python -m benchmarks.load --preset janus_pro_1b` writes random weights as a torch checkpoint into a temporary folder,
+converts them, and starts a process for each variant, which finds the converted files on disk and not in memory (their
+pages are dropped before), and its compilation cache as in `benchmarks.compile`. Start is everything before
+`janus_jax.load`: the interpreter, imports, the device. With `--whole` each process goes on to draw the whole image, and
+the table has the seconds from its start to the pixels; without, nothing is said of those.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import shutil
+import sys
+import tempfile
+import time
+
+from benchmarks import _common as common
+from benchmarks import _device
+from benchmarks.compile import CACHES, cache_environment, compile_programs
+
+_NAMES = ("prefill", "loop", "VQ decode")
+_STARTED = "JANUS_BENCHMARK_STARTED"
+
+
+def write_checkpoint(folder: pathlib.Path, preset: str) -> pathlib.Path:
+    """A converted checkpoint of `preset` with random bfloat16 weights, under `folder`; returns where it lies."""
+    from benchmarks.convert import write_random_checkpoint
+    from janus_jax.config import get_preset
+    from janus_jax.conversion import from_torch
+
+    source, converted = folder / "torch", folder / "converted"
+    source.mkdir()
+    write_random_checkpoint(source, get_preset(preset))
+    from_torch(source, converted)
+    shutil.rmtree(source)
+    return converted
+
+
+def drop_pages(folder: pathlib.Path) -> int:
+    """Has the system forget the pages of all files in `folder`; returns their bytes."""
+    total = 0
+    for path in folder.rglob("*"):
+        if path.is_file():
+            total += path.stat().st_size
+            with path.open("rb") as file:
+                os.fsync(file.fileno())  # a page that is not on disk yet stays
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return total
+
+
+def measure(checkpoint: pathlib.Path, whole: bool) -> common.Run:
+    """Loads, compiles and draws once, in this process."""
+    import jax
+
+    import janus_jax
+
+    jax.block_until_ready(jax.numpy.zeros(()))
+    started = float(os.environ[_STARTED])
+    run: common.Run = {"start": time.time() - started}
+    began = time.perf_counter()
+    janus = janus_jax.load(checkpoint, progress=False)
+    jax.block_until_ready(janus.params)
+    run |= {"load": time.perf_counter() - began, "dtype": str(janus.model.dtype)}
+    programs, seconds = compile_programs(janus.model, janus.params, _NAMES)
+    run |= {f"{name} {what}": value for name, own in seconds.items() for what, value in own.items()}
+    prefill, loop, decode = (programs[name] for name in _NAMES)
+    run["prefill run"], state = _device.timed(prefill[0], janus.params, *prefill[1])
+    run["loop run"], state = _device.timed(loop[0], janus.params, state, *loop[1])
+    run["second code"] = time.time() - started
+    if whole:
+        *drawing, _, drawn = loop[1]
+        stop = jax.numpy.int32(janus.config.gen_vision.num_tokens)
+        run["other steps"], state = _device.timed(loop[0], janus.params, state, *drawing, drawn, stop)
+    run["VQ decode run"], _ = _device.timed(decode[0], janus.params, state.codes)
+    if whole:
+        run["image"] = time.time() - started
+    return run
+
+
+def table(runs: common.Runs, whole: bool) -> common.Table:
+    """A row for each part, in the order in which they come; a column for each variant."""
+    good = common.done(runs)
+    parts = {"start": "start", "load": "load"}
+    parts |= {f"{name} {what}": f"{name}: {what}" for name in _NAMES for what in ("trace", "compile")}
+    parts |= {"prefill run": "prefill: first run", "loop run": "loop: first step"}
+    parts |= {"second code": "**start to the second code**"}
+    parts |= {"other steps": "loop: all other steps"} if whole else {}
+    parts |= {"VQ decode run": "VQ decode: first run"}
+    parts |= {"image": "**start to the first image**"} if whole else {}
+    rows = [("seconds", *good)]
+    for key, name in parts.items():
+        rows.append((name, *(common.cell(common.median(own, key)) for own in good.values())))
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints a Markdown table; 1 where a variant failed."""
+    arguments = sys.argv[1:] if argv is None else argv
+    parser = common.make_parser("load", __doc__)
+    parser.add_argument("--whole", action="store_true", help="draw a whole image, and tell when it was there")
+    parser.add_argument("--checkpoint", type=pathlib.Path, help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    if args.json:
+        return _device.answer(measure(args.checkpoint, args.whole))
+    variants = common.chosen(parser, args, CACHES)
+    with tempfile.TemporaryDirectory(prefix="janus_load_") as name:
+        folder = pathlib.Path(name)
+        checkpoint = write_checkpoint(folder, args.preset)
+        num_bytes = drop_pages(checkpoint)
+
+        def environment(number: int, variant: str) -> dict[str, str]:
+            drop_pages(checkpoint)
+            return cache_environment(folder / "cache", number, variant) | {_STARTED: str(time.time())}
+
+        child = [*arguments, "--checkpoint", str(checkpoint)]
+        runs = common.run_rounds("load", child, variants, args.rounds, environment)
+    about = (
+        f"{args.preset}, {num_bytes / 1e9:.2f} GB on disk in bfloat16, not in memory; computed in "
+        f"{common.dtype_of(runs)}; one image with guidance; median of {args.rounds} rounds."
+    )
+    return common.publish("load", "Loading", about, table(runs, args.whole), runs, arguments, args.record)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""Seconds and memory of a decoding step against batch and against context, beside what memory bandwidth allows.
+
+`python -m benchmarks.scaling --preset janus_pro_1b --layers 4` times the text loop (`sampling.continue_text`) over a
+cache that is as long as the context and full but for the steps taken: with 1 to 32 rows of one context, and with one
+row of 64 to 4096 tokens. The model beside it: a step reads every weight of the decoder once and the whole cache once,
+at the bandwidth that a copy of 1 GiB has on the same device. Memory is XLA's account of the program. Weights are
+random; all points are measured in one process, one after the other, and then again in the next.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import pathlib
+import sys
+from typing import Any
+
+from benchmarks import _common as common
+from benchmarks import _device
+from janus_jax.config import PRESETS, JanusConfig
+
+BATCHES = (1, 2, 4, 8, 16, 32)
+CONTEXTS = (64, 128, 256, 512, 1024, 2048, 4096)
+PLOT = pathlib.Path(__file__).with_name("scaling.png")
+VARIANTS = ("text loop",)
+_MEASURED = ("step", "memory", "temporaries")
+_SPARE = 0.9  # of the free memory, that a point may take
+
+Figures = dict[tuple[int, int], dict[str, float]]  # of each (rows, context)
+
+
+def points(context: int) -> list[tuple[int, int]]:
+    """(rows, tokens of the cache) of all points: first all batches, then all contexts."""
+    return list(dict.fromkeys([*((batch, context) for batch in BATCHES), *((1, length) for length in CONTEXTS)]))
+
+
+def shortened(preset: str, layers: int | None) -> JanusConfig:
+    """The preset with at most so many decoder layers."""
+    config = PRESETS[preset]
+    fewer = min(layers or config.language.layers, config.language.layers)
+    return dataclasses.replace(config, language=dataclasses.replace(config.language, layers=fewer))
+
+
+def step_bytes(config: JanusConfig, batch: int, context: int, dtype: Any) -> int:
+    """Bytes that a step has to read: the layers, the final norm and the head once, and the cache once."""
+    import jax.numpy as jnp
+
+    from janus_jax.llama import cache_bytes
+    from janus_jax.sharding import flatten
+    from janus_jax.torch_weights import abstract_params
+
+    leaves = flatten(abstract_params(config)["language_model"])
+    read = sum(math.prod(leaf.shape) for path, leaf in leaves.items() if not path.startswith("embed_tokens"))
+    return read * jnp.dtype(dtype).itemsize + cache_bytes(config.language, batch, context, dtype)
+
+
+def measure(args: argparse.Namespace) -> common.Run:
+    """Seconds a step, bytes of memory and of temporaries of every point, in this process."""
+    import jax
+    import jax.numpy as jnp
+
+    from janus_jax import sampling
+    from janus_jax.llama import cache_bytes, init_cache
+    from janus_jax.memory import available_bytes
+    from janus_jax.model import Janus
+
+    config, dtype = shortened(args.preset, args.layers), _device.default_dtype()
+    scanned = jax.default_backend() != "cpu"
+    model = Janus(config, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype), scan_layers=scanned)
+    run: common.Run = {"bandwidth": _device.copy_bandwidth(), "dtype": dtype}
+    params = _device.random_params(config, dtype, scanned, ["language_model"])
+    sampler, first, never = sampling.make_sampler(0), jnp.int32(1), jnp.int32(-1)
+
+    def state(batch: int, context: int) -> sampling.TextState:
+        cache = init_cache(config.language, batch, context, dtype, scanned)
+        filled = context - 2 * args.steps
+        cache = dataclasses.replace(
+            cache,
+            mask=jnp.broadcast_to(jnp.arange(context) < filled, (batch, context)),
+            length=jnp.int32(filled),
+            positions=jnp.full(batch, filled, jnp.int32),
+        )
+        tokens = jax.random.randint(jax.random.key(0), (batch, 2 * args.steps + 1), 0, config.language.vocab_size)
+        return sampling.TextState(cache, tokens, jnp.zeros(batch, bool))
+
+    for batch, context in points(args.context):
+        # The compiler may keep a second cache.
+        free = available_bytes(jax.devices()[0])
+        if free is not None and 2 * cache_bytes(config.language, batch, context, dtype) > _SPARE * free:
+            continue
+        now = state(batch, context)
+        rest = (jax.random.split(jax.random.key(0), batch), never, sampler)
+        half, end = jnp.int32(1 + args.steps), jnp.int32(1 + 2 * args.steps)
+        step = sampling.continue_text.lower(model, params, now, *rest, first, half).compile()
+        now = jax.block_until_ready(step(params, now, *rest, first, half))
+        seconds, now = _device.timed(step, params, now, *rest, half, end)
+        memory, name = step.memory_analysis(), f"{batch} {context}"
+        used = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        run[f"{name} step"] = seconds / args.steps
+        run[f"{name} memory"] = used + memory.temp_size_in_bytes
+        run[f"{name} temporaries"] = memory.temp_size_in_bytes
+        del now
+    return run
+
+
+def figures(own: list[common.Run], config: JanusConfig, context: int) -> Figures:
+    """Medians of each point in seconds and bytes, with the model's seconds; NaN where a point did not fit."""
+    bandwidth = common.median(own, "bandwidth")
+    result: Figures = {}
+    for point in points(context):
+        values = {key: common.median(own, f"{point[0]} {point[1]} {key}") for key in _MEASURED}
+        read = step_bytes(config, *point, own[0]["dtype"])
+        result[point] = values | {"read": read, "model": read / bandwidth}
+    return result
+
+
+def table(found: Figures) -> common.Table:
+    """A row for each point."""
+    read = ("GB to read", "ms at copy bandwidth", "step x that")
+    rows = [("rows", "context", "step ms", "tokens/s", *read, "memory GiB", "temporaries GiB")]
+    for (batch, context), f in found.items():
+        cells = [1e3 * f["step"], batch / f["step"], f["read"] / 1e9, 1e3 * f["model"], f["step"] / f["model"]]
+        cells += [f[key] / 2**30 for key in ("memory", "temporaries")]
+        step, *others = map(common.cell, cells)
+        rows.append((str(batch), str(context), step or "does not fit", *others))
+    return rows
+
+
+def plot(found: Figures, title: str, path: pathlib.Path, context: int):
+    """Writes a PNG: seconds and memory against rows and against context, each beside the model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharex="col", layout="constrained")
+    figure.suptitle(title, fontsize="medium")
+    batches = [point for point in found if point[1] == context]
+    contexts = sorted(point for point in found if point[0] == 1)
+    shown = {"ms a step": ("step", "model", 1e3), "GiB": ("memory", "read", 2**-30)}
+    for column, (chosen, name) in enumerate(((batches, f"rows, context {context}"), (contexts, "context, one row"))):
+        for axis, (label, (measured, model, scale)) in zip(axes[:, column], shown.items(), strict=True):
+            x = [point[column] for point in chosen]
+            axis.plot(x, [scale * found[point][measured] for point in chosen], "o-", label="measured")
+            what = "weights and cache" + ("" if measured == "memory" else " / copy bandwidth")
+            axis.plot(x, [scale * found[point][model] for point in chosen], "--", color="gray", label=what)
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(x, [str(value) for value in x])
+            axis.set_ylim(bottom=0)
+            axis.set_ylabel(label)
+            axis.legend()
+        axes[-1, column].set_xlabel(name)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints a Markdown table and writes the plot; 1 where the measurement failed."""
+    arguments = sys.argv[1:] if argv is None else argv
+    parser = common.make_parser("scaling", __doc__)
+    parser.add_argument("--layers", type=common.count, help="of the decoder (default: all)")
+    parser.add_argument("--context", type=common.count, default=512, help="of the rows of a batch (default 512)")
+    parser.add_argument("--steps", type=common.count, default=8, help="timed of each point (default 8)")
+    parser.add_argument("--plot", type=pathlib.Path, default=PLOT, help="PNG to write (default benchmarks/scaling.png)")
+    args = parser.parse_args(arguments)
+    if 2 * args.steps >= min(args.context, *CONTEXTS):
+        parser.error(f"--steps {args.steps} is too many for a cache of {min(args.context, *CONTEXTS)} tokens")
+    if args.json:
+        return _device.answer(measure(args))
+    runs = common.run_rounds("scaling", arguments, common.chosen(parser, args, VARIANTS), args.rounds)
+    own = common.done(runs).get(VARIANTS[0])
+    if not own:
+        return 1  # the process has said why
+    config = shortened(args.preset, args.layers)
+    found = figures(own, config, args.context)
+    bandwidth = f"{common.median(own, 'bandwidth') / 1e9:.1f} GB/s"
+    what = f"{args.preset}, {config.language.layers} decoder layers, {own[0]['dtype']}"
+    plot(found, f"{what}, {own[0]['device']}, {bandwidth}", args.plot, args.context)
+    about = (
+        f"{what}; a step is the mean of {args.steps}, the median "
+        f"of {args.rounds} rounds; a copy of 1 GiB, read and written, has {bandwidth}.\n\n![Scaling]({args.plot.name})"
+    )
+    return common.publish("scaling", "Scaling of a decoding step", about, table(found), runs, arguments, args.record)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
