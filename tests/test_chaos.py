@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import chaos, kills
 from tests.tiny_run import tiny_config, write_data
+from train.checkpoints import Workdir
 from train.mixture import Mixture
 
 
@@ -65,6 +66,14 @@ def test_rows_of_another_step_are_found(tmp_path):
         chaos.check_rows(config, [*lines[:2], lines[1] | {"step": 3}])
     with pytest.raises(kills.Failed, match=r"sample was trained on \d+ times in \d+ passes"):
         chaos.check_rows(config, [lines[0]] * 4)
+
+
+def test_a_start_killed_while_it_describes_the_run_is_no_hindrance(tmp_path):
+    folders = dict.fromkeys(("understanding", "text", "generation", "tokenizer"), "absent")
+    (tmp_path / "run.tmp").write_text('{"config": {"na')
+    with Workdir(tiny_config(folders, tmp_path), {}) as workdir:
+        assert workdir.latest is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "run.json"]
 
 
 @pytest.mark.parametrize("count", [3, 4, 7, 20, 50])

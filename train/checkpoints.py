@@ -33,7 +33,7 @@ from train.faults import STORAGE, Stopped
 from train.overrides import diff, to_json
 from train.state import Params, TrainState, split
 
-_RUN, _FROZEN, _CHECKPOINTS, _EXPORT = "run.json", "frozen", "checkpoints", "export"
+_RUN, _BESIDE, _FROZEN, _CHECKPOINTS, _EXPORT = "run.json", "run.tmp", "frozen", "checkpoints", "export"
 DAMAGED = "damaged-*.txt"
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 _SEEN_WITHIN = 30  # seconds in which a shared folder shows a new file everywhere
@@ -62,7 +62,9 @@ class Workdir:
         with together():
             if jax.process_index() == 0:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                checkpoint.write_json(self.folder / _RUN, run)
+                # Beside it and then in its place: a kill leaves a whole one.
+                checkpoint.write_json(self.folder / _BESIDE, run)
+                (self.folder / _BESIDE).replace(self.folder / _RUN)
         if jax.process_count() > 1:
             self._check_shared()
         self._context = checkpoint.saving_context()
@@ -97,7 +99,7 @@ class Workdir:
                 raise ValueError(f"{self.folder} holds a run of another configuration: {'; '.join(differing)}; {cure}")
             if changed:
                 raise ValueError(f"{self.folder} holds a run on other data: {', '.join(changed)} changed; {cure}")
-        elif self.folder.is_dir() and any(self.folder.iterdir()):
+        elif self.folder.is_dir() and any(other.name != _BESIDE for other in self.folder.iterdir()):
             raise ValueError(f"{self.folder} is not empty and holds no run; choose another workdir")
 
     def _check_shared(self):
