@@ -122,8 +122,14 @@ def test_a_full_disk_leaves_the_checkpoint_before(config, monkeypatch, tmp_path)
     loop.train(whole)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with monkeypatch.context() as patch:
-        # No file may grow beyond this: checkpoints do, and the small files of a run do not.
-        at_step(patch, 3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (32 << 10, hard)))
+
+        def fill():
+            while not (tmp_path / "run" / "checkpoints" / "2").exists():
+                time.sleep(0.1)
+            # No file may grow beyond this: checkpoints do, and the small files of a run do not.
+            resource.setrlimit(resource.RLIMIT_FSIZE, (32 << 10, hard))
+
+        at_step(patch, 3, fill)
         try:
             with pytest.raises(Stopped, match=r"could not be written.*the checkpoint of step 2 is whole") as stopped:
                 loop.train(config)

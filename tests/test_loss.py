@@ -251,7 +251,7 @@ def problem(rng):
 
 
 def chunked(hidden, head, targets, wanted, chunk):
-    return cross_entropy(lambda h: h @ head, hidden, targets, wanted, chunk)
+    return cross_entropy(lambda head, h: h @ head, head, hidden, targets, wanted, chunk)
 
 
 def test_cross_entropy_and_its_gradients_for_any_chunk(problem):
@@ -282,11 +282,11 @@ def test_chunks_without_a_wanted_token_are_skipped(problem):
     hidden, head, targets, _ = problem
     calls = []
 
-    def logits(hidden):
+    def logits(head, hidden):
         jax.debug.callback(lambda: calls.append(1))
         return hidden @ head
 
-    compiled = jax.jit(lambda wanted: cross_entropy(logits, hidden, targets, wanted, 4))
+    compiled = jax.jit(lambda wanted: cross_entropy(logits, head, hidden, targets, wanted, 4))
     for counts, chunks in (((0, 0, 0), 0), ((0, 1, 4), 1), ((5, 0, 4), 2), ((24, 3, 0), 6)):
         wanted = np.arange(24)[::-1] < np.array(counts)[:, None]  # at the rows' ends: they are moved to the front
         calls.clear()

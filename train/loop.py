@@ -110,17 +110,18 @@ def train(config: TrainConfig) -> pathlib.Path:
                 state, out = step_fn(state, frozen, _put(batch, rows, mesh, config.batch_size))
                 try:
                     window.add(step, out, report)
+                    told = notice.after(done) and not last
+                    if done % config.log_every == 0 or last or told:
+                        metrics.write(done, window.summary())
                 except NotFinite as error:
                     workdir.save(done, state)
                     workdir.wait()
                     raise Stopped(f"{error}; saved after step {done}, as after the last good update", STOPPED) from None
-                if notice.after(done) and not last:
+                if told:
                     watchdog.doing("saving")
                     workdir.save(done, state)
                     workdir.wait()
                     raise Stopped(f"told to end; saved after step {done}, and the same command goes on", AGAIN)
-                if done % config.log_every == 0 or last:
-                    metrics.write(done, window.summary())
                 watchdog.doing(f"evaluating, drawing or saving after step {done}")
                 if held_out and config.evaluation.every and (done % config.evaluation.every == 0 or last):
                     metrics.write(done, evaluate(state, frozen), prefix="eval")

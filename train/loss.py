@@ -54,55 +54,105 @@ def token_losses(
     x = embed_batch(model, params, batch, settings)
     hidden = model.apply({"params": params}, x, batch["positions"], batch["segment_ids"], method="hidden")
     is_code = batch["tasks"] == TASKS["generation"]
+    is_text = (batch["tasks"] > 0) & ~is_code
+    heads = (
+        ("text_logits", is_text, {"language_model": {"lm_head": params["language_model"]["lm_head"]}}),
+        ("image_logits", is_code, {"gen_head": params["gen_head"]}),
+    )
     losses = jnp.zeros(batch["tasks"].shape, jnp.float32)
-    for wanted, head in (((batch["tasks"] > 0) & ~is_code, "text_logits"), (is_code, "image_logits")):
-        with jax.named_scope(head):
-            logits = functools.partial(model.apply, {"params": params}, method=head)
-            losses += cross_entropy(logits, hidden, batch["targets"], wanted, chunk)
+    for method, wanted, own in heads:
+
+        def logits(own: Params, hidden: jax.Array, method: str = method) -> jax.Array:
+            return model.apply({"params": own}, hidden, method=method)
+
+        with jax.named_scope(method):
+            losses += cross_entropy(logits, own, hidden, batch["targets"], wanted, chunk)
     return losses
 
 
 def cross_entropy(
-    logits: Callable[[jax.Array], jax.Array], hidden: jax.Array, targets: jax.Array, wanted: jax.Array, chunk: int
+    logits: Callable[[Params, jax.Array], jax.Array],
+    params: Params,
+    hidden: jax.Array,
+    targets: jax.Array,
+    wanted: jax.Array,
+    chunk: int,
 ) -> jax.Array:
-    """-log p [B, T] of `targets` under `logits(hidden)` where `wanted`, 0 elsewhere.
+    """-log p [B, T] of `targets` under `logits(params, hidden)` where `wanted`, 0 elsewhere.
 
     The wanted tokens of each row are moved to its front and worked off in chunks, each of which computes its logits
-    again in the backward pass; a chunk in which no row has a wanted token costs nothing.
+    again in the backward pass; a chunk in which no row has a wanted token costs nothing. The gradients of `params` are
+    summed up over the chunks in float32, whatever their dtype.
 
     Args:
-      logits: hidden states [B, C, D] to float32 logits [B, C, V].
+      logits: (params, hidden states [B, C, D]) to float32 logits [B, C, V].
       hidden: [B, T, D].
       targets, wanted: [B, T].
       chunk: C; it divides T.
     """
     batch, length, _ = hidden.shape
     order = jnp.argsort(~wanted, axis=1, stable=True)
-    hidden = jnp.take_along_axis(hidden, order[..., None], axis=1)
-    targets, wanted = (jnp.take_along_axis(x, order, axis=1) for x in (targets, wanted))
-
-    def chunks(x: jax.Array) -> jax.Array:
-        return x.reshape(batch, length // chunk, chunk, *x.shape[2:]).swapaxes(0, 1)
-
-    @jax.checkpoint
-    def negative_log_likelihood(hidden, targets, wanted):
-        scores = logits(hidden)
-        # By comparison and not by gathering: it stays local where the vocabulary is split over devices.
-        chosen = jnp.where(jnp.arange(scores.shape[-1]) == targets[..., None], scores, 0).sum(-1)
-        return jnp.where(wanted, jax.nn.logsumexp(scores, axis=-1) - chosen, 0)
-
-    # The same on all devices, which have to run the same collectives.
+    # The same number of chunks on all devices, which have to run the same collectives.
     most = wanted.sum(1).max()
     if axes := manual_axes():
         most = jax.lax.pmax(most, axes)
 
-    def one(done, args):
-        zeros = jnp.zeros(args[2].shape)
-        return done + chunk, jax.lax.cond(done < most, negative_log_likelihood, lambda *_: zeros, *args)
+    def chunks(x: jax.Array) -> jax.Array:
+        x = jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1)
+        return x.reshape(batch, length // chunk, chunk, *x.shape[2:]).swapaxes(0, 1)
 
-    _, losses = jax.lax.scan(one, 0, (chunks(hidden), chunks(targets), chunks(wanted)))
+    losses = _in_chunks(logits, params, chunks(hidden), chunks(targets), chunks(wanted), -(-most // chunk))
     losses = losses.swapaxes(0, 1).reshape(batch, length)
     return jnp.take_along_axis(losses, jnp.argsort(order, axis=1), axis=1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_chunks(logits, params, hidden, targets, wanted, count):
+    """Losses [chunks, B, C] of the first `count` chunks, 0 in the others."""
+
+    def one(number, args):
+        skipped = jnp.zeros(args[2].shape)
+        do = functools.partial(_negative_log_likelihood, logits, params)
+        return number + 1, jax.lax.cond(number < count, do, lambda *_: skipped, *args)
+
+    return jax.lax.scan(one, 0, (hidden, targets, wanted))[1]
+
+
+def _negative_log_likelihood(logits, params, hidden, targets, wanted):
+    scores = logits(params, hidden)
+    # By comparison and not by gathering: it stays local where the vocabulary is split over devices.
+    chosen = jnp.where(jnp.arange(scores.shape[-1]) == targets[..., None], scores, 0).sum(-1)
+    return jnp.where(wanted, jax.nn.logsumexp(scores, axis=-1) - chosen, 0)
+
+
+def _in_chunks_forward(logits, *args):
+    return _in_chunks(logits, *args), args
+
+
+def _in_chunks_backward(logits, args, cotangents):
+    params, *arrays, count = args
+
+    def one(carry, args):
+        number, total = carry
+        hidden, targets, wanted, cotangent = args
+
+        def do(total):
+            def loss(params, hidden):
+                return _negative_log_likelihood(logits, params, hidden, targets, wanted)
+
+            of_params, of_hidden = jax.vjp(loss, params, hidden)[1](cotangent)
+            return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, of_params), of_hidden
+
+        total, of_hidden = jax.lax.cond(number < count, do, lambda total: (total, jnp.zeros_like(hidden)), total)
+        return (number + 1, total), of_hidden
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
+    (_, total), of_hidden = jax.lax.scan(one, (0, zeros), (*arrays, cotangents))
+    of_params = jax.tree.map(lambda x, g: g.astype(x.dtype), params, total)
+    return of_params, of_hidden, None, None, None
+
+
+_in_chunks.defvjp(_in_chunks_forward, _in_chunks_backward)
 
 
 def loss_sums(losses: jax.Array, tasks: jax.Array) -> dict[str, jax.Array]:

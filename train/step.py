@@ -123,9 +123,6 @@ def _make_sums(config: TrainConfig, mesh: Mesh, settings: ImageSettings) -> Call
 
     def local(trained: Params, frozen: Params, batch: Batch):
         params = gather_but_layers(_cast({**frozen, **trained}, config.compute_dtype))
-        # Float32, though they are used in the compute dtype: their gradients are summed up over the chunks of a row.
-        params["gen_head"] = _cast(params["gen_head"], jnp.float32)
-        params["language_model"]["lm_head"] = _cast(params["language_model"]["lm_head"], jnp.float32)
         sums = loss_sums(token_losses(model, params, batch, settings, config.loss_chunk), batch["tasks"])
         return jax.tree.map(lambda x: x[None], sums)
 
