@@ -37,7 +37,8 @@ class Kill:
 def plan_kills(count: int, rng: random.Random) -> list[Kill]:
     """`count` kills, 3 or more: the first at the very first save, the last in the export, all others in between.
 
-    What removes a checkpoint or exports hardly minds SIGTERM: there it is SIGKILL.
+    Where SIGTERM would only let the process go on, in that save, in the export and where it removes a checkpoint, it is
+    SIGKILL.
     """
     between = ["start"] * (count // 6) + ["save"] * (count // 3) + ["clean-up"] * (count // 8)
     between = between[: count - 3] + ["step"] * (count - 3 - len(between))
@@ -46,8 +47,8 @@ def plan_kills(count: int, rng: random.Random) -> list[Kill]:
     moments = ["save", "step", *between, "export"]
     signals = [signal.SIGKILL, signal.SIGTERM] * count
     rng.shuffle(signals)
-    hard = dict.fromkeys(("clean-up", "export"), signal.SIGKILL)
-    return [Kill(moment, hard.get(moment) or signals.pop()) for moment in moments]
+    hard = [number == 0 or moment in ("clean-up", "export") for number, moment in enumerate(moments)]
+    return [Kill(moment, signal.SIGKILL if h else signals.pop()) for moment, h in zip(moments, hard, strict=True)]
 
 
 class Process:
