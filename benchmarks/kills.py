@@ -20,6 +20,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 MOMENTS = ("start", "step", "save", "clean-up", "export")
 _TEMPORARY = "*.orbax-checkpoint-tmp*"
 _PATIENCE = 900  # seconds in which a process has to come to any moment, or to its end
+_LEAVE = 10  # seconds in which what it started has to be gone too
 
 
 class Failed(Exception):
@@ -121,6 +122,11 @@ class Process:
         """Leaves nothing of it running, its workers included."""
         self.seconds = self.seconds or self.age
         with contextlib.suppress(ProcessLookupError):
+            # Its workers see that it is gone, and shared memory is given back by the last of them.
+            until = time.monotonic() + (_LEAVE if self.ended else 0)
+            while time.monotonic() < until:
+                os.killpg(self._process.pid, 0)
+                time.sleep(0.05)
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self.read()

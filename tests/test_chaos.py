@@ -1,8 +1,13 @@
 """The benchmark of killed runs: its checks find what is wrong, and a run comes through three kills."""
 
 import collections
+import os
 import random
+import select
 import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -74,6 +79,26 @@ def test_a_start_killed_while_it_describes_the_run_is_no_hindrance(tmp_path):
     with Workdir(tiny_config(folders, tmp_path), {}) as workdir:
         assert workdir.latest is None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "run.json"]
+
+
+def test_readers_do_not_outlive_a_killed_run():
+    program = (
+        "import concurrent.futures, multiprocessing, os, time, train.batches as batches\n"
+        "if __name__ == '__main__':\n"
+        "    spawn = multiprocessing.get_context('spawn')\n"
+        "    pool = concurrent.futures.ProcessPoolExecutor(1, spawn, batches._outlive_the_notice)\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    time.sleep(100)\n"
+    )
+    run = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=kills.ROOT)
+    reader = int(run.stdout.readline())
+    os.kill(reader, signal.SIGTERM)
+    time.sleep(0.2)
+    os.kill(reader, 0)  # not by the notice
+    run.kill()
+    run.wait()
+    # The pipe has no end before the reader's.
+    assert select.select([run.stdout], [], [], 20)[0] and run.stdout.read() == ""
 
 
 @pytest.mark.parametrize("count", [3, 4, 7, 20, 50])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -165,6 +168,13 @@ def load_batches(
 def _outlive_the_notice(*_):
     # Who ends a job tells all of its processes; the rows are needed until the run has come to a stop.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with_the_run, daemon=True).start()
+
+
+def _end_with_the_run():
+    # A run that is killed cannot tell its workers.
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _parse_absl_flags():
