@@ -102,9 +102,11 @@ def time_jax(args: argparse.Namespace, dtype: str) -> common.Run:
 def build_torch(preset: str, dtype: str) -> Any:
     """transformers' port with random weights, on a GPU if torch has one."""
     import torch
+    import transformers
 
     from benchmarks import sampling
 
+    transformers.logging.set_verbosity_error()
     model = sampling.build_torch(preset, dtype)
     embeddings = model.model.vision_model.embeddings
     embeddings.position_ids = torch.arange(embeddings.num_positions)[None]
