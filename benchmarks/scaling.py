@@ -139,12 +139,14 @@ def plot(found: Figures, title: str, path: pathlib.Path, context: int):
     batches = [point for point in found if point[1] == context]
     contexts = sorted(point for point in found if point[0] == 1)
     shown = {"ms a step": ("step", "model", 1e3), "GiB": ("memory", "read", 2**-30)}
+    labels = {"step": ("measured", "weights and cache / copy bandwidth")}
+    labels["memory"] = ("the compiled program", "weights and cache")
     for column, (chosen, name) in enumerate(((batches, f"rows, context {context}"), (contexts, "context, one row"))):
         for axis, (label, (measured, model, scale)) in zip(axes[:, column], shown.items(), strict=True):
+            about = labels[measured]
             x = [point[column] for point in chosen]
-            axis.plot(x, [scale * found[point][measured] for point in chosen], "o-", label="measured")
-            what = "weights and cache" + ("" if measured == "memory" else " / copy bandwidth")
-            axis.plot(x, [scale * found[point][model] for point in chosen], "--", color="gray", label=what)
+            axis.plot(x, [scale * found[point][measured] for point in chosen], "o-", label=about[0])
+            axis.plot(x, [scale * found[point][model] for point in chosen], "--", color="gray", label=about[1])
             axis.set_xscale("log", base=2)
             axis.set_xticks(x, [str(value) for value in x])
             axis.set_ylim(bottom=0)
