@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -90,7 +91,9 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
         asked = " x ".join(f"{name}={size}" for name, size in sizes.items())
         raise ValueError(f"a mesh of {asked} does not make up the {len(devices)} devices at hand")
     grid = tuple(sizes[name] for name in MESH_AXES)
-    return jax.make_mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    # A slice's physical axes are split where the sizes ask for it: 32 x 2 fits no whole axes of 4 x 4 x 4 chips.
+    placed = mesh_utils.create_device_mesh(grid, devices, allow_split_physical_axes=True)
+    return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -15,6 +15,7 @@ from janus_jax.images import ImageSettings, understanding_pixels, understanding_
 from janus_jax.llama import Llama
 from janus_jax.model import Janus
 from janus_jax.processing import Processor
+from janus_jax.sharding import make_mesh
 from janus_jax.torch_weights import read_params
 from tests import oracle, tiny_run
 from train.batches import TASKS, Assembler
@@ -70,7 +71,8 @@ class Run:
         return self.compile(self.config)
 
     def compile(self, config):
-        compiled = jax.jit(functools.partial(gradients, config, self.assembler.settings))
+        mesh = make_mesh({"fsdp": 1}, jax.devices()[:1])
+        compiled = jax.jit(functools.partial(gradients, config, mesh, self.assembler.settings))
 
         def run(batch):
             grads, sums = jax.device_get(compiled(self.trained, self.frozen, batch))

@@ -170,7 +170,7 @@ class Workdir:
     def _storing(self, what: str) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError, RuntimeError) as error:  # tensorstore's come as ValueError
+        except (OSError, ValueError) as error:  # tensorstore's come as ValueError
             raise self._no_room(what, error) from error
 
     def _no_room(self, what: str, error: Exception) -> Stopped:

@@ -33,6 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _end(f"stopped: {error}", error.code, error.alone)
     except (OSError, ValueError, OutOfMemory) as error:
         return _end(f"error: {error}", faults.BAD_INPUT)
+    except jax.errors.JaxRuntimeError as error:
+        if not OutOfMemory.says(error):
+            raise
+        told = "a step does not fit the devices' memory; raise accumulate, or give mesh.fsdp more devices"
+        return _end(f"stopped: {told}", faults.STOPPED)
     except KeyboardInterrupt:
         return _end("interrupted; the same command goes on from the last checkpoint", faults.INTERRUPTED)
     return 0

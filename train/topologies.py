@@ -10,6 +10,7 @@ import re
 import jax
 
 from train.config import Home, MeshConfig, TrainConfig
+from train.flops import peak_flops
 
 GIB = 2**30
 # Generation -> (memory of a chip that programs may use in bytes, `jax.Device.device_kind`).
@@ -78,8 +79,10 @@ def topology(name: str) -> Topology:
 
 
 def at_home(config: TrainConfig, home: Home) -> TrainConfig:
-    """`config` laid out as on `home`."""
-    return dataclasses.replace(config, mesh=home.mesh, accumulate=home.accumulate, remat=home.remat)
+    """`config` laid out as on `home`, but for what was changed in it."""
+    usual = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    own = {key for key in ("mesh", "accumulate", "remat") if getattr(config, key) == usual[key]}
+    return dataclasses.replace(config, **{key: getattr(home, key) for key in own})
 
 
 def settle(config: TrainConfig, devices: list[jax.Device] | None = None) -> TrainConfig:
@@ -92,6 +95,6 @@ def settle(config: TrainConfig, devices: list[jax.Device] | None = None) -> Trai
         return config
     for home in config.homes:
         place = topology(home.topology)
-        if place.chips == len(devices) and devices[0].device_kind == place.device_kind:
+        if place.chips == len(devices) and peak_flops(devices[0].device_kind) == peak_flops(place.device_kind):
             return at_home(config, home)
     return config

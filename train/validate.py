@@ -23,6 +23,7 @@ def validate(config: TrainConfig) -> list[str]:
         _require(getattr(c, key) >= 1, f"{key}={getattr(c, key)}: it is a whole number from 1")
     for key in ("export_every", "profile_start", "profile_steps"):
         _require(getattr(c, key) >= 0, f"{key}={getattr(c, key)}: it is not negative")
+    _require("://" not in c.workdir, f"workdir={c.workdir}: it is a folder; mount the bucket, and name its folder")
     _require(c.watchdog >= 0, f"watchdog={c.watchdog}: it is not negative (0 for never)")
     language = c.model.language
     _require(
