@@ -337,9 +337,12 @@ class JanusPipeline:
         """`x` on the device, or split over the mesh by its first axis."""
         if self.mesh is None:
             return jnp.asarray(x)
-        names = ("batch",) + (None,) * (np.ndim(x) - 1)
-        spec = activation_spec(np.shape(x), names, self.mesh.shape)
-        return jax.device_put(x, NamedSharding(self.mesh, PartitionSpec(*spec)))
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(self._put(jax.random.key_data(x)))
+        x = np.asarray(x)
+        spec = activation_spec(x.shape, ("batch",) + (None,) * (x.ndim - 1), self.mesh.shape)
+        # Each process puts what its own devices hold.
+        return jax.make_array_from_callback(x.shape, NamedSharding(self.mesh, PartitionSpec(*spec)), x.__getitem__)
 
     def _prefill_bytes(self, rows: int, length: int) -> int:
         c = self.config.language

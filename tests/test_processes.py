@@ -123,6 +123,7 @@ def shared(folders, start, env, tmp_path_factory) -> tuple[pathlib.Path, list]:
     return folder, outcome(launch(config, env, [folder, folder]))
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_run(shared, alone):
     folder, told = shared
     assert [code for code, _, _ in told] == [0, 0], told
@@ -134,12 +135,14 @@ def test_two_processes_are_one_run(shared, alone):
     assert (folder / "run" / "samples" / "0000004.png").exists()
 
 
+@pytest.mark.slow
 def test_only_process_0_talks(shared):
     _, told = shared
     assert "4 steps done" in told[0][1]
     assert told[1][1] == ""
 
 
+@pytest.mark.slow
 def test_goes_on_in_one_process(shared, alone, folders, start, tmp_path):
     """From the checkpoint of two processes, on other devices, with the rows that are due."""
     folder, _ = shared
@@ -164,6 +167,7 @@ def test_goes_on_in_four_processes(shared, alone, folders, start, env, tmp_path)
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(alone), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_notice_to_one_ends_both(folders, start, env, tmp_path):
     config = write_config(tmp_path / "two.py", folders, start, steps="100000", save_every="100000")
     processes = launch(config, env, [tmp_path, tmp_path])
@@ -247,6 +251,7 @@ def test_flags_that_do_not_go_together(flags, told):
         start_processes(**flags)
 
 
+@pytest.mark.slow
 def test_run_json_is_the_same_for_any_number_of_processes(shared, alone):
     runs = [json.loads((folder / "run.json").read_text()) for folder in (shared[0] / "run", alone)]
     assert runs[0]["data"] == runs[1]["data"]
