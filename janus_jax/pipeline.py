@@ -419,7 +419,7 @@ def _check_count(name: str, value: Any):
 
 def _on_host(x: jax.Array) -> np.ndarray:
     """All of `x`, also of the parts that lie on other processes' devices."""
-    return np.asarray(x) if x.is_fully_addressable or x.is_fully_replicated else process_allgather(x, tiled=True)
+    return np.asarray(x) if jax.process_count() == 1 or x.is_fully_replicated else process_allgather(x, tiled=True)
 
 
 def _pad_rows(x: Any, part: slice, size: int) -> Any:

@@ -134,6 +134,7 @@ def test_scaling_says_what_does_not_fit(tmp_path, here, monkeypatch):
     assert missing and set(missing) == {"does not fit"} and len(missing) < len(rows)
 
 
+@pytest.mark.slow
 def test_training(tmp_path, here, monkeypatch):
     # Eight devices would take longer to compile for.
     one = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
@@ -177,6 +178,7 @@ def test_training_samples_are_new_in_every_step_and_of_one_shape():
     assert set(np.unique(one["tasks"])) == {0, 1, 2, 3}
 
 
+@pytest.mark.slow
 def test_understanding(tmp_path, here):
     (header, *rows), text = run_few("understanding", tmp_path, "--batch", "2", "--vq-batch", "2")
     assert header[2:] == [*FEW["understanding"], "jax float32 x torch float32's best", "jax float32 x torch's best"]

@@ -224,6 +224,7 @@ def test_watchdog_leaves_alone_what_gets_on():
     assert codes == []
 
 
+@pytest.mark.slow
 def test_a_hung_step_ends_the_command(folders, start, tmp_path):
     (tmp_path / "hangs.py").write_text(
         "import time\n"

@@ -184,11 +184,11 @@ def test_progress_starts_anew(drawing, capfd):
 def test_real_draws_after_running_out(janus, codes, monkeypatch):  # noqa: F811
     original, sizes = sampling.generate_codes, []
 
-    def limited(model, params, ids, *args, **kwargs):
-        sizes.append(len(ids))
-        if len(ids) > 2:
+    def limited(model, params, ids, mask, keys, **kwargs):
+        sizes.append(len(keys))
+        if len(keys) > 2:
             raise jax.errors.JaxRuntimeError(EXHAUSTED)
-        return original(model, params, ids, *args, **kwargs)
+        return original(model, params, ids, mask, keys, **kwargs)
 
     monkeypatch.setattr(sampling, "generate_codes", limited)
     np.testing.assert_array_equal(janus.generate_codes(SHORT, n=5), codes)

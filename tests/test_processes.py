@@ -200,6 +200,7 @@ def test_another_configuration_is_found_out(folders, start, env, tmp_path):
     assert "process 1 (" in line and "optimizer.learning_rate is 0.5 there, 0.003 on process 0" in line
 
 
+@pytest.mark.slow
 def test_other_data_and_missing_data_are_found_out(folders, start, env, tmp_path):
     """Folders of the same name that hold other samples, or none, on the second host."""
     hosts = [tmp_path / name for name in ("first", "second", "third")]
@@ -216,6 +217,7 @@ def test_other_data_and_missing_data_are_found_out(folders, start, env, tmp_path
     assert not (hosts[0] / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_workdir_that_is_not_shared_is_found_out(folders, start, env, tmp_path, monkeypatch):
     hosts = [tmp_path / name for name in ("first", "second")]
     for host in hosts:

@@ -196,6 +196,10 @@ def compile_sampling(config: TrainConfig, place: Topology, images: int = 1) -> l
     ]  # fmt: skip
 
 
+class DoesNotFit(ValueError):
+    """A program that needs more memory than a chip has."""
+
+
 class _Made(NamedTuple):
     compiled: Any
     text: str
@@ -261,7 +265,7 @@ def compile_job(config: TrainConfig, place: Topology, sample: bool) -> list[Comp
             raise
         used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", str(error))
         what = f"{used[1]} of {used[2]} a chip" if used else str(error).split(". ")[0]
-        raise ValueError(
+        raise DoesNotFit(
             f"{config.name} does not fit {place.name}: {what}; give the mesh more chips, or raise accumulate"
         ) from None
 
@@ -323,6 +327,8 @@ def _run(todo: Sequence[tuple[TrainConfig, Topology, bool]], path: pathlib.Path 
         try:
             made = compile_job(config, place, sample)
         except ValueError as error:
+            if len(todo) == 1 and not isinstance(error, DoesNotFit):
+                raise
             print(f"error: {error}", file=sys.stderr, flush=True)
             failed += 1
             continue
