@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import jax
@@ -98,9 +97,8 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) ->
         q_seq_shards=1,
         interpret=_INTERPRET,
     )
-    one_row = functools.partial(_one_row, kernel, splash.SegmentIds)
+
+    def one_row(q, k, v, segment_ids):
+        return kernel(q, k, v, splash.SegmentIds(segment_ids, segment_ids))
+
     return jax.vmap(one_row)(q * jnp.asarray(head_dim**-0.5, q.dtype), k, v, segment_ids)
-
-
-def _one_row(kernel, segments, q, k, v, segment_ids):
-    return kernel(q, k, v, segments(segment_ids, segment_ids))

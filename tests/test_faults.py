@@ -10,15 +10,12 @@ import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
 import pytest
 
 from janus_jax import checkpoint
-from janus_jax.torch_weights import read_now
-from tests.tiny_run import MODEL, tiny_config, write_checkpoint, write_data
+from tests.tiny_run import MODEL, compiled_once, params_of, tiny_config, write_checkpoint, write_data
 from train import faults, loop
-from train.checkpoints import open_run
 from train.config import TrainConfig
 from train.faults import Notice, Stopped, Watchdog
 from train.metrics import Metrics, read_metrics
@@ -29,16 +26,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="module", autouse=True)
 def compile_once(tmp_path_factory):
     """The runs here differ in what happens to them, and hardly in their programs."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
-        "jax_persistent_cache_min_compile_time_secs": 0.5,
-    }
-    before = {key: getattr(jax.config, key) for key in settings}
-    for key, value in settings.items():
-        jax.config.update(key, value)
-    yield
-    for key, value in before.items():
-        jax.config.update(key, value)
+    with compiled_once(tmp_path_factory.mktemp("cache"), 0.5):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +44,6 @@ def start(tmp_path_factory) -> str:
 def config(folders, start, tmp_path) -> TrainConfig:
     made = tiny_config(folders, tmp_path / "run", init_from=start)
     return dataclasses.replace(made, evaluation=dataclasses.replace(made.evaluation, every=0))
-
-
-def params_of(folder: pathlib.Path | str) -> dict[str, np.ndarray]:
-    _, leaves = open_run(pathlib.Path(folder))
-    return {"/".join(path): read_now(leaf) for path, leaf in leaves.items()}
 
 
 def at_step(monkeypatch, step: int, act):

@@ -16,10 +16,8 @@ import time
 import numpy as np
 import pytest
 
-from janus_jax.torch_weights import read_now
-from tests.tiny_run import tiny_config, write_checkpoint, write_data
+from tests.tiny_run import params_of, tiny_config, write_checkpoint, write_data
 from train import faults, loop
-from train.checkpoints import open_run
 from train.config import MeshConfig, SampleConfig
 from train.distributed import start as start_processes
 from train.metrics import read_metrics
@@ -95,11 +93,6 @@ def outcome(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
 
 def losses(folder: pathlib.Path, prefix: str = "train") -> list[float]:
     return [line[f"{prefix}/loss"] for line in read_metrics(folder) if f"{prefix}/loss" in line]
-
-
-def params_of(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    _, leaves = open_run(folder)
-    return {"/".join(path): read_now(leaf) for path, leaf in leaves.items()}
 
 
 # ---------------------------------------------------------------- one run

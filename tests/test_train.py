@@ -15,11 +15,10 @@ from janus_jax import checkpoint
 from janus_jax.config import LlamaConfig
 from janus_jax.conversion import to_torch
 from janus_jax.sharding import flatten, make_mesh
-from janus_jax.torch_weights import abstract_params, read_now
+from janus_jax.torch_weights import abstract_params
 from tests import tiny_run
-from tests.tiny_run import MODEL, tiny_config, write_checkpoint, write_data
+from tests.tiny_run import MODEL, compiled_once, params_of, tiny_config, write_checkpoint, write_data
 from train import faults, loop
-from train.checkpoints import open_run
 from train.config import EvalConfig, MeshConfig, SampleConfig, TrainConfig
 from train.main import main
 from train.metrics import read_metrics
@@ -35,17 +34,9 @@ def settings(tmp_path_factory):
         return make_mesh(shape, jax.devices()[: math.prod(abs(size) for size in shape.values())])
 
     patch.setattr(loop, "make_mesh", mesh)
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.2,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    yield
+    with compiled_once(tmp_path_factory.mktemp("compiled"), 0.2):
+        yield
     patch.undo()
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +59,7 @@ class Run:
         return pathlib.Path(self.config.workdir)
 
     def params(self) -> dict[str, np.ndarray]:
-        _, leaves = open_run(self.folder)
-        return {"/".join(path): read_now(leaf) for path, leaf in leaves.items()}
+        return params_of(self.folder)
 
     def losses(self, prefix: str = "train") -> dict[int, float]:
         key = f"{prefix}/loss"

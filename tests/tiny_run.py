@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,8 +16,9 @@ from PIL import Image
 from janus_jax import checkpoint
 from janus_jax.config import JanusConfig, LlamaConfig, SiglipConfig, VQConfig
 from janus_jax.processing import Processor
-from janus_jax.torch_weights import abstract_params
+from janus_jax.torch_weights import abstract_params, read_now
 from tests.tiny_tokenizer import write_tokenizer
+from train.checkpoints import open_run
 from train.config import DataConfig, EvalConfig, OptimizerConfig, TrainConfig
 from train.prepare import prepare
 from train.sources import RawSample
@@ -110,6 +113,27 @@ def write_checkpoint(folder: pathlib.Path, model: JanusConfig = MODEL, seed: int
 
     checkpoint.save(folder, model, jax.tree.map(draw, abstract_params(model)))
     return folder
+
+
+def params_of(workdir: pathlib.Path | str) -> dict[str, np.ndarray]:
+    """The newest parameters of the run in `workdir`, by path."""
+    _, leaves = open_run(pathlib.Path(workdir))
+    return {"/".join(path): read_now(leaf) for path, leaf in leaves.items()}
+
+
+@contextlib.contextmanager
+def compiled_once(folder: pathlib.Path, seconds: float) -> Iterator[None]:
+    """Programs that take longer than `seconds` to compile are kept in `folder`, for all runs inside."""
+    settings = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": seconds,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 def tiny_config(folders: dict[str, str], workdir: pathlib.Path | str, **changes: Any) -> TrainConfig:

@@ -19,12 +19,28 @@ _ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[([0-9,]*)\](?:\{([^}
 
 
 @dataclasses.dataclass(frozen=True)
+class Array:
+    """An array's type: HLO's dtype, its shape, and whether it lies in a chip's fast memory, which its layout tells."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    fast: bool
+
+    @property
+    def bytes(self) -> int:
+        """Of the whole array."""
+        digits = re.search(r"\d+", self.dtype)
+        bits = _BITS.get(self.dtype, int(digits[0]) if digits else 0)
+        return math.prod(self.shape) * bits // 8
+
+
+@dataclasses.dataclass(frozen=True)
 class Instruction:
     """One instruction of a program and how often a run executes it.
 
     Attributes:
       opcode: HLO's name, without the -start of its asynchronous form.
-      arrays: (dtype, shape, layout) of each array of its result.
+      arrays: of its result.
       line: the text.
       computation: where it stands.
       times: how often; loops of unknown length count as one turn.
@@ -32,7 +48,7 @@ class Instruction:
     """
 
     opcode: str
-    arrays: tuple[tuple[str, tuple[int, ...], str], ...]
+    arrays: tuple[Array, ...]
     line: str
     computation: str
     times: int
@@ -41,14 +57,15 @@ class Instruction:
     @property
     def bytes(self) -> int:
         """Of its largest array."""
-        return max((array_bytes(dtype, shape) for dtype, shape, _ in self.arrays), default=0)
+        return max((array.bytes for array in self.arrays), default=0)
 
 
-def array_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes of an array of HLO's type `dtype`."""
-    digits = re.search(r"\d+", dtype)
-    bits = _BITS.get(dtype, int(digits[0]) if digits else 0)
-    return math.prod(shape) * bits // 8
+def _arrays(text: str) -> tuple[Array, ...]:
+    """The arrays of a type, which may be a tuple."""
+    return tuple(
+        Array(dtype, tuple(int(n) for n in shape.split(",") if n), "S(" in layout)
+        for dtype, shape, layout in _ARRAY.findall(text)
+    )
 
 
 def instructions(text: str) -> Iterator[Instruction]:
@@ -70,11 +87,7 @@ def instructions(text: str) -> Iterator[Instruction]:
                 for callee in called.replace("%", "").split(","):
                     if not callee.strip().startswith("async_collective_fusion"):
                         yield from walk(callee.strip(), inside, in_loop or loops)
-            arrays = tuple(
-                (dtype, tuple(int(n) for n in shape.split(",") if n), layout or "")
-                for dtype, shape, layout in _ARRAY.findall(match["type"])
-            )
-            yield Instruction(opcode.removesuffix("-start"), arrays, line.strip(), name, times, in_loop)
+            yield Instruction(opcode.removesuffix("-start"), _arrays(match["type"]), line.strip(), name, times, in_loop)
 
     yield from walk(entry, 1, False)
 
@@ -147,7 +160,7 @@ def copies(text: str, at_least: int) -> list[Instruction]:
     return [
         one
         for one in instructions(text)
-        if one.opcode == "copy" and one.in_loop and one.bytes >= at_least and not any("S(" in a[2] for a in one.arrays)
+        if one.opcode == "copy" and one.in_loop and one.bytes >= at_least and not any(a.fast for a in one.arrays)
     ]
 
 
@@ -187,19 +200,14 @@ def _bytes_of_body(lines: list[str]) -> int:
         opcode = match["opcode"]
         if opcode in _FREE or opcode.endswith(("-done", "-update")):
             continue
-        results = _ARRAY.findall(match["type"])
+        results = _arrays(match["type"])
         if opcode.endswith("-start"):
-            arrived = [_size(array) for array in results[1:] if _size(array) > 4]
+            arrived = [array.bytes for array in results[1:] if array.bytes > 4]
             total += max(arrived, default=0)
             continue
         operands = [types.get(name, "") for name in re.findall(r"%([\w.\-]+)", match["rest"].split("), ")[0])]
         changed = opcode != "copy" and match["type"] in operands
-        read = [array for kind in operands if not (changed and kind == match["type"]) for array in _ARRAY.findall(kind)]
-        written = [] if changed else results
-        total += sum(_size(array) for array in (*read, *written) if "S(" not in array[2])
+        read = [array for kind in operands if not (changed and kind == match["type"]) for array in _arrays(kind)]
+        written = () if changed else results
+        total += sum(array.bytes for array in (*read, *written) if not array.fast)
     return total
-
-
-def _size(array: tuple[str, str, str]) -> int:
-    dtype, shape, _ = array
-    return array_bytes(dtype, tuple(int(n) for n in shape.split(",") if n))
