@@ -1,205 +1,232 @@
-"""Seconds a step of text to image, here and in transformers' port on torch, in one run on this machine.
+"""Seconds of text to image, here and in transformers' port on torch, and the share of the bandwidth that a step uses.
 
-`python -m benchmarks.sampling --preset janus_pro_1b --steps 32` times images with guidance (two rows each) on constant
-weights: prefill of a fresh prompt, then `steps` decoding steps, in each framework and dtype, and here for both layouts
-of the decoder's layers. Each row runs in a process of its own, one after the other, twice around, so that a drift of
-the machine shows; the table gives the median step. On torch there are two loops: the reference script's (a growing
-cache, one call of the model a step), and the port's own `generate` (a static cache), whose step is the mean of a run.
+`python -m benchmarks.sampling --preset janus_pro_1b --images 1 4 --vs torch` draws images with guidance, two rows each:
+prefill of a prompt of 32 tokens, decoding steps in the middle of an image, and the VQ decoder, apart, in each framework
+and dtype, and here for both layouts of the decoder's layers and for int8 weights. On torch there are three loops: the
+reference script's (a growing cache, one call of the model a step), the same compiled by torch.compile over a static
+cache, and the port's own `generate`. Weights are random, and prompts new in every repetition.
+
+The roofline is the time in which a step's bytes (all weights of decoder and image head once, and the filled part of the
+cache once) pass at the bandwidth that a copy of 1 GiB has on the same device, measured in the same process.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import statistics
-import subprocess
 import sys
-import time
 from typing import Any
 
-PROMPT_TOKENS = 32
-VARIANTS = (
-    "jax float32 unstacked",
-    "jax float32 scanned",
-    "jax bfloat16 unstacked",
+import numpy as np
+
+from benchmarks import _common as common
+from benchmarks import _device
+
+OURS = (
+    "jax float32", "jax float32 int8", "jax float32 scanned", "jax float32 unstacked",
+    "jax bfloat16", "jax bfloat16 int8", "jax bfloat16 scanned", "jax bfloat16 unstacked",
+)  # fmt: skip
+TORCH = (
     "torch float32",
     "torch bfloat16",
     "torch float32 generate",
+    "torch bfloat16 generate",
+    "torch bfloat16 compiled",
 )
+_PROMPT = 32  # tokens
 
 
-def time_jax(preset: str, dtype: str, scan_layers: bool, steps: int, images: int) -> dict[str, Any]:
-    """Times `sampling.start_image` and single steps of `continue_image`."""
+def prompts(preset: str, images: int, length: int, repeats: int) -> list[np.ndarray]:
+    """New prompts [images, 2, length] for each repetition and one."""
+    from janus_jax.config import get_preset
+
+    vocab = get_preset(preset).language.vocab_size
+    rng = np.random.default_rng(images)
+    return [rng.integers(10, vocab, (images, 2, length)).astype(np.int32) for _ in range(repeats + 1)]
+
+
+def step_bytes(model: Any, params: Any, rows: int, context: int) -> int:
+    """Bytes that a step has to read of weights, and of a cache filled with `context` tokens in each of `rows`."""
+    import jax
+
+    from janus_jax.llama import cache_bytes
+
+    language = {k: v for k, v in params["language_model"].items() if k not in ("embed_tokens", "lm_head")}
+    weights = jax.tree.leaves((language, params["gen_head"], params["gen_aligner"]))
+    return sum(leaf.nbytes for leaf in weights) + cache_bytes(model.config.language, rows, context, model.dtype)
+
+
+def time_jax(args: argparse.Namespace, dtype: str, how: str) -> common.Run:
+    """Times the calls of `janus_jax.sampling` that the pipeline makes."""
     import jax
     import jax.numpy as jnp
 
     from janus_jax import sampling
     from janus_jax.config import get_preset
     from janus_jax.model import Janus
-    from janus_jax.torch_weights import abstract_params
+    from janus_jax.quantise import quantise
 
-    config = get_preset(preset)
-    model = Janus(config, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype), scan_layers=scan_layers)
-    # Timing sees no difference between values, as long as none is zero, denormal or infinite.
-    params = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.01, dtype), abstract_params(config, scan_layers))
-    ids = jax.random.randint(jax.random.key(1), (images, 2, PROMPT_TOKENS), 0, config.language.vocab_size)
-    mask, keys = jnp.ones(ids.shape, bool), jax.random.split(jax.random.key(0), images)
-    guidance, sampler = jnp.float32(5), sampling.make_sampler()
+    config = get_preset(args.preset)
+    scanned = {"scanned": True, "unstacked": False}.get(how, jax.default_backend() != "cpu")
+    run: common.Run = {"bandwidth": _device.copy_bandwidth(), "dtype": dtype}
+    model = Janus(config, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype), scan_layers=scanned)
+    params = _device.random_params(config, dtype, scanned)
+    if how == "int8":
+        params = quantise(params, delete=True)
     num_tokens = config.gen_vision.num_tokens
+    half = num_tokens // 2
+    guidance, sampler = jnp.float32(5), sampling.make_sampler()
+    first, begin, end = (jnp.int32(i) for i in (1, 2, 2 + args.steps))
 
-    def prefill() -> sampling.ImageState:
-        state = sampling.start_image(model, params, ids, mask, keys, guidance, sampler, num_tokens)
-        return jax.block_until_ready(state)
+    def start(ids: np.ndarray, tokens: int) -> tuple[float, sampling.ImageState]:
+        ids, keys = jnp.asarray(ids), jax.random.split(jax.random.key(0), len(ids))
+        given = (ids, jnp.ones(ids.shape, bool), keys, guidance, sampler)
+        return _device.timed(sampling.start_image, model, params, *given, tokens)
 
-    began = time.perf_counter()
-    prefill()
-    compiled = time.perf_counter() - began
-    began = time.perf_counter()
-    state = prefill()
-    result: dict[str, Any] = {"prefill": time.perf_counter() - began, "steps": []}
-    for i in range(1, steps + 2):
-        began = time.perf_counter()
-        index = jnp.int32(i)
-        state = sampling.continue_image(model, params, state, keys, guidance, sampler, index, index + 1)
-        jax.block_until_ready(state)
-        if i == 1:
-            result["compile"] = compiled + time.perf_counter() - began
-        else:
-            result["steps"].append(time.perf_counter() - began)
-    return result
-
-
-def build_torch(preset: str, dtype: str) -> Any:
-    """transformers' port with every parameter 0.01."""
-    import torch
-    import transformers
-
-    from janus_jax.config import get_preset, transformers_config
-
-    config = get_preset(preset)
-    raw = transformers_config(config, image_token_id=0)
-    hf_config = transformers.JanusConfig(**{k: v for k, v in raw.items() if k not in ("model_type", "torch_dtype")})
-    with torch.device("meta"):
-        model = transformers.JanusForConditionalGeneration(hf_config)
-    model = model.to(getattr(torch, dtype)).to_empty(device="cpu").eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(0.01)
-        # Buffers have no values after to_empty: the rotary frequencies are made again as the module makes them.
-        rotary = model.model.language_model.rotary_emb
-        model.model.language_model.rotary_emb = type(rotary)(hf_config.text_config)
-    return model
+    for images in args.images:
+        keys = jax.random.split(jax.random.key(0), images)
+        read = step_bytes(model, params, 2 * images, _PROMPT + half)
+        run[f"{images} read"] = read
+        for number in range(args.repeats + 1):
+            new, long = (prompts(args.preset, images, n, args.repeats)[number] for n in (_PROMPT, _PROMPT + half))
+            prefill, state = start(new, num_tokens)
+            del state
+            # A prompt with half an image in it leaves the cache as it is in the middle of one.
+            _, state = start(long, num_tokens - half)
+            rest = (keys, guidance, sampler)
+            state = jax.block_until_ready(sampling.continue_image(model, params, state, *rest, first, begin))
+            steps, state = _device.timed(sampling.continue_image, model, params, state, *rest, begin, end)
+            codes = jax.random.randint(jax.random.key(number), (images, num_tokens), 0, config.gen_vision.codebook_size)
+            vq, _ = _device.timed(sampling.decode_images, model, params, codes)
+            step = steps / args.steps
+            if number:
+                note(run, images, prefill=prefill, step=step, vq=vq, share=100 * read / run["bandwidth"] / step)
+                note(run, images, image=prefill + (num_tokens - 1) * step + vq)
+    return run
 
 
-def time_torch(preset: str, dtype: str, steps: int, images: int) -> dict[str, Any]:
+def time_torch(args: argparse.Namespace, dtype: str, how: str) -> common.Run:
     """Times the reference loop over transformers' port: language model, image head, guidance, draw, embed."""
     import torch
     import transformers
 
-    model = build_torch(preset, dtype)
+    from benchmarks import _torch
+
+    model = _torch.build(args.preset, dtype)
     head, embed = model.model.generation_head, model.prepare_embeddings_for_image_generation
-    text_config = model.config.text_config
-    ids = torch.randint(0, text_config.vocab_size, (2 * images, PROMPT_TOKENS))
+    text_config, language = model.config.text_config, model.model.language_model
+    num_tokens = model.config.vision_config.num_image_tokens
+    half = num_tokens // 2
+    if how == "compiled":
+        # One program for the steps; prefills run as they are.
+        compiled = torch.compile(language, mode="reduce-overhead", fullgraph=True)
+    run: common.Run = {"dtype": dtype}
 
-    result: dict[str, Any] = {"compile": 0.0, "steps": []}
-    with torch.inference_mode():
-        for warm in (False, True):
+    def forward(x: torch.Tensor, cache: Any) -> torch.Tensor:
+        call = compiled if how == "compiled" and x.shape[1] == 1 else language
+        output = call(inputs_embeds=x, past_key_values=cache, use_cache=True)
+        logits = head(output.last_hidden_state[:, -1]).float()
+        conditional, unconditional = logits[0::2], logits[1::2]
+        logits = unconditional + 5 * (conditional - unconditional)
+        code = torch.multinomial(torch.softmax(logits, -1), 1)
+        return embed(code.repeat_interleave(2, dim=0))
+
+    def start(ids: np.ndarray, slots: int) -> tuple[torch.Tensor, Any]:
+        if how == "compiled":
+            cache = transformers.StaticCache(config=text_config, max_cache_len=slots)
+        else:
             cache = transformers.DynamicCache(config=text_config)
-            x = model.get_input_embeddings()(ids)
-            for i in range(steps + 2 if warm else 2):
-                began = time.perf_counter()
-                output = model.model.language_model(inputs_embeds=x, past_key_values=cache, use_cache=True)
-                logits = head(output.last_hidden_state[:, -1]).float()
-                conditional, unconditional = logits[0::2], logits[1::2]
-                logits = unconditional + 5 * (conditional - unconditional)
-                code = torch.multinomial(torch.softmax(logits, -1), 1)
-                x = embed(code.repeat_interleave(2, dim=0))
-                took = time.perf_counter() - began
-                if i == 0:
-                    result["prefill"] = took
-                elif warm and i > 1:
-                    result["steps"].append(took)
-    return result
+        tokens = torch.from_numpy(ids.reshape(-1, ids.shape[-1])).long().to(model.device)
+        return forward(model.get_input_embeddings()(tokens), cache), cache
+
+    def loop(x: torch.Tensor, cache: Any, steps: int) -> torch.Tensor:
+        for _ in range(steps):
+            x = forward(x, cache)
+        return x
+
+    def generate(ids: np.ndarray, tokens: int) -> float:
+        """Seconds of the port's `generate` in image mode, which makes the unconditional rows by itself."""
+        model.model.vision_model.config.num_image_tokens = tokens
+        settings = transformers.GenerationConfig(
+            do_sample=True, top_k=0, guidance_scale=5, bos_token_id=0, pad_token_id=1, eos_token_id=2,
+            max_length=ids.shape[-1] + tokens, generation_kwargs={"boi_token_id": 3},
+        )  # fmt: skip
+        rows = torch.from_numpy(ids[:, 0]).long().to(model.device)
+        given = {"generation_mode": "image", "generation_config": settings}
+        return _torch.timed(lambda: model.generate(rows, torch.ones_like(rows), **given))[0]
+
+    def once(ids: np.ndarray, long: np.ndarray) -> dict[str, float]:
+        if how == "generate":
+            prefill, begun = generate(ids, 1), generate(long, 1)
+            return {"prefill": prefill, "step": (generate(long, 1 + args.steps) - begun) / args.steps}
+        slots = _PROMPT + num_tokens
+        prefill, _ = _torch.timed(lambda: start(ids, slots))
+        x, cache = start(long, slots)
+        x = loop(x, cache, 3 if how == "compiled" else 1)  # torch captures its graph in these
+        steps, _ = _torch.timed(lambda: loop(x, cache, args.steps))
+        codes = torch.randint(0, model.config.vq_config.num_embeddings, (len(ids), num_tokens))
+        codes = codes.to(model.device)
+        vq, _ = _torch.timed(lambda: model.model.vqmodel.decode(codes))
+        step = steps / args.steps
+        return {"prefill": prefill, "step": step, "vq": vq, "image": prefill + (num_tokens - 1) * step + vq}
+
+    with torch.inference_mode():
+        for images in args.images:
+            for number in range(args.repeats + 1):
+                given = (prompts(args.preset, images, n, args.repeats)[number] for n in (_PROMPT, _PROMPT + half))
+                parts = once(*given)
+                if number:
+                    note(run, images, **parts)
+    return run
 
 
-def time_torch_generate(preset: str, dtype: str, steps: int, images: int) -> dict[str, Any]:
-    """Times the port's own `generate` in image mode; a step is what each code after the first adds."""
-    import torch
-    import transformers
-
-    model = build_torch(preset, dtype)
-    ids = torch.randint(10, model.config.text_config.vocab_size, (images, PROMPT_TOKENS))
-    settings = transformers.GenerationConfig(
-        do_sample=True, top_k=0, guidance_scale=5, bos_token_id=0, pad_token_id=1, eos_token_id=2,
-        max_length=PROMPT_TOKENS + model.config.vision_config.num_image_tokens, generation_kwargs={"boi_token_id": 3},
-    )  # fmt: skip
-
-    def seconds(num_tokens: int) -> float:
-        model.model.vision_model.config.num_image_tokens = num_tokens
-        began = time.perf_counter()
-        model.generate(ids, torch.ones_like(ids), generation_mode="image", generation_config=settings)
-        return time.perf_counter() - began
-
-    seconds(1)
-    prefill = seconds(1)
-    return {"compile": 0.0, "prefill": prefill, "steps": [(seconds(steps + 1) - prefill) / steps]}
+def note(run: common.Run, images: int, **values: float):
+    """Adds one repetition's values to `run`."""
+    for name, value in values.items():
+        run.setdefault(f"{images} {name}", []).append(value)
 
 
-def run_variant(variant: str, preset: str, steps: int, images: int) -> dict[str, Any]:
-    """One row, timed in this process."""
-    framework, dtype, *how = variant.split()
-    if framework == "torch":
-        return (time_torch_generate if how else time_torch)(preset, dtype, steps, images)
-    return time_jax(preset, dtype, how == ["scanned"], steps, images)
+def table(runs: common.Runs, batches: list[int]) -> common.Table:
+    """A row for each number of images and variant; ratios are of steps."""
+    good = common.done(runs)
+    theirs = [variant for variant in good if variant.startswith("torch")]
+    dtypes = list(dict.fromkeys(variant.split()[1] for variant in theirs))
+    versus = [*(f"torch {dtype}" for dtype in dtypes), "torch"] if theirs else []
+    rows = [("images", "variant", "prefill s", "step ms", "VQ decode s", "all s", "% of roofline")]
+    rows[0] += tuple(f"step x {base}'s best" for base in versus)
+    for images in batches:
+        for variant, own in good.items():
+            value = {key: common.median(own, f"{images} {key}") for key in ("prefill", "step", "vq", "image", "share")}
+            cells = [value["prefill"], 1e3 * value["step"], value["vq"], value["image"], value["share"]]
+            for base in versus:
+                among = [v for v in theirs if v.startswith(base)]
+                best = min(among, key=lambda v: common.median(good[v], f"{images} step"))
+                cells.append(common.ratio(good[best], own, f"{images} step"))
+            rows.append((str(images), variant, *map(common.cell, cells)))
+    return rows
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints a Markdown table of all variants with their ratios to torch."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sampling", description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", default="janus_pro_1b")
-    parser.add_argument("--steps", type=int, default=32)
-    parser.add_argument("--images", type=int, default=1, help="images drawn at once, two rows each (default 1)")
-    parser.add_argument("--rounds", type=int, default=2, help="times around all variants (default 2)")
-    parser.add_argument(
-        "--variant", choices=VARIANTS, action="append", help="only this one; may be given several times"
-    )
-    parser.add_argument("--json", action="store_true", help="print one variant's raw seconds, timed in this process")
-    args = parser.parse_args(argv)
-    variants = args.variant or list(VARIANTS)
+    """Prints a Markdown table of all variants with their ratios to torch; 1 where a variant failed."""
+    arguments = sys.argv[1:] if argv is None else argv
+    parser = common.make_parser("sampling", __doc__)
+    parser.add_argument("--vs", choices=["torch"], help="measure transformers' port beside ours")
+    parser.add_argument("--images", type=common.count, nargs="+", default=[1, 4, 16], help="at once (default 1 4 16)")
+    parser.add_argument("--steps", type=common.count, default=16, help="timed of each image (default %(default)s)")
+    parser.add_argument("--repeats", type=common.count, default=2, help="in each process (default %(default)s)")
+    args = parser.parse_args(arguments)
     if args.json:
-        print(json.dumps(run_variant(variants[0], args.preset, args.steps, args.images)))
-        return 0
-
-    runs: dict[str, list[dict[str, Any]]] = {variant: [] for variant in variants}
-    for number in range(args.rounds):
-        for variant in variants:
-            print(f"round {number + 1} of {args.rounds}: {variant}", file=sys.stderr, flush=True)
-            command = [sys.executable, "-m", "benchmarks.sampling", "--json", "--variant", variant]
-            command += ["--preset", args.preset, "--steps", str(args.steps), "--images", str(args.images)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
-            runs[variant].append(json.loads(done.stdout.splitlines()[-1]))
-    print_table(f"{args.preset}, {args.images} images at once, {args.steps} steps", runs)
-    return 0
-
-
-def print_table(title: str, runs: dict[str, list[dict[str, Any]]]):
-    """Median seconds a step of each variant, and how many times faster than torch in float32 and in its best dtype."""
-    import importlib.metadata as metadata
-
-    median = {variant: statistics.median([s for run in done for s in run["steps"]]) for variant, done in runs.items()}
-    torch_times = [median[variant] for variant in median if variant.startswith("torch")]
-    packages = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "torch", "transformers"))
-    print(f"{title}, with guidance, {platform.machine()} CPU, {packages}")
-    print("| variant | prefill s | step s | step s of each round | compile s | x torch float32 | x torch's best |")
-    print("|---|---|---|---|---|---|---|")
-    for variant, done in runs.items():
-        rounds = " ".join(f"{statistics.median(run['steps']):.3f}" for run in done)
-        prefill, compiled = (statistics.median(run[key] for run in done) for key in ("prefill", "compile"))
-        ratios = [median["torch float32"]] if "torch float32" in median else []
-        ratios = [f"{base / median[variant]:.2f}" for base in (*ratios, *([min(torch_times)] if torch_times else []))]
-        cells = [variant, f"{prefill:.2f}", f"{median[variant]:.3f}", rounds, f"{compiled:.1f}", *ratios]
-        print("| " + " | ".join(cells) + " |")
+        framework, dtype, *how = args.json.split()
+        time_one = time_torch if framework == "torch" else time_jax
+        return _device.answer(time_one(args, dtype, " ".join(how)), framework)
+    variants = common.chosen(parser, args, (*OURS, *TORCH) if args.vs else OURS)
+    runs = common.run_rounds("sampling", arguments, variants, args.rounds)
+    bandwidth = common.median([run for own in common.done(runs).values() for run in own], "bandwidth")
+    about = (
+        f"{args.preset}, guidance, prompts of {_PROMPT} tokens; a step is the mean of {args.steps} from the middle of "
+        f"the image, the median of {args.rounds} rounds of {args.repeats}; all s: prefill, every step, VQ decode. "
+        f"Roofline: {common.cell(bandwidth / 1e9)} GB/s, a copy of 1 GiB."
+    )
+    return common.publish("sampling", "Text to image", about, table(runs, args.images), runs, arguments, args.record)
 
 
 if __name__ == "__main__":

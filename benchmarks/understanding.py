@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -99,37 +98,15 @@ def time_jax(args: argparse.Namespace, dtype: str) -> common.Run:
     return collect(args, once)
 
 
-def build_torch(preset: str, dtype: str) -> Any:
-    """transformers' port with random weights, on a GPU if torch has one."""
-    import torch
-    import transformers
-
-    from benchmarks import sampling
-
-    transformers.logging.set_verbosity_error()
-    model = sampling.build_torch(preset, dtype)
-    embeddings = model.model.vision_model.embeddings
-    embeddings.position_ids = torch.arange(embeddings.num_positions)[None]
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.from_numpy(_device.random_array(parameter.shape)))
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def time_torch(args: argparse.Namespace, dtype: str, static: bool) -> common.Run:
     """Times the same on transformers' port."""
     import torch
     import transformers
 
-    model = build_torch(args.preset, dtype)
-    janus, text_config, embed_tokens = model.model, model.config.text_config, model.get_input_embeddings()
+    from benchmarks import _torch
 
-    def timed(call: Callable[[], Any]) -> tuple[float, Any]:
-        began = time.perf_counter()
-        result = call()
-        if model.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - began, result
+    model = _torch.build(args.preset, dtype)
+    janus, text_config, embed_tokens = model.model, model.config.text_config, model.get_input_embeddings()
 
     def decode(codes: torch.Tensor) -> torch.Tensor:
         pixels = janus.vqmodel.decode(codes).permute(0, 2, 3, 1).float()
@@ -158,17 +135,17 @@ def time_torch(args: argparse.Namespace, dtype: str, static: bool) -> common.Run
         pixels = torch.tensor(new["pixels"].transpose(0, 3, 1, 2).copy()).to(model.device, model.dtype)
         ids, codes = (torch.tensor(new[name]).long().to(model.device) for name in ("ids", "codes"))
         if static:
-            first, _ = timed(lambda: generate(ids, pixels, 1))
-            whole, _ = timed(lambda: generate(ids, pixels, 1 + args.tokens))
+            first, _ = _torch.timed(lambda: generate(ids, pixels, 1))
+            whole, _ = _torch.timed(lambda: generate(ids, pixels, 1 + args.tokens))
             return {"first": first, "step": (whole - first) / args.tokens}
-        seconds = {"siglip": timed(lambda: janus.vision_model(pixels))[0]}
+        seconds = {"siglip": _torch.timed(lambda: janus.vision_model(pixels))[0]}
         if len(ids) in args.vq_batch:
-            seconds["vq"] = timed(lambda: decode(codes))[0]
+            seconds["vq"] = _torch.timed(lambda: decode(codes))[0]
         cache = transformers.DynamicCache(config=text_config)
-        seconds["embed"], x = timed(lambda: embed(ids, pixels))
-        seconds["prefill"], token = timed(lambda: next_token(x, cache))
+        seconds["embed"], x = _torch.timed(lambda: embed(ids, pixels))
+        seconds["prefill"], token = _torch.timed(lambda: next_token(x, cache))
         seconds["first"] = seconds["embed"] + seconds["prefill"]
-        return seconds | {"step": timed(lambda: loop(token, cache))[0] / args.tokens}
+        return seconds | {"step": _torch.timed(lambda: loop(token, cache))[0] / args.tokens}
 
     with torch.inference_mode():
         return collect(args, once)

@@ -48,23 +48,30 @@ def attend_segments(
       q: [B, T, N, H].
       k, v: [B, K, T, H]; N is a multiple of K.
       segment_ids: [B, T], see `causal_mask`.
-      implementation: 'xla', which holds the scores of all pairs, or 'splash', TPU's kernel, which never does; see
-        `splash_takes` for its shapes.
+      implementation: 'xla', which holds the scores of all pairs, or a kernel that never does: 'splash' (TPU) or
+        'triton' (GPU); see `takes` for their shapes.
     Returns: [B, T, N, H] in q's dtype.
     """
     if implementation == "xla":
         return attend(q, k, v, causal_mask(segment_ids))
-    return _by_shard(_splash, q.swapaxes(1, 2), k, v, segment_ids.astype(jnp.int32)).swapaxes(1, 2)
+    kernel = {"splash": _splash, "triton": _triton}[implementation]
+    return _by_shard(kernel, q.swapaxes(1, 2), k, v, segment_ids.astype(jnp.int32)).swapaxes(1, 2)
 
 
-def splash_takes(length: int, head_dim: int) -> bool:
-    """Whether TPU's kernel can work on rows of `length` tokens: its blocks divide both sizes."""
-    return length % _LANES == 0 and head_dim % _LANES == 0
+def takes(implementation: str, length: int, heads: int, kv_heads: int, head_dim: int) -> bool:
+    """Whether an implementation of `attend_segments` works on rows of `length` tokens: blocks divide its sizes."""
+    blocks = length % _BLOCK == 0
+    return {
+        "xla": True,
+        "splash": blocks and head_dim % _LANES == 0,
+        "triton": blocks and head_dim >= 16 and heads == kv_heads,
+    }[implementation]
 
 
 _LANES = 128  # of a TPU's vector registers
+_BLOCK = 128  # tokens that the kernels take at least at a time
 _LARGEST_BLOCK = 512
-_INTERPRET = False  # set by tests, to run TPU's kernel elsewhere
+_INTERPRET = False  # set by tests, to run the kernels elsewhere
 
 
 def _by_shard(kernel, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
@@ -102,3 +109,11 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) ->
         return kernel(q, k, v, splash.SegmentIds(segment_ids, segment_ids))
 
     return jax.vmap(one_row)(q * jnp.asarray(head_dim**-0.5, q.dtype), k, v, segment_ids)
+
+
+def _triton(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    from jax.experimental.pallas.ops.gpu.attention import mha
+
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    y = mha(q, k, v, segment_ids, sm_scale=q.shape[-1] ** -0.5, causal=True, interpret=_INTERPRET)
+    return y.swapaxes(1, 2)

@@ -91,14 +91,19 @@ class Attention(nn.Module):
     dtype: Any
     param_dtype: Any
     attention: str
+    fused: bool
 
     @nn.compact
     def __call__(self, x, cos_sin, where, kv, layer, slot):
         """See Block; returns the attention output [B, T, D] and the updated `kv`."""
         c, types = self.config, (False, self.dtype, self.param_dtype)
-        q = Einsum("BTD,NHD->BTNH", (c.heads, c.head_dim, c.width), *types, name="q_proj")(x)
-        k = Einsum("BTD,KHD->BTKH", (c.kv_heads, c.head_dim, c.width), *types, name="k_proj")(x)
-        v = Einsum("BTD,KHD->BTKH", (c.kv_heads, c.head_dim, c.width), *types, name="v_proj")(x)
+        if self.fused:
+            qkv = Einsum("BTD,CNHD->BTCNH", (3, c.heads, c.head_dim, c.width), *types, name="qkv_proj")(x)
+            q, k, v = (qkv[:, :, i] for i in range(3))
+        else:
+            q = Einsum("BTD,NHD->BTNH", (c.heads, c.head_dim, c.width), *types, name="q_proj")(x)
+            k = Einsum("BTD,KHD->BTKH", (c.kv_heads, c.head_dim, c.width), *types, name="k_proj")(x)
+            v = Einsum("BTD,KHD->BTKH", (c.kv_heads, c.head_dim, c.width), *types, name="v_proj")(x)
         q = constrain(apply_rope(q, cos_sin), "batch", None, "heads", None)
         k, v = apply_rope(k, cos_sin).swapaxes(1, 2), v.swapaxes(1, 2)
         if kv is not None:
@@ -116,12 +121,17 @@ class Mlp(nn.Module):
     config: LlamaConfig
     dtype: Any
     param_dtype: Any
+    fused: bool
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c, types = self.config, (False, self.dtype, self.param_dtype)
-        gate = Einsum("BTD,FD->BTF", (c.mlp_dim, c.width), *types, name="gate_proj")(x)
-        up = Einsum("BTD,FD->BTF", (c.mlp_dim, c.width), *types, name="up_proj")(x)
+        if self.fused:
+            both = Einsum("BTD,CFD->BTCF", (2, c.mlp_dim, c.width), *types, name="gate_up_proj")(x)
+            gate, up = both[:, :, 0], both[:, :, 1]
+        else:
+            gate = Einsum("BTD,FD->BTF", (c.mlp_dim, c.width), *types, name="gate_proj")(x)
+            up = Einsum("BTD,FD->BTF", (c.mlp_dim, c.width), *types, name="up_proj")(x)
         h = constrain(nn.silu(gate) * up, "batch", None, "mlp")
         return Einsum("BTF,DF->BTD", (c.width, c.mlp_dim), *types, name="down_proj")(h)
 
@@ -131,6 +141,7 @@ class Block(nn.Module):
     dtype: Any
     param_dtype: Any
     attention: str
+    fused: bool
 
     @nn.compact
     def __call__(self, carry, cos_sin, where, slot):
@@ -148,12 +159,12 @@ class Block(nn.Module):
         args = (self.config, self.dtype, self.param_dtype)
         norm = (self.config.norm_eps, self.dtype, self.param_dtype)
         with jax.named_scope("attention"):
-            h, kv = Attention(*args, self.attention, name="self_attn")(
+            h, kv = Attention(*args, self.attention, self.fused, name="self_attn")(
                 RMSNorm(*norm, name="input_layernorm")(x), cos_sin, where, kv, layer, slot
             )
         x = constrain(x + h, "batch", None, None)
         with jax.named_scope("mlp"):
-            h = Mlp(*args, name="mlp")(RMSNorm(*norm, name="post_attention_layernorm")(x))
+            h = Mlp(*args, self.fused, name="mlp")(RMSNorm(*norm, name="post_attention_layernorm")(x))
         return (constrain(x + h, "batch", None, None), kv, None if layer is None else layer + 1), None
 
 
@@ -163,7 +174,7 @@ class Llama(nn.Module):
     `scan_layers` says how parameters are laid out: `layers` stacked on a first axis (training, conversion), or
     `layers_0`, `layers_1`, ... apart (decoding on CPU, where slicing the stack costs a copy of the weights a step).
     `remat`: see `layers.rematerialised`. `attention`: see `attention.attend_segments`.
-    `fsdp`: see `Janus`.
+    `fsdp`, `fused`: see `Janus`.
     """
 
     config: LlamaConfig
@@ -173,6 +184,7 @@ class Llama(nn.Module):
     remat: str = "none"
     attention: str = "xla"
     fsdp: bool = False
+    fused: bool = False
 
     def setup(self):
         c, types = self.config, (self.dtype, self.param_dtype)
@@ -190,9 +202,9 @@ class Llama(nn.Module):
                 in_axes=(nn.broadcast,) * 3,
                 length=c.layers,
             )
-            self.layers = scanned(c, *types, self.attention)
+            self.layers = scanned(c, *types, self.attention, self.fused)
         else:
-            self.layers = [block(c, *types, self.attention) for _ in range(c.layers)]
+            self.layers = [block(c, *types, self.attention, self.fused) for _ in range(c.layers)]
         self.norm = RMSNorm(c.norm_eps, *types)
         self.lm_head = Einsum("BTD,VD->BTV", (c.vocab_size, c.width), False, *types, jnp.float32)
 

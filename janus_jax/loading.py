@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from janus_jax.checkpoint import open_checkpoint
+from janus_jax.fusion import fuse, fusible
 from janus_jax.model import Janus
 from janus_jax.pipeline import JanusPipeline
 from janus_jax.processing import Processor
@@ -34,6 +35,7 @@ def load(
     *,
     weights: str | None = None,
     scan_layers: bool | None = None,
+    fused: bool | None = None,
     roles: str | None = None,
     revision: str | None = None,
     progress: bool | None = None,
@@ -48,6 +50,8 @@ def load(
         read straight onto its device. Default: one device.
       weights: 'int8' keeps the decoder's and the heads' kernels in one byte a weight, see `quantise`; default `dtype`.
       scan_layers: whether the decoder's layers are stacked; default as measured faster for sampling: apart on CPU.
+      fused: whether q, k and v, and gate and up, are one kernel each in `params`, see `fusion.fuse`; default where they
+        can be.
       roles: 'pro' or 'old' to choose the chat roles by hand; default by the checkpoint, see `detect_roles`.
       revision: branch, tag or commit on the hub.
       progress: show a bar; default in a terminal or a notebook.
@@ -66,6 +70,13 @@ def load(
         scan_layers = platform != "cpu"
     checkpoint = open_checkpoint(folder)
     config = checkpoint.config
+    can_fuse = fusible(config.language)
+    if fused and not can_fuse:
+        c = config.language
+        raise ValueError(
+            f"fused=True: {c.heads} heads and {c.kv_heads} key/value heads make no one kernel; leave it out"
+        )
+    fused = can_fuse if fused is None else fused
     processor = None
     if (folder / "tokenizer.json").exists():
         processor = Processor.from_folder(folder, config, roles)
@@ -75,7 +86,9 @@ def load(
     params = place(checkpoint.leaves, dtype, shardings, scan_layers, progress=shown(progress))
     if weights == "int8":
         params = quantise(params, delete=True)
-    model = Janus(config, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype), scan_layers=scan_layers)
+    if fused:
+        params = fuse(params, delete=True)
+    model = Janus(config, jnp.dtype(dtype), jnp.dtype(dtype), scan_layers, fused=fused)
     return JanusPipeline(config, params, model, processor, mesh, source=str(path_or_hub_id))
 
 

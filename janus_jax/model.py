@@ -47,6 +47,7 @@ class Janus(nn.Module):
       attention: the decoder's, see `attention.attend_segments`.
       fsdp: whether the parameters of layers are this device's parts along the mesh axis `fsdp`, to be gathered where
         they are used; inside `jax.shard_map` (training).
+      fused: whether the decoder's q, k and v, and gate and up, are one product each, on parameters of `fusion.fuse`.
     """
 
     config: JanusConfig
@@ -56,6 +57,7 @@ class Janus(nn.Module):
     remat: str = "none"
     attention: str = "xla"
     fsdp: bool = False
+    fused: bool = False
 
     def setup(self):
         c, types = self.config, (self.dtype, self.param_dtype)
@@ -66,7 +68,8 @@ class Janus(nn.Module):
         self.gen_embed = Embed(g.codebook_size, g.codebook_dim, *types)
         self.gen_aligner = MlpProjector(g.codebook_dim, width, c.gen_aligner_depth, *types)
         self.gen_head = GenHead(width, c.gen_head_width, g.codebook_size, *types)
-        self.language_model = Llama(c.language, *types, self.scan_layers, self.remat, self.attention, self.fsdp)
+        how = (self.scan_layers, self.remat, self.attention, self.fsdp, self.fused)
+        self.language_model = Llama(c.language, *types, *how)
 
     # ------------------------------------------------------------ into the decoder
 

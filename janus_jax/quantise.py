@@ -13,10 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from janus_jax.sharding import flatten, unflatten
+from janus_jax.fusion import STACKED
+from janus_jax.sharding import flatten, output_axes, unflatten
 
 _KERNELS = re.compile(
-    r"(?P<layers>language_model/layers(_\d+)?/(self_attn|mlp)/(?P<proj>\w+)_proj|language_model/lm_head|gen_head/\w+)/kernel"
+    r"(language_model/layers(_\d+)?/(self_attn|mlp)/\w+_proj|language_model/lm_head|gen_head/\w+)/kernel"
 )
 _LEVELS = 127
 
@@ -33,13 +34,11 @@ def quantise(params: Mapping[str, Any], delete: bool = False) -> dict[str, Any]:
     flat = flatten(params)
     made: dict[str, Any] = {}
     for path, x in flat.items():
-        match = _KERNELS.fullmatch(path)
-        if not match:
+        if not _KERNELS.fullmatch(path):
             made[path] = x
             continue
-        outputs = 2 if match["proj"] in ("q", "k", "v") else 1  # heads and their size, or one axis
-        stacked = path.startswith("language_model/layers/")
-        made[path], made[f"{path}_scale"] = jax.block_until_ready(_to_int8(x, outputs + stacked))
+        kept = output_axes(path) + path.startswith(STACKED)
+        made[path], made[f"{path}_scale"] = jax.block_until_ready(_to_int8(x, kept))
         if delete:
             x.delete()
     return unflatten(made)

@@ -61,8 +61,10 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (_BLOCK + r"/(input|post_attention)_layernorm/scale", (None,)),
     (_BLOCK + r"/self_attn/q_proj/kernel", ("heads", None, "embed")),
     (_BLOCK + r"/self_attn/[kv]_proj/kernel", ("kv_heads", None, "embed")),
+    (_BLOCK + r"/self_attn/qkv_proj/kernel", (None, "heads", None, "embed")),
     (_BLOCK + r"/self_attn/o_proj/kernel", ("embed", "heads", None)),
     (_BLOCK + r"/mlp/(gate|up)_proj/kernel", ("mlp", "embed")),
+    (_BLOCK + r"/mlp/gate_up_proj/kernel", (None, "mlp", "embed")),
     (_BLOCK + r"/mlp/down_proj/kernel", ("embed", "mlp")),
     (r"language_model/norm/scale", (None,)),
     (r"language_model/lm_head/kernel", ("vocab", "embed")),
@@ -127,13 +129,19 @@ def logical_axes(path: str, ndim: int) -> tuple[str | None, ...]:
 
 
 def _axes_in_layer(path: str) -> tuple[str | None, ...]:
-    if path.endswith("/kernel_scale"):  # of `janus_jax.quantise`: the kernel's first axes, its outputs
-        outputs = 2 if re.search(r"/[qkv]_proj/", path) else 1
-        return _axes_in_layer(path.removesuffix("_scale"))[:outputs]
+    if path.endswith("/kernel_scale"):  # of `janus_jax.quantise`
+        kernel = path.removesuffix("_scale")
+        return _axes_in_layer(kernel)[: output_axes(kernel)]
     rows = [axes for pattern, axes in PARAMETER_AXES if re.fullmatch(pattern, path)]
     if len(rows) != 1:
         raise ValueError(f"parameter {path!r} matches {len(rows)} rows of the sharding table, not exactly one")
     return rows[0]
+
+
+def output_axes(path: str) -> int:
+    """How many of a layer's kernel's axes, its first ones, are what the product adds."""
+    name = path.split("/")[-2]
+    return {"q_proj": 2, "k_proj": 2, "v_proj": 2, "qkv_proj": 3, "gate_up_proj": 2}.get(name, 1)
 
 
 def _mesh_axes(name: str | None) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Causal attention within segments: TPU's kernel, interpreted, against the plain one."""
+"""Causal attention within segments: TPU's and GPU's kernels, interpreted, against the plain one."""
 
 import contextlib
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from janus_jax import attention
-from janus_jax.attention import attend_segments, splash_takes
+from janus_jax.attention import attend_segments, takes
 from janus_jax.sharding import make_mesh
 
 
@@ -36,20 +36,45 @@ def value_and_grads(implementation, q, k, v, segment_ids):
 
 
 @pytest.mark.parametrize("shape", [None, {"data": 2}, {"tensor": 2}])
-def test_splash_is_attention_within_segments(packed, shape, close, monkeypatch):
+@pytest.mark.parametrize("kernel", ["splash", "triton"])
+def test_kernels_are_attention_within_segments(packed, kernel, shape, close, monkeypatch):
     monkeypatch.setattr(attention, "_INTERPRET", True)
+    q, k, v, segment_ids = packed
+    if kernel == "triton":  # as many heads of keys as of queries
+        k, v = (jnp.concatenate([x, x[:, ::-1] + 1], 1) for x in (k, v))
+    packed = (q, k, v, segment_ids)
     expected = jax.jit(value_and_grads, static_argnums=0)("xla", *packed)
     mesh = contextlib.nullcontext()
     if shape is not None:
         mesh = jax.set_mesh(make_mesh(shape, jax.devices()[:2]))
     with mesh:
-        got = jax.jit(value_and_grads, static_argnums=0)("splash", *packed)
+        got = jax.jit(value_and_grads, static_argnums=0)(kernel, *packed)
     real = np.asarray(packed[3] > 0)
     close(np.asarray(got[0])[real], np.asarray(expected[0])[real], "attention", 2e-5)
     for name, ours, theirs in zip("qkv", got[1:], expected[1:], strict=True):
         close(ours, theirs, f"gradient of {name}", 2e-5)
 
 
-@pytest.mark.parametrize(("length", "head_dim", "takes"), [(4096, 128, True), (576, 64, False), (64, 128, False)])
-def test_shapes_that_splash_takes(length, head_dim, takes):
-    assert splash_takes(length, head_dim) is takes
+@pytest.mark.parametrize(
+    ("length", "heads", "kv_heads", "head_dim", "taken"),
+    [
+        (4096, 32, 32, 128, {"xla", "splash", "triton"}),
+        (4096, 32, 8, 128, {"xla", "splash"}),
+        (640, 8, 8, 64, {"xla", "triton"}),
+        (576, 32, 32, 128, {"xla"}),
+    ],
+)
+def test_shapes_that_kernels_take(length, heads, kv_heads, head_dim, taken):
+    assert {one for one in ("xla", "splash", "triton") if takes(one, length, heads, kv_heads, head_dim)} == taken
+
+
+@pytest.mark.parametrize(("platform", "kernel"), [("cuda", "triton"), ("tpu", "splash")])
+def test_kernels_lower_for_their_platform(packed, kernel, platform):
+    q, k, v, segment_ids = packed
+    k, v = (jnp.tile(x, (1, 2, 1, 1)) for x in (k, v))
+    traced = jax.jit(value_and_grads, static_argnums=0).trace(
+        kernel, *(x.astype(jnp.bfloat16) for x in (q, k, v)), segment_ids
+    )
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    calls = {"triton": "__gpu$xla.gpu.triton", "splash": "tpu_custom_call"}
+    assert text.count(calls[kernel]) >= 2

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import _common, _device, load, scaling, training, understanding
+from benchmarks import _common, _device, load, sampling, scaling, training, understanding
 from janus_jax import sharding
 from janus_jax.config import PRESETS
 from janus_jax.torch_weights import abstract_params
@@ -20,6 +20,7 @@ from janus_jax.torch_weights import abstract_params
 COMMANDS = {
     "compile": ["--rounds", "1"],
     "load": ["--rounds", "1", "--whole"],
+    "sampling": ["--rounds", "1", "--vs", "torch", "--images", "2", "--steps", "2", "--repeats", "1"],
     "scaling": ["--rounds", "1", "--layers", "1", "--steps", "2"],
     "training": ["--rounds", "1", "--layers", "1", "--context", "64", "--steps", "1"],
     "understanding": ["--rounds", "1", "--vs", "torch", "--tokens", "2", "--repeats", "1"],
@@ -28,6 +29,7 @@ COMMANDS = {
 FEW = {
     "compile": ("no cache", "cache found"),
     "load": ("no cache",),
+    "sampling": ("jax float32", "jax float32 int8", "torch float32", "torch float32 generate"),
     "training": ("packed full 64",),
     "understanding": ("jax float32", "torch float32 eager", "torch float32 static"),
 }
@@ -176,6 +178,28 @@ def test_training_samples_are_new_in_every_step_and_of_one_shape():
     for name in ("ids", "images", "targets"):
         assert (one[name] != other[name]).any()
     assert set(np.unique(one["tasks"])) == {0, 1, 2, 3}
+
+
+@pytest.mark.slow
+def test_sampling(tmp_path, here):
+    (header, *rows), text = run_few("sampling", tmp_path)
+    assert header[-2:] == ["step x torch float32's best", "step x torch's best"]
+    assert [row[:2] for row in rows] == [["2", variant] for variant in FEW["sampling"]]
+    for row in rows:
+        assert min(numbers(row[2:])) > 0
+        # The port's `generate` is measured as a whole, and torch has no roofline of its own.
+        assert (row[4] == "") == ("generate" in row[1]) and (row[6] != "") == row[1].startswith("jax")
+    best = min(float(row[3]) for row in rows if row[1].startswith("torch"))
+    assert float(rows[0][-1]) == pytest.approx(best / float(rows[0][3]), rel=0.02)
+    assert "a copy of 1 GiB" in text
+
+
+def test_an_image_takes_prefill_every_step_and_the_vq_decoder():
+    own = {"1 prefill": [1.0], "1 step": [0.5], "1 vq": [2.0], "1 image": [16.5], "1 share": [80.0]}
+    theirs = {"1 prefill": [2.0], "1 step": [2.0], "1 vq": [2.0], "1 image": [64.0]}
+    header, ours, torch = sampling.table({"jax bfloat16": [own], "torch bfloat16": [theirs]}, [1])
+    assert ours == ("1", "jax bfloat16", "1", "500", "2", "16.5", "80", "4", "4")
+    assert torch[-3:] == ("", "1", "1") and len(header) == 9
 
 
 @pytest.mark.slow

@@ -335,6 +335,7 @@ def test_names_are_found_from_anywhere(tmp_path):
         ("export_every=-1", "export_every=-1: it is not negative"),
         ("profile_steps=-1", "profile_steps=-1: it is not negative"),
         ("loss_chunk=100", "loss_chunk=100 does not divide data.context=256"),
+        ("attention=splash data.context=256", "attention=splash does not take data.context=256 with 4 heads of 24"),
         ("data.ratio=0,0,0", "data.ratio=0,0,0: it is three whole numbers from 0"),
         ("data.ratio=1,-1,2", "data.ratio=1,-1,2: it is three whole numbers from 0"),
         ("data.text=", "data.ratio=2,1,2 asks for text samples, but data.text names no folder"),

@@ -16,6 +16,7 @@ import time
 import numpy as np
 import pytest
 
+from janus_jax.config import PRESETS
 from tests.tiny_run import params_of, tiny_config, write_checkpoint, write_data
 from train import faults, loop
 from train.config import MeshConfig, SampleConfig
@@ -67,9 +68,9 @@ def free_port() -> int:
         return door.getsockname()[1]
 
 
-def launch(config: pathlib.Path, env: dict[str, str], cwds: list[pathlib.Path], *overrides: list[str], count: int = 2):
-    """Starts the processes of one run; `overrides` are of one process each."""
-    coordinator = f"localhost:{free_port()}"
+def launch(config: pathlib.Path | str, env: dict[str, str], cwds: list[pathlib.Path], *overrides: list[str]):
+    """Starts the processes of one run, each in one of `cwds`; `overrides` are of one process each."""
+    coordinator, count = f"localhost:{free_port()}", len(cwds)
     overrides = overrides or ([],) * count
     return [
         subprocess.Popen(
@@ -155,7 +156,7 @@ def test_goes_on_in_four_processes(shared, alone, folders, start, env, tmp_path)
     folder, _ = shared
     shutil.copytree(folder / "run", tmp_path / "run")
     config = write_config(tmp_path / "four.py", folders, start, steps="6")
-    told = outcome(launch(config, env | {"JAX_NUM_CPU_DEVICES": "2"}, [tmp_path] * 4, count=4))
+    told = outcome(launch(config, env | {"JAX_NUM_CPU_DEVICES": "2"}, [tmp_path] * 4))
     assert [code for code, _, _ in told] == [0] * 4, told
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(alone), rtol=1e-6)
 
@@ -173,6 +174,52 @@ def test_a_notice_to_one_ends_both(folders, start, env, tmp_path):
     (saved,) = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()]
     assert f"told to end; saved after step {saved}, and the same command goes on" in told[0][2]
     assert len(losses(tmp_path / "run")) >= 3
+
+
+# ---------------------------------------------------------------- shipped configurations, for twenty steps
+
+
+MESH_OVERRIDES = ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]
+
+
+@pytest.mark.slow
+def test_debug_in_two_processes(env, tmp_path):
+    write_data(tmp_path / "data" / "debug", model=PRESETS["janus_tiny"], context=256)
+    runs = {1: tmp_path / "one", 2: tmp_path / "two"}
+    for count, run in runs.items():
+        overrides = [*MESH_OVERRIDES, "steps=20", "evaluation.every=20", "samples.every=0", f"workdir={run}"]
+        own = env | {"JAX_NUM_CPU_DEVICES": str(8 // count)}
+        told = outcome(launch("debug", own, [tmp_path] * count, *[overrides] * count))
+        assert [code for code, _, _ in told] == [0] * count, told
+    for prefix, count in (("train", 20), ("eval", 1)):
+        one, two = (losses(run, prefix) for run in runs.values())
+        assert len(one) == count
+        np.testing.assert_allclose(two, one, rtol=1e-6)
+    data = [json.loads((run / "run.json").read_text())["data"] for run in runs.values()]
+    assert data[0] == data[1]
+
+
+@pytest.mark.slow
+def test_digits_in_two_processes(env, tmp_path):
+    """Shortened. Process 0 trains the VQ tokenizer and prepares the data; the run in one process finds them done."""
+    runs = {2: tmp_path / "two", 1: tmp_path / "one"}
+    short = ["vq.steps=5", "images_per_class=1", "stages.0.steps=2", "stages.1.steps=2", "stages.2.steps=20"]
+    for stage in range(3):
+        short += [f"stages.{stage}.log_every=1", f"stages.{stage}.samples.every=0"]
+        short += [f"stages.{stage}.{override}" for override in MESH_OVERRIDES]
+    for count, run in runs.items():
+        if count == 1:
+            for name in ("tokenizer", "vq", "sources", "prepared"):
+                shutil.copytree(runs[2] / name, run / name)
+        overrides = [*short, f"workdir={run}"]
+        own = env | {"JAX_NUM_CPU_DEVICES": str(8 // count)}
+        told = outcome(launch("digits", own, [tmp_path] * count, *[overrides] * count))
+        assert [code for code, _, _ in told] == [0] * count, told
+        assert "understanding" in told[0][1] and all(out == "" for _, out, _ in told[1:])
+    for stage, count in (("stage1", 2), ("stage2", 2), ("stage3", 20)):
+        one, two = (losses(runs[processes] / stage) for processes in (1, 2))
+        assert len(one) == count
+        np.testing.assert_allclose(two, one, rtol=1e-6)
 
 
 # ---------------------------------------------------------------- refused together, before the first step

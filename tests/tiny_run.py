@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import zlib
 from collections.abc import Iterator
@@ -55,19 +56,21 @@ def some_image(rng: np.random.Generator) -> Image.Image:
     return Image.fromarray(rng.integers(0, 256, (*rng.integers(20, 60, 2), 3), dtype=np.uint8))
 
 
-def encode(images: np.ndarray) -> np.ndarray:
+def encode(images: np.ndarray, model: JanusConfig = MODEL) -> np.ndarray:
     """Stands in for the VQ encoder: codes that depend on the image."""
     rngs = [np.random.default_rng(zlib.crc32(np.ascontiguousarray(image))) for image in np.asarray(images)]
-    g = MODEL.gen_vision
+    g = model.gen_vision
     return np.stack([rng.integers(0, g.codebook_size, g.num_tokens) for rng in rngs]).astype(np.int32)
 
 
-def write_data(folder: pathlib.Path, count: int = 24, seed: int = 0) -> dict[str, str]:
+def write_data(
+    folder: pathlib.Path, count: int = 24, seed: int = 0, model: JanusConfig = MODEL, context: int = 128
+) -> dict[str, str]:
     """Prepares `count` samples of each kind under `folder`; returns the folder of each kind, and 'tokenizer'."""
     rng = np.random.default_rng(seed)
     tokenizer = folder / "tokenizer"
-    write_tokenizer(tokenizer, image_size=MODEL.vision.image_size, num_image_tokens=MODEL.vision.num_patches)
-    processor = Processor.from_folder(tokenizer, MODEL)
+    write_tokenizer(tokenizer, image_size=model.vision.image_size, num_image_tokens=model.vision.num_patches)
+    processor = Processor.from_folder(tokenizer, model)
 
     def words(low: int, high: int) -> str:
         return " ".join(rng.choice(WORDS, rng.integers(low, high)))
@@ -95,10 +98,10 @@ def write_data(folder: pathlib.Path, count: int = 24, seed: int = 0) -> dict[str
     folders = {"tokenizer": str(tokenizer)}
     for kind, make in made.items():
         folders[kind] = str(folder / kind)
-        options = {"encode": encode} if kind == "generation" else {}
+        options = {"encode": functools.partial(encode, model=model)} if kind == "generation" else {}
         prepare(
-            [make(i) for i in range(count)], folders[kind], kind, processor, context=128, batch_size=8, progress=False,
-            system_prompt="", **options,
+            [make(i) for i in range(count)], folders[kind], kind, processor, context=context, batch_size=8,
+            progress=False, system_prompt="", **options,
         )  # fmt: skip
     return folders
 

@@ -170,8 +170,8 @@ class TrainConfig:
       compute_dtype: of activations and of the parameters' copies that products use; trained parameters are float32.
       frozen_dtype: of parameters that are not trained.
       remat: what the backward pass computes again: 'none', all but matrix products ('dots'), or 'full' layers.
-      attention: of the decoder: 'xla', 'splash' (TPU's kernel), or 'auto' for the best that the devices and the sizes
-        allow.
+      attention: of the decoder: 'xla', 'splash' (TPU's kernel), 'triton' (a GPU's), or 'auto' for the best that the
+        devices and the sizes allow.
       loss_chunk: tokens of a row whose logits exist at a time.
       homes: devices that the run is meant for; it takes their mesh, accumulate and remat where it finds itself on
         them with `mesh` as it is by default.
@@ -202,7 +202,7 @@ class TrainConfig:
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     frozen_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     remat: Literal["none", "dots", "full"] = "full"
-    attention: Literal["auto", "xla", "splash"] = "auto"
+    attention: Literal["auto", "xla", "splash", "triton"] = "auto"
     loss_chunk: int = 512
     mesh: MeshConfig = MeshConfig()
     homes: tuple[Home, ...] = ()

@@ -67,8 +67,8 @@ def train(config: TrainConfig) -> pathlib.Path:
         if held_out:
             _check_folders(held_out.mixture, processor)
         rows = local_rows(batch_sharding(mesh), config.batch_size)
-    data = {str(folder.folder): folder.fingerprint for folder in mixture.folders}
-    check_same(flat(config), data)
+    data = _fingerprints(mixture)
+    check_same(flat(config), data | (_fingerprints(held_out.mixture) if held_out else {}))
 
     with (
         Workdir(config, data) as workdir,
@@ -127,10 +127,11 @@ def train(config: TrainConfig) -> pathlib.Path:
                     metrics.write(done, evaluate(state, frozen), prefix="eval")
                 if config.samples.every and (done % config.samples.every == 0 or last):
                     draw_samples(config, processor, mesh, state, frozen, workdir.folder / "samples" / f"{done:07d}.png")
-                if done % config.save_every == 0 or last:
-                    workdir.save(done, state)
+                # Saved last: a step that is not saved is done again, with all that belongs to it.
                 if config.export_every and done % config.export_every == 0:
                     workdir.export(done, state.trained, frozen, tokenizer)
+                if done % config.save_every == 0 or last:
+                    workdir.save(done, state)
                 window.pause()
         profile.stop()
         watchdog.doing("exporting")
@@ -160,6 +161,10 @@ def check_mesh(config: TrainConfig, mesh: Mesh):
             f"batch_size={config.batch_size} does not divide into accumulate={config.accumulate} parts over "
             f"{shards} data x fsdp shards of the mesh; make it a multiple of {config.accumulate * shards}"
         )
+
+
+def _fingerprints(mixture: Mixture) -> dict[str, str]:
+    return {str(folder.folder): folder.fingerprint for folder in mixture.folders}
 
 
 def _check_folders(mixture: Mixture, processor: Processor):

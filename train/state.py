@@ -14,7 +14,7 @@ import optax
 from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from janus_jax.attention import splash_takes
+from janus_jax.attention import takes
 from janus_jax.checkpoint import open_checkpoint
 from janus_jax.config import IMAGE_CHANNELS, JanusConfig, dialect_of
 from janus_jax.model import Janus, init_params
@@ -55,8 +55,9 @@ def attention_on(config: TrainConfig, mesh: Mesh) -> str:
     """The implementation of the decoder's attention that `config` means on `mesh`."""
     if config.attention != "auto":
         return config.attention
-    fits = splash_takes(config.data.context, config.model.language.head_dim)
-    return "splash" if mesh.devices.flat[0].platform == "tpu" and fits else "xla"
+    c, platform = config.model.language, mesh.devices.flat[0].platform
+    best = {"tpu": "splash", "gpu": "triton"}.get(platform, "xla")
+    return best if takes(best, config.data.context, c.heads, c.kv_heads, c.head_dim) else "xla"
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from janus_jax.attention import splash_takes
+from janus_jax.attention import takes
 from train.config import KINDS, TRAINED, TrainConfig
 
 
@@ -27,8 +27,9 @@ def validate(config: TrainConfig) -> list[str]:
     _require(c.watchdog >= 0, f"watchdog={c.watchdog}: it is not negative (0 for never)")
     language = c.model.language
     _require(
-        c.attention != "splash" or splash_takes(d.context, language.head_dim),
-        f"attention=splash takes multiples of 128: data.context={d.context}, heads of {language.head_dim}",
+        c.attention == "auto" or takes(c.attention, d.context, language.heads, language.kv_heads, language.head_dim),
+        f"attention={c.attention} does not take data.context={d.context} with {language.heads} heads of "
+        f"{language.head_dim} and {language.kv_heads} key/value heads; give attention=auto",
     )
     _require(
         c.batch_size % c.accumulate == 0,

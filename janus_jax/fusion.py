@@ -1,0 +1,51 @@
+"""Kernels that read the same input as one: a decoding step is then four products a layer instead of seven."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from janus_jax.config import LlamaConfig
+from janus_jax.sharding import flatten, unflatten
+
+STACKED = "language_model/layers/"  # what paths of stacked layers begin with
+_GROUPS = {"self_attn": ("qkv_proj", ("q_proj", "k_proj", "v_proj")), "mlp": ("gate_up_proj", ("gate_proj", "up_proj"))}
+_FIRST = re.compile(r"language_model/layers(_\d+)?/(self_attn/q|mlp/gate)_proj/\w+")
+
+
+def fusible(config: LlamaConfig) -> bool:
+    """Whether q, k and v have one shape: with fewer key/value heads than heads they do not go on one axis."""
+    return config.heads == config.kv_heads
+
+
+def fuse(params: Mapping[str, Any], delete: bool = False) -> dict[str, Any]:
+    """`params` of `Janus` for `Janus(fused=True)`, quantised or not.
+
+    Kernels lie beside each other on a new axis, so that a mesh splits the heads of each as before.
+
+    Args:
+      params: layers stacked or apart.
+      delete: give the memory of each kernel back once it is part of another.
+    """
+    flat = flatten(params)
+    for path in [path for path in flat if _FIRST.fullmatch(path)]:
+        *parents, module, _, leaf = path.split("/")
+        name, parts = _GROUPS[module]
+        folder = "/".join((*parents, module))
+        taken = [flat.pop(f"{folder}/{part}/{leaf}") for part in parts]
+        flat[f"{folder}/{name}/{leaf}"] = _stack(taken, int(path.startswith(STACKED)))
+        if delete:
+            jax.block_until_ready(flat[f"{folder}/{name}/{leaf}"])
+            for x in taken:
+                x.delete()
+    return unflatten(flat)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _stack(parts: Sequence[jax.Array], axis: int) -> jax.Array:
+    return jnp.stack(parts, axis)
