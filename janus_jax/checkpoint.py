@@ -21,6 +21,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 import tensorstore as ts
 from flax import traverse_util
@@ -132,12 +133,15 @@ def save_params(folder: str | pathlib.Path, params: Any) -> None:
 def save(folder: str | pathlib.Path, config: JanusConfig, params: Any) -> None:
     """Writes a converted folder of `config` and `params`; adding tokenizer files is the caller's affair.
 
+    Every process of a run calls it, with numpy arrays that all of them have, or with arrays of all their devices.
+
     Raises ValueError where the folder has parameters already, or where the original dialect cannot say `config`.
     """
     folder = pathlib.Path(folder)
     raw = original_config(config)
     save_params(folder / PARAMS, params)
-    write_json(folder / "config.json", raw)
+    if jax.process_index() == 0:
+        write_json(folder / "config.json", raw)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

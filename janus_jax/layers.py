@@ -17,6 +17,7 @@ from janus_jax.sharding import constrain
 
 # Up to so many tokens XLA:CPU is faster with the kernel on the left (measured: 2.6 times for 2, 1.3 for 128).
 _FEW_TOKENS = 128
+_BLOCK = 128  # rows of an int8 kernel that XLA:CPU widens at a time
 
 
 class Einsum(nn.Module):
@@ -44,20 +45,19 @@ class Einsum(nn.Module):
         contracted = [i for i, axis in enumerate(kernel_axes) if axis in inputs]
         added = [i for i, axis in enumerate(kernel_axes) if axis not in inputs]
         init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=contracted, out_axis=added)
-        kernel = self.param("kernel", init, self.shape, self.param_dtype).astype(self.dtype)
+        kernel = self.param("kernel", init, self.shape, self.param_dtype)
         quantised = self.has_variable("params", "kernel_scale")  # see `janus_jax.quantise`
         out_dtype = jnp.float32 if quantised else self.out_dtype
         x = x.astype(self.dtype)
         leading, out_shape = x.shape[: x.ndim - len(contracted)], tuple(self.shape[i] for i in added)
 
         def default(x, kernel):
-            return jnp.einsum(self.spec, x, kernel, preferred_element_type=out_dtype)
+            return jnp.einsum(self.spec, x, kernel.astype(self.dtype), preferred_element_type=out_dtype)
 
         def kernel_left(x, kernel):
-            # XLA:CPU repacks the right operand of a product, however large; the barrier keeps it from swapping them.
             rows, matrix = x.reshape(math.prod(leading), -1), kernel.reshape(math.prod(out_shape), -1)
-            y = jnp.einsum("FD,TD->FT", matrix, rows, preferred_element_type=out_dtype)
-            return jax.lax.optimization_barrier(y).T.reshape(*leading, *out_shape)
+            product = _product_in_blocks if quantised and len(matrix) % _BLOCK == 0 else _product
+            return product(matrix, rows, out_dtype).T.reshape(*leading, *out_shape)
 
         if math.prod(leading) <= _FEW_TOKENS:
             y = jax.lax.platform_dependent(x, kernel, cpu=kernel_left, default=default)
@@ -69,6 +69,30 @@ class Einsum(nn.Module):
             bias = self.param("bias", nn.initializers.zeros, out_shape, self.param_dtype)
             y = y + bias.astype(y.dtype)
         return y
+
+
+def _product(matrix: jax.Array, rows: jax.Array, out_dtype: Any) -> jax.Array:
+    """[F, D] by [T, D] to [F, T], with the matrix as the left operand for good.
+
+    XLA:CPU repacks the right operand of a product, however large; the barrier keeps it from swapping them.
+    """
+    y = jnp.einsum("FD,TD->FT", matrix.astype(rows.dtype), rows, preferred_element_type=out_dtype)
+    return jax.lax.optimization_barrier(y)
+
+
+def _product_in_blocks(matrix: jax.Array, rows: jax.Array, out_dtype: Any) -> jax.Array:
+    """`_product` of an int8 matrix, widened a block at a time, so that the wide form stays in the processor's cache.
+
+    XLA:CPU would otherwise write the whole matrix out in float32 and read it again: 2.5 times the time.
+    """
+
+    def step(i: jax.Array, y: jax.Array) -> jax.Array:
+        block = jax.lax.dynamic_slice_in_dim(matrix, i * _BLOCK, _BLOCK).astype(rows.dtype)
+        part = _product(jax.lax.optimization_barrier(block), rows, out_dtype)
+        return jax.lax.dynamic_update_slice_in_dim(y, part, i * _BLOCK, 0)
+
+    empty = jnp.zeros((len(matrix), len(rows)), out_dtype)
+    return jax.lax.fori_loop(0, len(matrix) // _BLOCK, step, empty)
 
 
 class Embed(nn.Module):

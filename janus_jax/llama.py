@@ -23,7 +23,8 @@ class KVCache:
 
     Attributes:
       keys, values: tuples of arrays: one [layers, B, K, S, H] when layers are scanned, else one [B, K, S, H] a layer.
-        Heads come before length, so that one query reads each head's keys in one piece.
+        Heads come before length, so that one query reads each head's keys in one piece. The cache of one row has two
+        where layers are apart: XLA:CPU would copy one row's several times a step.
       mask: [B, S] bool, the slots that may be attended to.
       length: int32 scalar, the slots filled so far (the same in every row: prompts are padded on the left).
       positions: [B] int32, the position of each row's next token.
@@ -38,8 +39,8 @@ class KVCache:
 
 def init_cache(config: LlamaConfig, batch: int, slots: int, dtype: Any, scan_layers: bool = True) -> KVCache:
     """An empty cache for `batch` rows of `slots` tokens."""
-    shape = (batch, config.kv_heads, slots, config.head_dim)
-    shapes = [(config.layers, *shape)] if scan_layers else [shape] * config.layers
+    shape = (config.kv_heads, slots, config.head_dim)
+    shapes = [(config.layers, batch, *shape)] if scan_layers else [(max(batch, 2), *shape)] * config.layers
 
     def empty() -> tuple[jax.Array, ...]:
         return tuple(_constrain_kv(jnp.zeros(shape, dtype)) for shape in shapes)
@@ -56,8 +57,10 @@ def init_cache(config: LlamaConfig, batch: int, slots: int, dtype: Any, scan_lay
 def tile_cache(cache: KVCache, times: int) -> KVCache:
     """`cache` with all its rows `times` times over, one round after the other."""
 
+    rows = len(cache.positions)
+
     def tile(x: jax.Array) -> jax.Array:
-        return _constrain_kv(jnp.tile(x, (times, 1, 1, 1)))
+        return _constrain_kv(jnp.tile(x[..., :rows, :, :, :], (times, 1, 1, 1)))
 
     return dataclasses.replace(
         cache,
@@ -80,10 +83,15 @@ def _constrain_kv(x: jax.Array) -> jax.Array:
 
 def _store(cached: jax.Array, new: jax.Array, layer: jax.Array | None, slot: jax.Array | int) -> jax.Array:
     """`cached` with new keys or values [B, K, T, H] from `slot` on, in place of what the layer had there."""
-    start, new = (0, 0, slot, 0), new.astype(cached.dtype)
+    start, new = (0, 0, slot, 0), _rows(new, cached.shape[-4]).astype(cached.dtype)
     if layer is not None:
         start, new = (layer, *start), new[None]
     return _constrain_kv(jax.lax.dynamic_update_slice(cached, new, start))
+
+
+def _rows(x: jax.Array, rows: int) -> jax.Array:
+    """`x`, or its one row as often as the cache has it."""
+    return x if len(x) == rows else jnp.broadcast_to(x, (rows, *x.shape[1:]))
 
 
 class Attention(nn.Module):
@@ -113,7 +121,7 @@ class Attention(nn.Module):
             y = attend_segments(q, k, v, where, self.attention)
         else:
             k, v = kv if layer is None else (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in kv)
-            y = attend(q, k, v, where)
+            y = attend(_rows(q, len(k)), k, v, where)[: len(q)]
         return Einsum("BTNH,DNH->BTD", (c.width, c.heads, c.head_dim), *types, name="o_proj")(y), kv
 
 

@@ -97,3 +97,15 @@ def test_mlp_projector_names(depth):
     shapes = jax.eval_shape(MlpProjector(5, 8, depth).init, jax.random.key(0), jnp.zeros((1, 5)))["params"]
     assert sorted(shapes) == [f"layers_{2 * i}" for i in range(depth)]
     assert [shapes[name]["bias"].shape for name in sorted(shapes)] == [(8,)] * depth
+
+
+@pytest.mark.parametrize(("spec", "shape"), [("BTD,NHD->BTNH", (4, 64, 48)), ("BTD,FD->BTF", (96, 48))])
+@pytest.mark.parametrize("tokens", [1, 3, 200])
+def test_int8_kernels_are_widened_and_scaled(spec, shape, tokens, rng, close):
+    """Whether in blocks of the kernel or whole."""
+    kernel = rng.integers(-127, 128, shape).astype(np.int8)
+    scale = rng.uniform(0.5, 2, shape[:-1]).astype(np.float32)
+    x = rng.standard_normal((1, tokens, 48)).astype(np.float32)
+    params = {"kernel": jnp.asarray(kernel), "kernel_scale": jnp.asarray(scale)}
+    y = jax.jit(Einsum(spec, shape).apply)({"params": params}, x)
+    close(y, np.einsum(spec, x, kernel.astype(np.float32) * scale[..., None]), "product", 1e-6)

@@ -118,6 +118,7 @@ def test_learns(whole, start):
     assert moved == {"vision_model", "aligner", "gen_aligner", "gen_embed", "gen_head", "language_model"}
 
 
+@pytest.mark.slow
 def test_goes_on_on_another_mesh(whole, half, tmp_path):
     mesh = MeshConfig(data=2, fsdp=2, tensor=2)
     config = dataclasses.replace(half.config, workdir=str(copy_of(half, tmp_path)), steps=4, mesh=mesh)
@@ -316,6 +317,7 @@ def test_too_many_damaged_samples_stop_the_run(command, capsys, monkeypatch):
 # ---------------------------------------------------------------- the recipe of 7B
 
 
+@pytest.mark.slow
 def test_7b_stage3_takes_a_step(folders, tmp_path, monkeypatch):
     """All of the recipe but its size: a thousandth of the parameters on eight devices."""
     config = load_config("7b_stage3")

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from janus_jax import sampling
+from janus_jax.fusion import fuse, fusible
 from janus_jax.images import ImageSettings
 from janus_jax.model import Janus
 from janus_jax.sharding import make_mesh, param_shardings
@@ -154,13 +155,15 @@ def compile_training(config: TrainConfig, place: Topology) -> Compiled:
 def compile_sampling(config: TrainConfig, place: Topology, images: int = 1) -> list[Compiled]:
     """The image loop and the VQ decoder of `config`'s model for `place`, with guidance, in bfloat16."""
     mesh = make_mesh(dataclasses.asdict(config.mesh), devices_of(place))
-    model = Janus(config.model, dtype=jnp.bfloat16, scan_layers=False)
+    fused = fusible(config.model.language)
+    model = Janus(config.model, dtype=jnp.bfloat16, scan_layers=False, fused=fused)
     g = config.model.gen_vision
 
     def on(tree: Any, shardings: Any) -> Any:
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
     params = abstract_params(config.model, False, "bfloat16")
+    params = jax.eval_shape(fuse, params) if fused else params
     params = on(params, param_shardings(params, mesh))
     ids = jax.ShapeDtypeStruct((images, 2, _PROMPT), jnp.int32)
     mask = jax.ShapeDtypeStruct(ids.shape, bool)
@@ -182,7 +185,7 @@ def compile_sampling(config: TrainConfig, place: Topology, images: int = 1) -> l
     decoder = {k: v for k, v in params.items() if k in ("language_model", "gen_aligner", "gen_embed", "gen_head")}
     read = dict(decoder, language_model={k: v for k, v in decoder["language_model"].items() if k.startswith("layers")})
     least = min(
-        _shard_bytes(state.cache.keys[0]), _shard_bytes(decoder["language_model"]["layers_0"]["self_attn"]["q_proj"])
+        _shard_bytes(state.cache.keys[0]), _shard_bytes(decoder["language_model"]["layers_0"]["self_attn"]["o_proj"])
     )
     found = tuple(one.line for one in hlo.copies(loop.text, least))
     name = f"{config.name} sampling {images}"

@@ -23,7 +23,7 @@ from janus_jax.processing import Processor
 from train.digits_config import DigitsConfig
 from train.digits_data import captions, load_split, questions, shifted, to_float, to_rgb, write_sources, write_tokenizer
 from train.digits_judge import Judge
-from train.distributed import barrier
+from train.distributed import barrier, from_first
 from train.figures import loss_curves
 from train.loop import train
 from train.metrics import FILE
@@ -45,9 +45,10 @@ def run(config: DigitsConfig) -> dict[str, Any]:
     """
     folder, seconds = pathlib.Path(config.workdir), {}
     clock = _Clock(seconds)
+    # In every process alike, and saved together: orbax has no way to save in one of them alone.
+    _train_vq(config)
+    clock.lap("VQ tokenizer")
     if jax.process_index() == 0:
-        _train_vq(config)
-        clock.lap("VQ tokenizer")
         _prepare(config)
         clock.lap("data")
     barrier()
@@ -84,13 +85,14 @@ class _Clock:
 
 
 def _train_vq(config: DigitsConfig):
-    if (config.vq_folder / "config.json").exists():
+    if from_first((config.vq_folder / "config.json").exists()):
         return
     images = to_float(to_rgb(shifted(load_split(*config.training_splits)[0])))
     params, history = train_vq(config.run_vq, images)
-    save_vq(config.vq_folder, config.vq.model, params)
+    save_vq(config.vq_folder, config.vq.model, jax.device_get(params))
     last = {name: float(values[-20:].mean()) for name, values in history.items()}
-    print("VQ tokenizer: " + ", ".join(f"{name} {value:.4g}" for name, value in last.items()), flush=True)
+    if jax.process_index() == 0:
+        print("VQ tokenizer: " + ", ".join(f"{name} {value:.4g}" for name, value in last.items()), flush=True)
 
 
 def _prepare(config: DigitsConfig):
