@@ -7,6 +7,7 @@ import math
 import pathlib
 import sys
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from janus_jax.checkpoint import open_checkpoint
 from janus_jax.images import contact_sheet, open_image
 from janus_jax.loading import load, resolve
 from janus_jax.memory import OutOfMemory
+from janus_jax.pipeline import JanusPipeline
 from janus_jax.sampling import make_sampler
 from janus_jax.sharding import MESH_AXES, flatten
 from janus_jax.torch_weights import DTYPES, abstract_params
@@ -98,8 +100,10 @@ def _mesh(text: str | None) -> dict[str, int] | None:
         raise ValueError(f"the mesh {text!r} is not of the form fsdp=4,tensor=2") from None
 
 
-def _load(args: argparse.Namespace):
-    return load(args.model, dtype=args.dtype, mesh=_mesh(args.mesh), weights=args.weights, roles=args.roles)
+def _load(args: argparse.Namespace, ahead: Callable[[JanusPipeline], Any] | None = None) -> JanusPipeline:
+    mesh = _mesh(args.mesh)
+    ahead = ahead if mesh is None else None
+    return load(args.model, dtype=args.dtype, mesh=mesh, weights=args.weights, roles=args.roles, ahead=ahead)
 
 
 def _generate(args: argparse.Namespace):
@@ -108,17 +112,10 @@ def _generate(args: argparse.Namespace):
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=args.out):
         pass
-    janus = _load(args)
-    images = janus.generate_images(
-        args.prompt,
-        args.n,
-        args.guidance,
-        args.temperature,
-        args.top_k,
-        args.seed,
-        top_p=args.top_p,
-        batch_size=args.batch_size,
-    )
+    what = (args.prompt, args.n, args.guidance, args.temperature, args.top_k)
+    how = {"top_p": args.top_p, "batch_size": args.batch_size}
+    janus = _load(args, ahead=lambda janus: janus.compile_images(*what, **how))
+    images = janus.generate_images(*what, args.seed, **how)
     for index, image in enumerate(images):
         prompt, number = divmod(index, args.n)
         path = args.out / f"{prompt:03d}_{number:03d}.png"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -39,6 +40,7 @@ def load(
     roles: str | None = None,
     revision: str | None = None,
     progress: bool | None = None,
+    ahead: Callable[[JanusPipeline], Any] | None = None,
 ) -> JanusPipeline:
     """Loads a Janus checkpoint.
 
@@ -55,6 +57,8 @@ def load(
       roles: 'pro' or 'old' to choose the chat roles by hand; default by the checkpoint, see `detect_roles`.
       revision: branch, tag or commit on the hub.
       progress: show a bar; default in a terminal or a notebook.
+      ahead: what to do while the weights are read, such as `lambda janus: janus.compile_images("a cat")`: it gets the
+        pipeline with shapes for parameters.
     Raises: OSError for files that are absent, ValueError for what does not fit, each in one line naming the thing.
     """
     if weights not in (None, "int8"):
@@ -83,13 +87,24 @@ def load(
     shardings = None
     if mesh is not None:
         shardings = param_shardings(abstract_params(config, scan_layers), mesh)
-    params = place(checkpoint.leaves, dtype, shardings, scan_layers, progress=shown(progress))
-    if weights == "int8":
-        params = quantise(params, delete=True)
-    if fused:
-        params = fuse(params, delete=True)
     model = Janus(config, jnp.dtype(dtype), jnp.dtype(dtype), scan_layers, fused=fused)
-    return JanusPipeline(config, params, model, processor, mesh, source=str(path_or_hub_id))
+
+    def arranged(params: Any, delete: bool) -> Any:
+        params = quantise(params, delete) if weights == "int8" else params
+        return fuse(params, delete) if fused else params
+
+    def pipeline(params: Any) -> JanusPipeline:
+        return JanusPipeline(config, params, model, processor, mesh, source=str(path_or_hub_id))
+
+    with ThreadPoolExecutor(1) as thread:
+        if ahead is not None:
+            shapes = jax.eval_shape(lambda x: arranged(x, False), abstract_params(config, scan_layers, dtype))
+            compiling = thread.submit(ahead, pipeline(shapes))
+        params = place(checkpoint.leaves, dtype, shardings, scan_layers, progress=shown(progress))
+        params = arranged(params, delete=True)
+    if ahead is not None:
+        compiling.result()
+    return pipeline(params)
 
 
 def resolve(path_or_hub_id: str | os.PathLike, revision: str | None = None) -> pathlib.Path:

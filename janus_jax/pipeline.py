@@ -97,6 +97,42 @@ class JanusPipeline:
         progress: bool | None = None,
     ) -> np.ndarray:
         """Image codes [len(prompts) * n, num_tokens] int32; arguments as for `generate_images`."""
+        if batch_size is not None:
+            _check_count("batch_size", batch_size)
+        sampler = sampling.make_sampler(temperature, top_k, top_p)
+        ids, mask, keys = self._drawing(prompts, n, cfg_weight, seed)
+        return self.sample_codes(
+            ids, mask, keys, guidance=cfg_weight, sampler=sampler, batch_size=batch_size, progress=progress
+        )
+
+    def compile_images(
+        self,
+        prompts: str | Sequence[str],
+        n: int = 1,
+        cfg_weight: float = 5.0,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        *,
+        top_p: float = 1.0,
+        batch_size: int | None = None,
+    ):
+        """Compiles what `generate_images` runs for the same arguments; `params` may be shapes, see `load`'s `ahead`.
+
+        Without a mesh; and as if all images, or `batch_size` of them, fitted the memory.
+        """
+        sampler = sampling.make_sampler(temperature, top_k, top_p)
+        ids, mask, keys = self._drawing(prompts, n, cfg_weight, 0)
+        _, size = fitting_parts(len(keys), batch_size or len(keys), 1)
+        part = slice(0, min(size, len(keys)))
+        if len(ids) > 1:
+            ids, mask = (_pad_rows(x, part, size) for x in (ids, mask))
+        given = (self._put(x) for x in (ids, mask, _pad_rows(keys, part, size)))
+        sampling.compile_codes(self.model, self.params, *given, guidance=cfg_weight, sampler=sampler)
+
+    def _drawing(
+        self, prompts: str | Sequence[str], n: int, cfg_weight: float, seed: int | Sequence[int]
+    ) -> tuple[np.ndarray, np.ndarray, jax.Array]:
+        """Ids, mask and keys of `sampling.generate_codes`."""
         processor = self._need_processor("draw from a prompt")
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
@@ -104,9 +140,6 @@ class JanusPipeline:
         _check_count("n", n)
         if not 0 <= cfg_weight < math.inf:
             raise ValueError(f"cfg_weight {cfg_weight} is out of range: 0 or above, 1 for no guidance")
-        if batch_size is not None:
-            _check_count("batch_size", batch_size)
-        sampler = sampling.make_sampler(temperature, top_k, top_p)
         keys = image_keys(seed, len(prompts), n)
 
         rows = [processor.text_to_image_prompt(prompt) for prompt in prompts]
@@ -116,9 +149,7 @@ class JanusPipeline:
         pairs = [[row, processor.unconditional(row)] if guided else [row] for row in rows for _ in range(times)]
         ids, mask = processor.left_pad([row for pair in pairs for row in pair], length)
         ids, mask = (x.reshape(len(pairs), -1, length) for x in (ids, mask.astype(bool)))
-        return self.sample_codes(
-            ids, mask, keys, guidance=cfg_weight, sampler=sampler, batch_size=batch_size, progress=progress
-        )
+        return ids, mask, keys
 
     def sample_codes(
         self,

@@ -218,6 +218,18 @@ def generate_codes(
     return state.codes, state.logits
 
 
+def compile_codes(
+    model: Janus, params: Any, ids: jax.Array, mask: jax.Array, keys: jax.Array, *, guidance: float, sampler: Sampler
+):
+    """Compiles what `generate_codes` and `decode_images` run for such arguments; of `params` the shapes are enough."""
+    num_tokens, one = model.config.gen_vision.num_tokens, jnp.int32(1)
+    drawing = (keys, jnp.float32(guidance), sampler)
+    start_image.lower(model, params, ids, mask, *drawing, num_tokens, False).compile()
+    state = start_image.eval_shape(model, params, ids, mask, *drawing, num_tokens, False)
+    continue_image.lower(model, params, state, *drawing, one, one).compile()
+    decode_images.lower(model, params, state.codes).compile()
+
+
 @functools.partial(jax.jit, static_argnames=("model",))
 def decode_images(model: Janus, params: Params, codes: jax.Array) -> jax.Array:
     """Codes [B, grid * grid] to uint8 images [B, h, w, 3]: clipped and truncated as in the reference."""

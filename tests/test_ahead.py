@@ -1,0 +1,58 @@
+"""Compiling while the weights are read."""
+
+import threading
+
+import jax
+import pytest
+
+import janus_jax
+from janus_jax.conversion import TOKENIZER_FILES, copy_files
+from tests.conftest import SIZES
+from tests.tiny_run import write_checkpoint
+from tests.tiny_tokenizer import write_tokenizer
+
+CONFIG = SIZES["tiny"]
+PROGRAMS = ("start_image", "continue_image", "decode_images")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = write_checkpoint(tmp_path_factory.mktemp("start") / "model", CONFIG)
+    tokenizer = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(tokenizer, image_size=CONFIG.vision.image_size, num_image_tokens=CONFIG.vision.num_patches)
+    copy_files(tokenizer, folder, TOKENIZER_FILES)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("loading", "prompts", "settings"),
+    [({}, "a red house", {"n": 2}), ({"weights": "int8"}, ["a cat", "a dog"], {"cfg_weight": 1.0, "top_k": 5})],
+)
+def test_what_was_compiled_is_not_compiled_again(folder, caplog, loading, prompts, settings):
+    threads = []
+
+    def ahead(janus):
+        assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(janus.params))
+        threads.append(threading.current_thread())
+        with jax.log_compiles():  # which is of this thread alone
+            janus.compile_images(prompts, **settings)
+
+    jax.clear_caches()
+    janus = janus_jax.load(folder, progress=False, ahead=ahead, **loading)
+    before = compiled(caplog)
+    with jax.log_compiles():
+        images = janus.generate_images(prompts, **settings)
+    assert threads[0] is not threading.main_thread()
+    assert before == compiled(caplog) == dict.fromkeys(PROGRAMS, 1)
+    assert len(images) == 2
+
+
+def compiled(caplog) -> dict[str, int]:
+    """How often each of PROGRAMS was compiled."""
+    told = [record.getMessage() for record in caplog.records]
+    return {name: sum(f"Finished XLA compilation of jit({name})" in line for line in told) for name in PROGRAMS}
+
+
+def test_what_goes_wrong_ahead_is_told(folder):
+    with pytest.raises(ValueError, match="n 0 is out of range"):
+        janus_jax.load(folder, progress=False, ahead=lambda janus: janus.compile_images("a cat", n=0))
