@@ -10,11 +10,14 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from janus_jax.config import JanusConfig
+
+if TYPE_CHECKING:  # torch's processes do without it
+    from janus_jax.model import Janus
 
 COPY_BYTES = 1 << 30  # beyond every cache
 # Normal numbers of a usual spread. Their count is odd, so that rows of a kernel differ.
@@ -93,13 +96,29 @@ def random_array(shape: Sequence[int], dtype: Any = np.float32) -> np.ndarray:
     return np.resize(_values().astype(dtype), shape)
 
 
-def random_params(config: JanusConfig, dtype: str, scan_layers: bool, parts: Sequence[str] | None = None) -> Any:
-    """Parameters of the model's `parts` (default: all) on the default device."""
+def random_model(
+    config: JanusConfig, dtype: str, how: str = "", parts: Sequence[str] | None = None
+) -> tuple[Janus, dict[str, Any]]:
+    """The model and parameters that `janus_jax.load` would give for random weights, on the default device.
+
+    Args:
+      how: 'int8' for such weights, 'apart' for products that are not fused, 'scanned' or 'unstacked' for that layout
+        of the layers; '' for load's defaults.
+      parts: of the model; default all.
+    """
     import jax
     import jax.numpy as jnp
 
+    from janus_jax.fusion import fuse, fusible
+    from janus_jax.model import Janus
+    from janus_jax.quantise import quantise
     from janus_jax.torch_weights import abstract_params
 
-    abstract = abstract_params(config, scan_layers, dtype)
+    scanned = {"scanned": True, "unstacked": False}.get(how, jax.default_backend() != "cpu")
+    fused = fusible(config.language) and how != "apart"
+    abstract = abstract_params(config, scanned, dtype)
     wanted = {part: abstract[part] for part in parts or abstract}
-    return jax.tree.map(lambda leaf: jnp.asarray(random_array(leaf.shape, leaf.dtype)), wanted)
+    params = jax.tree.map(lambda leaf: jnp.asarray(random_array(leaf.shape, leaf.dtype)), wanted)
+    params = quantise(params, delete=True) if how == "int8" else params
+    params = fuse(params, delete=True) if fused else params
+    return Janus(config, jnp.dtype(dtype), jnp.dtype(dtype), scanned, fused=fused), params

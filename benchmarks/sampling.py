@@ -2,9 +2,10 @@
 
 `python -m benchmarks.sampling --preset janus_pro_1b --images 1 4 --vs torch` draws images with guidance, two rows each:
 prefill of a prompt of 32 tokens, decoding steps in the middle of an image, and the VQ decoder, apart, in each framework
-and dtype, and here for both layouts of the decoder's layers and for int8 weights. On torch there are three loops: the
-reference script's (a growing cache, one call of the model a step), the same compiled by torch.compile over a static
-cache, and the port's own `generate`. Weights are random, and prompts new in every repetition.
+and dtype, and here for int8 weights, for products apart, and for both layouts of the decoder's layers. On torch there
+are three loops: the reference script's (a growing cache, one call of the model a step), the same compiled by
+torch.compile over a static cache, and the port's own `generate`. Weights are random, and prompts new in every
+repetition.
 
 The roofline is the time in which a step's bytes (all weights of decoder and image head once, and the filled part of the
 cache once) pass at the bandwidth that a copy of 1 GiB has on the same device, measured in the same process.
@@ -22,9 +23,9 @@ from benchmarks import _common as common
 from benchmarks import _device
 
 OURS = (
-    "jax float32", "jax float32 int8", "jax float32 scanned", "jax float32 unstacked",
-    "jax bfloat16", "jax bfloat16 int8", "jax bfloat16 scanned", "jax bfloat16 unstacked",
-)  # fmt: skip
+    *(f"jax float32{how}" for how in ("", " int8", " apart", " scanned", " unstacked")),
+    *(f"jax bfloat16{how}" for how in ("", " int8", " apart", " scanned", " unstacked")),
+)
 TORCH = (
     "torch float32",
     "torch bfloat16",
@@ -62,16 +63,10 @@ def time_jax(args: argparse.Namespace, dtype: str, how: str) -> common.Run:
 
     from janus_jax import sampling
     from janus_jax.config import get_preset
-    from janus_jax.model import Janus
-    from janus_jax.quantise import quantise
 
     config = get_preset(args.preset)
-    scanned = {"scanned": True, "unstacked": False}.get(how, jax.default_backend() != "cpu")
     run: common.Run = {"bandwidth": _device.copy_bandwidth(), "dtype": dtype}
-    model = Janus(config, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype), scan_layers=scanned)
-    params = _device.random_params(config, dtype, scanned)
-    if how == "int8":
-        params = quantise(params, delete=True)
+    model, params = _device.random_model(config, dtype, how)
     num_tokens = config.gen_vision.num_tokens
     half = num_tokens // 2
     guidance, sampler = jnp.float32(5), sampling.make_sampler()

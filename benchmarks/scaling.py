@@ -63,17 +63,14 @@ def measure(args: argparse.Namespace) -> common.Run:
     from janus_jax import sampling
     from janus_jax.llama import cache_bytes, init_cache
     from janus_jax.memory import available_bytes
-    from janus_jax.model import Janus
 
     config, dtype = shortened(args.preset, args.layers), _device.default_dtype()
-    scanned = jax.default_backend() != "cpu"
-    model = Janus(config, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype), scan_layers=scanned)
     run: common.Run = {"bandwidth": _device.copy_bandwidth(), "dtype": dtype}
-    params = _device.random_params(config, dtype, scanned, ["language_model"])
+    model, params = _device.random_model(config, dtype, parts=["language_model"])
     sampler, first, never = sampling.make_sampler(0), jnp.int32(1), jnp.int32(-1)
 
     def state(batch: int, context: int) -> sampling.TextState:
-        cache = init_cache(config.language, batch, context, dtype, scanned)
+        cache = init_cache(config.language, batch, context, dtype, model.scan_layers)
         filled = context - 2 * args.steps
         cache = dataclasses.replace(
             cache,

@@ -69,11 +69,8 @@ def time_jax(args: argparse.Namespace, dtype: str) -> common.Run:
 
     from janus_jax import sampling
     from janus_jax.config import get_preset
-    from janus_jax.model import Janus
 
-    config, scanned = get_preset(args.preset), jax.default_backend() != "cpu"
-    model = Janus(config, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype), scan_layers=scanned)
-    params = _device.random_params(config, dtype, scanned)
+    model, params = _device.random_model(get_preset(args.preset), dtype)
     siglip = jax.jit(lambda params, pixels: model.apply({"params": params}, pixels, method="image_features"))
     sampler, slots = sampling.make_sampler(0), sampling.bucket(args.tokens + 1)
     begin, end, never = jnp.int32(1), jnp.int32(1 + args.tokens), jnp.int32(-1)

@@ -298,7 +298,7 @@ def test_bandwidth_and_weights():
     assert 1e8 < _device.copy_bandwidth(1 << 22) < 1e13
     weights = _device.random_array((3, 1000, 1000), "float32")
     assert weights.std() == pytest.approx(0.02, rel=0.01) and (weights[0] != weights[1]).mean() > 0.99
-    params = _device.random_params(PRESETS["janus_tiny"], "bfloat16", True, ["language_model"])
+    _, params = _device.random_model(PRESETS["janus_tiny"], "bfloat16", "scanned", ["language_model"])
     assert set(params) == {"language_model"} and params["language_model"]["lm_head"]["kernel"].dtype == "bfloat16"
 
 

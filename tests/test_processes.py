@@ -85,7 +85,7 @@ def launch(config: pathlib.Path | str, env: dict[str, str], cwds: list[pathlib.P
 def outcome(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
     """(exit code, standard output, standard error) of each."""
     try:
-        told = [process.communicate(timeout=400) for process in processes]
+        told = [process.communicate(timeout=1200) for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -208,7 +208,14 @@ def test_debug_in_two_processes(env, tmp_path):
 def test_digits_in_two_processes(env, tmp_path):
     """Shortened. Process 0 trains the VQ tokenizer and prepares the data; the run in one process finds them done."""
     runs = {2: tmp_path / "two", 1: tmp_path / "one"}
-    short = ["vq.steps=5", "images_per_class=1", "stages.0.steps=2", "stages.1.steps=2", "stages.2.steps=20"]
+    short = [
+        "vq.steps=5",
+        "split=validation",
+        "images_per_class=1",
+        "stages.0.steps=2",
+        "stages.1.steps=2",
+        "stages.2.steps=20",
+    ]
     for stage in range(3):
         short += [f"stages.{stage}.log_every=1", f"stages.{stage}.samples.every=0"]
         short += [f"stages.{stage}.{override}" for override in MESH_OVERRIDES]

@@ -43,8 +43,7 @@ def run(config: DigitsConfig) -> dict[str, Any]:
     In the workdir: the folders of `DigitsConfig`, results.json, and the pictures reconstructions.png, generated.png,
     answers.png and curves.png.
     """
-    folder, seconds = pathlib.Path(config.workdir), {}
-    clock = _Clock(seconds)
+    clock = _Clock()
     # In every process alike, and saved together: orbax has no way to save in one of them alone.
     _train_vq(config)
     clock.lap("VQ tokenizer")
@@ -56,13 +55,18 @@ def run(config: DigitsConfig) -> dict[str, Any]:
     for stage in config.run_stages:
         exported = train(stage)
         clock.lap(stage.name)
-    if jax.process_index():
-        return {}
+    figures = _finish(config, exported, clock) if jax.process_index() == 0 else {}
+    barrier()  # who leaves earlier waits at JAX's own door, which does not stay open for long
+    return figures
+
+
+def _finish(config: DigitsConfig, exported: pathlib.Path, clock: _Clock) -> dict[str, Any]:
+    folder = pathlib.Path(config.workdir)
     janus = janus_jax.load(exported, dtype="float32", progress=False)
     figures = evaluate(janus, config, folder)
     loss_curves([pathlib.Path(s.workdir) / FILE for s in config.run_stages], folder / "curves.png", "digits")
     clock.lap("evaluation")
-    figures |= {"seed": config.seed, "seconds": seconds, "model": str(exported)}
+    figures |= {"seed": config.seed, "seconds": clock.seconds, "model": str(exported)}
     write_json(folder / "results.json", figures)
     print(table(figures))
     print(f"pictures: {', '.join(str(path) for path in sorted(folder.glob('*.png')))}")
@@ -71,14 +75,15 @@ def run(config: DigitsConfig) -> dict[str, Any]:
 
 
 class _Clock:
-    def __init__(self, seconds: dict[str, float]):
-        self._seconds, self._last = seconds, time.monotonic()
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
 
     def lap(self, name: str):
         now = time.monotonic()
-        self._seconds[name], self._last = round(now - self._last, 1), now
+        self.seconds[name], self._last = round(now - self._last, 1), now
         if jax.process_index() == 0:
-            print(f"{name}: {self._seconds[name]:.0f} s", flush=True)
+            print(f"{name}: {self.seconds[name]:.0f} s", flush=True)
 
 
 # ---------------------------------------------------------------- what the stages need
