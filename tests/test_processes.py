@@ -206,7 +206,7 @@ def test_debug_in_two_processes(env, tmp_path):
 
 @pytest.mark.slow
 def test_digits_in_two_processes(env, tmp_path):
-    """Shortened. Process 0 trains the VQ tokenizer and prepares the data; the run in one process finds them done."""
+    """Shortened. Process 0 prepares the data; the run in one process finds them, and the VQ tokenizer, done."""
     runs = {2: tmp_path / "two", 1: tmp_path / "one"}
     short = [
         "vq.steps=5",
