@@ -385,7 +385,8 @@ class JanusPipeline:
         free = available_bytes((jax.devices() if self.mesh is None else self.mesh.devices.flat)[0])
         if free is None:
             return -(-total // shards) * shards
-        if jax.process_count() > 1:  # all processes must run the same programs
+        # All processes of a mesh must run the same programs; without one, this process draws alone.
+        if self.mesh is not None and jax.process_count() > 1:
             free = int(process_allgather(np.float32(free)).min())
         return max(1, free * 8 // 10 // max(per_item // shards, 1))
 
