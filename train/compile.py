@@ -152,8 +152,8 @@ def compile_training(config: TrainConfig, place: Topology) -> Compiled:
     return _report(config.name, place, mesh, parts, made, flops=typical_flops(config), accumulate=config.accumulate)
 
 
-def compile_sampling(config: TrainConfig, place: Topology, images: int = 1) -> list[Compiled]:
-    """The image loop and the VQ decoder of `config`'s model for `place`, with guidance, in bfloat16."""
+def compile_sampling(config: TrainConfig, place: Topology, images: int = 1, decoder: bool = True) -> list[Compiled]:
+    """`config`'s model for `place` in bfloat16: the image loop with guidance and, with `decoder`, the VQ decoder."""
     mesh = make_mesh(dataclasses.asdict(config.mesh), devices_of(place))
     fused = fusible(config.model.language)
     model = Janus(config.model, dtype=jnp.bfloat16, scan_layers=False, fused=fused)
@@ -180,7 +180,7 @@ def compile_sampling(config: TrainConfig, place: Topology, images: int = 1) -> l
         loop = _compile(sampling.continue_image.lower(model, params, state, keys, scalar, sampler, count, count))
         codes = jax.ShapeDtypeStruct((images, g.num_tokens), jnp.int32)
         vq = {"gen_vision_model": params["gen_vision_model"]}
-        decode = _compile(sampling.decode_images.lower(model, vq, codes))
+        decode = _compile(sampling.decode_images.lower(model, vq, codes)) if decoder else None
     cache = _shard_bytes(state.cache)
     decoder = {k: v for k, v in params.items() if k in ("language_model", "gen_aligner", "gen_embed", "gen_head")}
     read = dict(decoder, language_model={k: v for k, v in decoder["language_model"].items() if k.startswith("layers")})
@@ -189,14 +189,16 @@ def compile_sampling(config: TrainConfig, place: Topology, images: int = 1) -> l
     )
     found = tuple(one.line for one in hlo.copies(loop.text, least))
     name = f"{config.name} sampling {images}"
-    return [
+    made = [
         _report(f"{name}: prefill", place, mesh, {"parameters": _shard_bytes(params)}, start),
         _report(
             name, place, mesh, {"parameters": _shard_bytes(params), "cache": cache}, loop, copies=found,
             accessed=hlo.loop_bytes(loop.text), floor=float(_shard_bytes(read) + cache),
         ),
-        _report(f"{name}: VQ decode", place, mesh, {"parameters": _shard_bytes(vq)}, decode),
     ]  # fmt: skip
+    if decode:
+        made.append(_report(f"{name}: VQ decode", place, mesh, {"parameters": _shard_bytes(vq)}, decode))
+    return made
 
 
 class DoesNotFit(ValueError):
@@ -259,10 +261,13 @@ def jobs(config: TrainConfig, place: Topology | None, sample: bool) -> Iterator[
     yield (at_home(config, fitting[0]) if fitting else config), place
 
 
-def compile_job(config: TrainConfig, place: Topology, sample: bool) -> list[Compiled]:
-    """Everything of one job. ValueError in one line where it cannot be compiled, or needs more memory than there is."""
+def compile_job(config: TrainConfig, place: Topology, sample: bool, decoder: bool = True) -> list[Compiled]:
+    """Everything of one job, or all but the VQ decoder.
+
+    Raises: ValueError in one line where it cannot be compiled, or needs more memory than there is.
+    """
     try:
-        return compile_sampling(config, place) if sample else [compile_training(config, place)]
+        return compile_sampling(config, place, decoder=decoder) if sample else [compile_training(config, place)]
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -324,11 +329,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(todo: Sequence[tuple[TrainConfig, Topology, bool]], path: pathlib.Path | None) -> int:
     done: list[Compiled] = []
+    decoders: set[Any] = set()  # one program for all models that share it
     failed = 0
     for number, (config, place, sample) in enumerate(todo, 1):
         print(f"[{number}/{len(todo)}] {config.name} on {place.name} ...", file=sys.stderr, flush=True)
         try:
-            made = compile_job(config, place, sample)
+            made = compile_job(config, place, sample, (config.model.gen_vision, place) not in decoders)
         except ValueError as error:
             if len(todo) == 1 and not isinstance(error, DoesNotFit):
                 raise
@@ -338,6 +344,7 @@ def _run(todo: Sequence[tuple[TrainConfig, Topology, bool]], path: pathlib.Path 
         print("\n".join(line for one in made for line in one.lines()), flush=True)
         failed += sum(not one.fits for one in made)
         done += made
+        decoders |= {(config.model.gen_vision, place)} if sample else set()
         if path:
             path.write_text(table(done) + "\n", encoding="utf-8")
     if len(todo) > 1:
