@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from janus_jax.config import PRESETS, JanusConfig
+from janus_jax.fusion import fuse
 from janus_jax.model import Janus, init_params
 from janus_jax.sampling import embed_prompt, generate_codes, generate_tokens, make_sampler
 from janus_jax.sharding import (
@@ -54,7 +55,8 @@ def test_every_parameter_matches_one_row(abstract, name, scan_layers):
 
 
 def test_every_row_is_used(abstract):
-    paths = [*flatten(abstract("janus_tiny")), *flatten(abstract("janus_tiny", scan_layers=False))]
+    stacked, apart = abstract("janus_tiny"), abstract("janus_tiny", scan_layers=False)
+    paths = [path for tree in (stacked, apart, jax.eval_shape(fuse, stacked)) for path in flatten(tree)]
     for pattern, _ in PARAMETER_AXES:
         assert any(re.fullmatch(pattern, path) for path in paths), f"no parameter matches {pattern}"
 
