@@ -102,8 +102,8 @@ def random_model(
     """The model and parameters that `janus_jax.load` would give for random weights, on the default device.
 
     Args:
-      how: 'int8' for such weights, 'apart' for products that are not fused, 'scanned' or 'unstacked' for that layout
-        of the layers; '' for load's defaults.
+      how: 'int8' for such weights, 'fused' or 'apart' for products that are or are not, 'scanned' or 'unstacked' for
+        that layout of the layers; '' for load's defaults.
       parts: of the model; default all.
     """
     import jax
@@ -114,8 +114,9 @@ def random_model(
     from janus_jax.quantise import quantise
     from janus_jax.torch_weights import abstract_params
 
-    scanned = {"scanned": True, "unstacked": False}.get(how, jax.default_backend() != "cpu")
-    fused = fusible(config.language) and how != "apart"
+    accelerated = jax.default_backend() != "cpu"
+    scanned = {"scanned": True, "unstacked": False}.get(how, accelerated)
+    fused = fusible(config.language) and {"fused": True, "apart": False}.get(how, accelerated)
     abstract = abstract_params(config, scanned, dtype)
     wanted = {part: abstract[part] for part in parts or abstract}
     params = jax.tree.map(lambda leaf: jnp.asarray(random_array(leaf.shape, leaf.dtype)), wanted)

@@ -95,7 +95,7 @@ def measure(preset: str) -> common.Run:
     from janus_jax.torch_weights import abstract_params
 
     config, dtype, scanned = get_preset(preset), _device.default_dtype(), jax.default_backend() != "cpu"
-    fused = fusible(config.language)
+    fused = scanned and fusible(config.language)
     model = Janus(config, jnp.dtype(dtype), jnp.dtype(dtype), scanned, fused=fused)
     params = abstract_params(config, scanned, dtype)
     _, seconds = compile_programs(model, jax.eval_shape(fuse, params) if fused else params)

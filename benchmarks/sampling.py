@@ -2,8 +2,8 @@
 
 `python -m benchmarks.sampling --preset janus_pro_1b --images 1 4 --vs torch` draws images with guidance, two rows each:
 prefill of a prompt of 32 tokens, decoding steps in the middle of an image, and the VQ decoder, apart, in each framework
-and dtype, and here for int8 weights, for products apart, and for both layouts of the decoder's layers. On torch there
-are three loops: the reference script's (a growing cache, one call of the model a step), the same compiled by
+and dtype, and here for int8 weights, for fused products and not, and for both layouts of the decoder's layers. On torch
+there are three loops: the reference script's (a growing cache, one call of the model a step), the same compiled by
 torch.compile over a static cache, and the port's own `generate`. Weights are random, and prompts new in every
 repetition.
 
@@ -23,8 +23,8 @@ from benchmarks import _common as common
 from benchmarks import _device
 
 OURS = (
-    *(f"jax float32{how}" for how in ("", " int8", " apart", " scanned", " unstacked")),
-    *(f"jax bfloat16{how}" for how in ("", " int8", " apart", " scanned", " unstacked")),
+    *(f"jax float32{how}" for how in ("", " int8", " fused", " apart", " scanned", " unstacked")),
+    *(f"jax bfloat16{how}" for how in ("", " int8", " fused", " apart", " scanned", " unstacked")),
 )
 TORCH = (
     "torch float32",

@@ -53,7 +53,7 @@ def load(
       weights: 'int8' keeps the decoder's and the heads' kernels in one byte a weight, see `quantise`; default `dtype`.
       scan_layers: whether the decoder's layers are stacked; default as measured faster for sampling: apart on CPU.
       fused: whether q, k and v, and gate and up, are one kernel each in `params`, see `fusion.fuse`; default where they
-        can be.
+        can be, but not on CPU, where products of their own are faster.
       roles: 'pro' or 'old' to choose the chat roles by hand; default by the checkpoint, see `detect_roles`.
       revision: branch, tag or commit on the hub.
       progress: show a bar; default in a terminal or a notebook.
@@ -80,7 +80,7 @@ def load(
         raise ValueError(
             f"fused=True: {c.heads} heads and {c.kv_heads} key/value heads make no one kernel; leave it out"
         )
-    fused = can_fuse if fused is None else fused
+    fused = can_fuse and platform != "cpu" if fused is None else fused
     processor = None
     if (folder / "tokenizer.json").exists():
         processor = Processor.from_folder(folder, config, roles)

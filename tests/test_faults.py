@@ -61,6 +61,7 @@ def at_step(monkeypatch, step: int, act):
 # ---------------------------------------------------------------- a notice to end
 
 
+@pytest.mark.slow
 def test_a_notice_saves_and_the_same_command_goes_on(config, folders, start, tmp_path, monkeypatch):
     config = dataclasses.replace(config, save_every=100)
     whole = dataclasses.replace(config, workdir=str(tmp_path / "whole"))

@@ -98,7 +98,7 @@ def test_progress(folder, capfd):
 def test_mesh(folder):
     spread = load(folder, mesh={"tensor": 4, "fsdp": -1})
     assert dict(spread.mesh.shape) == {"data": 1, "fsdp": 2, "tensor": 4}
-    kernel = spread.params["language_model"]["layers_0"]["mlp"]["gate_up_proj"]["kernel"]
+    kernel = spread.params["language_model"]["layers_0"]["mlp"]["gate_proj"]["kernel"]
     assert {shard.data.size for shard in kernel.addressable_shards} == {kernel.size // 8}
     assert load(folder, mesh=make_mesh({"data": 2}, jax.devices()[:2])).mesh.size == 2
 
