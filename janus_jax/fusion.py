@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from janus_jax.config import LlamaConfig
-from janus_jax.sharding import flatten, unflatten
+from janus_jax.sharding import flatten, is_stacked, unflatten
 
-STACKED = "language_model/layers/"  # what paths of stacked layers begin with
 _GROUPS = {"self_attn": ("qkv_proj", ("q_proj", "k_proj", "v_proj")), "mlp": ("gate_up_proj", ("gate_proj", "up_proj"))}
 _FIRST = re.compile(r"language_model/layers(_\d+)?/(self_attn/q|mlp/gate)_proj/\w+")
 
@@ -38,7 +37,7 @@ def fuse(params: Mapping[str, Any], delete: bool = False) -> dict[str, Any]:
         name, parts = _GROUPS[module]
         folder = "/".join((*parents, module))
         taken = [flat.pop(f"{folder}/{part}/{leaf}") for part in parts]
-        flat[f"{folder}/{name}/{leaf}"] = _stack(taken, int(path.startswith(STACKED)))
+        flat[f"{folder}/{name}/{leaf}"] = _stack(taken, int(is_stacked(path)))
         if delete:
             jax.block_until_ready(flat[f"{folder}/{name}/{leaf}"])
             for x in taken:

@@ -120,6 +120,8 @@ class JanusPipeline:
 
         Without a mesh; and as if all images, or `batch_size` of them, fitted the memory.
         """
+        if batch_size is not None:
+            _check_count("batch_size", batch_size)
         sampler = sampling.make_sampler(temperature, top_k, top_p)
         ids, mask, keys = self._drawing(prompts, n, cfg_weight, 0)
         _, size = fitting_parts(len(keys), batch_size or len(keys), 1)

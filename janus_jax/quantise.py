@@ -13,8 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from janus_jax.fusion import STACKED
-from janus_jax.sharding import flatten, output_axes, unflatten
+from janus_jax.sharding import flatten, is_stacked, output_axes, unflatten
 
 _KERNELS = re.compile(
     r"(language_model/layers(_\d+)?/(self_attn|mlp)/\w+_proj|language_model/lm_head|gen_head/\w+)/kernel"
@@ -37,7 +36,7 @@ def quantise(params: Mapping[str, Any], delete: bool = False) -> dict[str, Any]:
         if not _KERNELS.fullmatch(path):
             made[path] = x
             continue
-        kept = output_axes(path) + path.startswith(STACKED)
+        kept = output_axes(path) + is_stacked(path)
         made[path], made[f"{path}_scale"] = jax.block_until_ready(_to_int8(x, kept))
         if delete:
             x.delete()

@@ -121,7 +121,7 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 def logical_axes(path: str, ndim: int) -> tuple[str | None, ...]:
     """Logical axes of the parameter at `path`. ValueError unless exactly one row of PARAMETER_AXES matches."""
     axes = _axes_in_layer(path) or (None,) * ndim
-    if _STACKED.match(path):
+    if is_stacked(path):
         axes = (None, *axes)
     if len(axes) != ndim:
         raise ValueError(f"parameter {path!r} has {ndim} axes, the sharding table gives it {len(axes)}")
@@ -136,6 +136,11 @@ def _axes_in_layer(path: str) -> tuple[str | None, ...]:
     if len(rows) != 1:
         raise ValueError(f"parameter {path!r} matches {len(rows)} rows of the sharding table, not exactly one")
     return rows[0]
+
+
+def is_stacked(path: str) -> bool:
+    """Whether the parameter at `path` is that of all layers, on a first axis."""
+    return _STACKED.match(path) is not None
 
 
 def output_axes(path: str) -> int:
@@ -212,7 +217,7 @@ def gather_layer(prefix: str, variables: Mapping[str, Any]) -> dict[str, Any]:
 def gather_but_layers(params: Mapping[str, Any]) -> dict[str, Any]:
     """All `params` whole but those of stacked layers, which the layers gather; see `gather_layer`."""
     flat = flatten(params)
-    layers = {path: x for path, x in flat.items() if _STACKED.match(path)}
+    layers = {path: x for path, x in flat.items() if is_stacked(path)}
     others = {path: x for path, x in flat.items() if path not in layers}
     return unflatten(layers | flatten(_gather(others)))
 
