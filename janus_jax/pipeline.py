@@ -118,18 +118,26 @@ class JanusPipeline:
     ):
         """Compiles what `generate_images` runs for the same arguments; `params` may be shapes, see `load`'s `ahead`.
 
-        Without a mesh; and as if all images, or `batch_size` of them, fitted the memory.
+        Raises: ValueError as `generate_images` does, and for a pipeline on a mesh: shapes do not say where they lie.
         """
+        if self.mesh is not None:
+            raise ValueError("compile_images works on one device; leave it out with a mesh")
         if batch_size is not None:
             _check_count("batch_size", batch_size)
         sampler = sampling.make_sampler(temperature, top_k, top_p)
         ids, mask, keys = self._drawing(prompts, n, cfg_weight, 0)
-        _, size = fitting_parts(len(keys), batch_size or len(keys), 1)
-        part = slice(0, min(size, len(keys)))
+        total = len(keys)
+        (part, *_), size = fitting_parts(total, batch_size or self._fitting(total, self._bytes_to_draw(ids)))
         if len(ids) > 1:
             ids, mask = (_pad_rows(x, part, size) for x in (ids, mask))
         given = (self._put(x) for x in (ids, mask, _pad_rows(keys, part, size)))
-        sampling.compile_codes(self.model, self.params, *given, guidance=cfg_weight, sampler=sampler)
+        try:
+            sampling.compile_codes(self.model, self.params, *given, guidance=cfg_weight, sampler=sampler)
+            _, size = fitting_parts(total, self._decoded_at_a_time(total))
+            sampling.compile_decoding(self.model, self.params, size)
+        except jax.errors.JaxRuntimeError as error:
+            if not OutOfMemory.says(error):  # which drawing answers with smaller parts
+                raise
 
     def _drawing(
         self, prompts: str | Sequence[str], n: int, cfg_weight: float, seed: int | Sequence[int]
@@ -165,10 +173,7 @@ class JanusPipeline:
         progress: bool | None = None,
     ) -> np.ndarray:
         """`sampling.generate_codes` in parts that fit the memory; arguments as there, on the host."""
-        (prompts, pair, length), total = ids.shape, len(keys)
-        steps = self.config.gen_vision.num_tokens
-        per_image = cache_bytes(self.config.language, pair, length + steps, self.model.dtype)
-        per_image += self._prefill_bytes(pair, length)
+        prompts, steps = len(ids), self.config.gen_vision.num_tokens
 
         def draw(part: slice, size: int, bar: tqdm) -> np.ndarray:
             padded = (ids, mask) if prompts == 1 else [_pad_rows(x, part, size) for x in (ids, mask)]
@@ -184,7 +189,8 @@ class JanusPipeline:
                 )
                 return _on_host(codes)[: part.stop - part.start]
 
-        return self._in_parts(draw, total, per_image, batch_size, progress, "drawing", steps)
+        size = batch_size or self._fitting(len(keys), self._bytes_to_draw(ids))
+        return self._in_parts(draw, len(keys), size, progress, "drawing", steps)
 
     def decode_codes(self, codes: np.ndarray, batch_size: int | None = None) -> np.ndarray:
         """uint8 images [B, h, w, 3] of codes [B, num_tokens], decoded in parts that fit the memory.
@@ -200,8 +206,6 @@ class JanusPipeline:
             raise ValueError(f"codes must be whole numbers from 0 to {vq.codebook_size - 1}")
         if batch_size is not None:
             _check_count("batch_size", batch_size)
-        # Convolutions at full resolution hold a handful of activations, and im2col copies of some, at a time.
-        per_image = 16 * vq.image_size**2 * vq.ch * max(vq.ch_mult[:2]) * jnp.dtype(self.model.dtype).itemsize
 
         def decode(part: slice, size: int, bar: tqdm) -> np.ndarray:
             with self._mesh():
@@ -209,10 +213,8 @@ class JanusPipeline:
                 bar.update()
                 return _on_host(images)[: part.stop - part.start]
 
-        if batch_size is None:
-            # More at a time is no faster, and every other size is one more program to compile.
-            batch_size = min(16 * batch_shards(self.mesh), self._fitting(len(codes), per_image))
-        return self._in_parts(decode, len(codes), per_image, batch_size, False, "decoding", 1)
+        size = batch_size or self._decoded_at_a_time(len(codes))
+        return self._in_parts(decode, len(codes), size, False, "decoding", 1)
 
     def encode_images(self, images: Sequence[Any]) -> np.ndarray:
         """Codes [B, num_tokens] int32 of images (anything that `images.open_image` takes), cropped to a square."""
@@ -381,6 +383,20 @@ class JanusPipeline:
         c = self.config.language
         return rows * length * (4 * c.heads * length + (3 * c.mlp_dim + 6 * c.width) * 4)
 
+    def _bytes_to_draw(self, ids: np.ndarray) -> int:
+        """Of memory an image, while the codes of prompts `ids` [P, pair, T] are drawn."""
+        _, pair, length = ids.shape
+        c = self.config
+        cache = cache_bytes(c.language, pair, length + c.gen_vision.num_tokens, self.model.dtype)
+        return cache + self._prefill_bytes(pair, length)
+
+    def _decoded_at_a_time(self, total: int) -> int:
+        vq = self.config.gen_vision
+        # Convolutions at full resolution hold a handful of activations, and im2col copies of some, at a time.
+        per_image = 16 * vq.image_size**2 * vq.ch * max(vq.ch_mult[:2]) * jnp.dtype(self.model.dtype).itemsize
+        # More at a time is no faster, and every other size is one more program to compile.
+        return min(16 * batch_shards(self.mesh), self._fitting(total, per_image))
+
     def _fitting(self, total: int, per_item: int) -> int:
         """How many of `total` items, of `per_item` bytes each, fit the memory that is free now; at least one."""
         shards = batch_shards(self.mesh)
@@ -390,25 +406,25 @@ class JanusPipeline:
         # All processes of a mesh must run the same programs; without one, this process draws alone.
         if self.mesh is not None and jax.process_count() > 1:
             free = int(process_allgather(np.float32(free)).min())
+        leaves = jax.tree.leaves(self.params)  # shapes stand for arrays that are still to come
+        free -= sum(x.size * x.dtype.itemsize for x in leaves if isinstance(x, jax.ShapeDtypeStruct))
         return max(1, free * 8 // 10 // max(per_item // shards, 1))
 
     def _in_parts(
         self,
         work: Callable[[slice, int, tqdm], np.ndarray],
         total: int,
-        per_item: int,
-        batch_size: int | None,
+        size: int,
         progress: bool | None,
         name: str,
         steps: int,
     ) -> np.ndarray:
-        """Runs `work(part, padded size, bar)` over `total` items in equal parts that fit the memory.
+        """Runs `work(part, padded size, bar)` over `total` items in equal parts of at most `size`.
 
-        Without a batch_size, parts follow the memory that is free, and halve when the device runs out of it all the
-        same. Sizes are multiples of the mesh's batch shards; the last part is padded to the others' size.
+        Parts halve when the device runs out of memory. Sizes are multiples of the mesh's batch shards; the last part is
+        padded to the others' size.
         """
         shards = batch_shards(self.mesh)
-        size = self._fitting(total, per_item) if batch_size is None else batch_size
         while True:
             parts, padded = fitting_parts(total, size, shards)
             with step_bar(name, steps * len(parts), shown(progress)) as bar:

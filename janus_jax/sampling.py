@@ -221,13 +221,18 @@ def generate_codes(
 def compile_codes(
     model: Janus, params: Any, ids: jax.Array, mask: jax.Array, keys: jax.Array, *, guidance: float, sampler: Sampler
 ):
-    """Compiles what `generate_codes` and `decode_images` run for such arguments; of `params` the shapes are enough."""
+    """Compiles what `generate_codes` runs for such arguments; of `params` the shapes are enough."""
     num_tokens, one = model.config.gen_vision.num_tokens, jnp.int32(1)
     drawing = (keys, jnp.float32(guidance), sampler)
     start_image.lower(model, params, ids, mask, *drawing, num_tokens, False).compile()
     state = start_image.eval_shape(model, params, ids, mask, *drawing, num_tokens, False)
     continue_image.lower(model, params, state, *drawing, one, one).compile()
-    decode_images.lower(model, params, state.codes).compile()
+
+
+def compile_decoding(model: Janus, params: Any, batch: int):
+    """Compiles `decode_images` for `batch` images; of `params` the shapes are enough."""
+    codes = jax.ShapeDtypeStruct((batch, model.config.gen_vision.num_tokens), jnp.int32)
+    decode_images.lower(model, params, codes).compile()
 
 
 @functools.partial(jax.jit, static_argnames=("model",))

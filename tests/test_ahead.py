@@ -6,6 +6,7 @@ import jax
 import pytest
 
 import janus_jax
+from janus_jax import pipeline, sampling
 from janus_jax.conversion import TOKENIZER_FILES, copy_files
 from tests.conftest import SIZES
 from tests.tiny_run import write_checkpoint
@@ -56,3 +57,31 @@ def compiled(caplog) -> dict[str, int]:
 def test_what_goes_wrong_ahead_is_told(folder):
     with pytest.raises(ValueError, match="n 0 is out of range"):
         janus_jax.load(folder, progress=False, ahead=lambda janus: janus.compile_images("a cat", n=0))
+
+
+def test_a_mesh_is_refused(folder):
+    with pytest.raises(ValueError, match="one device; leave it out with a mesh"):
+        janus_jax.load(folder, mesh={"data": 8}, progress=False, ahead=lambda janus: janus.compile_images("a cat"))
+
+
+def test_parts_are_compiled_where_not_all_images_fit(folder, caplog, monkeypatch):
+    janus = janus_jax.load(folder, progress=False)
+    per_image = janus._bytes_to_draw(janus._drawing("a cat", 1, 5.0, 0)[0])
+    shapes = sum(x.nbytes for x in jax.tree.leaves(janus.params))
+    free = 2.5 * per_image
+    monkeypatch.setattr(pipeline, "available_bytes", lambda device: int(free + shapes))
+    jax.clear_caches()
+    janus = janus_jax.load(folder, progress=False, ahead=lambda janus: janus.compile_images("a cat", n=4))
+    monkeypatch.setattr(pipeline, "available_bytes", lambda device: int(free))
+    with jax.log_compiles():
+        assert janus.generate_images("a cat", n=4)
+    assert set(compiled(caplog).values()) == {0}
+
+
+def test_no_memory_ahead_is_left_to_drawing(folder, monkeypatch):
+    def compile_codes(*args, **kwargs):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(sampling, "compile_codes", compile_codes)
+    janus = janus_jax.load(folder, progress=False, ahead=lambda janus: janus.compile_images("a cat"))
+    assert len(janus.generate_images("a cat")) == 1
