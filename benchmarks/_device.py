@@ -122,4 +122,5 @@ def random_model(
     params = jax.tree.map(lambda leaf: jnp.asarray(random_array(leaf.shape, leaf.dtype)), wanted)
     params = quantise(params, delete=True) if how == "int8" else params
     params = fuse(params, delete=True) if fused else params
-    return Janus(config, jnp.dtype(dtype), jnp.dtype(dtype), scanned, fused=fused), params
+    attention = "xla" if accelerated else "heads"
+    return Janus(config, jnp.dtype(dtype), jnp.dtype(dtype), scanned, attention=attention, fused=fused), params

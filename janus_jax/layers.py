@@ -30,6 +30,7 @@ class Einsum(nn.Module):
       spec: einsum of input and kernel, such as "...D,NHD->...NH".
       shape: kernel shape.
       out_dtype: what the product is accumulated and returned in; default the compute dtype.
+      flat: multiplies by the kernel as a matrix: one of three axes XLA:CPU would transpose in every call.
     """
 
     spec: str
@@ -38,6 +39,7 @@ class Einsum(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     out_dtype: Any = None
+    flat: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -54,15 +56,23 @@ class Einsum(nn.Module):
         def default(x, kernel):
             return jnp.einsum(self.spec, x, kernel.astype(self.dtype), preferred_element_type=out_dtype)
 
+        def as_matrices(x, kernel):
+            return x.reshape(math.prod(leading), -1), kernel.reshape(math.prod(out_shape), -1)
+
+        def kernel_right(x, kernel):
+            rows, matrix = as_matrices(x, kernel)
+            y = jnp.einsum("TD,FD->TF", rows, matrix.astype(self.dtype), preferred_element_type=out_dtype)
+            return y.reshape(*leading, *out_shape)
+
         def kernel_left(x, kernel):
-            rows, matrix = x.reshape(math.prod(leading), -1), kernel.reshape(math.prod(out_shape), -1)
+            rows, matrix = as_matrices(x, kernel)
             product = _product_in_blocks if quantised and len(matrix) % _BLOCK == 0 else _product
             return product(matrix, rows, out_dtype).T.reshape(*leading, *out_shape)
 
         if math.prod(leading) <= _FEW_TOKENS:
             y = jax.lax.platform_dependent(x, kernel, cpu=kernel_left, default=default)
         else:
-            y = default(x, kernel)
+            y = (kernel_right if self.flat else default)(x, kernel)
         if quantised:
             y = (y * self.get_variable("params", "kernel_scale")).astype(self.out_dtype or self.dtype)
         if self.use_bias:

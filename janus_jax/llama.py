@@ -104,7 +104,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x, cos_sin, where, kv, layer, slot):
         """See Block; returns the attention output [B, T, D] and the updated `kv`."""
-        c, types = self.config, (False, self.dtype, self.param_dtype)
+        c, types = self.config, (False, self.dtype, self.param_dtype, None, self.attention == "heads")
         if self.fused:
             qkv = Einsum("BTD,CNHD->BTCNH", (3, c.heads, c.head_dim, c.width), *types, name="qkv_proj")(x)
             q, k, v = (qkv[:, :, i] for i in range(3))

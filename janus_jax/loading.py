@@ -87,7 +87,8 @@ def load(
     shardings = None
     if mesh is not None:
         shardings = param_shardings(abstract_params(config, scan_layers), mesh)
-    model = Janus(config, jnp.dtype(dtype), jnp.dtype(dtype), scan_layers, fused=fused)
+    attention = "heads" if platform == "cpu" and mesh is None else "xla"
+    model = Janus(config, jnp.dtype(dtype), jnp.dtype(dtype), scan_layers, attention=attention, fused=fused)
 
     def arranged(params: Any, delete: bool) -> Any:
         params = quantise(params, delete) if weights == "int8" else params

@@ -44,7 +44,7 @@ class Janus(nn.Module):
       param_dtype: dtype of parameters that `init` makes.
       scan_layers: layout of the decoder's parameters, see `Llama`.
       remat: what training computes twice to save memory, see `layers.rematerialised`.
-      attention: the decoder's, see `attention.attend_segments`.
+      attention: the decoder's, see `attention.attend_segments`; with 'heads' SigLIP's too.
       fsdp: whether the parameters of layers are this device's parts along the mesh axis `fsdp`, to be gathered where
         they are used; inside `jax.shard_map` (training).
       fused: whether the decoder's q, k and v, and gate and up, are one product each, on parameters of `fusion.fuse`.
@@ -62,7 +62,7 @@ class Janus(nn.Module):
     def setup(self):
         c, types = self.config, (self.dtype, self.param_dtype)
         g, width = c.gen_vision, c.language.width
-        self.vision_model = Siglip(c.vision, *types, self.remat, self.fsdp)
+        self.vision_model = Siglip(c.vision, *types, self.remat, self.fsdp, self.attention == "heads")
         self.aligner = MlpProjector(c.vision.width, width, c.aligner_depth, *types)
         self.gen_vision_model = VQModel(g, *types)
         self.gen_embed = Embed(g.codebook_size, g.codebook_dim, *types)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from janus_jax import attention
-from janus_jax.attention import attend_segments, takes
+from janus_jax.attention import attend, attend_by_head, attend_segments, takes
 from janus_jax.sharding import make_mesh
 
 
@@ -53,6 +53,26 @@ def test_kernels_are_attention_within_segments(packed, kernel, shape, close, mon
     close(np.asarray(got[0])[real], np.asarray(expected[0])[real], "attention", 2e-5)
     for name, ours, theirs in zip("qkv", got[1:], expected[1:], strict=True):
         close(ours, theirs, f"gradient of {name}", 2e-5)
+
+
+@pytest.mark.parametrize("masked", ["row by row", "all rows alike", "not at all"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_head_by_head_is_attention(dtype, masked, close):
+    rng = np.random.default_rng(1)
+    q, k, v = (rng.normal(size=shape) for shape in ((3, 5, 4, 16), (3, 2, 7, 16), (3, 2, 7, 16)))
+    mask = rng.random((3, 5, 7)) < 0.6
+    mask[1, 2] = False  # a query that may look nowhere
+    mask = {"row by row": jnp.asarray(mask), "all rows alike": jnp.asarray(mask[1:2]), "not at all": None}[masked]
+    given = [jnp.asarray(x, dtype) for x in (q, k, v)]
+    got, expected = (np.asarray(how(*given, mask), np.float32) for how in (attend_by_head, attend))
+    close(got, expected, "attention", 1e-6 if dtype == "float32" else 1e-2)
+
+
+def test_head_by_head_has_the_gradients_of_attention(packed, close):
+    for name, ours, theirs in zip(
+        "yqkv", value_and_grads("heads", *packed), value_and_grads("xla", *packed), strict=True
+    ):
+        close(ours, theirs, name, 2e-5)
 
 
 @pytest.mark.parametrize(

@@ -10,15 +10,16 @@ from transformers.models.llama import modeling_llama
 from janus_jax.layers import Einsum, Embed, MlpProjector, RMSNorm, apply_rope, rope
 
 
+@pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("leading", [(1, 1), (2, 5), (3, 40), (1, 300)], ids=str)
 @pytest.mark.parametrize(
     "spec, shape, features",
     [("BTD,FD->BTF", (7, 6), (6,)), ("BTD,NHD->BTNH", (3, 4, 6), (6,)), ("BTNH,DNH->BTD", (6, 2, 5), (2, 5))],
 )
-def test_einsum(spec, shape, features, leading, rng, close):
+def test_einsum(spec, shape, features, leading, flat, rng, close):
     """Few tokens and many go different ways to the same result."""
     x = rng.standard_normal(leading + features).astype(np.float32)
-    module = Einsum(spec, shape, use_bias=True)
+    module = Einsum(spec, shape, use_bias=True, flat=flat)
     params = module.init(jax.random.key(0), x)["params"]
     bias = rng.standard_normal(params["bias"].shape).astype(np.float32)
     y = module.apply({"params": params | {"bias": bias}}, x)

@@ -52,6 +52,15 @@ def test_unstacked_layers(case, rng, close):
     close(full_forward(case.unstacked, x, mask)[mask], theirs[mask], "hidden states, full forward")
 
 
+def test_attention_by_head(case, rng, close):
+    """What CPU computes, of a batch that is long enough for flat products."""
+    by_head = dataclasses.replace(case.unstacked, model=case.unstacked.model.clone(attention="heads"))
+    x, mask = left_padded(rng, case.config.language.width, padding=150)
+    theirs = oracle.hidden(case.torch_model, x, mask)
+    close(full_forward(by_head, x, mask)[mask], theirs[mask], "hidden states, full forward")
+    close(fill(by_head, x, mask, 200)[0][mask], theirs[mask], "hidden states, prefill")
+
+
 def test_heads(case, rng, close):
     hidden = rng.standard_normal((2, 3, case.config.language.width)).astype(np.float32)
     theirs = case.torch_model.lm_head(oracle.torch.tensor(hidden)).detach().numpy()

@@ -1,5 +1,7 @@
 """The understanding encoder and its adapter against the oracle."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -12,7 +14,9 @@ def pixels(case, rng):
     return rng.uniform(-1, 1, (3, size, size, 3)).astype(np.float32)
 
 
-def test_features(case, pixels, close):
+@pytest.mark.parametrize("attention", ["xla", "heads"])
+def test_features(case, attention, pixels, close):
+    case = dataclasses.replace(case, model=case.model.clone(attention=attention))
     ours = case.run("image_features", pixels)
     assert ours.shape == (3, case.config.vision.num_patches, case.config.vision.width)
     close(ours, oracle.image_features(case.torch_model, pixels), "SigLIP features")
