@@ -12,6 +12,33 @@ from janus_jax.config import IMAGE_CHANNELS, VQConfig
 from janus_jax.sharding import constrain
 
 
+class GroupNorm(nn.Module):
+    """Norm over space and groups of channels, in float32 and two passes.
+
+    Sums go over space first: XLA:CPU takes one and a half times as long for flax's, over space and groups at once.
+    """
+
+    groups: int
+    eps: float
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (channels,), self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (channels,), self.param_dtype)
+
+        def mean(y: jax.Array) -> jax.Array:
+            of_groups = y.mean((1, 2)).reshape(len(y), self.groups, -1).mean(-1)
+            return of_groups.repeat(channels // self.groups, axis=1)[:, None, None]
+
+        y = x.astype(jnp.float32)
+        y -= mean(y)
+        y *= jax.lax.rsqrt(mean(jnp.square(y)) + self.eps) * scale
+        return (y + bias).astype(self.dtype)
+
+
 class _VQModule(nn.Module):
     """What all parts share: the config, the dtypes, and convolutions and norms built from them."""
 
@@ -31,12 +58,9 @@ class _VQModule(nn.Module):
     def dense(self, features: int, name: str) -> nn.Dense:
         return nn.Dense(features, dtype=self.dtype, param_dtype=self.param_dtype, name=name)
 
-    def norm(self, name: str) -> nn.GroupNorm:
+    def norm(self, name: str) -> GroupNorm:
         c = self.config
-        return nn.GroupNorm(
-            c.norm_groups, epsilon=c.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype, use_fast_variance=False,
-            name=name,
-        )  # fmt: skip
+        return GroupNorm(c.norm_groups, c.norm_eps, self.dtype, self.param_dtype, name=name)
 
 
 class ResnetBlock(_VQModule):
