@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import pathlib
 import platform
@@ -75,6 +76,28 @@ def copy_bandwidth(num_bytes: int | None = None) -> float:
         jax.block_until_ready(x)
         seconds.append((time.perf_counter() - began) / 4)
     return 2 * x.nbytes / statistics.median(seconds)
+
+
+def product_rates(dtype: str, num_bytes: int | None = None) -> tuple[float, float]:
+    """Bytes/s of a large matrix read by its product with a vector, and FLOP/s of a product of square matrices.
+
+    Args:
+      num_bytes: of the large matrix; default COPY_BYTES.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    width = min(2048, math.isqrt((num_bytes or COPY_BYTES) // 4))
+    matrix = jnp.ones(((num_bytes or COPY_BYTES) // width // jnp.dtype(dtype).itemsize, width), dtype)
+    product = jax.jit(lambda a, b: jnp.einsum("FD,TD->FT", a, b))
+
+    def fastest(rows: int, times: int) -> float:
+        x = jnp.ones((times, width), dtype)
+        jax.block_until_ready(product(matrix[:rows], x))
+        return min(timed(product, matrix[:rows], x)[0] for _ in range(5))
+
+    square = min(width, len(matrix))
+    return matrix.nbytes / fastest(len(matrix), 1), 2 * square * width**2 / fastest(square, width)
 
 
 def timed(function: Callable[..., Any], *args: Any) -> tuple[float, Any]:

@@ -1,10 +1,11 @@
-"""Seconds and memory of a decoding step against batch and against context, beside what memory bandwidth allows.
+"""Seconds and memory of a decoding step against batch and against context, beside a model of both.
 
 `python -m benchmarks.scaling --preset janus_pro_1b --layers 4` times the text loop (`sampling.continue_text`) over a
 cache that is as long as the context and full but for the steps taken: with 1 to 32 rows of one context, and with one
 row of 64 to 4096 tokens. The model beside it: a step reads every weight of the decoder once and the whole cache once,
-at the bandwidth that a copy of 1 GiB has on the same device. Memory is XLA's account of the program. Weights are
-random; all points are measured in one process, one after the other, and then again in the next.
+and then computes; at the rates that a matrix of 1 GiB by a vector, and square matrices, have on the same device. Memory
+is XLA's account of the program. Weights are random; all points are measured in one process, one after the other, and
+then again in the next.
 """
 
 from __future__ import annotations
@@ -55,6 +56,13 @@ def step_bytes(config: JanusConfig, batch: int, context: int, dtype: Any) -> int
     return read * jnp.dtype(dtype).itemsize + cache_bytes(config.language, batch, context, dtype)
 
 
+def step_flops(config: JanusConfig, batch: int, context: int) -> int:
+    """FLOPs of a step: the products of `step_bytes`' weights, and the scores and values of attention."""
+    c = config.language
+    attention = 4 * c.layers * c.heads * c.head_dim * context
+    return batch * (2 * step_bytes(config, 0, 0, "int8") + attention)
+
+
 def measure(args: argparse.Namespace) -> common.Run:
     """Seconds a step, bytes of memory and of temporaries of every point, in this process."""
     import jax
@@ -65,7 +73,7 @@ def measure(args: argparse.Namespace) -> common.Run:
     from janus_jax.memory import available_bytes
 
     config, dtype = shortened(args.preset, args.layers), _device.default_dtype()
-    run: common.Run = {"bandwidth": _device.copy_bandwidth(), "dtype": dtype}
+    run: common.Run = dict(zip(("bandwidth", "rate"), _device.product_rates(dtype), strict=True)) | {"dtype": dtype}
     model, params = _device.random_model(config, dtype, parts=["language_model"])
     sampler, first, never = sampling.make_sampler(0), jnp.int32(1), jnp.int32(-1)
 
@@ -103,21 +111,29 @@ def measure(args: argparse.Namespace) -> common.Run:
 
 def figures(own: list[common.Run], config: JanusConfig, context: int) -> Figures:
     """Medians of each point in seconds and bytes, with the model's seconds; NaN where a point did not fit."""
-    bandwidth = common.median(own, "bandwidth")
+    bandwidth, rate = (common.median(own, key) for key in ("bandwidth", "rate"))
     result: Figures = {}
     for point in points(context):
         values = {key: common.median(own, f"{point[0]} {point[1]} {key}") for key in _MEASURED}
         read = step_bytes(config, *point, own[0]["dtype"])
-        result[point] = values | {"read": read, "model": read / bandwidth}
+        flops = step_flops(config, *point)
+        result[point] = values | {"read": read, "flops": flops, "model": read / bandwidth + flops / rate}
     return result
 
 
 def table(found: Figures) -> common.Table:
     """A row for each point."""
-    read = ("GB to read", "ms at copy bandwidth", "step x that")
-    rows = [("rows", "context", "step ms", "tokens/s", *read, "memory GiB", "temporaries GiB")]
+    model = ("GB to read", "GFLOP", "model ms", "step x that")
+    rows = [("rows", "context", "step ms", "tokens/s", *model, "memory GiB", "temporaries GiB")]
     for (batch, context), f in found.items():
-        cells = [1e3 * f["step"], batch / f["step"], f["read"] / 1e9, 1e3 * f["model"], f["step"] / f["model"]]
+        cells = [
+            1e3 * f["step"],
+            batch / f["step"],
+            f["read"] / 1e9,
+            f["flops"] / 1e9,
+            1e3 * f["model"],
+            f["step"] / f["model"],
+        ]
         cells += [f[key] / 2**30 for key in ("memory", "temporaries")]
         step, *others = map(common.cell, cells)
         rows.append((str(batch), str(context), step or "does not fit", *others))
@@ -136,7 +152,7 @@ def plot(found: Figures, title: str, path: pathlib.Path, context: int):
     batches = [point for point in found if point[1] == context]
     contexts = sorted(point for point in found if point[0] == 1)
     shown = {"ms a step": ("step", "model", 1e3), "GiB": ("memory", "read", 2**-30)}
-    labels = {"step": ("measured", "weights and cache / copy bandwidth")}
+    labels = {"step": ("measured", "model: reading, then computing")}
     labels["memory"] = ("the compiled program", "weights and cache")
     for column, (chosen, name) in enumerate(((batches, f"rows, context {context}"), (contexts, "context, one row"))):
         for axis, (label, (measured, model, scale)) in zip(axes[:, column], shown.items(), strict=True):
@@ -173,12 +189,13 @@ def main(argv: list[str] | None = None) -> int:
         return 1  # the process has said why
     config = shortened(args.preset, args.layers)
     found = figures(own, config, args.context)
-    bandwidth = f"{common.median(own, 'bandwidth') / 1e9:.1f} GB/s"
+    bandwidth = f"{common.median(own, 'bandwidth') / 1e9:.1f} GB/s, {common.median(own, 'rate') / 1e9:.0f} GFLOP/s"
     what = f"{args.preset}, {config.language.layers} decoder layers, {own[0]['dtype']}"
     plot(found, f"{what}, {own[0]['device']}, {bandwidth}", args.plot, args.context)
     about = (
         f"{what}; a step is the mean of {args.steps}, the median "
-        f"of {args.rounds} rounds; a copy of 1 GiB, read and written, has {bandwidth}.\n\n![Scaling]({args.plot.name})"
+        f"of {args.rounds} rounds. The model takes {bandwidth}: what a matrix of 1 GiB by a vector reads, and what "
+        f"square matrices compute.\n\n![Scaling]({args.plot.name})"
     )
     return common.publish("scaling", "Scaling of a decoding step", about, table(found), runs, arguments, args.record)
 

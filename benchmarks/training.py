@@ -1,6 +1,6 @@
 """Seconds a training step, tokens/s and MFU of the real step, for packed and for padded rows and several settings.
 
-`python -m benchmarks.training --preset janus_pro_1b --layers 4 --rows 1 --context 1024` runs stage 3, in which all but
+`python -m benchmarks.training --preset janus_pro_1b --layers 4 --rows 1 --context 2048` runs stage 3, in which all but
 the VQ tokenizer trains, with fewer layers of decoder and SigLIP. Rows are packed with random samples of all kinds until
 no more fit; the padded variant has the same samples one a row. Recomputation (`remat`) and the tokens of a row whose
 logits exist at a time (`loss_chunk`) are varied one at a time. Weights are random, samples new in every step. Counted
@@ -207,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = common.make_parser("training", __doc__)
     parser.add_argument("--layers", type=common.count, help="of decoder and SigLIP (default: all)")
     parser.add_argument("--rows", type=common.count, default=1, help="packed rows a device (default 1)")
-    parser.add_argument("--context", type=common.count, default=1024, help="tokens a row (default 1024)")
+    parser.add_argument("--context", type=common.count, default=2048, help="tokens a row (default 2048)")
     parser.add_argument("--steps", type=common.count, default=3, help="timed in each process (default 3)")
     args = parser.parse_args(arguments)
     model, chunk = PRESETS[args.preset], min(512, args.context)

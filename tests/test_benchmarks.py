@@ -125,6 +125,7 @@ def test_scaling_counts_what_a_step_reads():
     weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(language)) - 102400 * 2048
     cache = 4 * 2 * 16 * 128
     assert scaling.step_bytes(config, 3, 100, "bfloat16") == 2 * (weights + 300 * cache)
+    assert scaling.step_flops(config, 3, 100) == 2 * (3 * weights + 300 * cache)
 
 
 def test_scaling_says_what_does_not_fit(tmp_path, here, monkeypatch):
@@ -296,6 +297,8 @@ def test_bad_arguments_get_one_line(name, arguments, says, capsys):
 
 def test_bandwidth_and_weights():
     assert 1e8 < _device.copy_bandwidth(1 << 22) < 1e13
+    bandwidth, rate = _device.product_rates("float32", 1 << 22)
+    assert 1e8 < bandwidth < 1e13 and 1e8 < rate < 1e16
     weights = _device.random_array((3, 1000, 1000), "float32")
     assert weights.std() == pytest.approx(0.02, rel=0.01) and (weights[0] != weights[1]).mean() > 0.99
     _, params = _device.random_model(PRESETS["janus_tiny"], "bfloat16", "scanned", ["language_model"])
