@@ -129,18 +129,12 @@ def _generate(args: argparse.Namespace):
 def _chat(args: argparse.Namespace):
     make_sampler(args.temperature, args.top_k, args.top_p)
     images = [open_image(path) for path in args.image]
-    janus = _load(args)
-    options: dict[str, Any] = {} if args.system is None else {"system_prompt": args.system}
-    pieces = janus.stream_chat(
-        args.question,
-        images,
-        args.max_new_tokens,
-        args.temperature,
-        args.top_p,
-        top_k=args.top_k,
-        seed=args.seed,
-        **options,
-    )
+    what = (args.question, images, args.max_new_tokens, args.temperature, args.top_p)
+    how: dict[str, Any] = {"top_k": args.top_k, "seed": args.seed}
+    if args.system is not None:
+        how["system_prompt"] = args.system
+    janus = _load(args, ahead=lambda janus: janus.compile_chat(*what, **how))
+    pieces = janus.stream_chat(*what, **how)
     # The first piece begins with the space that the template leaves to the answer.
     print(next(pieces, "").lstrip(), end="", flush=True)
     for piece in pieces:

@@ -120,8 +120,7 @@ class JanusPipeline:
 
         Raises: ValueError as `generate_images` does, and for a pipeline on a mesh: shapes do not say where they lie.
         """
-        if self.mesh is not None:
-            raise ValueError("compile_images works on one device; leave it out with a mesh")
+        self._refuse_mesh("compile_images")
         if batch_size is not None:
             _check_count("batch_size", batch_size)
         sampler = sampling.make_sampler(temperature, top_k, top_p)
@@ -303,7 +302,14 @@ class JanusPipeline:
             answers.append(tokenizer.decode(row[:end]).strip())
         return answers
 
-    def _answer(
+    def compile_chat(self, messages: Conversation, images: Any = (), *args, **kwargs):
+        """Compiles what `chat` and `stream_chat` run for the same arguments; otherwise as `compile_images`."""
+        self._refuse_mesh("compile_chat")
+        asked, max_new_tokens, sampler = self._asking([messages], [images], *args, **kwargs)
+        slots = sampling.bucket(max_new_tokens)
+        sampling.compile_tokens(self.model, self.params, *map(self._put, asked), sampler=sampler, slots=slots)
+
+    def _asking(
         self,
         conversations: Sequence[Conversation],
         images: Sequence[Any],
@@ -314,9 +320,8 @@ class JanusPipeline:
         top_k: int | None = None,
         system_prompt: str = SYSTEM_PROMPT,
         seed: int = 0,
-        piece: int,
-    ) -> Iterator[np.ndarray]:
-        # Checked here and not at the first piece: a generator would raise late, out of the caller's sight.
+    ) -> tuple[tuple[Any, ...], int, sampling.Sampler]:
+        """Ids, image placeholders, pixels, mask and keys of `sampling`'s functions; max_new_tokens; and the sampler."""
         processor = self._need_processor("chat")
         _check_count("max_new_tokens", max_new_tokens)
         sampler = sampling.make_sampler(temperature, top_k, top_p)
@@ -326,17 +331,18 @@ class JanusPipeline:
             rows.append(processor.understanding_prompt(turns, len(sources), system_prompt, max_new_tokens))
             pixels.append(processor.understanding_pixels(sources))
         ids, mask = processor.left_pad(rows, sampling.bucket(max(len(row) for row in rows)))
-        tokenizer = processor.tokenizer
+        mask = mask.astype(bool)
+        where = (ids == processor.tokenizer.image_placeholder_id) & mask
         keys = jnp.broadcast_to(jax.random.key(_checked(seed)), (len(rows),))
-        return self._stream(
-            ids, mask.astype(bool), _stack_images(pixels), keys, tokenizer, max_new_tokens, sampler, piece
-        )
+        return (ids, where, _stack_images(pixels), mask, keys), max_new_tokens, sampler
 
-    def _stream(self, ids, mask, pixels, keys, tokenizer, max_new_tokens, sampler, piece) -> Iterator[np.ndarray]:
+    def _answer(self, *args, piece: int, **kwargs) -> Iterator[np.ndarray]:
+        # Checked here and not at the first piece: a generator would raise late, out of the caller's sight.
+        return self._stream(*self._asking(*args, **kwargs), piece)
+
+    def _stream(self, asked, max_new_tokens, sampler, piece) -> Iterator[np.ndarray]:
         with self._mesh():
-            where = self._put((ids == tokenizer.image_placeholder_id) & mask)
-            ids, mask, keys = self._put(ids), self._put(mask), self._put(keys)
-            pixels = None if pixels is None else self._put(pixels)
+            ids, where, pixels, mask, keys = map(self._put, asked)
             x = sampling.embed_prompt(self.model, self.params, ids, where, pixels)
         pieces = sampling.stream_tokens(
             self.model,
@@ -344,7 +350,7 @@ class JanusPipeline:
             x,
             mask,
             keys,
-            eos_id=tokenizer.eos_id,
+            eos_id=self.processor.tokenizer.eos_id,
             max_new_tokens=max_new_tokens,
             sampler=sampler,
             piece=piece,
@@ -368,10 +374,14 @@ class JanusPipeline:
     def _mesh(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
-    def _put(self, x: Any) -> jax.Array:
-        """`x` on the device, or split over the mesh by its first axis."""
-        if self.mesh is None:
-            return jnp.asarray(x)
+    def _refuse_mesh(self, name: str):
+        if self.mesh is not None:
+            raise ValueError(f"{name} works on one device; leave it out with a mesh")
+
+    def _put(self, x: Any) -> jax.Array | None:
+        """`x` on the device, or split over the mesh by its first axis; None stays None."""
+        if x is None or self.mesh is None:
+            return None if x is None else jnp.asarray(x)
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             return jax.random.wrap_key_data(self._put(jax.random.key_data(x)))
         x = np.asarray(x)

@@ -362,6 +362,27 @@ def stream_tokens(
         done = stop
 
 
+def compile_tokens(
+    model: Janus,
+    params: Any,
+    ids: jax.Array,
+    where: jax.Array,
+    pixels: jax.Array | None,
+    mask: jax.Array,
+    keys: jax.Array,
+    *,
+    sampler: Sampler,
+    slots: int,
+):
+    """Compiles `embed_prompt` and what `stream_tokens` runs for such arguments; of `params` the shapes are enough."""
+    one = jnp.int32(1)
+    embed_prompt.lower(model, params, ids, where, pixels).compile()
+    x = embed_prompt.eval_shape(model, params, ids, where, pixels)
+    start_text.lower(model, params, x, mask, keys, one, sampler, slots).compile()
+    state = start_text.eval_shape(model, params, x, mask, keys, one, sampler, slots)
+    continue_text.lower(model, params, state, keys, one, sampler, one, one).compile()
+
+
 def generate_tokens(*args, max_new_tokens: int, **kwargs) -> jax.Array:
     """All tokens [B, n] of `stream_tokens` in one array; n is at most max_new_tokens."""
     pieces = list(stream_tokens(*args, max_new_tokens=max_new_tokens, piece=max_new_tokens, **kwargs))

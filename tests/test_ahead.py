@@ -3,6 +3,7 @@
 import threading
 
 import jax
+import numpy as np
 import pytest
 
 import janus_jax
@@ -48,10 +49,28 @@ def test_what_was_compiled_is_not_compiled_again(folder, caplog, loading, prompt
     assert len(images) == 2
 
 
-def compiled(caplog) -> dict[str, int]:
-    """How often each of PROGRAMS was compiled."""
+def compiled(caplog, programs=PROGRAMS) -> dict[str, int]:
+    """How often each of `programs` was compiled."""
     told = [record.getMessage() for record in caplog.records]
-    return {name: sum(f"Finished XLA compilation of jit({name})" in line for line in told) for name in PROGRAMS}
+    return {name: sum(f"Finished XLA compilation of jit({name})" in line for line in told) for name in programs}
+
+
+@pytest.mark.parametrize("images", [0, 2])
+def test_an_answer_is_not_compiled_again(folder, caplog, images):
+    pixels = [np.full((30, 40, 3), 40 * i, np.uint8) for i in range(images)]
+    asked, settings = ("what is this?", pixels, 40), {"top_k": 5, "temperature": 1.0, "system_prompt": "Be brief."}
+
+    def ahead(janus):
+        with jax.log_compiles():
+            janus.compile_chat(*asked, **settings)
+
+    jax.clear_caches()
+    janus = janus_jax.load(folder, progress=False, ahead=ahead)
+    programs = ("embed_prompt", "start_text", "continue_text")
+    before = compiled(caplog, programs)
+    with jax.log_compiles():
+        list(janus.stream_chat(*asked, **settings))
+    assert before == compiled(caplog, programs) == dict.fromkeys(programs, 1)
 
 
 def test_what_goes_wrong_ahead_is_told(folder):
@@ -59,9 +78,10 @@ def test_what_goes_wrong_ahead_is_told(folder):
         janus_jax.load(folder, progress=False, ahead=lambda janus: janus.compile_images("a cat", n=0))
 
 
-def test_a_mesh_is_refused(folder):
-    with pytest.raises(ValueError, match="one device; leave it out with a mesh"):
-        janus_jax.load(folder, mesh={"data": 8}, progress=False, ahead=lambda janus: janus.compile_images("a cat"))
+@pytest.mark.parametrize("name", ["compile_images", "compile_chat"])
+def test_a_mesh_is_refused(folder, name):
+    with pytest.raises(ValueError, match=f"{name} works on one device; leave it out with a mesh"):
+        janus_jax.load(folder, mesh={"data": 8}, progress=False, ahead=lambda janus: getattr(janus, name)("a cat"))
 
 
 def test_parts_are_compiled_where_not_all_images_fit(folder, caplog, monkeypatch):

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import socket
@@ -92,9 +93,12 @@ def outcome(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
     return [(process.returncode, *texts) for process, texts in zip(processes, told, strict=True)]
 
 
+_GLOO = re.compile(r"\[Gloo\] Rank|is connected to|peer ranks\.|Expected number of connected peer ranks is :|\d+|\s")
+
+
 def ours(text: str) -> list[str]:
-    """Lines but those of Gloo, which tells of its connections by itself."""
-    return [line for line in text.splitlines() if not line.startswith("[Gloo]")]
+    """Lines but those of Gloo, which tells of its connections by itself: from several threads, between one another."""
+    return [line for line in text.splitlines() if _GLOO.sub("", line)]
 
 
 def losses(folder: pathlib.Path, prefix: str = "train") -> list[float]:
