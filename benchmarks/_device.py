@@ -133,17 +133,19 @@ def random_model(
     import jax.numpy as jnp
 
     from janus_jax.fusion import fuse, fusible
+    from janus_jax.loading import layout
     from janus_jax.model import Janus
     from janus_jax.quantise import quantise
     from janus_jax.torch_weights import abstract_params
 
-    accelerated = jax.default_backend() != "cpu"
-    scanned = {"scanned": True, "unstacked": False}.get(how, accelerated)
-    fused = fusible(config.language) and {"fused": True, "apart": False}.get(how, accelerated)
-    abstract = abstract_params(config, scanned, dtype)
+    attributes = layout(config, jax.default_backend())
+    if how in ("scanned", "unstacked"):
+        attributes["scan_layers"] = how == "scanned"
+    if how in ("fused", "apart"):
+        attributes["fused"] = how == "fused" and fusible(config.language)
+    abstract = abstract_params(config, attributes["scan_layers"], dtype)
     wanted = {part: abstract[part] for part in parts or abstract}
     params = jax.tree.map(lambda leaf: jnp.asarray(random_array(leaf.shape, leaf.dtype)), wanted)
     params = quantise(params, delete=True) if how == "int8" else params
-    params = fuse(params, delete=True) if fused else params
-    attention = "xla" if accelerated else "heads"
-    return Janus(config, jnp.dtype(dtype), jnp.dtype(dtype), scanned, attention=attention, fused=fused), params
+    params = fuse(params, delete=True) if attributes["fused"] else params
+    return Janus(config, jnp.dtype(dtype), jnp.dtype(dtype), **attributes), params

@@ -90,15 +90,15 @@ def measure(preset: str) -> common.Run:
     import jax.numpy as jnp
 
     from janus_jax.config import get_preset
-    from janus_jax.fusion import fuse, fusible
+    from janus_jax.fusion import fuse
+    from janus_jax.loading import layout
     from janus_jax.model import Janus
     from janus_jax.torch_weights import abstract_params
 
-    config, dtype, scanned = get_preset(preset), _device.default_dtype(), jax.default_backend() != "cpu"
-    fused = scanned and fusible(config.language)
-    model = Janus(config, jnp.dtype(dtype), jnp.dtype(dtype), scanned, fused=fused)
-    params = abstract_params(config, scanned, dtype)
-    _, seconds = compile_programs(model, jax.eval_shape(fuse, params) if fused else params)
+    config, dtype = get_preset(preset), _device.default_dtype()
+    model = Janus(config, jnp.dtype(dtype), jnp.dtype(dtype), **layout(config, jax.default_backend()))
+    params = abstract_params(config, model.scan_layers, dtype)
+    _, seconds = compile_programs(model, jax.eval_shape(fuse, params) if model.fused else params)
     flat = {f"{name} {what}": value for name, own in seconds.items() for what, value in own.items()}
     return flat | {"dtype": dtype}
 
