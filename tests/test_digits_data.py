@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -66,6 +67,12 @@ def test_splits_are_disjoint_and_stratified():
 def test_unknown_split():
     with pytest.raises(ValueError, match="unknown split 'test'; known: train, validation, held_out"):
         load_split("test")
+
+
+def test_without_scikit_learn(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ValueError, match=r"scikit-learn: pip install -e '.\[digits\]'"):
+        load_split("train")
 
 
 def test_shifted():

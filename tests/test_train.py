@@ -3,8 +3,11 @@
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -298,6 +301,16 @@ def test_bad_input_is_one_line(command, capsys, override, told):
 def test_unknown_config_is_one_line(command, capsys):
     code, lines = command(capsys, config="7b_stage4")
     assert code == 2 and len(lines) == 1 and "did you mean" in lines[0] and "7b_stage3" in lines[0]
+
+
+@pytest.mark.parametrize("module", ["main", "prepare", "compile", "vq"])
+def test_without_the_train_extra(tmp_path, module):
+    (tmp_path / "sitecustomize.py").write_text("import sys\n\nsys.modules['grain'] = None\n")
+    command = [sys.executable, "-m", f"train.{module}", "--help"]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(pathlib.Path.cwd())])}
+    run = subprocess.run(command, env=env, capture_output=True, text=True)
+    told = "error: training needs grain: pip install -e '.[train]'"
+    assert (run.returncode, run.stderr.splitlines()) == (2, [told])
 
 
 def test_too_many_damaged_samples_stop_the_run(command, capsys, monkeypatch):
