@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -17,7 +18,8 @@ import numpy as np
 
 from janus_jax.config import JanusConfig
 
-if TYPE_CHECKING:  # torch's processes do without it
+if TYPE_CHECKING:  # torch's processes do without them
+    from janus_jax.llama import KVCache
     from janus_jax.model import Janus
 
 COPY_BYTES = 1 << 30  # beyond every cache
@@ -149,3 +151,15 @@ def random_model(
     params = quantise(params, delete=True) if how == "int8" else params
     params = fuse(params, delete=True) if attributes["fused"] else params
     return Janus(config, jnp.dtype(dtype), jnp.dtype(dtype), **attributes), params
+
+
+def filled_cache(model: Janus, rows: int, slots: int, filled: int) -> KVCache:
+    """A cache of zeros whose first `filled` slots count as tokens: a step takes as long over it as over any other."""
+    import jax.numpy as jnp
+
+    from janus_jax.llama import init_cache
+
+    cache = init_cache(model.config.language, rows, slots, model.dtype, model.scan_layers)
+    mask = jnp.broadcast_to(jnp.arange(slots) < filled, (rows, slots))
+    positions = jnp.full(rows, filled, jnp.int32)
+    return dataclasses.replace(cache, mask=mask, length=jnp.int32(filled), positions=positions)

@@ -1,11 +1,11 @@
 """Seconds of text to image, here and in transformers' port on torch, and the share of the bandwidth that a step uses.
 
 `python -m benchmarks.sampling --preset janus_pro_1b --images 1 4 --vs torch` draws images with guidance, two rows each:
-prefill of a prompt of 32 tokens, decoding steps in the middle of an image, and the VQ decoder, apart, in each framework
-and dtype, and here for int8 weights, for fused products and not, and for both layouts of the decoder's layers. On torch
-there are three loops: the reference script's (a growing cache, one call of the model a step), the same compiled by
-torch.compile over a static cache, and the port's own `generate`. Weights are random, and prompts new in every
-repetition.
+prefill of a prompt of 32 tokens, decoding steps, and the VQ decoder, apart, in each framework and dtype, and here for
+int8 weights, for fused products and not, and for both layouts of the decoder's layers. Steps are timed in the middle of
+an image, and where our cache grows, in the middle of each of its sizes. On torch there are three loops: the reference
+script's (a growing cache, one call of the model a step), the same compiled by torch.compile over a static cache, and
+the port's own `generate`. Weights are random, and prompts new in every repetition.
 
 The roofline is the time in which a step's bytes (all weights of decoder and image head once, and the filled part of the
 cache once) pass at the bandwidth that a copy of 1 GiB has on the same device, measured in the same process.
@@ -14,6 +14,8 @@ cache once) pass at the bandwidth that a copy of 1 GiB has on the same device, m
 from __future__ import annotations
 
 import argparse
+import itertools
+import statistics
 import sys
 from typing import Any
 
@@ -34,6 +36,7 @@ TORCH = (
     "torch bfloat16 compiled",
 )
 _PROMPT = 32  # tokens
+_SHORT = 60  # seconds that images may take to be drawn as a whole, too
 
 
 def prompts(preset: str, images: int, length: int, repeats: int) -> list[np.ndarray]:
@@ -68,34 +71,40 @@ def time_jax(args: argparse.Namespace, dtype: str, how: str) -> common.Run:
     run: common.Run = {"bandwidth": _device.copy_bandwidth(), "dtype": dtype}
     model, params = _device.random_model(config, dtype, how)
     num_tokens = config.gen_vision.num_tokens
-    half = num_tokens // 2
     guidance, sampler = jnp.float32(5), sampling.make_sampler()
     first, begin, end = (jnp.int32(i) for i in (1, 2, 2 + args.steps))
 
-    def start(ids: np.ndarray, tokens: int) -> tuple[float, sampling.ImageState]:
-        ids, keys = jnp.asarray(ids), jax.random.split(jax.random.key(0), len(ids))
-        given = (ids, jnp.ones(ids.shape, bool), keys, guidance, sampler)
-        return _device.timed(sampling.start_image, model, params, *given, tokens)
+    def steps(images: int, slots: int, filled: int) -> float:
+        """Seconds a step over a cache of so many slots."""
+        codes = jnp.zeros((images, num_tokens), jnp.int32)
+        state = sampling.ImageState(_device.filled_cache(model, 2 * images, slots, filled - 1), codes, None)
+        rest = (jax.random.split(jax.random.key(0), images), guidance, sampler)
+        state = jax.block_until_ready(sampling.continue_image(model, params, state, *rest, first, begin))
+        return _device.timed(sampling.continue_image, model, params, state, *rest, begin, end)[0] / args.steps
+
+    def whole(*prompts: jax.Array) -> jax.Array:
+        codes, _ = sampling.generate_codes(model, params, *prompts, guidance=5, sampler=sampler)
+        return sampling.decode_images(model, params, codes)
 
     for images in args.images:
-        keys = jax.random.split(jax.random.key(0), images)
-        read = step_bytes(model, params, 2 * images, _PROMPT + half)
-        run[f"{images} read"] = read
-        for number in range(args.repeats + 1):
-            new, long = (prompts(args.preset, images, n, args.repeats)[number] for n in (_PROMPT, _PROMPT + half))
-            prefill, state = start(new, num_tokens)
+        read = step_bytes(model, params, 2 * images, _PROMPT + num_tokens // 2)
+        sizes = sampling.cache_sizes(model, params, 2 * images, _PROMPT, num_tokens)
+        # A smaller size is full when it is left, the last one when the image is done.
+        middles = [(sum(pair) - args.steps) // 2 for pair in itertools.pairwise([_PROMPT, *sizes])]
+        for number, ids in enumerate(map(jnp.asarray, prompts(args.preset, images, _PROMPT, args.repeats))):
+            mask, keys = jnp.ones(ids.shape, bool), jax.random.split(jax.random.key(number), images)
+            drawing = (keys, guidance, sampler, num_tokens, False, sizes[0])
+            prefill, state = _device.timed(sampling.start_image, model, params, ids, mask, *drawing)
             del state
-            # A prompt with half an image in it leaves the cache as it is in the middle of one.
-            _, state = start(long, num_tokens - half)
-            rest = (keys, guidance, sampler)
-            state = jax.block_until_ready(sampling.continue_image(model, params, state, *rest, first, begin))
-            steps, state = _device.timed(sampling.continue_image, model, params, state, *rest, begin, end)
+            step = statistics.mean(steps(images, *given) for given in zip(sizes, middles, strict=True))
             codes = jax.random.randint(jax.random.key(number), (images, num_tokens), 0, config.gen_vision.codebook_size)
             vq, _ = _device.timed(sampling.decode_images, model, params, codes)
-            step = steps / args.steps
+            image = prefill + (num_tokens - 1) * step + vq
+            if image < _SHORT:
+                image, _ = _device.timed(whole, ids, mask, keys)
             if number:
-                note(run, images, prefill=prefill, step=step, vq=vq, share=100 * read / run["bandwidth"] / step)
-                note(run, images, image=prefill + (num_tokens - 1) * step + vq)
+                note(run, images, prefill=prefill, step=step, vq=vq, image=image)
+                note(run, images, share=100 * read / run["bandwidth"] / step)
     return run
 
 
@@ -153,9 +162,12 @@ def time_torch(args: argparse.Namespace, dtype: str, how: str) -> common.Run:
         if how == "generate":
             prefill, begun = generate(ids, 1), generate(long, 1)
             return {"prefill": prefill, "step": (generate(long, 1 + args.steps) - begun) / args.steps}
-        slots = _PROMPT + num_tokens
-        prefill, _ = _torch.timed(lambda: start(ids, slots))
-        x, cache = start(long, slots)
+        prefill, (x, cache) = _torch.timed(lambda: start(ids, _PROMPT + num_tokens))
+        if how != "compiled":  # whose cache is read as a whole in every step
+            shape = (len(x), text_config.num_key_value_heads, half, text_config.head_dim)
+            half_image = torch.zeros(shape, dtype=model.dtype, device=model.device)
+            for layer in range(text_config.num_hidden_layers):
+                cache.update(half_image, half_image, layer)
         x = loop(x, cache, 3 if how == "compiled" else 1)  # torch captures its graph in these
         steps, _ = _torch.timed(lambda: loop(x, cache, args.steps))
         codes = torch.randint(0, model.config.vq_config.num_embeddings, (len(ids), num_tokens))
@@ -218,7 +230,8 @@ def main(argv: list[str] | None = None) -> int:
     bandwidth = common.median([run for own in common.done(runs).values() for run in own], "bandwidth")
     about = (
         f"{args.preset}, guidance, prompts of {_PROMPT} tokens; a step is the mean of {args.steps} from the middle of "
-        f"the image, the median of {args.rounds} rounds of {args.repeats}; all s: prefill, every step, VQ decode. "
+        f"the image (of each size of the cache), the median of {args.rounds} rounds of {args.repeats}; all s: prefill, "
+        f"every step and VQ decode, added up for torch, and for ours where they take over {_SHORT} s. "
         f"Roofline: {common.cell(bandwidth / 1e9)} GB/s, a copy of 1 GiB."
     )
     return common.publish("sampling", "Text to image", about, table(runs, args.images), runs, arguments, args.record)

@@ -69,7 +69,7 @@ def measure(args: argparse.Namespace) -> common.Run:
     import jax.numpy as jnp
 
     from janus_jax import sampling
-    from janus_jax.llama import cache_bytes, init_cache
+    from janus_jax.llama import cache_bytes
     from janus_jax.memory import available_bytes
 
     config, dtype = shortened(args.preset, args.layers), _device.default_dtype()
@@ -78,14 +78,7 @@ def measure(args: argparse.Namespace) -> common.Run:
     sampler, first, never = sampling.make_sampler(0), jnp.int32(1), jnp.int32(-1)
 
     def state(batch: int, context: int) -> sampling.TextState:
-        cache = init_cache(config.language, batch, context, dtype, model.scan_layers)
-        filled = context - 2 * args.steps
-        cache = dataclasses.replace(
-            cache,
-            mask=jnp.broadcast_to(jnp.arange(context) < filled, (batch, context)),
-            length=jnp.int32(filled),
-            positions=jnp.full(batch, filled, jnp.int32),
-        )
+        cache = _device.filled_cache(model, batch, context, context - 2 * args.steps)
         tokens = jax.random.randint(jax.random.key(0), (batch, 2 * args.steps + 1), 0, config.language.vocab_size)
         return sampling.TextState(cache, tokens, jnp.zeros(batch, bool))
 

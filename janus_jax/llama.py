@@ -71,6 +71,32 @@ def tile_cache(cache: KVCache, times: int) -> KVCache:
     )
 
 
+def grow_cache(cache: KVCache, slots: int) -> KVCache:
+    """`cache` with `slots` slots. Its arrays are deleted one after the other, so that no two whole caches are held."""
+    if cache.mask.shape[1] == slots:
+        return cache
+
+    def grow(x: jax.Array, axis: int) -> jax.Array:
+        grown = _grow(x, slots, axis)
+        x.delete()
+        return grown
+
+    return dataclasses.replace(
+        cache,
+        keys=tuple(grow(x, -2) for x in cache.keys),
+        values=tuple(grow(x, -2) for x in cache.values),
+        mask=grow(cache.mask, 1),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("slots", "axis"))
+def _grow(x: jax.Array, slots: int, axis: int) -> jax.Array:
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, slots - x.shape[axis])
+    grown = jnp.pad(x, padding)
+    return constrain(grown, "batch", None) if x.ndim == 2 else _constrain_kv(grown)
+
+
 def cache_bytes(config: LlamaConfig, rows: int, slots: int, dtype: Any) -> int:
     """Bytes of the keys and values of a cache."""
     per_slot = 2 * config.layers * config.kv_heads * config.head_dim

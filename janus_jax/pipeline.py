@@ -306,8 +306,8 @@ class JanusPipeline:
         """Compiles what `chat` and `stream_chat` run for the same arguments; otherwise as `compile_images`."""
         self._refuse_mesh("compile_chat")
         asked, max_new_tokens, sampler = self._asking([messages], [images], *args, **kwargs)
-        slots = sampling.bucket(max_new_tokens)
-        sampling.compile_tokens(self.model, self.params, *map(self._put, asked), sampler=sampler, slots=slots)
+        room = sampling.bucket(max_new_tokens)
+        sampling.compile_tokens(self.model, self.params, *map(self._put, asked), sampler=sampler, room=room)
 
     def _asking(
         self,
@@ -354,7 +354,7 @@ class JanusPipeline:
             max_new_tokens=max_new_tokens,
             sampler=sampler,
             piece=piece,
-            slots=sampling.bucket(max_new_tokens),
+            room=sampling.bucket(max_new_tokens),
         )
         while True:
             # The mesh is set only while we compute, never across a yield: it would leak into the caller's code.
@@ -398,7 +398,8 @@ class JanusPipeline:
         _, pair, length = ids.shape
         c = self.config
         cache = cache_bytes(c.language, pair, length + c.gen_vision.num_tokens, self.model.dtype)
-        return cache + self._prefill_bytes(pair, length)
+        # Three quarters of the keys are still held while all of them are allocated, see `grow_cache`.
+        return cache * 5 // 4 + self._prefill_bytes(pair, length)
 
     def _decoded_at_a_time(self, total: int) -> int:
         vq = self.config.gen_vision

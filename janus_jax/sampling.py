@@ -9,76 +9,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import numbers
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from janus_jax.llama import KVCache, init_cache, tile_cache
+from janus_jax.llama import KVCache, cache_bytes, grow_cache, init_cache, tile_cache
 from janus_jax.model import Janus, place_images
+from janus_jax.sampler import Sampler, make_sampler
 from janus_jax.sharding import constrain
 
 Params = dict[str, Any]
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Sampler:
-    """How a token is drawn from logits: divide by the temperature, keep the top k, keep the top p, draw.
-
-    Attributes:
-      temperature: above 0; ignored when greedy.
-      top_k: keep this many of the likeliest tokens; 0 keeps all.
-      top_p: keep the likeliest tokens up to this much probability; 1 keeps all.
-      greedy: take the likeliest token.
-      truncated: whether top_k or top_p do anything. Static, like greedy, since it costs a sort a step.
-    """
-
-    temperature: jax.Array | float = 1.0
-    top_k: jax.Array | int = 0
-    top_p: jax.Array | float = 1.0
-    greedy: bool = dataclasses.field(default=False, metadata={"static": True})
-    truncated: bool = dataclasses.field(default=False, metadata={"static": True})
-
-    def __call__(self, keys: jax.Array, logits: jax.Array) -> jax.Array:
-        """Tokens [B] int32 from float32 logits [B, V], each drawn with its own key of keys [B]."""
-        if self.greedy:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        logits = logits / self.temperature
-        if self.truncated:
-            logits = jnp.where(_kept(logits, self.top_k, self.top_p), logits, -jnp.inf)
-        return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
-
-
-def make_sampler(temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0) -> Sampler:
-    """A checked Sampler; temperature 0 is greedy. ValueError names the setting out of range and the range."""
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature {temperature} is out of range: 0 (greedy) or above")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p {top_p} is out of range: above 0, up to 1 (all tokens)")
-    if top_k is not None and (not isinstance(top_k, numbers.Integral) or top_k < 1):
-        raise ValueError(f"top_k {top_k} is out of range: a whole number from 1, or None (all tokens)")
-    greedy = temperature < 1e-6  # where float32 logits would overflow, only the largest has a chance
-    return Sampler(
-        temperature=jnp.float32(1 if greedy else temperature),
-        top_k=jnp.int32(min(top_k or 0, 2**31 - 1)),
-        top_p=jnp.float32(top_p),
-        greedy=greedy,
-        truncated=not greedy and (top_k is not None or top_p < 1),
-    )
-
-
-def _kept(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    ordered = jnp.sort(logits, axis=-1, descending=True)
-    size = logits.shape[-1]
-    kth = jnp.take(ordered, jnp.where(top_k > 0, jnp.minimum(top_k, size), size) - 1, axis=-1)[..., None]
-    # The nucleus is measured on what top-k left over. The first token always stays.
-    probabilities = jax.nn.softmax(jnp.where(ordered >= kth, ordered, -jnp.inf), axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    inside = (before < top_p) & (ordered >= kth)
-    return logits >= jnp.min(jnp.where(inside, ordered, jnp.inf), axis=-1, keepdims=True)
+# A step reads the whole cache, filled or not: a large one starts small, and grows to so many sizes. Each of them is one
+# more program to compile.
+_CACHE_SIZES = 4
 
 
 def guide(logits: jax.Array, guidance: jax.Array | float) -> jax.Array:
@@ -91,6 +37,29 @@ def guide(logits: jax.Array, guidance: jax.Array | float) -> jax.Array:
 
 def _step_keys(keys: jax.Array, step: jax.Array | int) -> jax.Array:
     return jax.vmap(lambda key: jax.random.fold_in(key, step))(keys)
+
+
+def _is_large(cache: int, weights: int) -> bool:
+    return cache > max(weights // 4, 256 << 20)
+
+
+def cache_sizes(model: Janus, params: Any, rows: int, length: int, new_tokens: int) -> list[int]:
+    """Slots of the cache, smallest first, for `rows` prompts of `length` tokens and what is drawn after them."""
+    most = length + new_tokens - 1
+    weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params["language_model"]))
+    sizes = _CACHE_SIZES if _is_large(cache_bytes(model.config.language, rows, most, model.dtype), weights) else 1
+    return [most - new_tokens * smaller // sizes for smaller in reversed(range(sizes))]
+
+
+def _pieces(slots: list[int], length: int, piece: int, new_tokens: int) -> Iterator[tuple[int, int, int]]:
+    """(slots of the cache, first, behind the last) of tokens to draw together, from the second of `new_tokens` on."""
+    done = 1
+    for size in slots:
+        # The last token that is drawn is not stored.
+        while done < (room := min(size - length + 1, new_tokens)):
+            stop = min(done + piece, room)
+            yield size, done, stop
+            done = stop
 
 
 def _run(model: Janus, params: Params, method: str, *args):
@@ -110,7 +79,7 @@ class ImageState:
     logits: jax.Array | None
 
 
-@functools.partial(jax.jit, static_argnames=("model", "num_tokens", "keep_logits"))
+@functools.partial(jax.jit, static_argnames=("model", "num_tokens", "keep_logits", "slots"))
 def start_image(
     model: Janus,
     params: Params,
@@ -121,10 +90,15 @@ def start_image(
     sampler: Sampler,
     num_tokens: int,
     keep_logits: bool = False,
+    slots: int | None = None,
 ) -> ImageState:
-    """Prefills the prompts and draws the first code. Shapes as in `generate_codes`."""
+    """Prefills the prompts and draws the first code.
+
+    Shapes as in `generate_codes`; `slots` of the cache are by default as many as `num_tokens` take.
+    """
     (prompts, pair, length), batch = ids.shape, keys.shape[0]
-    cache = init_cache(model.config.language, prompts * pair, length + num_tokens - 1, model.dtype, model.scan_layers)
+    slots = slots or length + num_tokens - 1
+    cache = init_cache(model.config.language, prompts * pair, slots, model.dtype, model.scan_layers)
     x = _run(model, params, "embed_text", ids.reshape(prompts * pair, length))
     hidden, cache = _run(model, params, "prefill", x, mask.reshape(prompts * pair, length), cache)
     logits = guide(_image_logits(model, params, hidden[:, -1:], pair), guidance)
@@ -202,19 +176,19 @@ def generate_codes(
     sampler = make_sampler() if sampler is None else sampler
     num_tokens = num_tokens or model.config.gen_vision.num_tokens
     guidance = jnp.float32(guidance)
-    state = start_image(model, params, ids, mask, keys, guidance, sampler, num_tokens, keep_logits)
-    piece = num_tokens if progress is None else max(1, num_tokens // 24)
-    done = 1
+    pair, length = ids.shape[1:]
+    slots = cache_sizes(model, params, pair * len(keys), length, num_tokens)
+    state = start_image(model, params, ids, mask, keys, guidance, sampler, num_tokens, keep_logits, slots[0])
     if progress is not None:
         jax.block_until_ready(state.codes)
         progress(1)
-    while done < num_tokens:
-        stop = min(done + piece, num_tokens)
-        state = continue_image(model, params, state, keys, guidance, sampler, jnp.int32(done), jnp.int32(stop))
+    piece = num_tokens if progress is None else max(1, num_tokens // 24)
+    for size, start, stop in _pieces(slots, length, piece, num_tokens):
+        state = dataclasses.replace(state, cache=grow_cache(state.cache, size))
+        state = continue_image(model, params, state, keys, guidance, sampler, jnp.int32(start), jnp.int32(stop))
         if progress is not None:
             jax.block_until_ready(state.codes)
-            progress(stop - done)
-        done = stop
+            progress(stop - start)
     return state.codes, state.logits
 
 
@@ -224,9 +198,17 @@ def compile_codes(
     """Compiles what `generate_codes` runs for such arguments; of `params` the shapes are enough."""
     num_tokens, one = model.config.gen_vision.num_tokens, jnp.int32(1)
     drawing = (keys, jnp.float32(guidance), sampler)
-    start_image.lower(model, params, ids, mask, *drawing, num_tokens, False).compile()
-    state = start_image.eval_shape(model, params, ids, mask, *drawing, num_tokens, False)
-    continue_image.lower(model, params, state, *drawing, one, one).compile()
+    rows = ids.shape[1] * len(keys)
+    first, *larger = cache_sizes(model, params, rows, ids.shape[2], num_tokens)
+    start_image.lower(model, params, ids, mask, *drawing, num_tokens, False, first).compile()
+    state = start_image.eval_shape(model, params, ids, mask, *drawing, num_tokens, False, first)
+    for cache in (state.cache, *(_cache_shapes(model, rows, size) for size in larger)):
+        state = dataclasses.replace(state, cache=cache)
+        continue_image.lower(model, params, state, *drawing, one, one).compile()
+
+
+def _cache_shapes(model: Janus, rows: int, slots: int) -> KVCache:
+    return jax.eval_shape(lambda: init_cache(model.config.language, rows, slots, model.dtype, model.scan_layers))
 
 
 def compile_decoding(model: Janus, params: Any, batch: int):
@@ -272,7 +254,7 @@ def embed_prompt(model: Janus, params: Params, ids: jax.Array, where: jax.Array,
     return place_images(x, where, features.reshape(batch, images * features.shape[1], -1))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens"))
+@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "slots"))
 def start_text(
     model: Janus,
     params: Params,
@@ -282,10 +264,15 @@ def start_text(
     eos_id: jax.Array,
     sampler: Sampler,
     max_new_tokens: int,
+    slots: int | None = None,
 ) -> TextState:
-    """Prefills embedded prompts x [B, T, D] and draws the first token."""
+    """Prefills embedded prompts x [B, T, D] and draws the first token.
+
+    `slots` of the cache are by default as many as `max_new_tokens` take.
+    """
     batch, length, _ = x.shape
-    cache = init_cache(model.config.language, batch, length + max_new_tokens - 1, model.dtype, model.scan_layers)
+    slots = slots or length + max_new_tokens - 1
+    cache = init_cache(model.config.language, batch, slots, model.dtype, model.scan_layers)
     hidden, cache = _run(model, params, "prefill", x, mask, cache)
     logits = _run(model, params, "text_logits", hidden[:, -1:])[:, 0]
     token = sampler(_step_keys(keys, 0), logits)
@@ -334,7 +321,7 @@ def stream_tokens(
     max_new_tokens: int,
     sampler: Sampler | None = None,
     piece: int = 8,
-    slots: int | None = None,
+    room: int | None = None,
 ) -> Iterator[jax.Array]:
     """Draws text tokens, `piece` at a time.
 
@@ -345,21 +332,23 @@ def stream_tokens(
       eos_id: token that ends a row; -1 for none.
       max_new_tokens: at most so many tokens.
       sampler: see `make_sampler`; default greedy.
-      piece: tokens between two yields.
-      slots: room for new tokens in the compiled program, at least max_new_tokens (its default); calls that share it
-        share the program.
+      piece: tokens between two yields, at most.
+      room: for new tokens in the compiled program, at least max_new_tokens (its default); calls that share it share
+        the program.
     Yields: int32 tokens [B, n]; rows that are done repeat eos_id.
     """
     sampler = make_sampler(0) if sampler is None else sampler
     eos = jnp.int32(eos_id)
-    state = start_text(model, params, x, mask, keys, eos, sampler, slots or max_new_tokens)
+    (batch, length, _), room = x.shape, room or max_new_tokens
+    slots = cache_sizes(model, params, batch, length, room)
+    state = start_text(model, params, x, mask, keys, eos, sampler, room, slots[0])
     yield state.tokens[:, :1]
-    done = 1
-    while done < max_new_tokens and not bool(state.done.all()):
-        stop = min(done + piece, max_new_tokens)
-        state = continue_text(model, params, state, keys, eos, sampler, jnp.int32(done), jnp.int32(stop))
-        yield state.tokens[:, done:stop]
-        done = stop
+    for size, start, stop in _pieces(slots, length, piece, max_new_tokens):
+        if bool(state.done.all()):
+            return
+        state = dataclasses.replace(state, cache=grow_cache(state.cache, size))
+        state = continue_text(model, params, state, keys, eos, sampler, jnp.int32(start), jnp.int32(stop))
+        yield state.tokens[:, start:stop]
 
 
 def compile_tokens(
@@ -372,15 +361,18 @@ def compile_tokens(
     keys: jax.Array,
     *,
     sampler: Sampler,
-    slots: int,
+    room: int,
 ):
     """Compiles `embed_prompt` and what `stream_tokens` runs for such arguments; of `params` the shapes are enough."""
     one = jnp.int32(1)
     embed_prompt.lower(model, params, ids, where, pixels).compile()
     x = embed_prompt.eval_shape(model, params, ids, where, pixels)
-    start_text.lower(model, params, x, mask, keys, one, sampler, slots).compile()
-    state = start_text.eval_shape(model, params, x, mask, keys, one, sampler, slots)
-    continue_text.lower(model, params, state, keys, one, sampler, one, one).compile()
+    first, *larger = cache_sizes(model, params, *ids.shape, room)
+    start_text.lower(model, params, x, mask, keys, one, sampler, room, first).compile()
+    state = start_text.eval_shape(model, params, x, mask, keys, one, sampler, room, first)
+    for cache in (state.cache, *(_cache_shapes(model, len(ids), size) for size in larger)):
+        state = dataclasses.replace(state, cache=cache)
+        continue_text.lower(model, params, state, keys, one, sampler, one, one).compile()
 
 
 def generate_tokens(*args, max_new_tokens: int, **kwargs) -> jax.Array:

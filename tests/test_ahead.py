@@ -27,10 +27,11 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("loading", "prompts", "settings"),
-    [({}, "a red house", {"n": 2}), ({"weights": "int8"}, ["a cat", "a dog"], {"cfg_weight": 1.0, "top_k": 5})],
+    ("loading", "prompts", "settings", "sizes"),
+    [({}, "a red house", {"n": 2}, 4), ({"weights": "int8"}, ["a cat", "a dog"], {"cfg_weight": 1.0, "top_k": 5}, 1)],
 )
-def test_what_was_compiled_is_not_compiled_again(folder, caplog, loading, prompts, settings):
+def test_what_was_compiled_is_not_compiled_again(folder, caplog, monkeypatch, loading, prompts, settings, sizes):
+    monkeypatch.setattr(sampling, "_is_large", lambda cache, weights: sizes > 1)
     threads = []
 
     def ahead(janus):
@@ -45,7 +46,7 @@ def test_what_was_compiled_is_not_compiled_again(folder, caplog, loading, prompt
     with jax.log_compiles():
         images = janus.generate_images(prompts, **settings)
     assert threads[0] is not threading.main_thread()
-    assert before == compiled(caplog) == dict.fromkeys(PROGRAMS, 1)
+    assert before == compiled(caplog) == dict.fromkeys(PROGRAMS, 1) | {"continue_image": sizes}
     assert len(images) == 2
 
 
@@ -55,8 +56,9 @@ def compiled(caplog, programs=PROGRAMS) -> dict[str, int]:
     return {name: sum(f"Finished XLA compilation of jit({name})" in line for line in told) for name in programs}
 
 
-@pytest.mark.parametrize("images", [0, 2])
-def test_an_answer_is_not_compiled_again(folder, caplog, images):
+@pytest.mark.parametrize(("images", "sizes"), [(0, 4), (2, 1)])
+def test_an_answer_is_not_compiled_again(folder, caplog, monkeypatch, images, sizes):
+    monkeypatch.setattr(sampling, "_is_large", lambda cache, weights: sizes > 1)
     pixels = [np.full((30, 40, 3), 40 * i, np.uint8) for i in range(images)]
     asked, settings = ("what is this?", pixels, 40), {"top_k": 5, "temperature": 1.0, "system_prompt": "Be brief."}
 
@@ -70,7 +72,7 @@ def test_an_answer_is_not_compiled_again(folder, caplog, images):
     before = compiled(caplog, programs)
     with jax.log_compiles():
         list(janus.stream_chat(*asked, **settings))
-    assert before == compiled(caplog, programs) == dict.fromkeys(programs, 1)
+    assert before == compiled(caplog, programs) == dict.fromkeys(programs, 1) | {"continue_text": sizes}
 
 
 def test_what_goes_wrong_ahead_is_told(folder):

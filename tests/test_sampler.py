@@ -8,7 +8,8 @@ import pytest
 from hypothesis import strategies as st
 from scipy import stats
 
-from janus_jax.sampling import Sampler, _kept, bucket, guide, make_sampler
+from janus_jax.sampler import Sampler, _kept, make_sampler
+from janus_jax.sampling import bucket, guide
 
 
 def keys(count: int):

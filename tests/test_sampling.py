@@ -1,11 +1,17 @@
 """Image and text loops: against the oracle, and against themselves in other batches, paddings and pieces."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from janus_jax import sampling
+from janus_jax.config import PRESETS
+from janus_jax.model import Janus
 from janus_jax.sampling import generate_codes, generate_tokens, make_sampler, stream_tokens
+from janus_jax.torch_weights import abstract_params
 from tests import oracle
 
 BOS, PAD = 1, 2
@@ -178,10 +184,49 @@ def test_progress_in_pieces(tiny):
     np.testing.assert_array_equal(pieces, draw(tiny, ids, mask, **settings)[0])
 
 
+@contextlib.contextmanager
+def growing(loop: str, grow: bool):
+    """Caches grow within, or do not; gives the slots of those that `loop` was run on."""
+    seen, original = [], getattr(sampling, loop)
+
+    def spied(model, params, state, *args):
+        seen.append(state.cache.keys[0].shape[-2])
+        return original(model, params, state, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "_is_large", lambda cache, weights: grow)
+        patch.setattr(sampling, loop, spied)
+        yield seen
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_a_growing_cache_changes_nothing(tiny, close, scan_layers):
+    case = tiny if scan_layers else tiny.unstacked
+    ids, mask = pairs(case)
+    settings = {"num_tokens": 15, "sampler": TRUNCATED}
+    with growing("continue_image", False) as seen:
+        codes, logits = draw(case, ids, mask, **settings)
+    assert seen == [22]
+    with growing("continue_image", True) as seen:
+        grown, grown_logits = draw(case, ids, mask, **settings)
+    assert seen == [11, 15, 19, 22]
+    np.testing.assert_array_equal(grown, codes)
+    close(grown_logits, logits, "logits", 1e-5)
+
+
+def test_only_a_large_cache_grows():
+    config = PRESETS["janus_pro_1b"]
+    model, params = Janus(config, dtype=jnp.float32), abstract_params(config, True, "float32")
+    sizes = {images: sampling.cache_sizes(model, params, 2 * images, 32, 576) for images in (1, 16)}
+    assert sizes == {1: [607], 16: [175, 319, 463, 607]}
+    tiny, tiny_params = Janus(PRESETS["janus_tiny"]), abstract_params(PRESETS["janus_tiny"])
+    assert len(sampling.cache_sizes(tiny, tiny_params, 32, 32, 576)) == 1, "not worth the compilation"
+
+
 # ---------------------------------------------------------------- text
 
-# One program for all of these: the same slots, and a sampler of the same structure.
-SAMPLER, SLOTS = make_sampler(1.0, top_p=0.95), 24
+# One program for all of these: the same room, and a sampler of the same structure.
+SAMPLER, ROOM = make_sampler(1.0, top_p=0.95), 24
 
 
 @pytest.fixture(scope="module")
@@ -194,14 +239,14 @@ def question(tiny):
 def tokens_of(case, question, rows=slice(None), **settings) -> np.ndarray:
     x, mask = question
     keys = image_keys(len(x))[rows]
-    settings = {"eos_id": -1, "sampler": SAMPLER, "slots": SLOTS} | settings
+    settings = {"eos_id": -1, "sampler": SAMPLER, "room": ROOM} | settings
     return np.asarray(generate_tokens(case.model, case.params, x[rows], mask[rows], keys, **settings))
 
 
 def pieces_of(case, question, rows=slice(None), **settings) -> list[np.ndarray]:
     x, mask = question
     keys = image_keys(len(x))[rows]
-    settings = {"eos_id": -1, "sampler": SAMPLER, "slots": SLOTS} | settings
+    settings = {"eos_id": -1, "sampler": SAMPLER, "room": ROOM} | settings
     return [np.asarray(p) for p in stream_tokens(case.model, case.params, x[rows], mask[rows], keys, **settings)]
 
 
@@ -219,9 +264,30 @@ def test_every_token_is_drawn_anew(tiny, question):
     assert all(len(np.unique(row)) > 15 for row in tokens), tokens
 
 
-def test_spare_slots_change_nothing(tiny, question):
-    exact = tokens_of(tiny, question, max_new_tokens=11, slots=None)
+def test_spare_room_changes_nothing(tiny, question):
+    exact = tokens_of(tiny, question, max_new_tokens=11, room=None)
     np.testing.assert_array_equal(exact, tokens_of(tiny, question, max_new_tokens=11))
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_a_growing_cache_changes_no_text(tiny, question, scan_layers):
+    case = tiny if scan_layers else tiny.unstacked
+    with growing("continue_text", False):
+        whole = tokens_of(case, question, max_new_tokens=16)
+    with growing("continue_text", True) as seen:
+        pieces = pieces_of(case, question, max_new_tokens=16, piece=4)
+    np.testing.assert_array_equal(np.concatenate(pieces, 1), whole)
+    assert seen == [13, 13, 19, 19, 25], "room for 6, 12 and 18 new tokens"
+    assert [p.shape[1] for p in pieces] == [1, 4, 1, 4, 2, 4]
+
+
+@pytest.mark.parametrize("new_tokens", range(1, 9))
+def test_every_token_is_drawn_once(new_tokens):
+    """With room for it in the cache, also where there are fewer tokens than sizes."""
+    sizes = [8 + new_tokens - 1 - new_tokens * smaller // 4 for smaller in (3, 2, 1, 0)]
+    pieces = list(sampling._pieces(sizes, 8, 3, new_tokens))
+    assert [i for _, start, stop in pieces for i in range(start, stop)] == list(range(1, new_tokens))
+    assert all(8 + stop - 1 <= size for size, _, stop in pieces)
 
 
 def test_stream_ends_when_all_rows_are_done(tiny, question):

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from janus_jax.config import PRESETS, JanusConfig
 from janus_jax.fusion import fuse
+from janus_jax.llama import grow_cache, init_cache
 from janus_jax.model import Janus, init_params
 from janus_jax.sampling import embed_prompt, generate_codes, generate_tokens, make_sampler
 from janus_jax.sharding import (
@@ -257,6 +258,26 @@ def test_text_on_a_mesh(tiny, mesh, placed, prompts, rng):
     expected = answer(tiny.params, jnp.asarray(ids), jnp.asarray(pixels))
     with jax.set_mesh(mesh):
         np.testing.assert_array_equal(answer(placed, *on(mesh, ids, pixels)), expected)
+
+
+@pytest.mark.parametrize("mesh", [MIXED], ids=str, indirect=True)
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_a_cache_grows_where_it_lies(mesh, scan_layers):
+    def cache(slots: int, value: int):
+        empty = init_cache(PRESETS["janus_tiny"].language, 8, slots, jnp.float32, scan_layers)
+        return jax.tree.map(lambda x: x + value, empty)
+
+    with jax.set_mesh(mesh):
+        small, large = (jax.jit(cache, static_argnums=(0, 1))(*given) for given in ((6, 1), (10, 0)))
+        grown = grow_cache(small, 10)
+    assert all(x.is_deleted() for x in (*small.keys, *small.values, small.mask))
+    for name in ("keys", "values", "mask"):
+        for new, like in zip(jax.tree.leaves(getattr(grown, name)), jax.tree.leaves(getattr(large, name)), strict=True):
+            assert new.shape == like.shape and new.sharding.is_equivalent_to(like.sharding, new.ndim)
+            assert not new.sharding.is_fully_replicated
+            axis = 1 if name == "mask" else -2
+            np.testing.assert_array_equal(np.take(new, range(6), axis), 1)
+            np.testing.assert_array_equal(np.take(new, range(6, 10), axis), 0)
 
 
 def test_read_params_onto_a_mesh(tiny, mesh, placed):
