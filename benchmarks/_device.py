@@ -157,9 +157,9 @@ def filled_cache(model: Janus, rows: int, slots: int, filled: int) -> KVCache:
     """A cache of zeros whose first `filled` slots count as tokens: a step takes as long over it as over any other."""
     import jax.numpy as jnp
 
-    from janus_jax.llama import init_cache
+    from janus_jax.sampling import empty_cache
 
-    cache = init_cache(model.config.language, rows, slots, model.dtype, model.scan_layers)
+    cache = empty_cache(model, rows, slots)
     mask = jnp.broadcast_to(jnp.arange(slots) < filled, (rows, slots))
     positions = jnp.full(rows, filled, jnp.int32)
     return dataclasses.replace(cache, mask=mask, length=jnp.int32(filled), positions=positions)

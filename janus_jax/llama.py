@@ -23,8 +23,8 @@ class KVCache:
 
     Attributes:
       keys, values: tuples of arrays: one [layers, B, K, S, H] when layers are scanned, else one [B, K, S, H] a layer.
-        Heads come before length, so that one query reads each head's keys in one piece. The cache of one row has two
-        where layers are apart: XLA:CPU would copy one row's several times a step.
+        Heads come before length, so that one query reads each head's keys in one piece. One row may be kept twice, see
+        `init_cache`.
       mask: [B, S] bool, the slots that may be attended to.
       length: int32 scalar, the slots filled so far (the same in every row: prompts are padded on the left).
       positions: [B] int32, the position of each row's next token.
@@ -37,10 +37,15 @@ class KVCache:
     positions: jax.Array
 
 
-def init_cache(config: LlamaConfig, batch: int, slots: int, dtype: Any, scan_layers: bool = True) -> KVCache:
-    """An empty cache for `batch` rows of `slots` tokens."""
-    shape = (config.kv_heads, slots, config.head_dim)
-    shapes = [(config.layers, batch, *shape)] if scan_layers else [(max(batch, 2), *shape)] * config.layers
+def init_cache(
+    config: LlamaConfig, batch: int, slots: int, dtype: Any, scan_layers: bool = True, pad_row: bool = False
+) -> KVCache:
+    """An empty cache for `batch` rows of `slots` tokens.
+
+    `pad_row` keeps one row twice where layers are apart: XLA:CPU would copy a single one several times a step.
+    """
+    shape, rows = (config.kv_heads, slots, config.head_dim), max(batch, 2) if pad_row else batch
+    shapes = [(config.layers, batch, *shape)] if scan_layers else [(rows, *shape)] * config.layers
 
     def empty() -> tuple[jax.Array, ...]:
         return tuple(_constrain_kv(jnp.zeros(shape, dtype)) for shape in shapes)

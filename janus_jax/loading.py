@@ -52,7 +52,7 @@ def load(
       mesh: a mesh with the axes `data`, `fsdp`, `tensor` (or their sizes, as for `sharding.make_mesh`): each shard is
         read straight onto its device. Default: one device.
       weights: 'int8' keeps the decoder's and the heads' kernels in one byte a weight, see `quantise`; default `dtype`.
-      scan_layers: whether the decoder's layers are stacked; default as measured faster for sampling: apart on CPU.
+      scan_layers: whether the decoder's layers are stacked; default no: sampling would copy each of them in every step.
       fused: whether q, k and v, and gate and up, are one kernel each in `params`, see `fusion.fuse`; default where they
         can be, but not on CPU, where products of their own are faster.
       roles: 'pro' or 'old' to choose the chat roles by hand; default by the checkpoint, see `detect_roles`.
@@ -108,10 +108,10 @@ def load(
 
 
 def layout(config: JanusConfig, platform: str, on_mesh: bool = False) -> dict[str, Any]:
-    """`load`'s defaults for attributes of `Janus`, as measured faster for sampling on `platform`."""
+    """`load`'s defaults for attributes of `Janus`: what is faster for sampling on `platform`."""
     cpu = platform == "cpu"
     return {
-        "scan_layers": not cpu,
+        "scan_layers": False,
         "attention": "heads" if cpu and not on_mesh else "xla",
         "fused": fusible(config.language) and not cpu,
     }

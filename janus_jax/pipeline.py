@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,10 +20,9 @@ from tqdm import tqdm
 from janus_jax import sampling
 from janus_jax.config import JanusConfig
 from janus_jax.llama import cache_bytes
-from janus_jax.memory import OutOfMemory, available_bytes, fitting_parts
+from janus_jax.memory import OutOfMemory, fitting, fitting_parts, in_parts
 from janus_jax.model import Janus
 from janus_jax.processing import SYSTEM_PROMPT, Processor, normalise_messages
-from janus_jax.progress import shown, step_bar
 from janus_jax.sharding import activation_spec, batch_shards
 
 Conversation = str | Sequence[dict[str, Any]]
@@ -189,7 +188,7 @@ class JanusPipeline:
                 return _on_host(codes)[: part.stop - part.start]
 
         size = batch_size or self._fitting(len(keys), self._bytes_to_draw(ids))
-        return self._in_parts(draw, len(keys), size, progress, "drawing", steps)
+        return in_parts(draw, len(keys), size, batch_shards(self.mesh), "drawing", steps, progress)
 
     def decode_codes(self, codes: np.ndarray, batch_size: int | None = None) -> np.ndarray:
         """uint8 images [B, h, w, 3] of codes [B, num_tokens], decoded in parts that fit the memory.
@@ -213,7 +212,7 @@ class JanusPipeline:
                 return _on_host(images)[: part.stop - part.start]
 
         size = batch_size or self._decoded_at_a_time(len(codes))
-        return self._in_parts(decode, len(codes), size, False, "decoding", 1)
+        return in_parts(decode, len(codes), size, batch_shards(self.mesh), "decoding", 1, False)
 
     def encode_images(self, images: Sequence[Any]) -> np.ndarray:
         """Codes [B, num_tokens] int32 of images (anything that `images.open_image` takes), cropped to a square."""
@@ -398,8 +397,7 @@ class JanusPipeline:
         _, pair, length = ids.shape
         c = self.config
         cache = cache_bytes(c.language, pair, length + c.gen_vision.num_tokens, self.model.dtype)
-        # Three quarters of the keys are still held while all of them are allocated, see `grow_cache`.
-        return cache * 5 // 4 + self._prefill_bytes(pair, length)
+        return cache + self._prefill_bytes(pair, length)
 
     def _decoded_at_a_time(self, total: int) -> int:
         vq = self.config.gen_vision
@@ -409,44 +407,7 @@ class JanusPipeline:
         return min(16 * batch_shards(self.mesh), self._fitting(total, per_image))
 
     def _fitting(self, total: int, per_item: int) -> int:
-        """How many of `total` items, of `per_item` bytes each, fit the memory that is free now; at least one."""
-        shards = batch_shards(self.mesh)
-        free = available_bytes((jax.devices() if self.mesh is None else self.mesh.devices.flat)[0])
-        if free is None:
-            return -(-total // shards) * shards
-        # All processes of a mesh must run the same programs; without one, this process draws alone.
-        if self.mesh is not None and jax.process_count() > 1:
-            free = int(process_allgather(np.float32(free)).min())
-        leaves = jax.tree.leaves(self.params)  # shapes stand for arrays that are still to come
-        free -= sum(x.size * x.dtype.itemsize for x in leaves if isinstance(x, jax.ShapeDtypeStruct))
-        return max(1, free * 8 // 10 // max(per_item // shards, 1))
-
-    def _in_parts(
-        self,
-        work: Callable[[slice, int, tqdm], np.ndarray],
-        total: int,
-        size: int,
-        progress: bool | None,
-        name: str,
-        steps: int,
-    ) -> np.ndarray:
-        """Runs `work(part, padded size, bar)` over `total` items in equal parts of at most `size`.
-
-        Parts halve when the device runs out of memory. Sizes are multiples of the mesh's batch shards; the last part is
-        padded to the others' size.
-        """
-        shards = batch_shards(self.mesh)
-        while True:
-            parts, padded = fitting_parts(total, size, shards)
-            with step_bar(name, steps * len(parts), shown(progress)) as bar:
-                try:
-                    return np.concatenate([work(part, padded, bar) for part in parts])
-                except jax.errors.JaxRuntimeError as error:
-                    if not OutOfMemory.says(error):
-                        raise
-                    if padded <= shards:
-                        raise OutOfMemory(f"{name} one image at a time does not fit the device's memory") from error
-                    size = padded // 2
+        return fitting(total, per_item, self.mesh, coming=self.params)
 
 
 @functools.partial(jax.jit, static_argnames=("model",))

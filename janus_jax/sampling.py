@@ -39,6 +39,12 @@ def _step_keys(keys: jax.Array, step: jax.Array | int) -> jax.Array:
     return jax.vmap(lambda key: jax.random.fold_in(key, step))(keys)
 
 
+def empty_cache(model: Janus, rows: int, slots: int) -> KVCache:
+    """The cache that the loops below use for `model`, empty."""
+    on_cpu = model.attention == "heads"
+    return init_cache(model.config.language, rows, slots, model.dtype, model.scan_layers, pad_row=on_cpu)
+
+
 def _is_large(cache: int, weights: int) -> bool:
     return cache > max(weights // 4, 256 << 20)
 
@@ -98,7 +104,7 @@ def start_image(
     """
     (prompts, pair, length), batch = ids.shape, keys.shape[0]
     slots = slots or length + num_tokens - 1
-    cache = init_cache(model.config.language, prompts * pair, slots, model.dtype, model.scan_layers)
+    cache = empty_cache(model, prompts * pair, slots)
     x = _run(model, params, "embed_text", ids.reshape(prompts * pair, length))
     hidden, cache = _run(model, params, "prefill", x, mask.reshape(prompts * pair, length), cache)
     logits = guide(_image_logits(model, params, hidden[:, -1:], pair), guidance)
@@ -202,13 +208,9 @@ def compile_codes(
     first, *larger = cache_sizes(model, params, rows, ids.shape[2], num_tokens)
     start_image.lower(model, params, ids, mask, *drawing, num_tokens, False, first).compile()
     state = start_image.eval_shape(model, params, ids, mask, *drawing, num_tokens, False, first)
-    for cache in (state.cache, *(_cache_shapes(model, rows, size) for size in larger)):
+    for cache in (state.cache, *(jax.eval_shape(functools.partial(empty_cache, model, rows, size)) for size in larger)):
         state = dataclasses.replace(state, cache=cache)
         continue_image.lower(model, params, state, *drawing, one, one).compile()
-
-
-def _cache_shapes(model: Janus, rows: int, slots: int) -> KVCache:
-    return jax.eval_shape(lambda: init_cache(model.config.language, rows, slots, model.dtype, model.scan_layers))
 
 
 def compile_decoding(model: Janus, params: Any, batch: int):
@@ -272,7 +274,7 @@ def start_text(
     """
     batch, length, _ = x.shape
     slots = slots or length + max_new_tokens - 1
-    cache = init_cache(model.config.language, batch, slots, model.dtype, model.scan_layers)
+    cache = empty_cache(model, batch, slots)
     hidden, cache = _run(model, params, "prefill", x, mask, cache)
     logits = _run(model, params, "text_logits", hidden[:, -1:])[:, 0]
     token = sampler(_step_keys(keys, 0), logits)
@@ -370,7 +372,10 @@ def compile_tokens(
     first, *larger = cache_sizes(model, params, *ids.shape, room)
     start_text.lower(model, params, x, mask, keys, one, sampler, room, first).compile()
     state = start_text.eval_shape(model, params, x, mask, keys, one, sampler, room, first)
-    for cache in (state.cache, *(_cache_shapes(model, len(ids), size) for size in larger)):
+    for cache in (
+        state.cache,
+        *(jax.eval_shape(functools.partial(empty_cache, model, len(ids), size)) for size in larger),
+    ):
         state = dataclasses.replace(state, cache=cache)
         continue_text.lower(model, params, state, keys, one, sampler, one, one).compile()
 

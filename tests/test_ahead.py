@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import janus_jax
-from janus_jax import pipeline, sampling
+from janus_jax import memory, sampling
 from janus_jax.conversion import TOKENIZER_FILES, copy_files
 from tests.conftest import SIZES
 from tests.tiny_run import write_checkpoint
@@ -91,10 +91,10 @@ def test_parts_are_compiled_where_not_all_images_fit(folder, caplog, monkeypatch
     per_image = janus._bytes_to_draw(janus._drawing("a cat", 1, 5.0, 0)[0])
     shapes = sum(x.nbytes for x in jax.tree.leaves(janus.params))
     free = 2.5 * per_image
-    monkeypatch.setattr(pipeline, "available_bytes", lambda device: int(free + shapes))
+    monkeypatch.setattr(memory, "available_bytes", lambda device: int(free + shapes))
     jax.clear_caches()
     janus = janus_jax.load(folder, progress=False, ahead=lambda janus: janus.compile_images("a cat", n=4))
-    monkeypatch.setattr(pipeline, "available_bytes", lambda device: int(free))
+    monkeypatch.setattr(memory, "available_bytes", lambda device: int(free))
     with jax.log_compiles():
         assert janus.generate_images("a cat", n=4)
     assert set(compiled(caplog).values()) == {0}

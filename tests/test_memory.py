@@ -111,7 +111,7 @@ def drawing(monkeypatch):
     def replace(most: float = math.inf, free: int | None = None) -> Drawing:
         stub = Drawing(most)
         monkeypatch.setattr(sampling, "generate_codes", stub)
-        monkeypatch.setattr("janus_jax.pipeline.available_bytes", lambda device: free)
+        monkeypatch.setattr("janus_jax.memory.available_bytes", lambda device: free)
         return stub
 
     return replace

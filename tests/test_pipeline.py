@@ -211,7 +211,7 @@ def test_decoding_follows_the_memory(janus, codes, monkeypatch):
     monkeypatch.setattr(sampling, "decode_images", decode)
     many = np.tile(codes, (8, 1))
     for free, size in ((None, 14), (10**12, 14), (1, 1)):
-        monkeypatch.setattr("janus_jax.pipeline.available_bytes", lambda device, free=free: free)
+        monkeypatch.setattr("janus_jax.memory.available_bytes", lambda device, free=free: free)
         sizes.clear()
         np.testing.assert_array_equal(janus.decode_codes(many)[:, 0, 0, 0], many[:, 0])
         assert set(sizes) == {size}, f"{free} bytes are free"
