@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import os
 import pathlib
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -18,6 +19,8 @@ from train.topologies import KNOWN, settle, topology
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is for Linux on x86")
+cuda = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
+needs_cuda = pytest.mark.skipif(not cuda, reason="JAX's CUDA plugin is not installed")
 SHIPPED = [name for name in config_names() if name.split("_")[0] in ("janus", "1b", "7b")]
 
 
@@ -28,6 +31,8 @@ SHIPPED = [name for name in config_names() if name.split("_")[0] in ("janus", "1
         ("v5p-128", "v5p:4x4x4", 64),
         ("v6e-1", "v6e:1x1", 1),
         ("v5p:4x8x8", "v5p:4x8x8", 256),
+        ("h100-1", "h100:1x1", 1),
+        ("h200-16", "h200:2x8", 16),
     ],
 )
 def test_topologies_by_either_name(name, shape, chips):
@@ -37,7 +42,12 @@ def test_topologies_by_either_name(name, shape, chips):
 
 @pytest.mark.parametrize(
     ("name", "told"),
-    [("v5p_128", "did you mean v5p-128"), ("v5e:3x3", r"Known: v5e-1 \(v5e:1x1\)"), ("tpu", r"v4-8 .*v6e-256")],
+    [
+        ("v5p_128", "did you mean v5p-128"),
+        ("v5e:3x3", r"Known: v5e-1 \(v5e:1x1\)"),
+        ("tpu", r"v4-8 .*v6e-256.*h100-8"),
+        ("h100-3", r"Known: h100-1 \(h100:1x1\)"),
+    ],
 )
 def test_unknown_topologies_list_the_known_ones(name, told):
     with pytest.raises(ValueError, match=told) as error:
@@ -75,8 +85,10 @@ def test_a_mesh_that_is_given_stays():
     [
         ([], "give --config NAME, or --all"),
         (["--config", "7b_stage9"], "unknown config '7b_stage9'"),
-        (["--config", "7b_stage3", "--topology", "v5x-8"], "unknown TPU topology 'v5x-8'"),
+        (["--config", "7b_stage3", "--topology", "v5x-8"], "unknown topology 'v5x-8'"),
         (["--config", "debug"], "debug names no topology; give --topology"),
+        (["--config", "debug", "--int8"], "--images and --int8 are for --sampling"),
+        (["--config", "debug", "--sampling", "--images", "0"], "--images 0 is out of range"),
     ],
 )
 def test_bad_input_is_one_line(arguments, told, capsys):
@@ -85,11 +97,12 @@ def test_bad_input_is_one_line(arguments, told, capsys):
     assert len(lines) == 1 and told in lines[0]
 
 
-def test_libtpu_missing_is_one_line(monkeypatch, capsys):
+@pytest.mark.parametrize(("place", "extra"), [("v5e-256", "tpu"), ("h100-8", "cuda")])
+def test_a_missing_compiler_is_one_line(monkeypatch, capsys, place, extra):
     monkeypatch.setattr(ahead.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(ahead, "_environment", lambda: None)
-    assert ahead.main(["--config", "7b_stage3", "--topology", "v5e-256"]) == 2
-    assert "pip install 'janus_jax[tpu]'" in capsys.readouterr().err
+    assert ahead.main(["--config", "7b_stage3", "--topology", place]) == 2
+    assert f"pip install 'janus_jax[{extra}]'" in capsys.readouterr().err
 
 
 SMALL = [
@@ -128,6 +141,30 @@ def test_a_small_step_compiles_for_tpu():
     lines = {line.split()[0]: line for line in done.stdout.splitlines() if line.startswith("  ")}
     assert {"parameters", "optimizer", "batch", "temporaries", "peak", "all-gather", "reduce-scatter"} <= set(lines)
     assert not {"collective-permute", "all-to-all"} & set(lines)
+
+
+@needs_cuda
+def test_a_small_step_compiles_for_gpus():
+    done = _command("--config", "debug", "--topology", "h100-4", *SMALL, "mesh.data=2", "mesh.fsdp=2")
+    assert done.returncode == 0, done.stderr
+    lines = {line.split()[0]: line for line in done.stdout.splitlines() if line.startswith("  ")}
+    assert {"parameters", "optimizer", "batch", "temporaries", "peak", "all-gather", "reduce-scatter"} <= set(lines)
+    assert not {"collective-permute", "all-to-all"} & set(lines)
+
+
+@needs_cuda
+@pytest.mark.parametrize("more", [(), ("--images", "4", "--int8")])
+def test_sampling_on_a_gpu_reads_weights_and_cache_once(more):
+    """A loop over stacked layers would move three times as much: XLA copies each of them out."""
+    fitting = ["model.language.layers=4", "model.language.width=1024", "model.language.mlp_dim=2816"]
+    heads = ["model.language.heads=8", "model.language.kv_heads=8", "model.language.head_dim=128"]
+    done = _command("--config", "debug", "--topology", "h100-1", "--sampling", *more, *fitting, *heads)
+    assert done.returncode == 0, done.stderr
+    moved, least = map(
+        float, re.search(r"a step moves (\S+) GiB; parameters and cache are (\S+) GiB", done.stdout).groups()
+    )
+    assert least <= moved < 1.3 * least
+    assert "copies of cache or weights in the loop: 0" in done.stdout
 
 
 def _command(*arguments: str) -> subprocess.CompletedProcess:

@@ -1,10 +1,12 @@
-"""Compiles a run for TPUs that are not at hand, and says what it would need there.
+"""Compiles a run for TPUs or GPUs that are not at hand, and says what it would need there.
 
     python -m train.compile --config 7b_stage3 --topology v5p:4x8x8
     python -m train.compile --config 7b_stage3 --topology v5e-8 --sampling
+    python -m train.compile --config 7b_stage3 --topology h100-1 --sampling --images 16 --int8
     python -m train.compile --all --table compiled.md
 
-The compiler is TPU's own (libtpu, extra `tpu`) and needs no TPU. What is compiled is the very program that a pod runs.
+The compiler is TPU's own (libtpu, extra `tpu`), which needs no TPU, or XLA's for GPUs (extra `cuda`), which needs none.
+What is compiled is the very program that runs there, but that on a GPU XLA also chooses among kernels by timing them.
 """
 
 from __future__ import annotations
@@ -27,9 +29,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from janus_jax import sampling
-from janus_jax.fusion import fuse, fusible
+from janus_jax.fusion import fuse
 from janus_jax.images import ImageSettings
+from janus_jax.loading import layout
 from janus_jax.model import Janus
+from janus_jax.quantise import quantise
 from janus_jax.sharding import make_mesh, param_shardings
 from janus_jax.torch_weights import abstract_params
 from train import hlo
@@ -39,7 +43,7 @@ from train.loop import check_mesh
 from train.overrides import config_names, load_config
 from train.state import abstract_batch, abstract_state
 from train.step import make_train_step
-from train.topologies import GIB, KNOWN, Topology, at_home, topology
+from train.topologies import GIB, GPUS, KNOWN, Topology, at_home, topology
 
 SPARE = 0.05  # of a chip's memory, that a program should leave
 _PROMPT = 64  # tokens of a sampled prompt
@@ -118,11 +122,19 @@ class Compiled:
 
 
 def devices_of(place: Topology) -> list[Any]:
-    """The devices of a slice, for compilation alone. ImportError where libtpu is missing."""
-    if importlib.util.find_spec("libtpu") is None:
-        raise ImportError("compiling for TPUs needs libtpu; pip install 'janus_jax[tpu]'")
+    """The devices of `place`, for compilation alone. ImportError where the compiler is missing."""
     from jax.experimental import topologies
 
+    if gpu := GPUS.get(place.generation):
+        if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
+            raise ImportError("compiling for GPUs needs JAX's CUDA plugin; pip install 'janus_jax[cuda]'")
+        hosts = f"1x{place.name.split(':')[1]}"
+        found = topologies.get_topology_desc(
+            platform="cuda", topology_name=place.name, target_config=gpu.target(), topology=hosts
+        )
+        return list(found.devices)
+    if importlib.util.find_spec("libtpu") is None:
+        raise ImportError("compiling for TPUs needs libtpu; pip install 'janus_jax[tpu]'")
     found = topologies.get_topology_desc(platform="tpu", topology_name=place.name, **_bounds(place))
     return list(found.devices)
 
@@ -152,31 +164,35 @@ def compile_training(config: TrainConfig, place: Topology) -> Compiled:
     return _report(config.name, place, mesh, parts, made, flops=typical_flops(config), accumulate=config.accumulate)
 
 
-def compile_sampling(config: TrainConfig, place: Topology, images: int = 1, decoder: bool = True) -> list[Compiled]:
-    """`config`'s model for `place` in bfloat16: the image loop with guidance and, with `decoder`, the VQ decoder."""
-    mesh = make_mesh(dataclasses.asdict(config.mesh), devices_of(place))
-    fused = fusible(config.model.language)
-    model = Janus(config.model, dtype=jnp.bfloat16, scan_layers=False, fused=fused)
+def compile_sampling(
+    config: TrainConfig, place: Topology, images: int = 1, int8: bool = False, decoder: bool = True
+) -> list[Compiled]:
+    """`config`'s model for `place` in bfloat16: the image loop with guidance and, with `decoder`, the VQ decoder.
+
+    `int8`: see `quantise`. A cache that grows is taken at its largest.
+    """
+    devices = devices_of(place)
+    mesh = make_mesh(dataclasses.asdict(config.mesh), devices)
+    model = Janus(config.model, dtype=jnp.bfloat16, **layout(config.model, devices[0].platform, on_mesh=True))
     g = config.model.gen_vision
 
     def on(tree: Any, shardings: Any) -> Any:
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
-    params = abstract_params(config.model, False, "bfloat16")
-    params = jax.eval_shape(fuse, params) if fused else params
+    params = abstract_params(config.model, model.scan_layers, "bfloat16")
+    params = jax.eval_shape(quantise, params) if int8 else params
+    params = jax.eval_shape(fuse, params) if model.fused else params
     params = on(params, param_shardings(params, mesh))
     ids = jax.ShapeDtypeStruct((images, 2, _PROMPT), jnp.int32)
     mask = jax.ShapeDtypeStruct(ids.shape, bool)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))
     scalar, count = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
     sampler = sampling.Sampler(scalar, count, scalar)
+    sizes = sampling.cache_sizes(model, params, 2 * images, _PROMPT, g.num_tokens)
     with jax.set_mesh(mesh):
-        start = _compile(sampling.start_image.lower(model, params, ids, mask, keys, scalar, sampler, g.num_tokens))
-        state = jax.eval_shape(
-            lambda p, i, m, k, w, s: sampling.start_image(model, p, i, m, k, w, s, g.num_tokens),
-            params, ids, mask, keys, scalar, sampler,
-        )  # fmt: skip
-        state = on(state, start.compiled.output_shardings)
+        given = (params, ids, mask, keys, scalar, sampler, g.num_tokens, False)
+        start = _compile(sampling.start_image.lower(model, *given, sizes[0]))
+        state = on(sampling.start_image.eval_shape(model, *given, sizes[-1]), start.compiled.output_shardings)
         loop = _compile(sampling.continue_image.lower(model, params, state, keys, scalar, sampler, count, count))
         codes = jax.ShapeDtypeStruct((images, g.num_tokens), jnp.int32)
         vq = {"gen_vision_model": params["gen_vision_model"]}
@@ -185,10 +201,11 @@ def compile_sampling(config: TrainConfig, place: Topology, images: int = 1, deco
     decoder = {k: v for k, v in params.items() if k in ("language_model", "gen_aligner", "gen_embed", "gen_head")}
     read = dict(decoder, language_model={k: v for k, v in decoder["language_model"].items() if k.startswith("layers")})
     least = min(
-        _shard_bytes(state.cache.keys[0]), _shard_bytes(decoder["language_model"]["layers_0"]["self_attn"]["o_proj"])
+        _shard_bytes(state.cache.keys[0]),
+        _shard_bytes(decoder["language_model"]["layers_0"]["self_attn"]["o_proj"]["kernel"]),
     )
     found = tuple(one.line for one in hlo.copies(loop.text, least))
-    name = f"{config.name} sampling {images}"
+    name = f"{config.name} sampling {images}" + " int8" * int8
     made = [
         _report(f"{name}: prefill", place, mesh, {"parameters": _shard_bytes(params)}, start),
         _report(
@@ -217,7 +234,7 @@ def _compile(lowered: Any) -> _Made:
         # From a file: the program's own way to text fails on instructions that only TPU's compiler knows.
         compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         seconds = time.monotonic() - started
-        largest = max(pathlib.Path(folder).glob("*.after_optimizations.txt"), key=lambda path: path.stat().st_size)
+        largest = max(pathlib.Path(folder).glob("*after_optimizations.txt"), key=lambda path: path.stat().st_size)
         return _Made(compiled, largest.read_text(encoding="utf-8"), seconds)
 
 
@@ -261,13 +278,17 @@ def jobs(config: TrainConfig, place: Topology | None, sample: bool) -> Iterator[
     yield (at_home(config, fitting[0]) if fitting else config), place
 
 
-def compile_job(config: TrainConfig, place: Topology, sample: bool, decoder: bool = True) -> list[Compiled]:
+def compile_job(
+    config: TrainConfig, place: Topology, sample: bool, images: int = 1, int8: bool = False, decoder: bool = True
+) -> list[Compiled]:
     """Everything of one job, or all but the VQ decoder.
 
     Raises: ValueError in one line where it cannot be compiled, or needs more memory than there is.
     """
     try:
-        return compile_sampling(config, place, decoder=decoder) if sample else [compile_training(config, place)]
+        if sample:
+            return compile_sampling(config, place, images, int8, decoder)
+        return [compile_training(config, place)]
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -301,9 +322,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0 when everything compiles and fits, 1 when something does not, 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m train.compile", description=__doc__.split("\n")[0])
     parser.add_argument("--config", help="name of a configuration, or path of its file")
-    parser.add_argument("--topology", help="a TPU slice, as v5e-256 or v5p:4x8x8; default: each that the config names")
+    parser.add_argument(
+        "--topology",
+        help="a TPU slice, as v5e-256 or v5p:4x8x8, or GPUs, as h100-8; default: all that the config names",
+    )
     parser.add_argument(
         "--sampling", action="store_true", help="the sampling loop and the VQ decoder, not the train step"
+    )
+    parser.add_argument("--images", type=int, default=1, help="drawn at once, with --sampling (default 1)")
+    parser.add_argument(
+        "--int8", action="store_true", help="with --sampling: the decoder's kernels in one byte a weight"
     )
     parser.add_argument("--all", action="store_true", help="every configuration on every topology that it names")
     parser.add_argument("--table", type=pathlib.Path, help="write a Markdown table into this file")
@@ -312,6 +340,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if bool(args.config) == args.all:
             raise ValueError("give --config NAME, or --all")
+        if args.images < 1:
+            raise ValueError(f"--images {args.images} is out of range: a whole number from 1")
+        if (args.images, args.int8) != (1, False) and not args.sampling:
+            raise ValueError("--images and --int8 are for --sampling")
         names = [args.config] if args.config else config_names()
         configs = [load_config(name, args.overrides) for name in names]
         configs = [config for config in configs if isinstance(config, TrainConfig) and (args.config or config.homes)]
@@ -321,20 +353,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not todo:
             raise ValueError(f"{args.config} names no topology; give --topology, one of {', '.join(KNOWN)}")
         _environment()
-        return _run(todo, args.table)
+        return _run(todo, args)
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def _run(todo: Sequence[tuple[TrainConfig, Topology, bool]], path: pathlib.Path | None) -> int:
+def _run(todo: Sequence[tuple[TrainConfig, Topology, bool]], args: argparse.Namespace) -> int:
     done: list[Compiled] = []
     decoders: set[Any] = set()  # one program for all models that share it
     failed = 0
     for number, (config, place, sample) in enumerate(todo, 1):
         print(f"[{number}/{len(todo)}] {config.name} on {place.name} ...", file=sys.stderr, flush=True)
         try:
-            made = compile_job(config, place, sample, (config.model.gen_vision, place) not in decoders)
+            decoder = (config.model.gen_vision, place) not in decoders
+            made = compile_job(config, place, sample, args.images, args.int8, decoder)
         except ValueError as error:
             if len(todo) == 1 and not isinstance(error, DoesNotFit):
                 raise
@@ -345,8 +378,8 @@ def _run(todo: Sequence[tuple[TrainConfig, Topology, bool]], path: pathlib.Path 
         failed += sum(not one.fits for one in made)
         done += made
         decoders |= {(config.model.gen_vision, place)} if sample else set()
-        if path:
-            path.write_text(table(done) + "\n", encoding="utf-8")
+        if args.table:
+            args.table.write_text(table(done) + "\n", encoding="utf-8")
     if len(todo) > 1:
         print(
             f"{len(done)} programs compiled, {failed} of them or of what is missing do not fit"

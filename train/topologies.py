@@ -1,4 +1,4 @@
-"""TPU slices by name, and how a run is laid out on those that it is meant for."""
+"""TPU slices and hosts of GPUs by name, and how a run is laid out on those that it is meant for."""
 
 from __future__ import annotations
 
@@ -20,17 +20,81 @@ GENERATIONS: dict[str, tuple[float, str]] = {
     "v5p": (95.74 * GIB, "TPU v5"),
     "v6e": (31.25 * GIB, "TPU v6 lite"),
 }
+_HOST = 8  # GPUs
+_HOSTS = (1, 2, 4, 8, 16, 32)
 _SQUARES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
 
 
 @dataclasses.dataclass(frozen=True)
-class Topology:
-    """A slice of TPU chips, one JAX device each.
+class Gpu:
+    """What XLA asks of a GPU that it compiles for (maker's data sheet, and CUDA's guide for its compute capability).
 
     Attributes:
-      name: as `v5p:4x4x8`, what libtpu calls it.
-      generation: a key of GENERATIONS.
+      device_kind: `jax.Device.device_kind`.
+      memory, cache: bytes, of HBM and of the second level.
+      bandwidth: bytes/s of HBM.
+      cores, clock: streaming multiprocessors, and their GHz.
+      units: float32 units of a core.
+      capability: the major compute capability.
+      shared, shared_by_block: bytes of shared memory of a core, and of it what a block may have.
+    """
+
+    device_kind: str
+    memory: int
+    bandwidth: float
+    cores: int
+    clock: float
+    units: int
+    cache: int
+    capability: int
+    shared: int
+    shared_by_block: int
+
+    def target(self) -> str:
+        """XLA's GpuTargetConfigProto, as text."""
+        limits = {
+            "threads_per_block_limit": 1024,
+            "threads_per_warp": 32,
+            "shared_memory_per_block": 48 << 10,
+            "shared_memory_per_core": self.shared,
+            "shared_memory_per_block_optin": self.shared_by_block,
+            "threads_per_core_limit": 2048,
+            "core_count": self.cores,
+            "fpus_per_core": self.units,
+            "block_dim_limit_x": 2**31 - 1,
+            "block_dim_limit_y": 2**16 - 1,
+            "block_dim_limit_z": 2**16 - 1,
+            "memory_bandwidth": int(self.bandwidth),
+            "l2_cache_size": self.cache,
+            "clock_rate_ghz": self.clock,
+            "device_memory_size": self.memory,
+            "registers_per_core_limit": 2**16,
+            "registers_per_block_limit": 2**16,
+        }
+        fields = " ".join(f"{name}: {value}" for name, value in limits.items())
+        return (
+            f"gpu_device_info {{ {fields} cuda_compute_capability {{ major: {self.capability} }} }} "
+            'platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } runtime_version { major: 12 minor: 9 } '
+            f'device_description_str: "{self.device_kind}"'
+        )
+
+
+_KIB = 1 << 10
+GPUS = {
+    "a100": Gpu("NVIDIA A100-SXM4-80GB", 85100068864, 2.039e12, 108, 1.41, 64, 40 << 20, 8, 164 * _KIB, 163 * _KIB),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", 84942979072, 3.352e12, 132, 1.98, 128, 50 << 20, 9, 228 * _KIB, 227 * _KIB),
+    "h200": Gpu("NVIDIA H200", 151397597184, 4.8e12, 132, 1.98, 128, 50 << 20, 9, 228 * _KIB, 227 * _KIB),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A slice of TPU chips, or GPUs in hosts of at most eight; one JAX device each.
+
+    Attributes:
+      name: as `v5p:4x4x8`, what libtpu calls it; of GPUs, as `h100:2x8`, hosts and their GPUs.
+      generation: a key of GENERATIONS or GPUS.
       chips: how many.
       hbm: bytes of a chip's memory that a program may use.
     """
@@ -43,7 +107,7 @@ class Topology:
     @property
     def device_kind(self) -> str:
         """JAX's name of its devices."""
-        return GENERATIONS[self.generation][1]
+        return GPUS[self.generation].device_kind if self.generation in GPUS else GENERATIONS[self.generation][1]
 
 
 def _known() -> dict[str, Topology]:
@@ -55,6 +119,9 @@ def _known() -> dict[str, Topology]:
             # Google counts chips of the flat ones, and TensorCores, two a chip, of the others.
             name = f"{generation}-{chips if flat else 2 * chips}"
             known[name] = Topology(f"{generation}:{shape}", generation, chips, hbm)
+    for name, gpu in GPUS.items():
+        for hosts, each in (*((1, n) for n in (1, 2, 4)), *((hosts, _HOST) for hosts in _HOSTS)):
+            known[f"{name}-{hosts * each}"] = Topology(f"{name}:{hosts}x{each}", name, hosts * each, gpu.memory)
     return known
 
 
@@ -62,7 +129,7 @@ KNOWN = _known()
 
 
 def topology(name: str) -> Topology:
-    """The slice called `name`: Google's name, as v5e-256, or the shape, as v5p:4x4x8.
+    """What is called `name`: Google's name, as v5e-256, or the shape, as v5p:4x4x8; or so many GPUs, as h100-8.
 
     Raises: ValueError in one line that lists those known.
     """
@@ -73,9 +140,9 @@ def topology(name: str) -> Topology:
             return found
     close = difflib.get_close_matches(name, [*KNOWN, *(found.name for found in KNOWN.values())], 1)
     guess = f"; did you mean {close[0]}?" if close else ""
-    generation = next((g for g in GENERATIONS if re.match(rf"{g}\b", name)), None)
+    generation = next((g for g in (*GENERATIONS, *GPUS) if re.match(rf"{g}\b", name)), None)
     shown = [f"{key} ({found.name})" for key, found in KNOWN.items() if generation in (None, found.generation)]
-    raise ValueError(f"unknown TPU topology {name!r}{guess} Known: {', '.join(shown)}".replace("' Known", "'. Known"))
+    raise ValueError(f"unknown topology {name!r}{guess} Known: {', '.join(shown)}".replace("' Known", "'. Known"))
 
 
 def at_home(config: TrainConfig, home: Home) -> TrainConfig:
