@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -78,8 +79,21 @@ def attend_segments(
     if implementation in ("xla", "heads"):
         how = attend if implementation == "xla" else attend_by_head
         return how(q, k, v, causal_mask(segment_ids))
-    kernel = {"splash": _splash, "triton": _triton}[implementation]
+    kernel = {"splash": _splash, "triton": functools.partial(_triton, causal=True)}[implementation]
     return _by_shard(kernel, q.swapaxes(1, 2), k, v, segment_ids.astype(jnp.int32)).swapaxes(1, 2)
+
+
+def attend_all(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str = "xla") -> jax.Array:
+    """Attention in which every token looks at every other, as in an encoder.
+
+    Shapes and implementations as in `attend_segments`. Where a kernel does not take them, 'xla' does it.
+    """
+    if implementation == "heads":
+        return attend_by_head(q, k, v)
+    length, heads, head_dim = q.shape[1:]
+    if implementation == "triton" and length % _SMALL_BLOCK == 0 and heads == k.shape[1] and head_dim >= _LEAST_HEAD:
+        return _by_shard(functools.partial(_triton, causal=False), q.swapaxes(1, 2), k, v, None).swapaxes(1, 2)
+    return attend(q, k, v)
 
 
 def takes(implementation: str, length: int, heads: int, kv_heads: int, head_dim: int) -> bool:
@@ -88,17 +102,20 @@ def takes(implementation: str, length: int, heads: int, kv_heads: int, head_dim:
     return {
         "xla": True,
         "splash": blocks and head_dim % _LANES == 0,
-        "triton": blocks and head_dim >= 16 and heads == kv_heads,
+        "triton": blocks and head_dim >= _LEAST_HEAD and heads == kv_heads,
     }[implementation]
 
 
 _LANES = 128  # of a TPU's vector registers
 _BLOCK = 128  # tokens that the kernels take at least at a time
 _LARGEST_BLOCK = 512
+# Hopper's matrix units take 64 rows at least. Larger blocks spill registers backward, by ptxas's account.
+_SMALL_BLOCK = 64
+_LEAST_HEAD = 16
 _INTERPRET = False  # set by tests, to run the kernels elsewhere
 
 
-def _by_shard(kernel, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
+def _by_shard(kernel, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
     """`kernel` on each device's rows and heads: the compiler cannot split a kernel by itself."""
     mesh = automatic_axes()
     if not mesh:
@@ -107,7 +124,7 @@ def _by_shard(kernel, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax
     of_kv = activation_spec(k.shape, ("batch", "kv_heads", None, None), mesh)
     if of_q[1] != of_kv[1]:  # fewer key/value heads than shards
         of_q = of_kv
-    of_ids = activation_spec(segment_ids.shape, ("batch", None), mesh)
+    of_ids = None if segment_ids is None else activation_spec(segment_ids.shape, ("batch", None), mesh)
     specs = (of_q, of_kv, of_kv, of_ids)
     sharded = jax.shard_map(kernel, in_specs=specs, out_specs=of_q, axis_names=set(mesh), check_vma=False)
     return sharded(q, k, v, segment_ids)
@@ -135,9 +152,12 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) ->
     return jax.vmap(one_row)(q * jnp.asarray(head_dim**-0.5, q.dtype), k, v, segment_ids)
 
 
-def _triton(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
-    from jax.experimental.pallas.ops.gpu.attention import mha
+def _triton(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, causal: bool) -> jax.Array:
+    from jax.experimental.pallas.ops.gpu.attention import BlockSizes, mha
 
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    y = mha(q, k, v, segment_ids, sm_scale=q.shape[-1] ** -0.5, causal=True, interpret=_INTERPRET)
+    forward = math.gcd(q.shape[1], _BLOCK)
+    # JAX's default backward, 32, is below what Hopper's matrix units take.
+    sizes = BlockSizes(forward, forward, *(_SMALL_BLOCK,) * 4)
+    y = mha(q, k, v, segment_ids, q.shape[-1] ** -0.5, causal, sizes, interpret=_INTERPRET)
     return y.swapaxes(1, 2)

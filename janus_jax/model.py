@@ -62,7 +62,7 @@ class Janus(nn.Module):
     def setup(self):
         c, types = self.config, (self.dtype, self.param_dtype)
         g, width = c.gen_vision, c.language.width
-        self.vision_model = Siglip(c.vision, *types, self.remat, self.fsdp, self.attention == "heads")
+        self.vision_model = Siglip(c.vision, *types, self.remat, self.fsdp, self.attention)
         self.aligner = MlpProjector(c.vision.width, width, c.aligner_depth, *types)
         self.gen_vision_model = VQModel(g, *types)
         self.gen_embed = Embed(g.codebook_size, g.codebook_dim, *types)

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from janus_jax.attention import attend, attend_by_head
+from janus_jax.attention import attend_all
 from janus_jax.config import SiglipConfig
 from janus_jax.layers import Einsum, gelu, rematerialised
 from janus_jax.sharding import constrain, gather_layer
@@ -29,16 +29,16 @@ class Attention(nn.Module):
     config: SiglipConfig
     dtype: Any
     param_dtype: Any
-    by_head: bool
+    attention: str
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
         split = (c.heads, c.head_dim, c.width)
-        types = (True, self.dtype, self.param_dtype, None, self.by_head)
+        types = (True, self.dtype, self.param_dtype, None, self.attention == "heads")
         q, k, v = (Einsum("BTD,NHD->BTNH", split, *types, name=n)(x) for n in "qkv")
-        how = attend_by_head if self.by_head else attend
-        y = how(constrain(q, "batch", None, "heads", None), k.swapaxes(1, 2), v.swapaxes(1, 2))
+        q = constrain(q, "batch", None, "heads", None)
+        y = attend_all(q, k.swapaxes(1, 2), v.swapaxes(1, 2), self.attention)
         return Einsum("BTNH,DNH->BTD", (c.width, c.heads, c.head_dim), *types, name="proj")(y)
 
 
@@ -59,12 +59,12 @@ class Block(nn.Module):
     config: SiglipConfig
     dtype: Any
     param_dtype: Any
-    by_head: bool
+    attention: str
 
     @nn.compact
     def __call__(self, x: jax.Array, _) -> tuple[jax.Array, None]:
         args = (self.config, self.dtype, self.param_dtype)
-        x = x + Attention(*args, self.by_head, name="attn")(_layer_norm(self, "norm1")(x))
+        x = x + Attention(*args, self.attention, name="attn")(_layer_norm(self, "norm1")(x))
         x = x + Mlp(*args, name="mlp")(_layer_norm(self, "norm2")(x))
         return constrain(x, "batch", None, None), None
 
@@ -73,7 +73,7 @@ class Siglip(nn.Module):
     """Pixels [B, image_size, image_size, 3], normalised, to patch features [B, num_patches, width].
 
     The final LayerNorm is applied; there is no class token and no pooling, as the reference uses the tower.
-    `remat`: see `layers.rematerialised`. `fsdp`: see `Janus`. `by_head`: see `attention.attend_by_head`.
+    `remat`: see `layers.rematerialised`. `fsdp`: see `Janus`. `attention`: see `attention.attend_all`.
     """
 
     config: SiglipConfig
@@ -81,7 +81,7 @@ class Siglip(nn.Module):
     param_dtype: Any = jnp.float32
     remat: str = "none"
     fsdp: bool = False
-    by_head: bool = False
+    attention: str = "xla"
 
     @nn.compact
     def __call__(self, pixels: jax.Array) -> jax.Array:
@@ -100,5 +100,5 @@ class Siglip(nn.Module):
             block = nn.map_variables(block, "params", trans_in_fn=gather)
         block = rematerialised(block, self.remat)
         blocks = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.layers)
-        x, _ = blocks(c, self.dtype, self.param_dtype, self.by_head, name="blocks")(x, None)
+        x, _ = blocks(c, self.dtype, self.param_dtype, self.attention, name="blocks")(x, None)
         return _layer_norm(self, "norm")(x)

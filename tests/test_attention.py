@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from janus_jax import attention
-from janus_jax.attention import attend, attend_by_head, attend_segments, takes
+from janus_jax.attention import attend, attend_all, attend_by_head, attend_segments, takes
 from janus_jax.sharding import make_mesh
 
 
@@ -53,6 +53,35 @@ def test_kernels_are_attention_within_segments(packed, kernel, shape, close, mon
     close(np.asarray(got[0])[real], np.asarray(expected[0])[real], "attention", 2e-5)
     for name, ours, theirs in zip("qkv", got[1:], expected[1:], strict=True):
         close(ours, theirs, f"gradient of {name}", 2e-5)
+
+
+@pytest.mark.parametrize("shape", [None, {"data": 2}, {"tensor": 2}])
+def test_triton_is_attention_of_all_to_all(shape, close, monkeypatch):
+    monkeypatch.setattr(attention, "_INTERPRET", True)
+    rng = np.random.default_rng(2)
+    q, k, v = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((2, 192, 2, 64), *((2, 2, 192, 64),) * 2))
+
+    def value_and_grads(how, *given):
+        def loss(*given):
+            y = attend_all(*given, how)
+            return jnp.sin(y).sum(), y
+
+        (_, y), grads = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(*given)
+        return y, *grads
+
+    expected = jax.jit(value_and_grads, static_argnums=0)("xla", q, k, v)
+    with contextlib.nullcontext() if shape is None else jax.set_mesh(make_mesh(shape, jax.devices()[:2])):
+        text = jax.jit(value_and_grads, static_argnums=0).lower("triton", q, k, v).as_text("hlo")
+        got = jax.jit(value_and_grads, static_argnums=0)("triton", q, k, v)
+    assert "while" in text, "the interpreted kernel"
+    for name, ours, theirs in zip("yqkv", got, expected, strict=True):
+        close(ours, theirs, name, 2e-5)
+
+
+def test_shapes_that_no_kernel_takes_are_attended_to_all_the_same(close):
+    rng = np.random.default_rng(3)
+    q, k, v = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((2, 9, 2, 64), *((2, 2, 9, 64),) * 2))
+    close(attend_all(q, k, v, "triton"), attend(q, k, v), "attention", 0)
 
 
 @pytest.mark.parametrize("masked", ["row by row", "all rows alike", "not at all"])

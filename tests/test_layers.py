@@ -26,6 +26,27 @@ def test_einsum(spec, shape, features, leading, flat, rng, close):
     close(y, np.einsum(spec, x, np.asarray(params["kernel"], np.float64)) + bias, spec, 1e-6)
 
 
+def test_gradients_of_a_wide_product_are_narrow(rng, close):
+    """A head's: bfloat16 into float32; as exact as bfloat16 is, and no product of float32."""
+    module = Einsum("BTD,VD->BTV", (96, 64), False, jnp.bfloat16, jnp.bfloat16, jnp.float32)
+    x = jnp.asarray(rng.standard_normal((2, 80, 64)), jnp.bfloat16)
+    params = module.init(jax.random.key(0), x)["params"]
+    weights = rng.standard_normal((2, 80, 96)).astype(np.float32)
+
+    def loss(params, x):
+        return (weights * module.apply({"params": params}, x)).sum()
+
+    gradient = jax.grad(loss, (0, 1))
+    (of_params, of_x), kernel = gradient(params, x), np.asarray(params["kernel"], np.float32)
+    assert of_params["kernel"].dtype == of_x.dtype == jnp.bfloat16
+    close(np.asarray(of_x, np.float32), weights @ kernel, "x", 1e-2)
+    expected = np.einsum("BTV,BTD->VD", weights, np.asarray(x, np.float32))
+    close(np.asarray(of_params["kernel"], np.float32), expected, "kernel", 1e-2)
+    text = jax.jit(gradient).lower(params, x).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert len(products) >= 2 and not [line for line in products if "(tensor<2x80x96xf32>" in line], products
+
+
 def test_einsum_gradient(rng, close):
     """Few tokens or many, the gradient of each is its own: training takes both ways, too."""
     module = Einsum("BTD,NHD->BTNH", (3, 4, 6), use_bias=True)

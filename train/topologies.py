@@ -73,8 +73,9 @@ class Gpu:
             "registers_per_block_limit": 2**16,
         }
         fields = " ".join(f"{name}: {value}" for name, value in limits.items())
+        extension = " feature_extension: ACCELERATED_FEATURES" * (self.capability >= 9)
         return (
-            f"gpu_device_info {{ {fields} cuda_compute_capability {{ major: {self.capability} }} }} "
+            f"gpu_device_info {{ {fields} cuda_compute_capability {{ major: {self.capability}{extension} }} }} "
             'platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } runtime_version { major: 12 minor: 9 } '
             f'device_description_str: "{self.device_kind}"'
         )
