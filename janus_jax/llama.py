@@ -211,7 +211,7 @@ class Llama(nn.Module):
     """Embedding, layers, final norm and text head.
 
     `scan_layers` says how parameters are laid out: `layers` stacked on a first axis (training, conversion), or
-    `layers_0`, `layers_1`, ... apart (decoding on CPU, where slicing the stack costs a copy of the weights a step).
+    `layers_0`, `layers_1`, ... apart (decoding: on CPU and GPU slicing the stack costs a copy of the weights a step).
     `remat`: see `layers.rematerialised`. `attention`: see `attention.attend_segments`.
     `fsdp`, `fused`: see `Janus`.
     """

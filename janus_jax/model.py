@@ -44,7 +44,7 @@ class Janus(nn.Module):
       param_dtype: dtype of parameters that `init` makes.
       scan_layers: layout of the decoder's parameters, see `Llama`.
       remat: what training computes twice to save memory, see `layers.rematerialised`.
-      attention: the decoder's, see `attention.attend_segments`; with 'heads' SigLIP's too.
+      attention: see `attention.attend_segments`, and for SigLIP `attention.attend_all`.
       fsdp: whether the parameters of layers are this device's parts along the mesh axis `fsdp`, to be gathered where
         they are used; inside `jax.shard_map` (training).
       fused: whether the decoder's q, k and v, and gate and up, are one product each, on parameters of `fusion.fuse`.
