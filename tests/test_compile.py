@@ -133,19 +133,10 @@ def test_layouts_that_do_not_fit_are_refused_before_compiling(overrides, told, c
     assert [line for line in done.stderr.splitlines() if told in line] and "Traceback" not in done.stderr
 
 
-@needs_libtpu
-def test_a_small_step_compiles_for_tpu():
-    """With TPU's own compiler: what it asks of a chip, and no collective but those of the sharding."""
-    done = _command("--config", "debug", "--topology", "v5e-4", *SMALL, "mesh.data=2", "mesh.fsdp=2")
-    assert done.returncode == 0, done.stderr
-    lines = {line.split()[0]: line for line in done.stdout.splitlines() if line.startswith("  ")}
-    assert {"parameters", "optimizer", "batch", "temporaries", "peak", "all-gather", "reduce-scatter"} <= set(lines)
-    assert not {"collective-permute", "all-to-all"} & set(lines)
-
-
-@needs_cuda
-def test_a_small_step_compiles_for_gpus():
-    done = _command("--config", "debug", "--topology", "h100-4", *SMALL, "mesh.data=2", "mesh.fsdp=2")
+@pytest.mark.parametrize("place", [pytest.param("v5e-4", marks=needs_libtpu), pytest.param("h100-4", marks=needs_cuda)])
+def test_a_small_step_compiles(place):
+    """With the accelerator's own compiler: what it asks of a chip, and no collective but those of the sharding."""
+    done = _command("--config", "debug", "--topology", place, *SMALL, "mesh.data=2", "mesh.fsdp=2")
     assert done.returncode == 0, done.stderr
     lines = {line.split()[0]: line for line in done.stdout.splitlines() if line.startswith("  ")}
     assert {"parameters", "optimizer", "batch", "temporaries", "peak", "all-gather", "reduce-scatter"} <= set(lines)
