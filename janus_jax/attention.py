@@ -159,5 +159,6 @@ def _triton(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | N
     forward = math.gcd(q.shape[1], _BLOCK)
     # JAX's default backward, 32, is below what Hopper's matrix units take.
     sizes = BlockSizes(forward, forward, *(_SMALL_BLOCK,) * 4)
-    y = mha(q, k, v, segment_ids, q.shape[-1] ** -0.5, causal, sizes, interpret=_INTERPRET)
+    scale = q.shape[-1] ** -0.5
+    y = mha(q, k, v, segment_ids, sm_scale=scale, causal=causal, block_sizes=sizes, interpret=_INTERPRET)
     return y.swapaxes(1, 2)
