@@ -23,7 +23,7 @@ from janus_jax.sharding import constrain
 Params = dict[str, Any]
 
 # A step reads the whole cache, filled or not: a large one starts small, and grows to so many sizes. Each of them is one
-# more program to compile.
+# more program to compile, which is not worth it where the weights are most of what is read, or where all is little.
 _CACHE_SIZES = 4
 
 
