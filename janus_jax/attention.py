@@ -91,19 +91,9 @@ def attend_all(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str = "
     if implementation == "heads":
         return attend_by_head(q, k, v)
     length, heads, head_dim = q.shape[1:]
-    if implementation == "triton" and length % _SMALL_BLOCK == 0 and heads == k.shape[1] and head_dim >= _LEAST_HEAD:
+    if implementation == "triton" and takes("triton", length, heads, k.shape[1], head_dim, _SMALL_BLOCK):
         return _by_shard(functools.partial(_triton, causal=False), q.swapaxes(1, 2), k, v, None).swapaxes(1, 2)
     return attend(q, k, v)
-
-
-def takes(implementation: str, length: int, heads: int, kv_heads: int, head_dim: int) -> bool:
-    """Whether an implementation of `attend_segments` works on rows of `length` tokens: blocks divide its sizes."""
-    blocks = length % _BLOCK == 0
-    return {
-        "xla": True,
-        "splash": blocks and head_dim % _LANES == 0,
-        "triton": blocks and head_dim >= _LEAST_HEAD and heads == kv_heads,
-    }[implementation]
 
 
 _LANES = 128  # of a TPU's vector registers
@@ -111,8 +101,17 @@ _BLOCK = 128  # tokens that the kernels take at least at a time
 _LARGEST_BLOCK = 512
 # Hopper's matrix units take 64 rows at least. Larger blocks spill registers backward, by ptxas's account.
 _SMALL_BLOCK = 64
-_LEAST_HEAD = 16
 _INTERPRET = False  # set by tests, to run the kernels elsewhere
+
+
+def takes(implementation: str, length: int, heads: int, kv_heads: int, head_dim: int, block: int = _BLOCK) -> bool:
+    """Whether an implementation of `attend_segments` works on rows of `length` tokens: blocks divide its sizes."""
+    blocks = length % block == 0
+    return {
+        "xla": True,
+        "splash": blocks and head_dim % _LANES == 0,
+        "triton": blocks and head_dim >= 16 and heads == kv_heads,
+    }[implementation]
 
 
 def _by_shard(kernel, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None) -> jax.Array:

@@ -68,6 +68,14 @@ def _pieces(slots: list[int], length: int, piece: int, new_tokens: int) -> Itera
             done = stop
 
 
+def _grown_shapes(model: Janus, state: Any, slots: list[int]) -> Iterator[Any]:
+    """The shapes of `state`, with its cache in each of its sizes."""
+    rows = len(state.cache.positions)
+    for size in slots:
+        cache = jax.eval_shape(functools.partial(empty_cache, model, rows, size))
+        yield dataclasses.replace(state, cache=cache)
+
+
 def _run(model: Janus, params: Params, method: str, *args):
     return model.apply({"params": params}, *args, method=method)
 
@@ -204,12 +212,10 @@ def compile_codes(
     """Compiles what `generate_codes` runs for such arguments; of `params` the shapes are enough."""
     num_tokens, one = model.config.gen_vision.num_tokens, jnp.int32(1)
     drawing = (keys, jnp.float32(guidance), sampler)
-    rows = ids.shape[1] * len(keys)
-    first, *larger = cache_sizes(model, params, rows, ids.shape[2], num_tokens)
-    start_image.lower(model, params, ids, mask, *drawing, num_tokens, False, first).compile()
-    state = start_image.eval_shape(model, params, ids, mask, *drawing, num_tokens, False, first)
-    for cache in (state.cache, *(jax.eval_shape(functools.partial(empty_cache, model, rows, size)) for size in larger)):
-        state = dataclasses.replace(state, cache=cache)
+    slots = cache_sizes(model, params, ids.shape[1] * len(keys), ids.shape[2], num_tokens)
+    start_image.lower(model, params, ids, mask, *drawing, num_tokens, False, slots[0]).compile()
+    first = start_image.eval_shape(model, params, ids, mask, *drawing, num_tokens, False, slots[0])
+    for state in _grown_shapes(model, first, slots):
         continue_image.lower(model, params, state, *drawing, one, one).compile()
 
 
@@ -369,14 +375,10 @@ def compile_tokens(
     one = jnp.int32(1)
     embed_prompt.lower(model, params, ids, where, pixels).compile()
     x = embed_prompt.eval_shape(model, params, ids, where, pixels)
-    first, *larger = cache_sizes(model, params, *ids.shape, room)
-    start_text.lower(model, params, x, mask, keys, one, sampler, room, first).compile()
-    state = start_text.eval_shape(model, params, x, mask, keys, one, sampler, room, first)
-    for cache in (
-        state.cache,
-        *(jax.eval_shape(functools.partial(empty_cache, model, len(ids), size)) for size in larger),
-    ):
-        state = dataclasses.replace(state, cache=cache)
+    slots = cache_sizes(model, params, *ids.shape, room)
+    start_text.lower(model, params, x, mask, keys, one, sampler, room, slots[0]).compile()
+    first = start_text.eval_shape(model, params, x, mask, keys, one, sampler, room, slots[0])
+    for state in _grown_shapes(model, first, slots):
         continue_text.lower(model, params, state, keys, one, sampler, one, one).compile()
 
 
