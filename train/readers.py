@@ -10,13 +10,11 @@ import json
 import os
 import pathlib
 import tarfile
-import threading
 from typing import Any
 
 import numpy as np
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-COLUMNS = ("image", "images", "caption", "text", "conversations", "messages")
 
 Record = tuple[str, dict[str, Any]]
 
@@ -223,54 +221,6 @@ def _scan_tar(path: pathlib.Path) -> tuple[list[tuple[str, int, int]], str]:
         after = f" after {found[-1][0]}" if found else ""
         return found, f"not a readable tar{after} ({error})"
     return found, ""
-
-
-# ---------------------------------------------------------------- parquet
-
-
-class Parquet:
-    """Rows of a parquet file; of the columns, those in `COLUMNS`. ValueError without pyarrow, or for another file."""
-
-    def __init__(self, path: pathlib.Path):
-        try:
-            import pyarrow as pa
-            import pyarrow.parquet as pq
-        except ImportError:
-            raise ValueError(f"{path}: parquet files need pyarrow; pip install pyarrow") from None
-        self.path = path
-        try:
-            self._file = pq.ParquetFile(path)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise ValueError(f"{path} is not a readable parquet file ({error})") from None
-        names = self._file.schema_arrow.names
-        self.columns = [name for name in COLUMNS if name in names]
-        if not self.columns:
-            raise ValueError(f"{path} has the columns {', '.join(names)}; expected some of {', '.join(COLUMNS)}")
-        groups = range(self._file.metadata.num_row_groups)
-        self._ends = np.cumsum([self._file.metadata.row_group(group).num_rows for group in groups])
-        self._lock, self._errors = threading.Lock(), (pa.ArrowException, OSError)
-        self._held: dict[int, Any] = {}
-
-    def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
-
-    def __getitem__(self, index: int) -> Record:
-        place = f"{self.path} row {index}"
-        group = int(np.searchsorted(self._ends, index, side="right"))
-        begin = int(self._ends[group - 1]) if group else 0
-        try:
-            table = self._group(group)
-        except self._errors as error:
-            raise BadSample("bad_parquet", place, f"row group {group} is damaged ({error})") from None
-        return place, table.slice(index - begin, 1).to_pylist()[0]
-
-    def _group(self, group: int) -> Any:
-        with self._lock:
-            if group not in self._held:
-                table = self._file.read_row_group(group, columns=self.columns)
-                # Two at a time: threads that read in order are at most at the seam of two groups.
-                self._held = {key: self._held[key] for key in list(self._held)[-1:]} | {group: table}
-            return self._held[group]
 
 
 def _read(path: pathlib.Path, begin: int, size: int) -> bytes:

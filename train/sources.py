@@ -27,11 +27,11 @@ import numpy as np
 
 from janus_jax.images import ImageSource
 from janus_jax.processing import IMAGE_PLACEHOLDER
+from train.parquet import Parquet
 from train.readers import (
     IMAGE_SUFFIXES,
     BadSample,
     ImageFolders,
-    Parquet,
     TarShard,
     TextFile,
     json_reader,
