@@ -48,7 +48,7 @@ def test_llava(tmp_path, as_list):
         path.write_text(json.dumps(records))
     else:
         lines(path, *records)
-    source = open_source(path)
+    source = open_source(path, allow_outside=True)
     assert len(source) == 3 and source.description["format"] == "llava"
     assert source[0].messages[0] == {"role": "user", "content": "<image>\nWhat is it?"}
     assert source[0].messages[1] == {"role": "assistant", "content": "A circle."}
@@ -132,7 +132,7 @@ def test_bytes_that_are_no_utf8(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(b'{"text": "\xff\xfe"}\n{"text": "good"}\n')
     source = open_source(tmp_path / "x.jsonl")
     assert bad(source, 0).reason == "bad_json" and source[1].text == "good"
-    (tmp_path / "x.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / "x.txt").write_bytes(b"\xff\xfea")
     assert bad(open_source(tmp_path / "x.txt"), 0).reason == "bad_unicode"
 
 
@@ -264,8 +264,8 @@ def test_parquet(tmp_path):
         pa.table({"image": pa.array([b"x", None], pa.binary()), "caption": ["a", "b"]}), tmp_path / "n.parquet"
     )
     assert bad(open_source(tmp_path / "n.parquet"), 1).reason == "missing_image"
-    pq.write_table(pa.table({"jpg": [b"x"], "txt": ["a"]}), tmp_path / "other.parquet")
-    with pytest.raises(ValueError, match="has the columns jpg, txt; expected some of image"):
+    pq.write_table(pa.table({"bild": [b"x"], "wort": ["a"]}), tmp_path / "other.parquet")
+    with pytest.raises(ValueError, match="has the columns bild, wort; expected some of image"):
         open_source(tmp_path / "other.parquet")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(ValueError, match=r"bad.parquet is not a readable parquet file"):

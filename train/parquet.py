@@ -8,13 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from train.readers import BadSample, Record
-
-COLUMNS = ("image", "images", "caption", "text", "conversations", "messages")
+from janus_jax.messages import one_line
+from train.fields import wanted
+from train.readers import BadSample, Record, listed
 
 
 class Parquet:
-    """Rows of a parquet file; of the columns, those in `COLUMNS`. ValueError without pyarrow, or for another file."""
+    """Rows of a parquet file; of the columns, those that `fields.wanted` knows.
+
+    ValueError without pyarrow, or for another file.
+    """
 
     def __init__(self, path: pathlib.Path):
         try:
@@ -28,9 +31,10 @@ class Parquet:
         except (pa.ArrowInvalid, OSError) as error:
             raise ValueError(f"{path} is not a readable parquet file ({error})") from None
         names = self._file.schema_arrow.names
-        self.columns = [name for name in COLUMNS if name in names]
+        self.columns = [name for name in names if wanted(name)]
         if not self.columns:
-            raise ValueError(f"{path} has the columns {', '.join(names)}; expected some of {', '.join(COLUMNS)}")
+            known = "image, caption, text, conversations, messages"
+            raise ValueError(f"{one_line(path)} has the columns {listed(names)}; expected some of {known}")
         groups = range(self._file.metadata.num_row_groups)
         self._ends = np.cumsum([self._file.metadata.row_group(group).num_rows for group in groups])
         self._lock, self._errors = threading.Lock(), (pa.ArrowException, OSError)
@@ -47,7 +51,10 @@ class Parquet:
             table = self._group(group)
         except self._errors as error:
             raise BadSample("bad_parquet", place, f"row group {group} is damaged ({error})") from None
-        return place, table.slice(index - begin, 1).to_pylist()[0]
+        try:
+            return place, table.slice(index - begin, 1).to_pylist()[0]
+        except UnicodeDecodeError as error:
+            raise BadSample("bad_unicode", place, f"a text that is not UTF-8 ({error.reason})") from None
 
     def _group(self, group: int) -> Any:
         with self._lock:

@@ -3,44 +3,40 @@
 | format | a sample |
 |---|---|
 | llava | JSON list or lines: `{"image": "a.jpg" or list, "conversations": [{"from": "human" or "gpt", "value"}]}` |
-| chat | JSON list or lines: `{"messages": [{"role", "content"}], "images": [...] if any}` |
+| chat | JSON list or lines: `{"messages": [{"role", "content"}], "images": [...] if any}`; or OpenAI's lists of parts |
 | text | JSON list or lines: `{"text"}`; or a .txt file, which is one document |
-| captions | JSON list or lines: `{"image", "caption" or "text"}` |
+| captions | JSON list or lines: `{"image" or "file_name", "caption" or "text"}` |
 | webdataset | tar shards of `key.jpg`, `key.txt` or `key.json` with "caption", as img2dataset writes them |
 | parquet | rows with the columns of any format above; images as bytes, `{bytes, path}` or paths |
 | folders | a folder of images for each category, whose name is the caption |
+| sidecar | pictures with a text beside each, `a.jpg` and `a.txt`, in a folder and the folders within it |
 
-Everything but `folders` may be one file, a folder of files or a glob; parquet files may stand where JSON does.
+All but the last two may be one file, a folder of files or a glob; parquet files may stand where JSON does. Paths of
+pictures may not lead out of the data's folder unless `allow_outside`. What the fields mean says `train.fields`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import glob
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from janus_jax.images import ImageSource
-from janus_jax.processing import IMAGE_PLACEHOLDER
+from janus_jax.files import open_regular
+from janus_jax.messages import one_line
+from train.fields import PARSE, Parse, RawSample, Root, format_of
+from train.folders import ImageFolders, Sidecars, count_sidecars, is_picture, read_names
+from train.json_files import json_reader
 from train.parquet import Parquet
-from train.readers import (
-    IMAGE_SUFFIXES,
-    BadSample,
-    ImageFolders,
-    TarShard,
-    TextFile,
-    json_reader,
-    read_names,
-)
+from train.readers import COMPRESSED_SUFFIXES, BadSample, PassedOver, TextFile, listed
+from train.tars import TarShard
 
 __all__ = ["FORMATS", "BadSample", "RawSample", "Source", "missing_path", "open_source"]
 
-IMAGE_TAG = "<image>"
 _JSON = (".json", ".jsonl", ".ndjson")
 _SUFFIXES = {
     "llava": (*_JSON, ".parquet"),
@@ -50,133 +46,35 @@ _SUFFIXES = {
     "webdataset": (".tar",),
     "parquet": (".parquet",),
     "folders": (),
+    "sidecar": (),
 }
 FORMATS = tuple(_SUFFIXES)
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-
-
-@dataclasses.dataclass(frozen=True)
-class RawSample:
-    """One sample as found: a conversation, a text, or a caption with its image.
-
-    Attributes:
-      place: file and line, tar member or row, for messages.
-      messages: {"role": "user" | "assistant" | "system", "content": str} each; None where it is no conversation.
-      images: in order, as anything that `janus_jax.images.open_image` takes.
-      text, caption: the other two kinds.
-      image_tags: what stands for an image in the messages.
-    """
-
-    place: str
-    messages: tuple[dict[str, str], ...] | None = None
-    images: tuple[ImageSource, ...] = ()
-    text: str | None = None
-    caption: str | None = None
-    image_tags: tuple[str, ...] = (IMAGE_TAG,)
-
-
-# ---------------------------------------------------------------- records to samples
-
-
-def _images(record: dict[str, Any], root: pathlib.Path, place: str) -> tuple[ImageSource, ...]:
-    value = record.get("image") or record.get("images") or []
-    return tuple(_image(image, root, place) for image in (value if isinstance(value, list | tuple) else [value]))
-
-
-def _image(value: Any, root: pathlib.Path, place: str) -> ImageSource:
-    if isinstance(value, dict):  # how Hugging Face datasets store them
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, str) and value and not value.startswith("data:"):
-        return root / value
-    if not value or not isinstance(value, str | bytes):
-        raise BadSample("missing_image", place, f"an image must be a path or bytes, not {value!r:.60}")
-    return value
-
-
-def _messages(record: dict[str, Any], field: str, role: str, content: str, place: str) -> tuple[dict[str, str], ...]:
-    turns = record.get(field)
-    if not isinstance(turns, list):
-        raise BadSample("missing_field", place, f"no list {field!r}; found {', '.join(record) or 'nothing'}")
-    messages = []
-    for index, turn in enumerate(turns):
-        speaker, text = (turn.get(role), turn.get(content)) if isinstance(turn, dict) else (None, None)
-        known = _ROLES.get(speaker.strip("<|>").lower()) if isinstance(speaker, str) else None
-        if known is None:
-            raise BadSample("bad_turns", place, f"turn {index}: {role} is {speaker!r:.40}, not one of {list(_ROLES)}")
-        if not isinstance(text, str):
-            raise BadSample("bad_turns", place, f"turn {index}: {content} is no string but {type(text).__name__}")
-        messages.append({"role": known, "content": text})
-    return tuple(messages)
-
-
-def _string(record: dict[str, Any], names: Sequence[str], place: str) -> str:
-    for name in names:
-        if record.get(name) is not None:
-            if isinstance(record[name], str):
-                return record[name]
-            raise BadSample("missing_field", place, f"{name} is no string but {type(record[name]).__name__}")
-    raise BadSample("missing_field", place, f"no {' or '.join(names)}; found {', '.join(record) or 'nothing'}")
-
-
-def _llava(record: dict[str, Any], root: pathlib.Path, place: str) -> RawSample:
-    messages = _messages(record, "conversations", "from", "value", place)
-    return RawSample(place, messages, _images(record, root, place))
-
-
-def _chat(record: dict[str, Any], root: pathlib.Path, place: str) -> RawSample:
-    messages = _messages(record, "messages", "role", "content", place)
-    images = _images(record, root, place)
-    # The reference's own way to write conversations: images within the messages, and the placeholder as their tag.
-    images += tuple(image for turn in record["messages"] for image in _images(turn, root, place))
-    return RawSample(place, messages, images, image_tags=(IMAGE_TAG, IMAGE_PLACEHOLDER))
-
-
-def _text(record: dict[str, Any], root: pathlib.Path, place: str) -> RawSample:
-    return RawSample(place, text=_string(record, ["text"], place))
-
-
-def _captions(record: dict[str, Any], root: pathlib.Path, place: str) -> RawSample:
-    caption, images = _string(record, ["caption", "text"], place), _images(record, root, place)
-    if len(images) != 1:
-        raise BadSample("missing_image", place, f"a caption needs one image, not {len(images)}")
-    return RawSample(place, images=images, caption=caption)
-
-
-Parse = Callable[[dict[str, Any], pathlib.Path, str], RawSample]
-_PARSE: dict[str, Parse] = {
-    "llava": _llava,
-    "chat": _chat,
-    "text": _text,
-    "captions": _captions,
-    "webdataset": _captions,
-    "folders": _captions,
-}
-
-
-def _format_of(fields: Sequence[str]) -> str | None:
-    """The format of a record with these fields."""
-    if "conversations" in fields:
-        return "llava"
-    if "messages" in fields:
-        return "chat"
-    if "image" in fields or "images" in fields:
-        return "captions" if "caption" in fields or "text" in fields else None
-    return "text" if "text" in fields else None
-
-
-# ---------------------------------------------------------------- sources
+# The datasets library's name for a file about the pictures beside it.
+_METADATA = "metadata.jsonl"
 
 
 class Source:
     """Random access to the samples of several readers, one after the other; `[i]` raises BadSample for a bad one.
 
-    `description` says what was read: path, format, samples, bytes.
+    Attributes:
+      description: what was read: path, format, samples, bytes.
+      why: how the format was chosen.
+      passed_over: files that belong to no sample.
     """
 
-    def __init__(self, readers: Sequence[Any], parse: Parse, root: pathlib.Path | None, description: dict[str, Any]):
-        self._readers, self._parse, self._root = readers, parse, root
+    def __init__(
+        self,
+        readers: Sequence[Any],
+        parse: Parse,
+        roots: Sequence[Root],
+        description: dict[str, Any],
+        why: str = "",
+        passed_over: PassedOver | None = None,
+    ):
+        self._readers, self._parse, self._roots = readers, parse, roots
         self._ends = np.cumsum([len(reader) for reader in readers])
         self.description = description | {"samples": len(self)}
+        self.why, self.passed_over = why, passed_over or PassedOver()
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -185,9 +83,16 @@ class Source:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         number = int(np.searchsorted(self._ends, index, side="right"))
-        reader = self._readers[number]
-        place, record = reader[index - (int(self._ends[number - 1]) if number else 0)]
-        return self._parse(record, self._root or reader.path.parent, place)
+        place, record = self._readers[number][index - (int(self._ends[number - 1]) if number else 0)]
+        return self._parse(record, self._roots[number], place)
+
+    def __str__(self) -> str:
+        """What is read, as what and why, for people."""
+        said = self.description
+        line = f"{one_line(said['path'])} is read as {said['format']} ({self.why}): {len(self):,} samples"
+        if self.passed_over.count:
+            line += f"; passed over: {self.passed_over.count:,} files of no sample, such as {self.passed_over.first}"
+        return line
 
 
 def open_source(
@@ -195,6 +100,7 @@ def open_source(
     format: str | None = None,
     images: str | os.PathLike | None = None,
     names: str | os.PathLike | None = None,
+    allow_outside: bool = False,
 ) -> Source:
     """Opens training data.
 
@@ -202,7 +108,8 @@ def open_source(
       path: file, folder or glob.
       format: one of `FORMATS`; None guesses it from the files' names and the first records.
       images: the folder that image paths start from; None means that of the file which names them.
-      names: for `folders`, a file of names for them, see `readers.read_names`.
+      names: for `folders`, a file of names for them, see `folders.read_names`.
+      allow_outside: whether paths of pictures may lead out of that folder (absolute, by `..`, by links).
     Raises: FileNotFoundError for a path that is not there, ValueError for what is no such data or has no samples.
     """
     if format is not None and format not in FORMATS:
@@ -213,26 +120,39 @@ def open_source(
         if folder is not None and not pathlib.Path(folder).exists():
             raise missing_path(folder)
     path = pathlib.Path(path)
-    format = format or _guess_by_name(path)
+    format, why = (format, "as was asked for") if format else _guess_by_name(path)
     if names is not None and format != "folders":
-        raise ValueError(f"names are for the format folders, and {path} is read as {format or 'JSON'}")
-    if format == "folders":
+        raise ValueError(f"names are for the format folders, and {one_line(path)} is read as {format or 'JSON'}")
+    passed = PassedOver()
+    if format in ("folders", "sidecar"):
+        if images is not None:
+            raise ValueError(f"--images says where paths in records start, and {format} has no records")
         if not path.is_dir():
-            raise missing_path(path) if not path.exists() else ValueError(f"{path} is not a folder of folders")
-        files, readers = [], [ImageFolders(path, read_names(pathlib.Path(names)) if names else None)]
+            kind = "folders" if format == "folders" else "pictures"
+            raise missing_path(path) if not path.exists() else ValueError(f"{one_line(path)} is not a folder of {kind}")
+        categories = read_names(pathlib.Path(names)) if names else None
+        files, readers = [], [ImageFolders(path, categories) if format == "folders" else Sidecars(path)]
+        roots = [Root(path, allow_outside)]
     else:
-        files = _files(path, _SUFFIXES[format] if format else _JSON)
+        files = _files(path, _SUFFIXES[format] if format else _JSON, passed)
         readers = [_reader(file, format) for file in files]
+        folders = {file.parent: Root(pathlib.Path(images or file.parent), allow_outside) for file in files}
+        roots = [folders[file.parent] for file in files]
+    for reader in readers:
+        if more := getattr(reader, "passed_over", None):
+            passed = PassedOver(passed.count + more.count, passed.first or more.first)
     if not any(len(reader) for reader in readers):
-        raise ValueError(f"{path} is empty: it holds no samples" + (f" of the format {format}" if format else ""))
+        told = f" of the format {format}" if format else ""
+        more = f", only {passed.count} other files such as {passed.first}" if passed.count else ""
+        raise ValueError(f"{one_line(path)} is empty: it holds no samples{told}{more}")
     if format is None or format == "parquet":
-        meaning = _guess_by_records(path, readers)
+        meaning, fields = _guess_by_records(path, readers)
+        why = f"it has {fields}" if format is None else f"{why}, and it has {fields}"
         format = format or meaning
     else:
         meaning = format
-    root = pathlib.Path(images) if images is not None else None
     size = sum(file.stat().st_size for file in files)
-    return Source(readers, _PARSE[meaning], root, {"path": str(path), "format": format, "bytes": size})
+    return Source(readers, PARSE[meaning], roots, {"path": str(path), "format": format, "bytes": size}, why, passed)
 
 
 def missing_path(path: str | os.PathLike) -> FileNotFoundError:
@@ -245,27 +165,51 @@ def missing_path(path: str | os.PathLike) -> FileNotFoundError:
         near = difflib.get_close_matches(part.name, [child.name for child in part.parent.iterdir()], 1)
     except OSError:
         near = []
-    hint = f"; did you mean {part.parent / near[0]}?" if near else ""
-    return FileNotFoundError(f"{path}: there is no such file or folder{hint}")
+    hint = f"; did you mean {one_line(part.parent / near[0])}?" if near and near[0] != part.name else ""
+    return FileNotFoundError(f"{one_line(path)}: there is no such file or folder{hint}")
 
 
-def _files(path: pathlib.Path, suffixes: Sequence[str]) -> list[pathlib.Path]:
-    if path.is_file():
-        return [path]
+# ---------------------------------------------------------------- files
+
+
+def _files(path: pathlib.Path, suffixes: Sequence[str], passed: PassedOver) -> list[pathlib.Path]:
+    """The files of `path` that have one of `suffixes`; of its other files, those that are no pictures are `passed`."""
     if path.is_dir():
-        found = sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes and not p.name.startswith("."))
+        children = [child for child in sorted(path.iterdir()) if not child.name.startswith(".")]
+        found = [child for child in children if child.suffix.lower() in suffixes and not child.is_dir()]
+        metadata = path / _METADATA
+        if metadata in found:
+            found = [metadata]  # other JSON beside it is about the data set
+        elif not found and ".jsonl" in suffixes:
+            found = sorted(path.glob(f"*/{_METADATA}"))
+        for child in children:
+            if child not in found and not child.is_dir() and not is_picture(child.name):
+                passed.add(child.name)
         if not found:
-            raise ValueError(f"{path} is empty: it holds no {' or '.join(suffixes)} file")
+            compressed = [child for child in children if child.suffix.lower() in COMPRESSED_SUFFIXES]
+            if compressed:
+                raise _compressed(compressed[0])
+            raise ValueError(f"{one_line(path)} is empty: it holds no {' or '.join(suffixes)} file")
         return found
+    if path.exists():
+        return [path]
     if glob.has_magic(str(path)):
-        found = sorted(pathlib.Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))
+        found = sorted(pathlib.Path(name) for name in glob.glob(str(path), recursive=True) if not os.path.isdir(name))
         if not found:
-            raise FileNotFoundError(f"no file matches {path}")
+            raise FileNotFoundError(f"no file matches {one_line(path)}")
         return found
     raise missing_path(path)
 
 
+def _compressed(path: pathlib.Path) -> ValueError:
+    return ValueError(
+        f"{one_line(path)} is compressed, and samples are read from anywhere in a file: unpack it first "
+        "(gunzip, unxz, unzstd or unzip)"
+    )
+
+
 def _reader(file: pathlib.Path, format: str | None) -> Any:
+    open_regular(file).close()
     suffix = file.suffix.lower()
     if suffix == ".parquet" or format == "parquet":
         return Parquet(file)
@@ -274,42 +218,94 @@ def _reader(file: pathlib.Path, format: str | None) -> Any:
     return TextFile(file) if suffix == ".txt" else json_reader(file)
 
 
-def _guess_by_name(path: pathlib.Path) -> str | None:
-    """The format that the files' names tell; None where they are JSON, whose records will."""
+# ---------------------------------------------------------------- guessing
+
+
+def _guess_by_name(path: pathlib.Path) -> tuple[str | None, str]:
+    """The format that the files' names tell, and how; None where they are JSON, whose records will."""
     if path.is_dir():
-        children = sorted(path.iterdir())
-        suffixes = {child.suffix.lower() for child in children if child.is_file()}
-    else:
-        children, suffixes = [], {path.suffix.lower()}
-    # Shards of img2dataset lie beside parquet and JSON files about them, so they come first.
-    for suffix, format in ((".tar", "webdataset"), (".parquet", "parquet")):
-        if suffix in suffixes:
-            return format
-    if suffixes & set(_JSON):
-        return None
-    if any(child.is_dir() and _holds_images(child) for child in children):
-        return "folders"
-    if ".txt" in suffixes:
-        return "text"
+        return _guess_folder(path)
+    suffix = path.suffix.lower()
+    if suffix in COMPRESSED_SUFFIXES:
+        raise _compressed(path) if path.exists() or glob.has_magic(str(path)) else missing_path(path)
+    known = {".tar": "webdataset", ".parquet": "parquet", ".txt": "text"}
+    if suffix in known:
+        return known[suffix], f"by its ending {suffix}"
+    if suffix in _JSON:
+        return None, ""
     if not path.exists() and not glob.has_magic(str(path)):
         raise missing_path(path)
-    if path.is_dir() and not children:
-        raise ValueError(f"{path} is empty")
-    raise ValueError(f"{path}: cannot tell the format by its name; say which: {', '.join(FORMATS)}")
+    raise _untold(path)
+
+
+def _guess_folder(path: pathlib.Path) -> tuple[str | None, str]:
+    children = [child for child in sorted(path.iterdir()) if not child.name.startswith(".")]
+    if not children:
+        raise ValueError(f"{one_line(path)} is empty")
+    folders = [child for child in children if child.is_dir()]
+    # What img2dataset writes about the shards or folders of pictures beside it.
+    about = {f"{child.stem if child.suffix == '.tar' else child.name}{end}" for child in children for end in _ABOUT}
+    names = [child.name for child in children if not child.is_dir() and child.name not in about]
+    suffixes = {os.path.splitext(name)[1].lower() for name in names}
+    if ".tar" in suffixes:
+        return "webdataset", "it holds .tar files"
+    if ".parquet" in suffixes:
+        return "parquet", "it holds .parquet files"
+    if _METADATA in names or any((folder / _METADATA).is_file() for folder in folders):
+        return None, ""
+    for folder in (path, *folders):
+        if (folder / "metadata.csv").is_file():
+            told = "captions in a .csv are not read: write metadata.jsonl, a line {file_name, text} a picture"
+            raise ValueError(f"{one_line(folder / 'metadata.csv')}: {told}")
+    own, own_texts = count_sidecars(path, within=False)
+    stems = {os.path.splitext(name)[0] for name in names if is_picture(name)}
+    others = [name for name in names if name.lower().endswith(_JSON) and os.path.splitext(name)[0] not in stems]
+    if own_texts and others:
+        told = f"both {one_line(others[0])} and texts beside the pictures: say which with --format"
+        raise ValueError(f"{one_line(path)} holds {told}")
+    if suffixes & set(_JSON) and (others or not own):
+        return None, ""
+    if own or any(_holds_images(folder) for folder in folders):
+        pictures, texts = count_sidecars(path)
+        if suffixes & set(_JSON) and own and not own_texts:
+            texts = pictures  # a JSON beside each picture
+        if 2 * texts >= pictures:
+            return "sidecar", f"{texts:,} of {pictures:,} pictures have a text beside them"
+        if texts:
+            told = f"{texts:,} of {pictures:,} pictures have a text beside them: say --format sidecar or folders"
+            raise ValueError(f"{one_line(path)}: {told}")
+        if any(_holds_images(folder) for folder in folders):
+            return "folders", "it holds folders of pictures without texts"
+        raise ValueError(f"{one_line(path)} holds pictures, but neither texts beside them nor a file of captions")
+    if ".txt" in suffixes:
+        return "text", "it holds .txt files"
+    if compressed := [child for child in children if child.suffix.lower() in COMPRESSED_SUFFIXES]:
+        raise _compressed(compressed[0])
+    raise _untold(path)
+
+
+_ABOUT = (".parquet", "_stats.json")
+
+
+def _untold(path: pathlib.Path) -> ValueError:
+    told = f"cannot tell the format by its name; say which: {', '.join(FORMATS)}"
+    return ValueError(f"{one_line(path)}: {told}")
 
 
 def _holds_images(folder: pathlib.Path) -> bool:
     with os.scandir(folder) as entries:
-        return any(pathlib.Path(entry.name).suffix.lower() in IMAGE_SUFFIXES for entry in entries)
+        return any(is_picture(entry.name) for entry in entries)
 
 
-def _guess_by_records(path: pathlib.Path, readers: Sequence[Any]) -> str:
+def _guess_by_records(path: pathlib.Path, readers: Sequence[Any]) -> tuple[str, str]:
+    """The format that the fields of the first records tell, and those fields."""
     reader = next(reader for reader in readers if len(reader))
     if isinstance(reader, Parquet):
         fields = reader.columns
-        if found := _format_of(fields):
-            return found
-        raise ValueError(f"{path}: the columns {', '.join(fields)} are of no format; see `FORMATS` in train/sources.py")
+        if found := format_of(fields, reader.path.name == "metadata.parquet"):
+            return found, f"the columns {listed(fields)}"
+        told = f"the columns {listed(fields)} are of no format; see `FORMATS` in train/sources.py"
+        raise ValueError(f"{one_line(path)}: {told}")
     problem = ""
     for index in range(min(len(reader), 10)):
         try:
@@ -317,7 +313,8 @@ def _guess_by_records(path: pathlib.Path, readers: Sequence[Any]) -> str:
         except BadSample as error:
             problem = problem or str(error)
             continue
-        if found := _format_of(list(record)):
-            return found
-        problem = problem or f"{place} has the fields {', '.join(record)}"
-    raise ValueError(f"{path}: cannot tell the format ({problem}); say which: {', '.join(FORMATS)}")
+        name = record.get("file_name")
+        if found := format_of(record, isinstance(name, str) and is_picture(os.path.basename(name))):
+            return found, f"the fields {listed(record)}"
+        problem = problem or f"{place} has the fields {listed(record)}"
+    raise ValueError(f"{one_line(path)}: cannot tell the format ({problem}); say which: {', '.join(FORMATS)}")

@@ -1,0 +1,83 @@
+"""Media that a sample names and that nothing here reads: its fields and its tags, by stated lists.
+
+A text about a video, a sound or a region of a picture, kept without it, teaches a model to talk of what it does not
+see. Such samples are dropped. Ordinary text is not: code within backticks does not count, nor do HTML's own tags,
+which have attributes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from janus_jax.messages import one_line
+from train.readers import BadSample
+
+# Where a sample's pictures are looked for. `jpg` and the like are columns of img2dataset's and webdataset's tables.
+PICTURE_FIELDS = ("image", "images", "jpg", "jpeg", "png", "webp")
+
+_ENDING = (
+    r"(?:_?(?:paths?|files?|urls?|uris?|links?|lists?|bytes|b64|base64|data|names?|filenames?|src|contents?|inputs?))*"
+)
+_OTHER_FIELD = re.compile(
+    rf"(?:[a-z]+_)?(?:videos?|audios?|movies?|mp4|webm|wav|mp3|flac|ogg|m4a){_ENDING}"
+    r"|(?:speech|sound|voice|music)(?:_?(?:paths?|files?|urls?|bytes|data))+|point_?clouds?"
+)
+_PICTURE_FIELD = re.compile(
+    rf"(?:[a-z]+_)?(?:images?|imgs?|pictures?|photos?|pics?|frames?){_ENDING}(?:_?\d+)?|file_names|medias?|multi_?media"
+)
+_TAG = re.compile(
+    # Placeholders of media, bare or numbered: <video>, <image_1>, <img_start>, <audio_placeholder>, <bbox>, ...
+    r"<(?:images?|imgs?|im|pictures?|photos?|videos?|vids?|audios?|speech|sounds?|bbox(?:es)?|rois?|vision|visual)"
+    r"(?:[-_ ]?(?:place_?holder|tokens?|pad|patch|start|end|begin|features?|fea|emb(?:ed|eds|edding)?|here|content))?"
+    r"[-_ ]?\d{0,6}/?>(?!\s*<(?:source|track|img|p|a|figcaption)\b)"
+    # Regions of pictures: numbered, or with coordinates after them.
+    r"|<(?:region|mask|box|obj|object|frame|point|loc|seg|patch_index)[-_ ]?\d{1,6}/?>|<region_fea>"
+    r"|<(?:box|quad|poly|point|polygon)>(?=\s*[\[(<\d])"
+    # No ordinary text is written so: <|image_1|>, <|vision_start|>, <|AUDIO|>, <|box_start|>, ...
+    r"|<\|/?[a-z_]{0,30}(?:image|img|video|audio|vision|speech|box|quad|object_ref|ref|det|grounding)[a-z_]{0,30}\d*\|>",
+    re.IGNORECASE,
+)
+_ORDINARY = re.compile(r"<im>|<visual>|<vision>", re.IGNORECASE)
+_CODE = re.compile(r"```.*?(?:```|\Z)|~~~.*?(?:~~~|\Z)|`[^`\n]+`", re.DOTALL)
+
+
+def is_media_field(name: str) -> bool:
+    """Whether a field of this name holds media, read or not."""
+    name = name.lower()
+    return name in PICTURE_FIELDS or bool(_OTHER_FIELD.fullmatch(name) or _PICTURE_FIELD.fullmatch(name))
+
+
+def refuse_media_fields(fields: Mapping[str, Any], has_pictures: bool, place: str, where: str = ""):
+    """BadSample where `fields` name media that is not read: films and sounds; pictures under another name.
+
+    Beside a picture that is read, one more address or name is taken for its own, a list is not.
+    """
+    for name, value in fields.items():
+        if not value or not isinstance(value, str | bytes | list | dict) or name in PICTURE_FIELDS:
+            continue
+        lower = name.lower()
+        if len(lower) > 60:
+            continue
+        if _OTHER_FIELD.fullmatch(lower):
+            raise BadSample("unsupported_media", place, f"{where}the field {name}: only pictures are read")
+        if _PICTURE_FIELD.fullmatch(lower) and (isinstance(value, list) or not has_pictures):
+            detail = f"{where}the field {name} seems to hold a picture, and only image or images is read: rename it"
+            raise BadSample("unknown_image_field", place, detail)
+
+
+def refuse_media_tags(text: str, known: tuple[str, ...], place: str, where: str = ""):
+    """BadSample where `text` holds a tag of media other than those `known`, outside of code."""
+    if not _unknown(text, known):
+        return
+    if tag := _unknown(_CODE.sub(" ", text), known):
+        detail = f"{where}{one_line(tag, 40)} stands for something that is not read"
+        raise BadSample("media_tag", place, detail)
+
+
+def _unknown(text: str, known: tuple[str, ...]) -> str | None:
+    if "<" not in text:
+        return None
+    tags = (match[0] for match in _TAG.finditer(text))
+    return next((tag for tag in tags if tag not in known and not _ORDINARY.fullmatch(tag)), None)
