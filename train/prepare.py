@@ -27,6 +27,7 @@ from janus_jax.checkpoint import open_checkpoint, write_json
 from janus_jax.config import read_config
 from janus_jax.loading import resolve
 from janus_jax.memory import OutOfMemory
+from janus_jax.messages import print_error
 from janus_jax.model import Janus
 from janus_jax.processing import SYSTEM_PROMPT, Processor
 from janus_jax.progress import shown, step_bar
@@ -34,7 +35,7 @@ from janus_jax.sharding import flatten
 from janus_jax.torch_weights import place
 from train.config import KINDS
 from train.prepared import DROPPED, FORMAT_VERSION, IMAGES, LENGTHS, META, read_meta
-from train.shards import Encode, ShardWriter, data_file, read_index, replace_file
+from train.shards import Encode, ShardWriter, data_file, index_file, read_index, replace_file
 from train.sources import FORMATS, BadSample, RawSample, open_source
 from train.tokenise import Tokeniser, tokenizer_fingerprint
 
@@ -43,7 +44,11 @@ VQ = "gen_vision_model"
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a preparation did: samples of the source read and dropped (by reason), samples kept, their tokens."""
+    """What a preparation did: samples of the source read and dropped (by reason), samples kept, their tokens.
+
+    `pictures` are those of the kept samples; `changed` counts samples that a finished folder lacks and that could be
+    prepared now.
+    """
 
     folder: pathlib.Path
     kind: str
@@ -51,12 +56,20 @@ class Report:
     kept: int
     tokens: int
     dropped: dict[str, int]
+    pictures: int
+    changed: int = 0
 
     def __str__(self) -> str:
-        rows = [("read", self.read), ("kept", self.kept), ("dropped", sum(self.dropped.values()))]
+        rows = [("read", self.read), ("kept", self.kept), ("pictures kept", self.pictures)]
+        rows += [("dropped", sum(self.dropped.values()))]
         rows += [(f"  {reason}", count) for reason, count in self.dropped.items()]
         rows += [("tokens", self.tokens), ("mean length", round(self.tokens / max(self.kept, 1)))]
         lines = [f"{name:24} {value:>16,}" for name, value in rows]
+        if self.changed:
+            lines += [
+                f"{self.changed:,} of the dropped samples could be decided otherwise now: their files have come or "
+                "changed. Delete the folder and prepare it again to take them"
+            ]
         return "\n".join([f"{self.folder} ({self.kind})", *lines])
 
 
@@ -114,16 +127,22 @@ def prepare(
         "source": getattr(source, "description", {"samples": len(source)}) | {"probe": _probe(source)},
     }
     meta = _begin(out, settings)
+    work = ShardWriter(source, out, tokeniser, encode, batch_size, max_bad_share)
     if meta["finished"]:
         _drop_indices(out)
-        return Report(out, kind, meta["read"], meta["samples"], meta["tokens"], meta["dropped"])
+        totals = meta["read"], meta["samples"], meta["tokens"], meta["dropped"]
+        return Report(out, kind, *totals, _pictures(out, kind), work.decides_anew(_read_dropped(out)))
 
-    work = ShardWriter(source, out, tokeniser, encode, batch_size, max_bad_share)
     count = -(-len(source) // shard_size)
     ranges = [range(shard * shard_size, min((shard + 1) * shard_size, len(source))) for shard in range(count)]
     done = {shard: index for shard in range(count) if (index := read_index(out, shard)) is not None}
-    for index in done.values():
-        work.add(index["read"], index["dropped"])
+    for shard, index in list(done.items()):
+        if work.decides_anew(index["dropped"]):
+            # Pictures that were missing have come, say: without its index, the shard is written again.
+            (out / index_file(shard)).unlink()
+            del done[shard]
+        else:
+            work.add(index["read"], index["dropped"])
     pool = ThreadPoolExecutor(workers or os.cpu_count() or 1)
     try:
         with step_bar("preparing", len(source), shown(progress)) as bar:
@@ -148,7 +167,8 @@ def _probe(source: Sequence[RawSample]) -> str:
         try:
             raw = source[int(item)]
             images = [hashlib.sha256(image).hexdigest() for image in raw.images if isinstance(image, bytes)]
-            digest.update(repr((raw.messages, raw.text, raw.caption, images)).encode(errors="replace"))
+            parts = (raw.messages, raw.text, raw.caption, images, *([raw.untrained] if raw.untrained else []))
+            digest.update(repr(parts).encode(errors="replace"))
         except BadSample as error:
             digest.update(error.reason.encode())
     return digest.hexdigest()[:16]
@@ -202,7 +222,21 @@ def _finish(out: pathlib.Path, meta: dict[str, Any], shards: list[dict[str, Any]
     totals = {"read": read, "samples": len(lengths), "tokens": tokens, "dropped": counts, "shards": files}
     replace_file(out / META, json.dumps(meta | totals | {"finished": True}, indent=2, ensure_ascii=False) + "\n")
     _drop_indices(out)
-    return Report(out, meta["kind"], read, len(lengths), tokens, counts)
+    return Report(out, meta["kind"], read, len(lengths), tokens, counts, _pictures(out, meta["kind"]))
+
+
+def _pictures(out: pathlib.Path, kind: str) -> int:
+    """Pictures in the samples of a finished folder: generation samples have one each."""
+    images = np.load(out / IMAGES, allow_pickle=False)
+    return len(images) if kind == "generation" else int(images.sum(dtype=np.int64))
+
+
+def _read_dropped(out: pathlib.Path) -> list[dict[str, Any]]:
+    try:
+        found = [json.loads(line) for line in (out / DROPPED).read_text(encoding="utf-8").splitlines() if line]
+    except (FileNotFoundError, ValueError):
+        return []  # it is for people, and may have been edited
+    return [one for one in found if isinstance(one, dict) and isinstance(one.get("item"), int) and "reason" in one]
 
 
 def _drop_indices(out: pathlib.Path):
@@ -235,7 +269,8 @@ def main(argv: list[str] | None = None) -> int:
     """0 when it worked, 2 for bad input (one line on standard error), 130 when interrupted."""
     args = _parser().parse_args(argv)
     try:
-        source = open_source(args.source, args.format, args.images, args.names)
+        source = open_source(args.source, args.format, args.images, args.names, args.allow_outside)
+        _say(source)
         folder = resolve(args.model)
         processor = Processor.from_folder(folder, read_config(folder))
         encode, fingerprint = vq_encoder(folder) if args.kind == "generation" else (None, "")
@@ -254,18 +289,24 @@ def main(argv: list[str] | None = None) -> int:
             workers=args.workers,
         )
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 2
     except jax.errors.JaxRuntimeError as error:
         if not OutOfMemory.says(error):
             raise
-        print(f"error: {args.batch_size} images at a time do not fit the memory; lower --batch-size", file=sys.stderr)
+        print_error(f"{args.batch_size} images at a time do not fit the memory; lower --batch-size")
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
-    print(report)
+    _say(report)
     return 0
+
+
+def _say(what: Any):
+    # Names in the data may hold characters that a terminal or a file of an older encoding lacks.
+    encoding = sys.stdout.encoding or "utf-8"
+    print(str(what).encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -274,6 +315,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--source", required=True, metavar="PATH", help="file, folder or glob")
     parser.add_argument("--format", choices=FORMATS, help="default: told by the files")
     parser.add_argument("--images", metavar="DIR", help="where image paths start (default: beside the source file)")
+    parser.add_argument(
+        "--allow-outside", action="store_true", help="let image paths lead out of that folder (absolute, .., links)"
+    )
     parser.add_argument("--names", metavar="FILE", help="names of category folders, JSON or lines")
     parser.add_argument("--model", required=True, help="checkpoint folder (any layout) or hub id")
     parser.add_argument("--out", required=True, metavar="DIR")

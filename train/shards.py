@@ -59,6 +59,14 @@ class ShardWriter:
         except BadSample as error:
             return error
 
+    def decides_anew(self, dropped: Sequence[dict[str, Any]]) -> int:
+        """How many samples that were dropped would be kept now, or dropped for another reason: files may have come."""
+        count = 0
+        for one in dropped:
+            made = self.make(one["item"]) if one.get("item", -1) in range(len(self.source)) else None
+            count += not isinstance(made, BadSample) or made.reason != one["reason"]
+        return count
+
     def write(self, pool: ThreadPoolExecutor, shard: int, items: range, on_read: Callable[[int], Any]) -> dict:
         """Writes the shard of `items` and then its index, which it returns."""
         path = self.out / data_file(shard)
@@ -76,8 +84,8 @@ class ShardWriter:
 
         try:
             # As many ahead as keep the threads busy while a batch is being encoded.
-            for made in _in_order(pool, self.make, items, ahead=2 * self.batch_size):
-                bad = [dataclasses.asdict(_Dropped.of(made))] if isinstance(made, BadSample) else []
+            for item, made in zip(items, _in_order(pool, self.make, items, ahead=2 * self.batch_size), strict=True):
+                bad = [dataclasses.asdict(_Dropped.of(made)) | {"item": item}] if isinstance(made, BadSample) else []
                 index["dropped"] += bad
                 self.add(1, bad)
                 on_read(1)

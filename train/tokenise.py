@@ -10,14 +10,16 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import pathlib
 import re
 
 import numpy as np
 
+from janus_jax.files import read_bytes
 from janus_jax.images import ImageSource, generation_pixels, open_image
+from janus_jax.messages import one_line
 from janus_jax.processing import ROLES, SYSTEM_PROMPT, Processor
 from train.config import KINDS
+from train.readers import MAX_PICTURE
 from train.samples import Sample
 from train.sources import BadSample, RawSample
 
@@ -32,7 +34,8 @@ _WANTED = {
 class Tokeniser:
     """Makes `Sample`s of one kind.
 
-    - understanding: a conversation, with images or without; or a caption, as BOS, image, caption, EOS.
+    - understanding: a conversation, with images or without; or a caption, as BOS, image, caption, EOS. Answers that
+      `RawSample.untrained` names are read and not learned.
     - text: a conversation without images; or a text, as BOS, text, EOS. A text longer than the context becomes several
       samples of about equal length, each with a BOS of its own.
     - generation: a caption as the prompt of its image; the codes are the caller's to add.
@@ -100,6 +103,9 @@ class Tokeniser:
 
     def _conversation(self, raw: RawSample) -> Sample:
         turns, system = self._turns(raw)
+        before = len(raw.messages) - len(turns)
+        if all(before + index in raw.untrained for index in range(1, len(turns), 2)):
+            raise BadSample("not_trained", raw.place, "no answer is to be trained on")
         full = self.processor.format(turns, system)
         tokenizer, pieces, end = self.processor.tokenizer, [], 0
         for index in range(1, len(turns), 2):
@@ -109,7 +115,8 @@ class Tokeniser:
                 raise AssertionError("a conversation's first turns are no prefix of it")
             question = tokenizer.encode(asked[end:], add_bos=end == 0)
             expanded = [i for t in question for i in (self._image if t == tokenizer.image_placeholder_id else [t])]
-            pieces += [(expanded, False), (tokenizer.encode(answered[len(asked) :], add_bos=False), True)]
+            answer = tokenizer.encode(answered[len(asked) :], add_bos=False)
+            pieces += [(expanded, False), (answer, before + index not in raw.untrained)]
             end = len(answered)
         return self._sample(pieces, raw)
 
@@ -187,7 +194,8 @@ class _reading:
 
     def __exit__(self, kind, error, traceback):
         if isinstance(error, OSError):
-            raise BadSample("missing_image", self.place, str(error)) from None
+            told = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+            raise BadSample("missing_image", self.place, told) from None
         if isinstance(error, ValueError):
             raise BadSample("undecodable_image", self.place, str(error)) from None
 
@@ -195,13 +203,13 @@ class _reading:
 def _image_file(image: ImageSource, place: str) -> bytes:
     """The bytes of an image file that decodes: the source's own, or PNG of what is no file."""
     with _reading(place):
-        if isinstance(image, os.PathLike) and (path := pathlib.Path(image)).is_file():
-            image = path.read_bytes()
+        if isinstance(image, os.PathLike):
+            data = read_bytes(image, MAX_PICTURE)
             try:
-                open_image(image)
+                open_image(data)
             except ValueError as error:
-                raise ValueError(f"{path}: {error}") from None
-            return image
+                raise ValueError(f"{one_line(image)}: {error}") from None
+            return data
         decoded = open_image(image)
         if isinstance(image, bytes):
             return image
