@@ -5,11 +5,11 @@ python convert/from_torch.py --src Janus-Pro-7B --out janus_pro_7b --verify
 
 import argparse
 import os
-import signal
 import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the work is the disk's: leave accelerators to others
 
+from janus_jax.commands import leave, run
 from janus_jax.conversion import from_torch
 from janus_jax.torch_weights import DTYPES
 
@@ -22,17 +22,18 @@ def main() -> int:
     parser.add_argument(
         "--verify", action="store_true", help="read the result and compare it with the source, bit for bit"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace --out where it is a checkpoint already")
+    parser.add_argument("--overwrite", action="store_true", help="replace --out if it was converted or exported here")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was written in part is removed
-    try:
-        from_torch(args.src, args.out, args.dtype, args.verify, args.overwrite, progress=True)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{args.out}: converted{' and verified' if args.verify else ''}")
-    return 0
+
+    def note(text: str):
+        print(f"note: {text}", file=sys.stderr)
+
+    def work():
+        from_torch(args.src, args.out, args.dtype, args.verify, args.overwrite, progress=True, note=note)
+        print(f"{args.out}: converted{' and verified' if args.verify else ''}")
+
+    return run(work)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

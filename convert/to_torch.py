@@ -5,11 +5,11 @@ python convert/to_torch.py --src janus_pro_7b --out Janus-Pro-7B-hf --dialect tr
 
 import argparse
 import os
-import signal
 import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the work is the disk's: leave accelerators to others
 
+from janus_jax.commands import leave, run
 from janus_jax.conversion import to_torch
 from janus_jax.torch_names import DIALECTS
 
@@ -20,21 +20,18 @@ def main() -> int:
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--dialect", required=True, choices=DIALECTS)
     parser.add_argument("--max-shard-size", default="5GB", help="largest file, as in 5GB, 500MB, 4GiB (default: 5GB)")
-    parser.add_argument("--overwrite", action="store_true", help="replace --out where it is a checkpoint already")
+    parser.add_argument("--overwrite", action="store_true", help="replace --out if it was converted or exported here")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was written in part is removed
 
     def note(text: str):
         print(f"note: {text}", file=sys.stderr)
 
-    try:
+    def work():
         to_torch(args.src, args.out, args.dialect, args.max_shard_size, args.overwrite, progress=True, note=note)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{args.out}: written in the {args.dialect} dialect")
-    return 0
+        print(f"{args.out}: written in the {args.dialect} dialect")
+
+    return run(work)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

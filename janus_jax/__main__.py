@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import pathlib
 import sys
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
 import jax
+from PIL import Image
 
 from janus_jax import compilation_cache
 from janus_jax.checkpoint import open_checkpoint
@@ -20,6 +21,7 @@ from janus_jax.memory import OutOfMemory
 from janus_jax.pipeline import JanusPipeline
 from janus_jax.sampling import make_sampler
 from janus_jax.sharding import MESH_AXES, flatten
+from janus_jax.staging import new_folder, write_file
 from janus_jax.torch_weights import DTYPES, abstract_params
 
 
@@ -109,21 +111,23 @@ def _load(args: argparse.Namespace, ahead: Callable[[JanusPipeline], Any] | None
 def _generate(args: argparse.Namespace):
     # What is wrong with these shows before minutes of loading and drawing, not after.
     make_sampler(args.temperature, args.top_k, args.top_p)
-    args.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=args.out):
-        pass
     what = (args.prompt, args.n, args.guidance, args.temperature, args.top_k)
     how = {"top_p": args.top_p, "batch_size": args.batch_size}
-    janus = _load(args, ahead=lambda janus: janus.compile_images(*what, **how))
-    images = janus.generate_images(*what, args.seed, **how)
-    for index, image in enumerate(images):
-        prompt, number = divmod(index, args.n)
-        path = args.out / f"{prompt:03d}_{number:03d}.png"
-        image.save(path)
-        print(path)
-    sheet = args.out / "sheet.png"
-    contact_sheet(images, columns=args.n if len(args.prompt) > 1 else None).save(sheet)
-    print(sheet)
+    with new_folder(args.out):
+        janus = _load(args, ahead=lambda janus: janus.compile_images(*what, **how))
+        images = janus.generate_images(*what, args.seed, **how)
+        for index, image in enumerate(images):
+            prompt, number = divmod(index, args.n)
+            _write_png(image, args.out / f"{prompt:03d}_{number:03d}.png")
+        sheet = contact_sheet(images, columns=args.n if len(args.prompt) > 1 else None)
+        _write_png(sheet, args.out / "sheet.png")
+
+
+def _write_png(image: Image.Image, path: pathlib.Path):
+    encoded = io.BytesIO()
+    image.save(encoded, "PNG")
+    write_file(path, encoded.getvalue())
+    print(path)
 
 
 def _chat(args: argparse.Namespace):

@@ -5,20 +5,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import pathlib
 import re
 import shutil
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from janus_jax.checkpoint import CARRIED, PARAMS, Checkpoint, open_checkpoint, pieces, write_json, write_lazy
+from janus_jax.checkpoint import (
+    CARRIED,
+    PARAMS,
+    Checkpoint,
+    has_arrays,
+    open_checkpoint,
+    pieces,
+    write_json,
+    write_lazy,
+)
 from janus_jax.config import dialect_of, original_config, transformers_config
+from janus_jax.messages import one_line
 from janus_jax.progress import byte_bar
+from janus_jax.staging import destination, staged
 from janus_jax.torch_files import TensorToWrite, write_safetensors, write_sharded
 from janus_jax.torch_names import DIALECTS
 from janus_jax.torch_weights import LazyArray, LazyParams, parse_dtype, tensors_to_write, total_bytes
@@ -38,6 +47,8 @@ PROCESSOR_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+# What folders converted here held before they were marked.
+_UNMARKED = frozenset({"config.json", PARAMS, CARRIED, *TOKENIZER_FILES, *PROCESSOR_FILES})
 _PLACEHOLDER, _USUAL_PLACEHOLDER_ID = "<image_placeholder>", 100581
 
 
@@ -48,14 +59,16 @@ def from_torch(
     verify: bool = False,
     overwrite: bool = False,
     progress: bool = False,
+    note: Callable[[str], Any] = print,
 ) -> None:
     """Converts the torch checkpoint folder `src`, of either dialect, to the converted folder `out`.
 
     Args:
         dtype: what to cast the parameters to; None keeps theirs.
         verify: compare what was written with the source, bit for bit.
-        overwrite: replace `out`, where it is a checkpoint folder already.
+        overwrite: replace `out`, where it is a folder that was converted or exported here.
         progress: show bars on stderr.
+        note: hears, a sentence each, what killed conversions left beside `out` and was removed.
 
     Raises OSError and ValueError; `out` is then as it was before.
     """
@@ -64,7 +77,8 @@ def from_torch(
         raise ValueError(f"{source.folder} is converted already")
     dtype = parse_dtype(dtype)
     leaves = {p: leaf.astype(dtype or leaf.dtype, "/".join(p)) for p, leaf in source.leaves.items()}
-    with staged(source.folder, pathlib.Path(out), overwrite) as folder:
+    num_bytes = total_bytes(leaves) + sum(_carried(source, name, dtype).num_bytes for name in source.carried)
+    with _staged(source, out, num_bytes, overwrite=overwrite, note=note) as folder:
         write_lazy(folder / PARAMS, leaves, progress)
         if source.carried:
             write_safetensors(folder / CARRIED, [_carried(source, name, dtype) for name in source.carried])
@@ -91,7 +105,7 @@ def to_torch(
     Args:
         dialect: 'original' or 'transformers'.
         max_shard_size: bytes, or a text as '5GB'; what is larger becomes several safetensors files and an index.
-        overwrite: replace `out`, where it is a checkpoint folder already.
+        overwrite: replace `out`, where it is a folder that was converted or exported here.
         progress: show a bar on stderr.
         note: hears, a sentence each, what the result lacks or assumes.
 
@@ -104,8 +118,9 @@ def to_torch(
     same = dialect_of(source.raw_config) == dialect
     raw = source.raw_config if same else _translated(source, dialect, note)
     tensors = tensors_to_write(source.leaves, source.carried, source.config, dialect)
-    with staged(source.folder, pathlib.Path(out), overwrite) as folder:
-        with byte_bar("writing", sum(tensor.num_bytes for tensor in tensors), progress) as bar:
+    num_bytes = sum(tensor.num_bytes for tensor in tensors)
+    with _staged(source, out, num_bytes, overwrite=overwrite, note=note) as folder:
+        with byte_bar("writing", num_bytes, progress) as bar:
             write_sharded(folder, tensors, max_shard_bytes, bar.update)
         copy_files(source.folder, folder, TOKENIZER_FILES + (PROCESSOR_FILES if same else ()))
         if same and _untied(raw) is raw:
@@ -203,33 +218,9 @@ def copy_files(src: pathlib.Path, out: pathlib.Path, names: tuple[str, ...]) -> 
             shutil.copyfile(src / name, out / name)
 
 
-@contextlib.contextmanager
-def staged(src: pathlib.Path, out: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
-    """A folder beside `out` that becomes `out` when the block ends well, and vanishes when it does not.
-
-    Raises ValueError where `out` is not free to be written: there already, and not to be overwritten, or no
-    checkpoint folder, or holding `src`.
-    """
-    out = pathlib.Path(out).absolute()
-    occupied = out.exists() and not (out.is_dir() and not any(out.iterdir()))
-    if occupied and not overwrite:
-        raise ValueError(f"{out} exists already; choose another folder or overwrite it with --overwrite")
-    if occupied and not (out / "config.json").is_file():
-        raise ValueError(f"{out} is no checkpoint folder, so it is not overwritten; choose another one")
-    if out.resolve() in (src.resolve(), *src.resolve().parents):
-        raise ValueError(f"{out} holds the source {src}; choose another folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    mark = uuid.uuid4().hex[:8]
-    staging, aside = out.with_name(f".{out.name}.{mark}.partial"), out.with_name(f".{out.name}.{mark}.old")
-    staging.mkdir()
-    try:
-        yield staging
-        if out.exists():
-            out.rename(aside)
-        staging.rename(out)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        if aside.exists() and not out.exists():
-            aside.rename(out)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+def _staged(source: Checkpoint, out: str | pathlib.Path, num_bytes: int, **options: Any):
+    place = destination(out)
+    if place in (source.folder.resolve(), *source.folder.resolve().parents):
+        raise ValueError(f"{one_line(out)} holds the source {one_line(source.folder)}; choose another folder")
+    known = _UNMARKED if (place / "config.json").is_file() and has_arrays(place / PARAMS) else frozenset()
+    return staged(place, known=known, num_bytes=num_bytes, **options)

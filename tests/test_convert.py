@@ -17,6 +17,7 @@ from janus_jax import checkpoint, conversion
 from janus_jax.checkpoint import load_params
 from janus_jax.config import read_config
 from janus_jax.conversion import from_torch, parse_size, to_torch
+from janus_jax.staging import MARK
 from janus_jax.torch_names import carried_shapes
 from janus_jax.torch_weights import LazyArray, read_params
 from tests.test_torch_weights import GOLDEN, assert_same_states, assert_same_trees
@@ -64,7 +65,7 @@ def names(folder: pathlib.Path) -> set[str]:
 
 
 def test_converted_folder_holds_everything(source, converted, config, golden):
-    assert names(converted) == {"config.json", "params", "carried.safetensors"} | SIDE_FILES
+    assert names(converted) == {"config.json", "params", "carried.safetensors", MARK} | SIDE_FILES
     assert (converted / "config.json").read_bytes() == (source / "config.json").read_bytes()
     state = load_file(source / "model.safetensors")
     unused = {name: state[name] for name in carried_shapes(config)}
@@ -93,7 +94,7 @@ def test_from_torch_casts(source, golden, dtype, tmp_path):
 def test_original_comes_back_bit_for_bit(source, converted, tmp_path):
     to_torch(converted, tmp_path / "out", "original")
     assert_same_states(load_file(tmp_path / "out" / "model.safetensors"), load_file(source / "model.safetensors"))
-    assert names(tmp_path / "out") == {"config.json", "model.safetensors"} | SIDE_FILES
+    assert names(tmp_path / "out") == {"config.json", "model.safetensors", MARK} | SIDE_FILES
     assert (tmp_path / "out" / "config.json").read_bytes() == (source / "config.json").read_bytes()
 
 
@@ -127,7 +128,13 @@ def test_golden_to_transformers(source, converted, config, tmp_path):
     notes = []
     to_torch(converted, tmp_path / "out", "transformers", note=notes.append)
     assert notes == ["not copied, being of the other dialect: preprocessor_config.json, chat_template.jinja"]
-    assert names(tmp_path / "out") == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert names(tmp_path / "out") == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        MARK,
+    }
     assert json.loads((tmp_path / "out" / "config.json").read_text())["image_token_id"] == 511
     assert read_config(tmp_path / "out") == config
     _, info = JanusForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)

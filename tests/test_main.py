@@ -1,5 +1,6 @@
 """The command line: what it writes and prints, and one line for what it cannot do."""
 
+import errno
 import os
 import pathlib
 import subprocess
@@ -150,6 +151,7 @@ def test_one_line_for_bad_input(folder, tmp_path, capfd, monkeypatch, arguments,
     assert shown.out == ""
     assert shown.err.startswith("error: ") and shown.err.count("\n") == 1 and shown.err.endswith("\n")
     assert message in shown.err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("out", ["/proc", "{tmp}/file"])
@@ -157,6 +159,20 @@ def test_unwritable_folder_is_found_out_before_loading(folder, tmp_path, capfd, 
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("janus_jax.__main__.load", lambda *args, **kwargs: pytest.fail("it was loaded"))
     assert main(["generate", "--model", str(folder), "--prompt", "cat", "--out", out.format(tmp=tmp_path)]) == 2
+
+
+def test_a_full_disk_leaves_no_picture(folder, janus, tmp_path, capfd, monkeypatch):
+    def full(number):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(type(janus), "generate_images", lambda *args, **kwargs: [Image.new("RGB", (4, 4))])
+    monkeypatch.setattr(os, "fsync", full)
+    out = tmp_path / "out"
+    assert main(["generate", "--model", str(folder), "--prompt", SHORT, "--out", str(out)]) == 2
+    told = capfd.readouterr().err
+    assert told.startswith("error: ") and told.count("\n") == 1
+    assert "No space left on device" in told and "000_000.png" in told
+    assert not out.exists()
 
 
 def test_missing_tokenizer(tmp_path, capfd):

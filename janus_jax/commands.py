@@ -1,0 +1,73 @@
+"""How a command ends: its exit code, and the one line on standard error that says why."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from janus_jax.messages import print_error
+
+_SIGNALED = 128  # and the number of the signal, as shells count
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+def run(work: Callable[[], Any]) -> int:
+    """Does `work`; 0 when it was done, 2 for bad input, 130 after Ctrl-C: with one line on standard error.
+
+    SIGTERM and SIGHUP end it with 143 and 129. As exceptions, too, so that what was written in part is removed.
+    """
+    for number in _SIGNALS:
+        # The choice of nohup, or of a shell that runs it in the background, stands.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _end)
+    _quiet()
+    try:
+        work()
+    except (ValueError, OSError) as error:
+        print_error(error)
+        return 2
+    except MemoryError:
+        print_error("the memory does not suffice; try it on a machine with more, or with smaller files")
+        return 2
+    except KeyboardInterrupt:
+        return _SIGNALED + signal.SIGINT
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def leave(code: int):
+    """Ends the process with `code`, at once where it failed: threads may still be writing, and would complain."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        os._exit(code)
+    sys.exit(0)
+
+
+def _end(number: int, _frame: Any):
+    for other in _SIGNALS:  # an impatient second one would leave half of it behind
+        signal.signal(other, signal.SIG_IGN)
+    print("interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}", file=sys.stderr)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    sys.exit(_SIGNALED + number)
+
+
+def _quiet():
+    """Silences threads of orbax and tensorstore, which print the error that the command tells in a line of its own."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    usual = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None):
+        if threading.current_thread() is threading.main_thread():
+            usual(kind, error, traceback)
+
+    sys.excepthook = hook
+    threading.excepthook = lambda _: None
