@@ -20,7 +20,8 @@ from tests.test_sources import lines, png
 from tests.tiny_tokenizer import write_tokenizer
 from train import prepare as prepare_module
 from train import shards
-from train.prepare import main, params_fingerprint, prepare, vq_encoder
+from train.fingerprints import params_fingerprint
+from train.prepare import main, prepare, vq_encoder
 from train.prepared import open_prepared
 from train.sources import RawSample, open_source
 
@@ -86,7 +87,8 @@ def test_generation(captions, processor, tmp_path):
     for text in ("read", "undecodable_image", "missing_image", "mean length"):
         assert text in str(report)
     assert sorted(content(tmp_path / "out")) == [
-        *(f"data-0000{i}.array_record" for i in range(4)), "dropped.jsonl", "images.npy", "lengths.npy", "prepared.json"
+        *(f"data-0000{i}.array_record" for i in range(4)), "dropped.jsonl", "images.npy", "lengths.npy",
+        "prepared.json", "tokenizer.json",
     ]  # fmt: skip
 
 
@@ -282,8 +284,8 @@ def spoil(path, edit):
         (lambda d: spoil(d / "data-00001.array_record", lambda b: bytes(len(b))), ValueError, "has a damaged shard"),
         (lambda d: spoil(d / "prepared.json", lambda b: b[:-9]), ValueError, "prepared.json is damaged"),
         (lambda d: spoil(d / "prepared.json", lambda b: b"[]"), ValueError, "prepared.json is damaged"),
-        (lambda d: spoil(d / "prepared.json", lambda b: b.replace(b'"version": 1', b'"version": 7')), ValueError,
-         "is of format version 7, not 1"),
+        (lambda d: spoil(d / "prepared.json", lambda b: b.replace(b'"version": 2', b'"version": 7')), ValueError,
+         "is of format version 7, not 1 or 2"),
     ],
 )  # fmt: skip
 def test_damaged_folders(folder, damage, error, match):

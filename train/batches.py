@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import multiprocessing
 import os
 import signal
@@ -18,6 +19,7 @@ from janus_jax.images import ImageSettings, understanding_pixels_uint8
 from train.config import KINDS
 from train.mixture import Item, Mixture
 from train.samples import Sample
+from train.storage import patiently
 
 # What a position is trained to predict: nothing, or the next element of a sample of that kind.
 TASKS = {kind: number for number, kind in enumerate(KINDS, 1)}
@@ -58,7 +60,9 @@ class Assembler:
     def __call__(self, step: int, rows: Sequence[int] | None = None) -> tuple[Batch, dict[str, Any]]:
         """The arrays of `rows` (default: all) of `step`, and a report.
 
-        A sample that cannot be read or decoded leaves its place in the row empty and is named in the report.
+        A sample that is damaged leaves its place in the row empty and is named in the report.
+
+        Raises OSError where the machine cannot read a sample, which may well be good, even after several tries.
         """
         plan = self.mixture.plan(step)
         rows = range(len(plan.rows)) if rows is None else rows
@@ -96,8 +100,8 @@ class Assembler:
         for segment, item in enumerate(items, 1):
             try:
                 sample = item.folder[item.index]
-                pixels = [understanding_pixels_uint8(image, self.settings) for image in sample.images]
-            except (OSError, ValueError) as error:
+                pixels = patiently(functools.partial(self._pixels, sample))
+            except ValueError as error:
                 problems.append(f"{item.folder.folder}, sample {item.index}: {error}")
                 row["damaged"] += 1
                 start += item.length
@@ -112,6 +116,9 @@ class Assembler:
             placed += len(pixels)
             start += item.length
         return row
+
+    def _pixels(self, sample: Sample) -> list[np.ndarray]:
+        return [understanding_pixels_uint8(image, self.settings) for image in sample.images]
 
     def _elements(self, sample: Sample, item: Item) -> Batch:
         """What the model reads of a sample, and what it has to predict there."""

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from janus_jax.images import contact_sheet
+from janus_jax.messages import one_line
 from janus_jax.pipeline import JanusPipeline
 from janus_jax.processing import Processor
 from janus_jax.progress import shown
@@ -23,8 +24,9 @@ from train.batches import TASKS, Assembler, Batch, load_batches
 from train.checkpoints import DAMAGED, Workdir
 from train.config import KINDS, DataConfig, TrainConfig
 from train.distributed import check_same, together
-from train.faults import AGAIN, STOPPED, Notice, Stopped, Watchdog
+from train.faults import AGAIN, STOPPED, STORAGE, Notice, Stopped, Watchdog
 from train.figures import loss_curves
+from train.fingerprints import check_codes
 from train.flops import peak_flops, step_flops
 from train.loss import means
 from train.metrics import FILE, Metrics
@@ -91,6 +93,8 @@ def train(config: TrainConfig) -> pathlib.Path:
                 )
             state, frozen = workdir.restore(*abstract_state(config, mesh))
         first = int(state.step)
+        for remark in check_codes([*mixture.folders, *(held_out.mixture.folders if held_out else ())], frozen, mesh):
+            _say(f"note: {remark}")
         _describe(config, mesh, mixture, state, frozen, first)
 
         # -------------------------------------------------------- steps
@@ -242,6 +246,14 @@ def _put(batch: Batch, rows: Sequence[int], mesh: Mesh, batch_size: int) -> dict
 def _next(batches: Iterator[tuple[int, Batch, dict[str, Any]]]) -> tuple[Batch, dict[str, Any]]:
     try:
         return next(batches)[1:]
+    except OSError as error:
+        told = one_line(error, 300)
+        raise Stopped(
+            f"the data could not be read, though nothing says that they are damaged: {told}; when the machine can read "
+            "them again, the same command goes on from the last checkpoint",
+            STORAGE,
+            alone=True,
+        ) from error
     except RuntimeError as error:  # grain's, when a worker process has died
         raise Stopped(
             f"a process that reads data has died ({str(error).splitlines()[0]}); if it was for want of memory, lower "

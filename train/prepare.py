@@ -31,15 +31,13 @@ from janus_jax.messages import print_error
 from janus_jax.model import Janus
 from janus_jax.processing import SYSTEM_PROMPT, Processor
 from janus_jax.progress import shown, step_bar
-from janus_jax.sharding import flatten
 from janus_jax.torch_weights import place
 from train.config import KINDS
-from train.prepared import DROPPED, FORMAT_VERSION, IMAGES, LENGTHS, META, read_meta
+from train.fingerprints import VQ, params_fingerprint
+from train.prepared import DROPPED, FORMAT_VERSION, IMAGES, LENGTHS, META, SPECIAL_IDS, TOKENIZER, read_meta
 from train.shards import Encode, ShardWriter, data_file, index_file, read_index, replace_file
 from train.sources import FORMATS, BadSample, RawSample, open_source
 from train.tokenise import Tokeniser, tokenizer_fingerprint
-
-VQ = "gen_vision_model"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +152,7 @@ def prepare(
     finally:
         pool.shutdown(cancel_futures=True)
     work.check()
-    return _finish(out, meta, [done[shard] for shard in range(count)])
+    return _finish(out, meta, [done[shard] for shard in range(count)], processor)
 
 
 # ---------------------------------------------------------------- the folder
@@ -202,7 +200,9 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in settings.items() if k != "source"} | {f"source.{k}": v for k, v in source.items()}
 
 
-def _finish(out: pathlib.Path, meta: dict[str, Any], shards: list[dict[str, Any]]) -> Report:
+def _finish(out: pathlib.Path, meta: dict[str, Any], shards: list[dict[str, Any]], processor: Processor) -> Report:
+    tokenizer = processor.tokenizer
+    (out / TOKENIZER).write_text(tokenizer.state(), encoding="utf-8")
     lengths = np.array([n for index in shards for n in index["lengths"]], np.int32)
     np.save(out / LENGTHS, lengths)
     np.save(out / IMAGES, np.array([n for index in shards for n in index["images"]], np.int32))
@@ -220,6 +220,8 @@ def _finish(out: pathlib.Path, meta: dict[str, Any], shards: list[dict[str, Any]
         for shard, index in enumerate(shards)
     ]
     totals = {"read": read, "samples": len(lengths), "tokens": tokens, "dropped": counts, "shards": files}
+    # Not among the settings, which say what the samples are made of: this is to read them by.
+    totals["ids"] = {name: getattr(tokenizer, f"{name}_id") for name in SPECIAL_IDS}
     replace_file(out / META, json.dumps(meta | totals | {"finished": True}, indent=2, ensure_ascii=False) + "\n")
     _drop_indices(out)
     return Report(out, meta["kind"], read, len(lengths), tokens, counts, _pictures(out, meta["kind"]))
@@ -255,14 +257,6 @@ def vq_encoder(folder: str | os.PathLike) -> tuple[Encode, str]:
     model = Janus(checkpoint.config, dtype=jnp.float32, param_dtype=jnp.float32)
     encode = jax.jit(lambda params, images: model.apply({"params": params}, images, method="encode_codes"))
     return lambda images: encode(params, images), params_fingerprint(params)
-
-
-def params_fingerprint(params: Any) -> str:
-    """A hash of the values of nested dicts of arrays, whatever float type holds them."""
-    digest = hashlib.sha256()
-    for path, leaf in sorted(flatten(params).items()):
-        digest.update(f"{path} {leaf.shape}".encode() + np.asarray(leaf, np.float32).tobytes())
-    return digest.hexdigest()[:16]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -25,6 +25,7 @@ class Sample:
       images: image files as bytes, in order, for understanding.
       codes: int32 [num_tokens] of the image, of generation samples; else empty.
       short_ids: a generation sample's prompt with the caption cut to its first sentence; empty where it has only one.
+      place: where in the source it was found; empty in folders that were prepared before places were kept.
     """
 
     kind: str
@@ -33,6 +34,7 @@ class Sample:
     images: tuple[bytes, ...] = ()
     codes: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
     short_ids: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
+    place: str = ""
 
     @property
     def length(self) -> int:
@@ -48,6 +50,7 @@ class Sample:
             "images": list(self.images),
             "codes": self.codes.astype("<i4").tobytes(),
             "short_ids": self.short_ids.astype("<i4").tobytes(),
+            "place": self.place,
         }
         return msgpack.packb(fields)
 
@@ -59,6 +62,6 @@ class Sample:
             ids = np.frombuffer(fields["ids"], "<i4")
             answers = np.unpackbits(np.frombuffer(fields["answers"], np.uint8), count=len(ids)).astype(bool)
             codes, short = (np.frombuffer(fields[name], "<i4") for name in ("codes", "short_ids"))
-            return cls(fields["kind"], ids, answers, tuple(fields["images"]), codes, short)
+            return cls(fields["kind"], ids, answers, tuple(fields["images"]), codes, short, fields.get("place", ""))
         except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
             raise ValueError(f"the record is not a prepared sample ({error})") from None

@@ -20,6 +20,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from train.samples import Sample
 from train.sources import BadSample
+from train.storage import patiently
 from train.tokenise import Tokeniser
 
 # Fewer samples say too little about the share of bad ones.
@@ -54,10 +55,16 @@ class ShardWriter:
             )
 
     def make(self, item: int) -> tuple[list[Sample], np.ndarray | None] | BadSample:
+        """Raises OSError where the machine cannot read or hold the item, even after several tries."""
         try:
-            return self.tokeniser(self.source[item])
+            return patiently(lambda: self._make(item))
         except BadSample as error:
             return error
+
+    def _make(self, item: int) -> tuple[list[Sample], np.ndarray | None]:
+        raw = self.source[item]
+        samples, pixels = self.tokeniser(raw)
+        return [dataclasses.replace(sample, place=_writable(raw.place)) for sample in samples], pixels
 
     def decides_anew(self, dropped: Sequence[dict[str, Any]]) -> int:
         """How many samples that were dropped would be kept now, or dropped for another reason: files may have come."""
@@ -142,8 +149,12 @@ class _Dropped:
 
     @classmethod
     def of(cls, error: BadSample) -> _Dropped:
-        # Lone surrogates come from the data, and cannot be written.
-        return cls(*(text.encode(errors="replace").decode() for text in (error.reason, error.place, error.detail)))
+        return cls(_writable(error.reason), _writable(error.place), _writable(error.detail))
+
+
+def _writable(text: str) -> str:
+    # Lone surrogates come from the data, and cannot be written.
+    return text.encode(errors="replace").decode()
 
 
 def _in_order(pool: ThreadPoolExecutor, function: Callable, items: range, ahead: int) -> Iterator[Any]:

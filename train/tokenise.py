@@ -22,6 +22,7 @@ from train.config import KINDS
 from train.readers import MAX_PICTURE
 from train.samples import Sample
 from train.sources import BadSample, RawSample
+from train.storage import machine_error
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])\s*")
 _WANTED = {
@@ -193,6 +194,8 @@ class _reading:
         return self
 
     def __exit__(self, kind, error, traceback):
+        if error is not None and machine_error(error):
+            return  # the picture may well be good
         if isinstance(error, OSError):
             told = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
             raise BadSample("missing_image", self.place, told) from None
