@@ -79,5 +79,9 @@ def refuse_media_tags(text: str, known: tuple[str, ...], place: str, where: str 
 def _unknown(text: str, known: tuple[str, ...]) -> str | None:
     if "<" not in text:
         return None
-    tags = (match[0] for match in _TAG.finditer(text))
-    return next((tag for tag in tags if tag not in known and not _ORDINARY.fullmatch(tag)), None)
+    for match in _TAG.finditer(text):
+        tag, begin = match[0], match.start()
+        generic = begin and text[begin - 1].isalnum() and tag[1].isupper()  # List<Image> is a type
+        if tag not in known and not generic and not _ORDINARY.fullmatch(tag):
+            return tag
+    return None
