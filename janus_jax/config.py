@@ -1,4 +1,4 @@
-"""Model configurations: frozen dataclasses, presets, and both `config.json` dialects.
+"""Model configurations: both `config.json` dialects, read and written; the dataclasses are those of `sizes`.
 
 The *original* dialect is what `deepseek-ai/*` checkpoints carry (`model_type: multi_modality`), extended by
 `custom` blocks for models of any size; the *transformers* dialect is `model_type: janus`.
@@ -7,12 +7,28 @@ The *original* dialect is what `deepseek-ai/*` checkpoints carry (`model_type: m
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
-IMAGE_CHANNELS = 3
-_DTYPES = ("bfloat16", "float16", "float32")
+from janus_jax import files
+from janus_jax.fields import Fields, shown
+from janus_jax.messages import one_line
+from janus_jax.sizes import (
+    IMAGE_CHANNELS,
+    PRESETS,
+    JanusConfig,
+    LlamaConfig,
+    SiglipConfig,
+    VQConfig,
+    check_size,
+    get_preset,
+    require,
+)
+
+__all__ = ["IMAGE_CHANNELS", "PRESETS", "JanusConfig", "LlamaConfig", "SiglipConfig", "VQConfig", "dialect_of"]
+__all__ += ["get_preset", "original_config", "parse_config", "read_config", "transformers_config"]
+
 _VQ16 = {"ch": 128, "ch_mult": (1, 1, 2, 2, 4), "z_channels": 256, "grid": 24}
 # What a `custom` gen_vision block may say as well; left out where it is this.
 _VQ_OPTIONAL = {"num_res_blocks": 2, "norm_groups": 32}
@@ -22,160 +38,6 @@ _SIGLIP_NAMES = {
     "siglip_so400m_patch14_384": {"patch_size": 14, "width": 1152, "layers": 27, "heads": 16, "mlp_ratio": 3.7362},
     "siglip_so400m_patch14_224": {"patch_size": 14, "width": 1152, "layers": 27, "heads": 16, "mlp_ratio": 3.7362},
 }
-
-
-def _require(condition: bool, message: str):
-    if not condition:
-        raise ValueError(message)
-
-
-class _Sizes:
-    """Checks what a config.json may hold: every size is a whole number from 1, every other number is above 0."""
-
-    def __post_init__(self):
-        part = type(self).__name__.removesuffix("Config")
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type == "float":
-                good, wanted = type(value) in (int, float) and 0 < value < float("inf"), "a number above 0"
-            elif field.type == "int":
-                good, wanted = type(value) is int and value > 0, "a whole number from 1"
-            else:
-                good = len(value) > 0 and all(type(size) is int and size > 0 for size in value)
-                wanted = "whole numbers from 1"
-            _require(good, f"{part} {field.name} is {value!r}, not {wanted}")
-
-
-@dataclasses.dataclass(frozen=True)
-class SiglipConfig(_Sizes):
-    """Understanding encoder (reference: janus/models/siglip_vit.py)."""
-
-    image_size: int = 384
-    patch_size: int = 16
-    width: int = 1024
-    layers: int = 24
-    heads: int = 16
-    mlp_ratio: float = 4.0
-    norm_eps: float = 1e-6
-
-    @property
-    def grid(self) -> int:
-        return self.image_size // self.patch_size
-
-    @property
-    def num_patches(self) -> int:
-        return self.grid**2
-
-    @property
-    def head_dim(self) -> int:
-        return self.width // self.heads
-
-    @property
-    def mlp_dim(self) -> int:
-        return int(self.width * self.mlp_ratio)
-
-
-@dataclasses.dataclass(frozen=True)
-class VQConfig(_Sizes):
-    """Generation tokenizer (reference: janus/models/vq_model.py, LlamaGen's VQ-16)."""
-
-    ch: int = 128
-    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
-    num_res_blocks: int = 2
-    z_channels: int = 256
-    codebook_size: int = 16384
-    codebook_dim: int = 8
-    grid: int = 24
-    norm_groups: int = 32
-    norm_eps: float = 1e-6
-
-    @property
-    def downsampling(self) -> int:
-        return 2 ** (len(self.ch_mult) - 1)
-
-    @property
-    def image_size(self) -> int:
-        return self.grid * self.downsampling
-
-    @property
-    def num_tokens(self) -> int:
-        return self.grid**2
-
-
-@dataclasses.dataclass(frozen=True)
-class LlamaConfig(_Sizes):
-    """Decoder (reference: transformers' LlamaForCausalLM inside MultiModalityCausalLM)."""
-
-    vocab_size: int = 102400
-    width: int = 2048
-    mlp_dim: int = 5632
-    layers: int = 24
-    heads: int = 16
-    kv_heads: int = 16
-    head_dim: int = 128
-    norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    max_positions: int = 16384
-
-
-@dataclasses.dataclass(frozen=True)
-class JanusConfig:
-    """A whole Janus model; `dtype` is the checkpoint's own parameter dtype."""
-
-    vision: SiglipConfig = SiglipConfig()
-    gen_vision: VQConfig = VQConfig()
-    language: LlamaConfig = LlamaConfig()
-    aligner_depth: int = 2
-    gen_aligner_depth: int = 2
-    gen_head_width: int = 2048
-    dtype: str = "bfloat16"
-
-    def __post_init__(self):
-        v, g, t = self.vision, self.gen_vision, self.language
-        for name in ("aligner_depth", "gen_aligner_depth", "gen_head_width"):
-            value = getattr(self, name)
-            _require(type(value) is int and value > 0, f"{name} is {value!r}, not a whole number from 1")
-        _require(self.dtype in _DTYPES, f"dtype is {self.dtype!r}; known: {', '.join(_DTYPES)}")
-        _require(v.width % v.heads == 0, f"vision width {v.width} is not a multiple of its {v.heads} heads")
-        _require(
-            v.image_size >= v.patch_size, f"vision image_size {v.image_size} is under its patch_size {v.patch_size}"
-        )
-        _require(
-            t.heads % t.kv_heads == 0, f"{t.heads} attention heads are not a multiple of {t.kv_heads} key/value heads"
-        )
-        _require(t.head_dim % 2 == 0, f"head_dim {t.head_dim} is odd, which rotary embeddings cannot rotate")
-        for mult in g.ch_mult:
-            _require(
-                (g.ch * mult) % g.norm_groups == 0,
-                f"gen_vision channels {g.ch} x {mult} are not a multiple of {g.norm_groups} norm groups",
-            )
-
-
-def _pro(layers: int, width: int, mlp_dim: int, heads: int) -> JanusConfig:
-    language = LlamaConfig(layers=layers, width=width, mlp_dim=mlp_dim, heads=heads, kv_heads=heads)
-    return JanusConfig(language=language, gen_head_width=width)
-
-
-PRESETS: dict[str, JanusConfig] = {
-    "janus_1_3b": _pro(24, 2048, 5632, 16),
-    "janus_pro_1b": _pro(24, 2048, 5632, 16),
-    "janus_pro_7b": _pro(30, 4096, 11008, 32),
-    "janus_tiny": JanusConfig(
-        vision=SiglipConfig(image_size=64, width=64, layers=3, heads=4),
-        gen_vision=VQConfig(ch=32, ch_mult=(1, 2, 2), z_channels=32, codebook_size=256, grid=4),
-        language=LlamaConfig(
-            vocab_size=512, width=96, mlp_dim=256, layers=3, heads=4, kv_heads=4, head_dim=24, max_positions=512
-        ),
-        gen_head_width=96,
-    ),
-}
-
-
-def get_preset(name: str) -> JanusConfig:
-    """The preset called `name`; ValueError lists the known ones."""
-    if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
-    return PRESETS[name]
 
 
 # ---------------------------------------------------------------- reading config.json
@@ -190,24 +52,23 @@ def read_config(path: str | pathlib.Path) -> JanusConfig:
     if path.is_dir():
         path = path / "config.json"
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: expected the config.json of a Janus checkpoint there")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+        name = one_line(path)
+        raise FileNotFoundError(f"{name} does not exist: expected the config.json of a Janus checkpoint there")
+    raw = files.read_json(path)
     try:
         return parse_config(raw)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{one_line(path)}: {error}") from None
 
 
 def dialect_of(raw: Any) -> str:
     """'original' or 'transformers', by the `model_type` of a parsed config.json."""
-    model_type = raw.get("model_type") if isinstance(raw, dict) else None
+    model_type = raw.get("model_type") if isinstance(raw, Mapping) else None
     dialects = {"multi_modality": "original", "janus": "transformers"}
-    if model_type not in dialects:
+    if not isinstance(model_type, str) or model_type not in dialects:
         raise ValueError(
-            f"model_type is {model_type!r}; a Janus config has 'multi_modality' (original) or 'janus' (transformers)"
+            f"model_type is {shown(model_type)}; "
+            "a Janus config has 'multi_modality' (original) or 'janus' (transformers)"
         )
     return dialects[model_type]
 
@@ -215,143 +76,178 @@ def dialect_of(raw: Any) -> str:
 def parse_config(raw: dict[str, Any]) -> JanusConfig:
     """JanusConfig of a parsed config.json in either dialect; ValueError names what does not fit."""
     parse = _parse_original if dialect_of(raw) == "original" else _parse_transformers
-    try:
-        return parse(raw)
-    except KeyError as error:
-        raise ValueError(f"the key {error.args[0]!r} is missing") from None
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"a value has the wrong type ({error})") from None
+    return parse(Fields(raw))
 
 
-def _parse_language(raw: dict[str, Any]) -> LlamaConfig:
-    _require(raw.get("model_type", "llama") == "llama", f"the language model is {raw.get('model_type')!r}, not 'llama'")
+def _read_sizes(cls: type, block: Fields, keys: Mapping[str, str], **defaults: Any) -> dict[str, Any]:
+    """Fields of the dataclass `cls` by the keys that they have in `block`; required where `defaults` has none."""
+    found = {}
+    for field in dataclasses.fields(cls):
+        if key := keys.get(field.name):
+            value = block.get(key, defaults[field.name]) if field.name in defaults else block.get(key)
+            check_size(field, value, block.name(key))
+            found[field.name] = tuple(value) if isinstance(value, list) else value
+    return found
+
+
+def _only(block: Fields, key: str, known: str):
+    value = block.get(key, known)
+    require(value == known, f"{block.name(key)} {shown(value)} is not {known!r}, which alone is supported")
+
+
+def _parse_language(block: Fields) -> LlamaConfig:
+    model_type = block.get("model_type", "llama")
+    require(model_type == "llama", f"the language model is {shown(model_type)}, not 'llama'")
     # What a block leaves out is the LLaMA default of transformers, as in Janus-Pro-7B's config.
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope = next((block.block(key) for key in ("rope_parameters", "rope_scaling") if block.raw.get(key)), Fields({}))
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    _require(rope_type == "default", f"rope type {rope_type!r} is not supported (only 'default')")
-    _require(raw.get("hidden_act", "silu") == "silu", f"hidden_act {raw.get('hidden_act')!r} is not 'silu'")
+    require(rope_type == "default", f"rope type {shown(rope_type)} is not supported (only 'default')")
+    _only(block, "hidden_act", "silu")
     for bias in ("attention_bias", "mlp_bias"):
-        _require(not raw.get(bias), f"{bias} is set; Janus decoders have none")
-    width, heads = raw.get("hidden_size", 4096), raw.get("num_attention_heads", 32)
-    kv_heads, head_dim = raw.get("num_key_value_heads"), raw.get("head_dim")
-    if head_dim is None and heads != 0:
-        head_dim = width // heads
-    return LlamaConfig(
-        vocab_size=raw.get("vocab_size", 32000),
-        width=width,
-        mlp_dim=raw.get("intermediate_size", 11008),
-        layers=raw.get("num_hidden_layers", 32),
-        heads=heads,
-        kv_heads=heads if kv_heads is None else kv_heads,
-        head_dim=head_dim,
-        norm_eps=raw.get("rms_norm_eps", 1e-6),
-        rope_theta=rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
-        max_positions=raw.get("max_position_embeddings", 2048),
-    )
+        require(not block.flag(bias, False, null=True), f"{bias} is set; Janus decoders have none")
+    keys = {
+        "vocab_size": "vocab_size",
+        "width": "hidden_size",
+        "mlp_dim": "intermediate_size",
+        "layers": "num_hidden_layers",
+        "heads": "num_attention_heads",
+        "norm_eps": "rms_norm_eps",
+        "max_positions": "max_position_embeddings",
+    }
+    usual = {"vocab_size": 32000, "width": 4096, "mlp_dim": 11008, "layers": 32, "heads": 32}
+    sizes = _read_sizes(LlamaConfig, block, keys, **usual, norm_eps=1e-6, max_positions=2048)
+    where = rope if "rope_theta" in rope.raw else block
+    sizes |= _read_sizes(LlamaConfig, where, {"rope_theta": "rope_theta"}, rope_theta=10000.0)
+    for field, key, value in (
+        ("kv_heads", "num_key_value_heads", sizes["heads"]),
+        ("head_dim", "head_dim", sizes["width"] // sizes["heads"]),
+    ):
+        given = {key: block.get(key, value, null=True)}
+        sizes |= _read_sizes(LlamaConfig, Fields(given, block.place), {field: key})
+    return LlamaConfig(**sizes)
 
 
-def _mlp_depth(block: dict[str, Any], name: str, input_dim: int, width: int) -> int:
-    params = block["params"]
+def _mlp_depth(raw: Fields, name: str, input_dim: int, width: int) -> int:
+    params = raw.block(f"{name}_config").block("params")
     kind = params.get("projector_type", "mlp_gelu")
-    _require(kind == "mlp_gelu", f"{name}: projector_type {kind!r} is not supported (only 'mlp_gelu')")
-    _require(
-        params["input_dim"] == input_dim, f"{name}: input_dim {params['input_dim']} is not its encoder's {input_dim}"
+    require(kind == "mlp_gelu", f"{name}: projector_type {shown(kind)} is not supported (only 'mlp_gelu')")
+    given = params.get("input_dim")
+    require(given == input_dim, f"{name}: input_dim {shown(given)} is not its encoder's {input_dim}")
+    given = params.get("n_embed")
+    require(given == width, f"{name}: n_embed {shown(given)} is not the decoder's width {width}")
+    return _read_sizes(JanusConfig, params, {"aligner_depth": "depth"}, aligner_depth=1)["aligner_depth"]
+
+
+def _dtype(*blocks: Fields) -> str:
+    """The dtype that the first of `blocks` to say one says, under either name of the key."""
+    for block in blocks:
+        for key in ("dtype", "torch_dtype"):
+            if block.raw.get(key) is not None:
+                return block.text(key)
+    return "bfloat16"
+
+
+def _same(keys: Mapping[str, Any] | tuple[str, ...]) -> dict[str, str]:
+    return {key: key for key in keys}
+
+
+def _parse_original(raw: Fields) -> JanusConfig:
+    language = _parse_language(raw.block("language_config"))
+
+    params = raw.block("vision_config").block("params")
+    name = params.text("model_name", "siglip_large_patch16_384")
+    custom = ("patch_size", "width", "layers", "heads", "mlp_ratio")
+    require(
+        name == "custom" or name in _SIGLIP_NAMES,
+        f"vision model_name {shown(name)} is unknown; known: custom, {', '.join(_SIGLIP_NAMES)}",
     )
-    _require(params["n_embed"] == width, f"{name}: n_embed {params['n_embed']} is not the decoder's width {width}")
-    return params.get("depth", 1)
-
-
-def _parse_original(raw: dict[str, Any]) -> JanusConfig:
-    language = _parse_language(raw["language_config"])
-
-    params = raw["vision_config"]["params"]
-    name = params.get("model_name", "siglip_large_patch16_384")
-    if name == "custom":
-        sizes = {key: params[key] for key in ("patch_size", "width", "layers", "heads", "mlp_ratio")}
-    else:
-        _require(
-            name in _SIGLIP_NAMES, f"vision model_name {name!r} is unknown; known: custom, {', '.join(_SIGLIP_NAMES)}"
-        )
-        sizes = dict(_SIGLIP_NAMES[name])
+    sizes = _read_sizes(SiglipConfig, params, _same(custom)) if name == "custom" else dict(_SIGLIP_NAMES[name])
     # select_layer counts from the end when not positive, and the layers after it do not exist in the checkpoint.
-    select = params.get("select_layer", -1)
-    _require(type(select) is int, f"vision select_layer is {select!r}, not a whole number")
+    select = params.whole("select_layer", -sizes["layers"], 1 << 20, -1)
     sizes["layers"] = min(sizes["layers"], sizes["layers"] + select + 1 if select <= 0 else select)
     feature = params.get("select_feature", "same")
-    _require(feature == "same", f"vision select_feature {feature!r} is not supported (only 'same')")
-    vision = SiglipConfig(image_size=params["image_size"], **sizes)
+    require(feature == "same", f"vision select_feature {shown(feature)} is not supported (only 'same')")
+    vision = SiglipConfig(**sizes, **_read_sizes(SiglipConfig, params, _same(("image_size",))))
 
-    block = raw["gen_vision_config"]
-    params = block["params"]
-    cls = block.get("cls", "VQ-16")
-    _require(cls in ("VQ-16", "custom"), f"gen_vision cls {cls!r} is unknown; known: VQ-16, custom")
+    block = raw.block("gen_vision_config")
+    params = block.block("params")
+    cls = block.text("cls", "VQ-16")
+    require(cls in ("VQ-16", "custom"), f"gen_vision cls {shown(cls)} is unknown; known: VQ-16, custom")
     sizes = _VQ16
     if cls == "custom":
-        sizes = {key: params[key] for key in _VQ16} | {k: params[k] for k in _VQ_OPTIONAL if k in params}
-    gen_vision = VQConfig(
-        codebook_size=params["image_token_size"],
-        codebook_dim=params["n_embed"],
-        **{**sizes, "ch_mult": tuple(sizes["ch_mult"])},
-    )
+        sizes = _read_sizes(VQConfig, params, _same({**_VQ16, **_VQ_OPTIONAL}), **_VQ_OPTIONAL)
+    keys = {"codebook_size": "image_token_size", "codebook_dim": "n_embed"}
+    gen_vision = VQConfig(**sizes, **_read_sizes(VQConfig, params, keys))
 
-    head = raw["gen_head_config"]["params"]
-    _require(
-        head["image_token_size"] == gen_vision.codebook_size,
-        f"gen_head: image_token_size {head['image_token_size']} is not the codebook's {gen_vision.codebook_size}",
+    head = raw.block("gen_head_config").block("params")
+    given = head.get("image_token_size")
+    require(
+        given == gen_vision.codebook_size,
+        f"gen_head: image_token_size {shown(given)} is not the codebook's {gen_vision.codebook_size}",
     )
-    _require(
-        head["n_embed"] == language.width, f"gen_head: n_embed {head['n_embed']} is not the decoder's {language.width}"
-    )
+    given = head.get("n_embed")
+    require(given == language.width, f"gen_head: n_embed {shown(given)} is not the decoder's {language.width}")
     return JanusConfig(
         vision=vision,
         gen_vision=gen_vision,
         language=language,
-        aligner_depth=_mlp_depth(raw["aligner_config"], "aligner", vision.width, language.width),
-        gen_aligner_depth=_mlp_depth(raw["gen_aligner_config"], "gen_aligner", gen_vision.codebook_dim, language.width),
-        gen_head_width=head["image_token_embed"],
-        dtype=raw.get("torch_dtype") or raw.get("dtype") or "bfloat16",
+        aligner_depth=_mlp_depth(raw, "aligner", vision.width, language.width),
+        gen_aligner_depth=_mlp_depth(raw, "gen_aligner", gen_vision.codebook_dim, language.width),
+        **_read_sizes(JanusConfig, head, {"gen_head_width": "image_token_embed"}),
+        dtype=_dtype(raw),
     )
 
 
-def _parse_transformers(raw: dict[str, Any]) -> JanusConfig:
-    language = _parse_language(raw["text_config"])
-    v, g = raw["vision_config"], raw["vq_config"]
-    for block, key in ((v, "hidden_act"), (g, "hidden_act")):
-        _require(block.get(key, "gelu") == "gelu", f"hidden_act {block.get(key)!r} is not 'gelu'")
-    _require(not v.get("use_qk_norm"), "vision use_qk_norm is set; no Janus checkpoint has it and it is not supported")
-    _require(v.get("attention_bias", True), "vision attention_bias is off; not supported")
-    _require(not g.get("double_latent"), "vq double_latent is set; not supported")
+_TRANSFORMERS_VISION = {
+    "image_size": ("image_size", 384),
+    "patch_size": ("patch_size", 16),
+    "width": ("hidden_size", 1024),
+    "layers": ("num_hidden_layers", 24),
+    "heads": ("num_attention_heads", 16),
+    "mlp_ratio": ("mlp_ratio", 4.0),
+    "norm_eps": ("layer_norm_eps", 1e-6),
+}
+_TRANSFORMERS_VQ = {
+    "ch": ("base_channels", 128),
+    "ch_mult": ("channel_multiplier", _VQ16["ch_mult"]),
+    "num_res_blocks": ("num_res_blocks", 2),
+    "z_channels": ("latent_channels", 256),
+    "codebook_size": ("num_embeddings", 16384),
+    "codebook_dim": ("embed_dim", 8),
+}
+
+
+def _read_table(cls: type, block: Fields, table: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
+    keys = {field: key for field, (key, _) in table.items()}
+    return _read_sizes(cls, block, keys, **{field: default for field, (_, default) in table.items()})
+
+
+def _parse_transformers(raw: Fields) -> JanusConfig:
+    text, v, g = (raw.block(key) for key in ("text_config", "vision_config", "vq_config"))
+    language = _parse_language(text)
+    _only(v, "hidden_act", "gelu")
+    _only(g, "hidden_act", "gelu")
+    qk_norm = v.flag("use_qk_norm", False, null=True)
+    require(not qk_norm, "vision use_qk_norm is set; no Janus checkpoint has it and it is not supported")
+    require(v.flag("attention_bias", True, null=True), "vision attention_bias is off; not supported")
+    require(not g.flag("double_latent", False, null=True), "vq double_latent is set; not supported")
     for name, block in (("vision", v), ("vq", g)):
         width = block.get("projection_dim", 2048)
-        _require(width == language.width, f"{name} projection_dim {width} is not the decoder's width {language.width}")
-    vision = SiglipConfig(
-        image_size=v.get("image_size", 384),
-        patch_size=v.get("patch_size", 16),
-        width=v.get("hidden_size", 1024),
-        layers=v.get("num_hidden_layers", 24),
-        heads=v.get("num_attention_heads", 16),
-        mlp_ratio=v.get("mlp_ratio", 4.0),
-        norm_eps=v.get("layer_norm_eps", 1e-6),
-    )
-    gen_vision = VQConfig(
-        ch=g.get("base_channels", 128),
-        ch_mult=tuple(g.get("channel_multiplier", _VQ16["ch_mult"])),
-        num_res_blocks=g.get("num_res_blocks", 2),
-        z_channels=g.get("latent_channels", 256),
-        codebook_size=g.get("num_embeddings", 16384),
-        codebook_dim=g.get("embed_dim", 8),
-        # transformers ties the generated grid to the understanding grid, whatever num_patches says.
-        grid=vision.grid,
-    )
-    dtypes = (block.get(key) for block in (raw, raw["text_config"]) for key in ("dtype", "torch_dtype"))
+        require(
+            width == language.width,
+            f"{name} projection_dim {shown(width)} is not the decoder's width {language.width}",
+        )
+    vision = SiglipConfig(**_read_table(SiglipConfig, v, _TRANSFORMERS_VISION))
+    # transformers ties the generated grid to the understanding grid, whatever num_patches says.
+    gen_vision = VQConfig(**_read_table(VQConfig, g, _TRANSFORMERS_VQ), grid=vision.grid)
     return JanusConfig(
         vision=vision,
         gen_vision=gen_vision,
         language=language,
-        aligner_depth=v.get("depth", 2),
-        gen_aligner_depth=g.get("num_hidden_layers", 2),
+        **_read_table(JanusConfig, v, {"aligner_depth": ("depth", 2)}),
+        **_read_table(JanusConfig, g, {"gen_aligner_depth": ("num_hidden_layers", 2)}),
         gen_head_width=language.width,
-        dtype=next(filter(None, dtypes), "bfloat16"),
+        dtype=_dtype(raw, text),
     )
 
 
@@ -359,14 +255,14 @@ def _parse_transformers(raw: dict[str, Any]) -> JanusConfig:
 
 
 def _require_vq_eps(g: VQConfig):
-    _require(g.norm_eps == 1e-6, f"no dialect can say a VQ norm eps of {g.norm_eps} (only 1e-6)")
+    require(g.norm_eps == 1e-6, f"no dialect can say a VQ norm eps of {g.norm_eps} (only 1e-6)")
 
 
 def original_config(config: JanusConfig) -> dict[str, Any]:
     """`config` as a config.json of the original dialect; sizes without a name there are written as `custom`."""
     v, g, t = config.vision, config.gen_vision, config.language
     _require_vq_eps(g)
-    _require(v.norm_eps == 1e-6, f"the original dialect cannot say a vision norm eps of {v.norm_eps} (only 1e-6)")
+    require(v.norm_eps == 1e-6, f"the original dialect cannot say a vision norm eps of {v.norm_eps} (only 1e-6)")
     sizes = {
         "patch_size": v.patch_size,
         "width": v.width,
@@ -422,10 +318,10 @@ def transformers_config(config: JanusConfig, image_token_id: int) -> dict[str, A
     """
     v, g, t = config.vision, config.gen_vision, config.language
     _require_vq_eps(g)
-    _require(g.norm_groups == 32, f"the transformers dialect cannot say {g.norm_groups} VQ norm groups (only 32)")
-    _require(t.width % t.heads == 0, f"transformers wants a width ({t.width}) that its {t.heads} heads divide")
-    _require(config.gen_head_width == t.width, "the transformers dialect needs the image head as wide as the decoder")
-    _require(
+    require(g.norm_groups == 32, f"the transformers dialect cannot say {g.norm_groups} VQ norm groups (only 32)")
+    require(t.width % t.heads == 0, f"transformers wants a width ({t.width}) that its {t.heads} heads divide")
+    require(config.gen_head_width == t.width, "the transformers dialect needs the image head as wide as the decoder")
+    require(
         g.grid == v.grid, f"the transformers dialect needs the generated grid {g.grid} to equal the patch grid {v.grid}"
     )
     return {

@@ -1,26 +1,28 @@
-"""Images in and out: opening any picture, the two preprocessings of Janus, uint8 and contact sheets.
+"""Images in and out: the two preprocessings of Janus, uint8 and contact sheets. Opening them: `image_files`.
 
 Arrays are [height, width, 3] in RGB. Reference: janus/models/image_processing_vlm.py and generation_inference.py.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
-import io
 import math
-import os
-import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray
+from janus_jax.fields import Fields
+from janus_jax.image_files import ImageSource, open_image
+
+__all__ = ["ImageSettings", "ImageSource", "contact_sheet", "generation_pixels", "open_image", "to_uint8"]
+__all__ += ["understanding_pixels", "understanding_pixels_uint8"]
 
 _WHITE = (255, 255, 255)
+
+_MOST_PIXELS = 8192  # on a side of what a model takes
+_FAR = 1e6  # means, deviations and factors beyond it, or below its inverse, make pixels that are not finite
 
 
 # ---------------------------------------------------------------- settings
@@ -48,10 +50,15 @@ class ImageSettings:
         for name in ("mean", "std"):
             if len(getattr(self, name)) != 3:
                 raise ValueError(f"image {name} {getattr(self, name)} must have 3 values, one for each of R, G and B")
+            if not all(map(math.isfinite, getattr(self, name))):
+                raise ValueError(f"image {name} {getattr(self, name)} must be finite")
         if not all(self.std):
             raise ValueError(f"image std {self.std} must not be zero")
         if self.background_color is None:
-            object.__setattr__(self, "background_color", tuple(int(mean * 255) for mean in self.mean))
+            color = tuple(int(mean * 255) for mean in self.mean)
+            if not all(0 <= part <= 255 for part in color):
+                raise ValueError(f"image mean {self.mean} gives no background color; give background_color")
+            object.__setattr__(self, "background_color", color)
 
     @classmethod
     def parse(cls, raw: dict[str, Any], image_size: int = 384) -> ImageSettings:
@@ -59,105 +66,21 @@ class ImageSettings:
 
         Knows the reference's `image_size` and the `size` of transformers' port. ValueError when a value does not fit.
         """
-        size = raw.get("image_size") or raw.get("size") or image_size
-        found = {"image_size": size.get("height", image_size) if isinstance(size, dict) else size}
-        triples = {"mean": "image_mean", "std": "image_std", "background_color": "background_color"}
-        found |= {name: raw.get(key) for name, key in triples.items()}
-        found |= {key: raw.get(key) for key in ("min_size", "rescale_factor", "do_normalize")}
-        found = {name: value for name, value in found.items() if value is not None}
-        try:
-            return cls(**{name: tuple(value) if name in triples else value for name, value in found.items()})
-        except TypeError as error:
-            raise ValueError(f"an image setting has the wrong type ({error})") from None
-
-
-# ---------------------------------------------------------------- opening
-
-
-def open_image(source: ImageSource) -> Image.Image:
-    """The picture in `source` as an 8-bit RGB PIL image, turned upright by its EXIF orientation.
-
-    `source` is a path, a `data:image/...;base64,` URI, the bytes of an image file, a PIL image of any mode, or a uint8
-    array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]. 16-bit grayscale is scaled to 8 bits. Transparent parts show white:
-    the reference drops the alpha channel, which uncovers whatever colour lies under it (often black on black);
-    opaque pixels are the same in both. Of an animation, the first frame counts.
-
-    Raises OSError when the file cannot be read, ValueError when it is not an image or no source of one.
-    """
-    name, image = _decode(source)
-    if 0 in image.size:
-        raise ValueError(f"{name}: the image is empty ({image.width} x {image.height})")
-    # Decoders of damaged files raise whatever they stumble over (SyntaxError, struct.error, zlib.error, ...).
-    try:
-        return _to_rgb(ImageOps.exif_transpose(image))
-    except Exception as error:
-        raise ValueError(f"{name}: the image cannot be decoded ({error})") from None
-
-
-def _decode(source: ImageSource) -> tuple[str, Image.Image]:
-    if isinstance(source, Image.Image):
-        return getattr(source, "filename", "") or f"<PIL image of mode {source.mode}>", source
-    if isinstance(source, np.ndarray):
-        return f"<array {source.shape}>", _from_array(source)
-    if isinstance(source, str) and source.startswith("data:"):
-        name, data = "<data URI>", _from_data_uri(source)
-    elif isinstance(source, str) and source.startswith(("http://", "https://")):
-        raise ValueError(f"{source}: web addresses are not fetched; download the image and give its path")
-    elif isinstance(source, str | os.PathLike):
-        name, data = _from_path(pathlib.Path(source))
-    elif isinstance(source, bytes | bytearray):
-        name, data = f"<{len(source)} bytes>", bytes(source)
-    else:
-        raise ValueError(f"an image must be a path, bytes, a PIL image or a uint8 array, not {type(source).__name__}")
-    try:
-        return name, Image.open(io.BytesIO(data))
-    except Image.UnidentifiedImageError:
-        raise ValueError(f"{name}: not an image in a format that Pillow knows") from None
-    except Exception as error:
-        raise ValueError(f"{name}: the image cannot be opened ({error})") from None
-
-
-def _from_path(path: pathlib.Path) -> tuple[str, bytes]:
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: there is no such image file")
-    if path.is_dir():
-        raise IsADirectoryError(f"{path}: expected an image file, found a folder")
-    return str(path), path.read_bytes()
-
-
-def _from_data_uri(uri: str) -> bytes:
-    header, _, payload = uri.partition(",")
-    if not header.endswith(";base64"):
-        raise ValueError(f"<data URI>: {header[:60]!r} is not base64; expected 'data:image/...;base64,...'")
-    try:
-        return base64.b64decode(payload, validate=True)
-    except binascii.Error as error:
-        raise ValueError(f"<data URI>: the base64 is damaged ({error})") from None
-
-
-def _from_array(array: np.ndarray) -> Image.Image:
-    channels_fit = array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (1, 3, 4))
-    if array.dtype != np.uint8 or not channels_fit:
-        expected = "uint8 [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]"
-        raise ValueError(f"an image array must be {expected}, not {array.dtype} {list(array.shape)}")
-    if 0 in array.shape:
-        raise ValueError(f"the image array {list(array.shape)} is empty")
-    return Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    # Pillow's own conversion clips 16-bit values at 255; mode I is how it opens 16-bit files of some formats.
-    if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"integers from {values.min()} to {values.max()} are not 16-bit gray; give a uint8 array")
-        return Image.fromarray(np.rint(values / 257).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("float pixels have no agreed range; give a uint8 array")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, _WHITE), rgba).convert("RGB")
-    return image.convert("RGB")
+        fields = Fields(raw)
+        size, key = fields, "image_size" if raw.get("image_size") is not None else "size"
+        if isinstance(raw.get(key), dict):
+            size, key = fields.block(key), "height"
+        found = {"image_size": size.whole(key, 1, _MOST_PIXELS, image_size, null=True)}
+        found["mean"] = fields.triple("image_mean", -_FAR, _FAR, float)
+        found["std"] = fields.triple("image_std", 1 / _FAR, _FAR, float)
+        found["background_color"] = fields.triple("background_color", 0, 255, int)
+        if raw.get("min_size") is not None:
+            found["min_size"] = fields.whole("min_size", 1, _MOST_PIXELS)
+        if raw.get("rescale_factor") is not None:
+            found["rescale_factor"] = fields.number("rescale_factor", 1 / _FAR, _FAR)
+        if raw.get("do_normalize") is not None:
+            found["do_normalize"] = fields.flag("do_normalize")
+        return cls(**{name: value for name, value in found.items() if value is not None})
 
 
 # ---------------------------------------------------------------- understanding

@@ -6,10 +6,10 @@ positions. Reference: janus/models/processing_vlm.py and janus/utils/conversatio
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,11 @@ import numpy as np
 import tokenizers
 from PIL import Image
 
+from janus_jax import files
 from janus_jax.config import JanusConfig
+from janus_jax.fields import Fields, shown
 from janus_jax.images import ImageSettings, ImageSource, understanding_pixels
+from janus_jax.messages import one_line
 
 SYSTEM_PROMPT = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
@@ -34,17 +37,30 @@ Messages = Sequence[tuple[str, str]]
 _SPEAKERS = ("user", "assistant")
 
 
+_MAX_TOKENIZER = 64 << 20  # bytes; Janus's has 5 MB
+
+
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    """The object in `path`, {} when there is no such file; ValueError when it is not a JSON object."""
-    if not path.exists():
-        return {}
+    return files.read_json_object(path, missing_ok=True)
+
+
+@contextlib.contextmanager
+def _no_panic(place: str) -> Iterator[None]:
+    """Makes a panic of the tokenizer's Rust, which is no Exception, a ValueError."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} holds a {type(raw).__name__}, not a JSON object")
-    return raw
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{place} ({one_line(error)}): copy tokenizer.json again") from None
+
+
+@contextlib.contextmanager
+def _naming(path: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{one_line(path)}: {error}") from None
 
 
 # ---------------------------------------------------------------- tokenizer
@@ -90,37 +106,40 @@ class Tokenizer:
         folder = pathlib.Path(folder)
         path = folder / "tokenizer.json"
         if not path.exists():
-            raise FileNotFoundError(f"{path} is missing: copy it from the checkpoint's repository into the folder")
+            name = one_line(path)
+            raise FileNotFoundError(f"{name} is missing: copy it from the checkpoint's repository into the folder")
+        text = files.read_text(path, _MAX_TOKENIZER)
+        damaged = f"{one_line(path)} is not a readable tokenizer"
         try:
-            tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            with _no_panic(damaged):
+                tokenizer = tokenizers.Tokenizer.from_str(text)
+        except ValueError:
+            raise
         except Exception as error:  # the Rust side raises bare Exception
-            raise ValueError(f"{path} is not a readable tokenizer ({error}): copy it again") from None
+            raise ValueError(f"{damaged} ({one_line(error)}): copy it again") from None
 
-        config, names = _read_json(folder / "tokenizer_config.json"), _read_json(folder / "special_tokens_map.json")
-        processor = _read_json(folder / "processor_config.json")
-
-        def named(key: str, default: str) -> str:
-            token = config.get(key) or names.get(key) or default
-            return token.get("content", default) if isinstance(token, dict) else token
-
+        named = _token_names(folder)
         known_pad = PAD if tokenizer.token_to_id(PAD) is not None else named("pad_token", PAD)
-        try:
+        path = folder / "processor_config.json"
+        processor = Fields(_read_json(path))
+        with _naming(path):
+            tags = {key: processor.text(key, "", null=True) for key in ("image_start_tag", "image_end_tag")}
+            tags |= {key: processor.text(key, "", null=True) for key in ("image_tag", "pad_tag")}
+        with _naming(folder / "tokenizer.json"):
             return cls(
                 tokenizer,
                 bos=named("bos_token", BOS),
                 eos=named("eos_token", EOS),
-                pad=processor.get("pad_tag") or known_pad,
-                begin_of_image=processor.get("image_start_tag") or BEGIN_OF_IMAGE,
-                end_of_image=processor.get("image_end_tag") or END_OF_IMAGE,
-                image_placeholder=processor.get("image_tag") or IMAGE_PLACEHOLDER,
+                pad=tags["pad_tag"] or known_pad,
+                begin_of_image=tags["image_start_tag"] or BEGIN_OF_IMAGE,
+                end_of_image=tags["image_end_tag"] or END_OF_IMAGE,
+                image_placeholder=tags["image_tag"] or IMAGE_PLACEHOLDER,
             )
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}: {error}") from None
 
     def _special_id(self, name: str) -> int:
         token_id = self._tokenizer.token_to_id(name)
         if token_id is None:
-            raise ValueError(f"it lacks the special token {name!r}; use the tokenizer files of a Janus checkpoint")
+            raise ValueError(f"it lacks the special token {shown(name)}; use the tokenizer files of a Janus checkpoint")
         return token_id
 
     def is_added_token(self, name: str) -> bool:
@@ -144,16 +163,37 @@ class Tokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise ValueError(f"the text is not valid Unicode at character {error.start} ({error.reason})") from None
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        with _no_panic("the tokenizer fails on a text"):
+            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         return [self.bos_id, *ids] if add_bos and ids[:1] != [self.bos_id] else ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD, ids without a token nothing."""
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+        with _no_panic("the tokenizer fails to decode"):
+            return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
     def stream(self, skip_special_tokens: bool = True) -> StreamDecoder:
         """A new `StreamDecoder` over this tokenizer."""
         return StreamDecoder(self, skip_special_tokens)
+
+
+def _token_names(folder: pathlib.Path) -> Callable[[str, str], str]:
+    """Names of special tokens, by their key and a default, as tokenizer_config.json or special_tokens_map.json say."""
+    paths = [folder / "tokenizer_config.json", folder / "special_tokens_map.json"]
+    said = [(path, Fields(_read_json(path))) for path in paths]
+
+    def named(key: str, default: str) -> str:
+        for path, fields in said:
+            with _naming(path):
+                token = fields.get(key, None)
+                token = Fields(token, key).get("content", None) if isinstance(token, Mapping) else token
+                if token is not None and not isinstance(token, str):
+                    raise fields.wrong(key, token, "a token")
+            if token:
+                return token
+        return default
+
+    return named
 
 
 class StreamDecoder:
@@ -208,7 +248,9 @@ def _speaker(role: Any) -> str:
     plain = role.strip("<|>").lower() if isinstance(role, str) else None
     if plain not in _SPEAKERS:
         cure = "; give a system text as system_prompt" if plain == "system" else ""
-        raise ValueError(f"unknown role {role!r}; known: user, assistant, {', '.join(sum(ROLES.values(), ()))}{cure}")
+        raise ValueError(
+            f"unknown role {shown(role)}; known: user, assistant, {', '.join(sum(ROLES.values(), ()))}{cure}"
+        )
     return plain
 
 
@@ -224,7 +266,7 @@ def _parse_message(message: Any, place: str) -> tuple[str, str, list[ImageSource
     if not isinstance(message, Mapping):
         raise ValueError(f"{place} must be a dict with 'role' and 'content', not {type(message).__name__}")
     if unknown := sorted(str(key) for key in set(message) - {"role", "content", "images"}):
-        raise ValueError(f"{place} has unknown keys {', '.join(unknown)}; known: role, content, images")
+        raise ValueError(f"{place} has unknown keys {one_line(', '.join(unknown))}; known: role, content, images")
     text = message.get("content")
     if text is not None and not isinstance(text, str):
         raise ValueError(f"{place}: content must be a str, not {type(text).__name__}; images go under 'images'")
@@ -255,7 +297,7 @@ def normalise_messages(
     for index, message in enumerate(messages):
         speaker, text, own = _parse_message(message, f"message {index}")
         if speaker != _SPEAKERS[index % 2]:
-            raise ValueError(f"message {index} is by {message['role']!r}: turns must alternate, user first")
+            raise ValueError(f"message {index} is by {shown(message['role'])}: turns must alternate, user first")
         if image_tag not in text:
             text = f"{image_tag}\n" * len(own) + text
         found += own
@@ -303,8 +345,8 @@ class Processor:
     roles: str = "pro"
 
     def __post_init__(self):
-        if self.roles not in ROLES:
-            raise ValueError(f"unknown roles {self.roles!r}; known: {', '.join(ROLES)}")
+        if not isinstance(self.roles, str) or self.roles not in ROLES:
+            raise ValueError(f"unknown roles {shown(self.roles)}; known: {', '.join(ROLES)}")
         rows, ids = self.config.language.vocab_size, self.tokenizer.vocab_size
         if ids > rows:
             raise ValueError(
@@ -325,15 +367,18 @@ class Processor:
         tokenizer = Tokenizer.from_folder(folder)
         processor = _read_json(folder / "processor_config.json")
         path = folder / "preprocessor_config.json"
-        raw = _read_json(path) or processor.get("image_processor") or {}
+        raw = _read_json(path)
         try:
+            raw = raw or Fields(processor).block("image_processor", {}, null=True).raw
             settings = ImageSettings.parse(raw, config.vision.image_size)
             count = processor.get("num_image_tokens", config.vision.num_patches)
             if count != config.vision.num_patches:
-                raise ValueError(f"num_image_tokens {count} is not the model's {config.vision.num_patches} patches")
+                raise ValueError(
+                    f"num_image_tokens {shown(count)} is not the model's {config.vision.num_patches} patches"
+                )
             return cls(tokenizer, config, settings, detect_roles(folder, tokenizer) if roles is None else roles)
         except ValueError as error:
-            raise ValueError(f"{folder}: {error}") from None
+            raise ValueError(f"{one_line(folder)}: {error}") from None
 
     def format(self, messages: Messages, system_prompt: str = "") -> str:
         """`format_conversation` with this checkpoint's EOS and role tags, whatever names the roles have."""
@@ -369,7 +414,7 @@ class Processor:
         ValueError when `prompt` is blank, or leaves no room for the image's tokens.
         """
         if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(f"the prompt is {prompt!r}: say what to draw")
+            raise ValueError(f"the prompt is {shown(prompt)}: say what to draw")
         text = self.format([("user", prompt), ("assistant", "")]) + self.tokenizer.begin_of_image
         ids = self.tokenizer.encode(text)
         self._check_length(len(ids), self.config.gen_vision.num_tokens)

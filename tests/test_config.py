@@ -144,7 +144,9 @@ def test_vq_norm_groups_and_res_blocks():
     raw = json.loads(json.dumps(original_config(config)))
     assert raw["gen_vision_config"]["params"].items() >= {"norm_groups": 16, "num_res_blocks": 1}.items()
     assert parse_config(raw) == config
-    with pytest.raises(ValueError, match="VQ norm_groups is '16', not a whole number from 1"):
+    with pytest.raises(
+        ValueError, match=r"gen_vision_config\.params\.norm_groups is '16', not a whole number from 1 to"
+    ):
         parse_config(changed(raw, "gen_vision_config.params.norm_groups", "16"))
     # A VQ-16 that differs in these alone is no VQ-16.
     large = dataclasses.replace(PRESETS["janus_pro_1b"], gen_vision=VQConfig(norm_groups=16))
@@ -218,8 +220,13 @@ REMOVED = ...
         (ORIGINAL, "language_config.attention_bias", True, "attention_bias is set"),
         (ORIGINAL, "language_config.mlp_bias", True, "mlp_bias is set"),
         (ORIGINAL, "language_config.rope_scaling", {"type": "linear", "factor": 2.0}, "rope type 'linear' is not"),
-        (ORIGINAL, "language_config.rope_theta", "1e4", "Llama rope_theta is '1e4', not a number above 0"),
-        (ORIGINAL, "language_config.vocab_size", "512", "Llama vocab_size is '512', not a whole number from 1"),
+        (ORIGINAL, "language_config.rope_theta", "1e4", r"language_config\.rope_theta is '1e4', not a number above 0"),
+        (
+            ORIGINAL,
+            "language_config.vocab_size",
+            "512",
+            r"language_config\.vocab_size is '512', not a whole number from 1",
+        ),
         (ORIGINAL, "torch_dtype", "int8", "dtype is 'int8'; known: bfloat16, float16, float32"),
         (ORIGINAL, "language_config.num_key_value_heads", 3, "4 attention heads are not a multiple of 3"),
         (ORIGINAL, "language_config.head_dim", 25, "head_dim 25 is odd"),
@@ -278,7 +285,7 @@ def test_numbers_of_the_wrong_type(base, path):
 def test_zero_heads():
     """With no head_dim beside them, which would be the width over them."""
     raw = changed(changed(ORIGINAL, "language_config.head_dim"), "language_config.num_attention_heads", 0)
-    with pytest.raises(ValueError, match="Llama heads is 0"):
+    with pytest.raises(ValueError, match=r"language_config\.num_attention_heads is 0"):
         parse_config(raw)
 
 
@@ -294,7 +301,7 @@ def test_read_config_errors(tmp_path):
     path = tmp_path / "config.json"
     for content in (b"{", b"\xff\xfe{}", b""):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="not valid JSON"):
+        with pytest.raises(ValueError, match="not valid JSON|not UTF-8"):
             read_config(tmp_path)
     path.write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match=r"config\.json: model_type is 'llama'"):

@@ -314,11 +314,11 @@ def test_settings_as_transformers_writes_them(own_folder):
     ("name", "changes", "pattern"),
     [
         ("preprocessor_config.json", {"image_size": 384}, "image_size 384 but the model's encoder takes 64"),
-        ("preprocessor_config.json", {"image_size": "64"}, "wrong type"),
-        ("preprocessor_config.json", {"image_mean": [0.5]}, "mean .* must have 3 values"),
-        ("preprocessor_config.json", {"image_mean": 0.5}, "wrong type"),
-        ("preprocessor_config.json", {"image_std": [0.5, 0, 0.5]}, "must not be zero"),
-        ("preprocessor_config.json", {"min_size": 0}, "min_size 0 must lie between 1 and image_size 64"),
+        ("preprocessor_config.json", {"image_size": "64"}, "image_size is '64', not a whole number"),
+        ("preprocessor_config.json", {"image_mean": [0.5]}, r"image_mean is \[0\.5\], not 3 numbers"),
+        ("preprocessor_config.json", {"image_mean": 0.5}, "image_mean is 0.5, not 3 numbers"),
+        ("preprocessor_config.json", {"image_std": [0.5, 0, 0.5]}, r"image_std is \[0\.5, 0, 0\.5\], not 3 numbers"),
+        ("preprocessor_config.json", {"min_size": 0}, "min_size is 0, not a whole number from 1"),
         ("processor_config.json", {"num_image_tokens": 576}, "num_image_tokens 576 is not the model's 16 patches"),
     ],
 )
