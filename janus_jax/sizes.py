@@ -148,7 +148,6 @@ class JanusConfig:
         require(
             v.grid <= _MOST_GRID, f"vision image_size {v.image_size} is over {_MOST_GRID} patches of {v.patch_size}"
         )
-        require(v.mlp_dim > 0, f"vision mlp_ratio {v.mlp_ratio} leaves its MLP no width")
         require(
             t.heads % t.kv_heads == 0, f"{t.heads} attention heads are not a multiple of {t.kv_heads} key/value heads"
         )
