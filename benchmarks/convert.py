@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from janus_jax.config import PRESETS, JanusConfig, get_preset, original_config
-from janus_jax.torch_files import TensorToWrite, write_sharded
+from janus_jax.safetensors_files import TensorToWrite, write_sharded
 from janus_jax.torch_names import carried_shapes, slots
 
 BOUND_GIB = 6.0

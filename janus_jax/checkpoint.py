@@ -29,7 +29,8 @@ from orbax.checkpoint import v1 as ocp
 
 from janus_jax.config import JanusConfig, dialect_of, original_config, parse_config
 from janus_jax.progress import byte_bar
-from janus_jax.torch_files import Tensor, open_file, weight_file
+from janus_jax.stored_tensor import Tensor
+from janus_jax.torch_files import open_file, weight_file
 from janus_jax.torch_names import Path
 from janus_jax.torch_weights import (
     DTYPES,

@@ -27,8 +27,8 @@ from janus_jax.checkpoint import (
 from janus_jax.config import dialect_of, original_config, transformers_config
 from janus_jax.messages import one_line
 from janus_jax.progress import byte_bar
+from janus_jax.safetensors_files import TensorToWrite, write_safetensors, write_sharded
 from janus_jax.staging import destination, staged
-from janus_jax.torch_files import TensorToWrite, write_safetensors, write_sharded
 from janus_jax.torch_names import DIALECTS
 from janus_jax.torch_weights import LazyArray, LazyParams, parse_dtype, tensors_to_write, total_bytes
 

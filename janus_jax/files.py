@@ -89,14 +89,16 @@ def read_json_object(path: str | os.PathLike, limit: int = MAX_JSON, missing_ok:
     return raw
 
 
-def parse_json(text: str | bytes, place: str) -> Any:
+def parse_json(text: str | bytes, place: str, unique_names: bool = False) -> Any:
     """The value of the JSON `text`, found at `place`.
 
     ValueError for what is not JSON, for numbers beyond float64 (1e999 would be read as infinity), NaN and Infinity, for
-    integers of thousands of digits, and for more than `MAX_JSON_DEPTH` levels of lists and objects.
+    integers of thousands of digits, for more than `MAX_JSON_DEPTH` levels of lists and objects, and with `unique_names`
+    for an object that says a name twice.
     """
+    pairs = _unique if unique_names else None
     try:
-        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=pairs)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno}"
         raise ValueError(f"{place} is not valid JSON: {error.msg} at {where}") from None
@@ -114,6 +116,15 @@ def parse_json(text: str | bytes, place: str) -> Any:
 
 def _refuse_constant(name: str):
     raise ValueError(f"{name} is not a JSON number")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in made:
+            raise ValueError(f"the name {one_line(name)} stands twice in one object")
+        made[name] = value
+    return made
 
 
 def _finite(text: str) -> float:

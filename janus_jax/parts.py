@@ -14,7 +14,8 @@ import numpy as np
 from flax import traverse_util
 
 from janus_jax.config import JanusConfig
-from janus_jax.torch_files import open_file, open_tensors, write_safetensors
+from janus_jax.safetensors_files import write_safetensors
+from janus_jax.torch_files import open_file, open_tensors
 from janus_jax.torch_names import Slot, slots
 from janus_jax.torch_weights import DTYPES, LazyArray, LazyParams, leaves_of, tensors_of
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Callable, Mapping
@@ -20,8 +19,13 @@ import numpy as np
 from flax import traverse_util
 
 from janus_jax.config import JanusConfig, dialect_of
+from janus_jax.files import read_json_object
+from janus_jax.messages import one_line
+from janus_jax.mismatch import Problem, summary
 from janus_jax.progress import byte_bar
-from janus_jax.torch_files import Tensor, TensorToWrite, open_tensors
+from janus_jax.safetensors_files import TensorToWrite
+from janus_jax.stored_tensor import Tensor
+from janus_jax.torch_files import open_tensors
 from janus_jax.torch_names import Path, Slot, carried_shapes, is_harmless, slots
 
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
@@ -137,12 +141,11 @@ def read_params(
 def read_raw_config(folder: pathlib.Path) -> dict[str, Any]:
     """config.json of `folder` as it stands; FileNotFoundError or ValueError where it is not there or not JSON."""
     path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: expected the config.json of a Janus checkpoint there")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{one_line(path)} does not exist: expected the config.json of a Janus checkpoint there"
+        )
+    return read_json_object(path)
 
 
 def lazy_params(folder: str | pathlib.Path, config: JanusConfig) -> tuple[LazyParams, dict[str, Tensor]]:
@@ -158,28 +161,46 @@ def lazy_params(folder: str | pathlib.Path, config: JanusConfig) -> tuple[LazyPa
     expected = {slot.name: slot.tensor_shape for filled in by_path.values() for slot in filled}
     carried = carried_shapes(config) if dialect == "original" else {}
 
-    problems = [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in tensors]
-    for name, tensor in tensors.items():
-        wanted = expected.get(name, carried.get(name))
-        if wanted is None:
-            if not is_harmless(name):
-                problems.append(f"unexpected: {name} {list(tensor.shape)}")
-        elif tensor.shape != wanted:
-            problems.append(f"misshapen: {name} is {list(tensor.shape)}, expected {list(wanted)}")
-        elif name in expected and tensor.dtype not in DTYPES.values():
-            problems.append(f"unsupported: {name} is {tensor.dtype}, expected {', '.join(DTYPES)}")
-    if problems:
-        listed = "\n  ".join(problems)
-        raise ValueError(f"{folder}: the tensors do not fit config.json ({dialect} dialect):\n  {listed}")
+    if problems := compare(tensors, expected, carried, is_harmless):
+        raise ValueError(
+            f"{one_line(folder)}: the tensors do not fit config.json ({dialect} dialect): {summary(problems)}"
+        )
 
     leaves = leaves_of([slot for filled in by_path.values() for slot in filled], tensors)
     return leaves, {name: tensors[name] for name in carried if name in tensors}
 
 
+def compare(
+    found: Mapping[str, Any],
+    expected: Mapping[str, tuple[int, ...]],
+    carried: Mapping[str, tuple[int, ...]],
+    is_harmless: Callable[[str], bool],
+) -> list[Problem]:
+    """What does not fit between the arrays that were `found`, things with a shape and a dtype, and what is wanted.
+
+    Args:
+      expected: the shapes, by name, of what has to be there in a dtype of `DTYPES`.
+      carried: of what may be there.
+      is_harmless: whether what has this name may be there in any shape.
+    """
+    problems = [Problem("missing", name, str(list(shape))) for name, shape in expected.items() if name not in found]
+    for name, array in found.items():
+        wanted, shape = expected.get(name, carried.get(name)), one_line(list(array.shape), 80)
+        if wanted is None:
+            if not is_harmless(name):
+                problems.append(Problem("unexpected", name, shape))
+        elif tuple(array.shape) != wanted:
+            problems.append(Problem("misshapen", name, f"is {shape}, expected {list(wanted)}"))
+        elif name in expected and array.dtype not in DTYPES.values():
+            problems.append(Problem("unsupported", name, f"is {array.dtype}, expected {', '.join(DTYPES)}"))
+    return problems
+
+
 def _is_tied(raw: Mapping[str, Any], dialect: str) -> bool:
     """Whether config.json lets the head share the embedding; both libraries' defaults for an absent key differ."""
     if dialect == "original":
-        return bool(raw.get("language_config", {}).get("tie_word_embeddings", False))
+        block = raw.get("language_config")
+        return isinstance(block, dict) and bool(block.get("tie_word_embeddings", False))
     return bool(raw.get("tie_word_embeddings", True))
 
 
@@ -196,7 +217,10 @@ def _leaf(filled: list[Slot], tensors: dict[str, Tensor]) -> LazyArray:
 
     def read_slot(slot: Slot, index: Index) -> np.ndarray:
         rows = slot.torch_shape[0]
-        part = tensors[slot.name].view()[slot.parts[0] * rows : (slot.parts[0] + 1) * rows]
+        # Where several processes read their own parts of a file, none of them reads the whole of it for its checksum.
+        part = tensors[slot.name].view(verify=jax.process_count() == 1)[
+            slot.parts[0] * rows : (slot.parts[0] + 1) * rows
+        ]
         return slot.from_torch(part, index).astype(dtype, copy=False)
 
     def read(index: Index) -> np.ndarray:

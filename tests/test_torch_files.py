@@ -1,6 +1,7 @@
 """Torch checkpoint files: what is read from which file, and what damaged or malicious ones get."""
 
 import json
+import os
 import pathlib
 import pickle
 import shutil
@@ -12,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from janus_jax.config import read_config
-from janus_jax.torch_files import TensorToWrite, open_tensors, write_safetensors
+from janus_jax.safetensors_files import TensorToWrite, write_safetensors
+from janus_jax.torch_files import open_tensors
 from janus_jax.torch_names import carried_shapes
 from janus_jax.torch_weights import read_params
 from tests.test_torch_weights import GOLDEN, assert_same_trees
@@ -125,7 +127,7 @@ def test_absent_shard(config, folder, state):
 @pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": []}', '{"weight_map": {"a": 3}}'])
 def test_damaged_index(config, folder, text):
     (folder / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(ValueError, match="is not an index of shards"):
+    with pytest.raises(ValueError, match=r"index\.json (is not an index of shards|is not valid JSON|holds a list)"):
         read_params(folder, config)
 
 
@@ -207,7 +209,7 @@ def test_a_bin_whose_tensors_end_after_their_storage(folder):
         for info in whole.infolist():
             data = whole.read(info)
             cut.writestr(info.filename, data[:8] if info.filename.endswith("data/0") else data)
-    with pytest.raises(ValueError, match="a tensor ends after its storage"):
+    with pytest.raises(ValueError, match="the storage of x has 8 bytes, not its 5 elements"):
         open_tensors(folder)
     with (
         zipfile.ZipFile(folder / "whole.bin") as whole,
@@ -215,7 +217,7 @@ def test_a_bin_whose_tensors_end_after_their_storage(folder):
     ):
         for info in whole.infolist():
             packed.writestr(info.filename, whole.read(info))
-    with pytest.raises(ValueError, match="its tensors are compressed"):
+    with pytest.raises(ValueError, match=r"its record whole/data\.pkl is compressed"):
         open_tensors(folder)
 
 
@@ -223,3 +225,37 @@ def test_a_writer_that_breaks_its_word_is_caught(tmp_path):
     tensor = TensorToWrite("x", (2,), np.dtype(np.float16), lambda: np.zeros(3, np.float32))
     with pytest.raises(ValueError, match=r"x came as float32 \[3\], not float16 \[2\]"):
         write_safetensors(tmp_path / "x", [tensor])
+
+
+# ---------------------------------------------------------------- special files
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "model.safetensors.index.json"])
+@pytest.mark.parametrize("kind", ["FIFO", "folder", "device", "link to nowhere"])
+def test_what_is_no_regular_file_is_named(folder, name, kind):
+    path = folder / name
+    if kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else "/nowhere/at/all")
+    told = rf"{name}.*" if kind == "link to nowhere" else f"{name} is a {kind}, not a regular file"
+    with pytest.raises(FileNotFoundError if kind == "link to nowhere" else ValueError, match=told):
+        open_tensors(folder)
+
+
+@pytest.mark.parametrize("name", ["../a.safetensors", "/a.safetensors", "b/a.safetensors", "", "..", "a\0b"])
+def test_shards_lie_in_the_folder(folder, name):
+    index = {"weight_map": {"a": name}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="names a shard outside its own folder"):
+        open_tensors(folder)
+
+
+def test_many_absent_shards_are_told_in_short(folder):
+    index = {"weight_map": {f"a{i}": f"s{i}\n.safetensors" for i in range(500)}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(FileNotFoundError) as raised:
+        open_tensors(folder)
+    assert "and 496 more" in str(raised.value) and str(raised.value).isprintable() and len(str(raised.value)) < 600

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from janus_jax.config import PRESETS, JanusConfig, LlamaConfig, SiglipConfig, VQConfig, read_config
 from janus_jax.model import Janus, init_params
-from janus_jax.torch_files import write_safetensors, write_sharded
+from janus_jax.safetensors_files import write_safetensors, write_sharded
 from janus_jax.torch_names import DIALECTS, carried_shapes, slots
 from janus_jax.torch_weights import LazyArray, abstract_params, lazy_params, place, read_params, tensors_to_write
 from tests.conftest import SIZES
@@ -312,9 +312,9 @@ def test_every_misfit_is_listed(config, folder, state):
     save_file(state, folder / "model.safetensors")
     with pytest.raises(ValueError) as caught:
         read_params(folder, config)
-    first, *lines = str(caught.value).splitlines()
-    assert first == f"{folder}: the tensors do not fit config.json (original dialect):"
-    assert sorted(line.strip() for line in lines) == [
+    first, told = str(caught.value).split(" dialect): ")
+    assert first == f"{folder}: the tensors do not fit config.json (original"
+    assert sorted(told.split("; ")) == [
         "misshapen: gen_embed.weight is [7, 8], expected [256, 8]",
         "misshapen: vision_model.vision_tower.attn_pool.latent is [2], expected [1, 1, 64]",
         "missing: aligner.layers.0.bias [96]",
@@ -322,6 +322,19 @@ def test_every_misfit_is_listed(config, folder, state):
         "unexpected: language_model.model.layers.3.mlp.up_proj.weight [256, 96]",
         "unsupported: gen_head.vision_head.bias is int32, expected bfloat16, float16, float32",
     ]
+
+
+def test_misfits_of_all_layers_are_told_as_one(config, folder, state):
+    lost = {name: t for name, t in state.items() if ".q_proj." not in name and ".norm1.weight" not in name}
+    odd = {f"odd\n\x1b[31m.{i}": torch.zeros(2) for i in (0, 2, 5)}
+    odd |= {chr(97 + i) * 5000: torch.zeros(2) for i in range(20)}
+    save_file(lost | odd, folder / "model.safetensors")
+    with pytest.raises(ValueError) as caught:
+        read_params(folder, config)
+    message = str(caught.value)
+    assert "missing: language_model.model.layers.{0..2}.self_attn.q_proj.weight [96, 96] (3)" in message
+    assert "missing: vision_model.vision_tower.blocks.{0..2}.norm1.weight [64] (3)" in message
+    assert "; and " in message and len(message) < 4000 and message.isprintable()
 
 
 def test_harmless_buffers_are_let_pass(config, folder, state, golden):
