@@ -167,6 +167,43 @@ def test_too_many_bad_samples(captions, processor, tmp_path):
     assert run(captions, tmp_path / "out", processor, max_bad_share=0.1).kept == 18
 
 
+def test_what_was_missing_may_come(captions, processor, tmp_path):
+    """The complaint was repeated word for word, out of the index of a finished shard."""
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match=r"1 undecodable_image .*1 missing_image"):
+        run(captions, out, processor, max_bad_share=0.05)
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.array_record")}
+    assert len(before) == 4
+    (captions.parent / "9.png").write_bytes(png())
+    # Still damaged, and within what is allowed now: the shard of the damaged one stays as it is.
+    report = run(captions, out, processor, max_bad_share=0.05)
+    assert (report.kept, report.pictures, report.dropped) == (19, 19, {"undecodable_image": 1}) and not report.changed
+    after = {path.name: path.stat().st_mtime_ns for path in out.glob("*.array_record")}
+    assert [name for name in sorted(after) if after[name] != before[name]] == ["data-00001.array_record"]
+    run(captions, tmp_path / "fresh", processor)
+    assert content(out) == content(tmp_path / "fresh")
+    # A finished folder may be in use: it is left alone, and says that it lacks something.
+    (captions.parent / "3.png").write_bytes(png())
+    report = run(captions, out, processor)
+    assert report.changed == 1 and "1 of the dropped samples could be decided otherwise now" in str(report)
+    assert content(out) == content(tmp_path / "fresh")
+
+
+def test_pictures_are_counted(captions, processor, tmp_path):
+    assert run(captions, tmp_path / "a", processor, "understanding").pictures == 18
+    talk = [{"from": "human", "value": "<image><image>"}, {"from": "gpt", "value": "Ho"}]
+    text = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]
+    records = [{"image": ["0.png", "1.png"], "conversations": talk}, {"conversations": text}]
+    records += [{"video": "a.mp4", "conversations": text}, {"image": "../a.png", "conversations": talk}]
+    options = {"max_bad_share": 0.5, "context": 200}
+    path = lines(captions.parent / "talk.jsonl", *records)
+    report = run(path, tmp_path / "b", processor, "understanding", **options)
+    assert (report.kept, report.pictures) == (2, 2)
+    assert report.dropped == {"unsupported_media": 1, "outside_folder": 1}
+    assert "pictures kept                           2" in str(report)
+    assert run(path, tmp_path / "b", processor, "understanding", **options) == report
+
+
 def test_bad_data_stops_early(processor, tmp_path):
     path = lines(tmp_path / "t.jsonl", *({"text": "Fine."} if i < 50 else {"text": ""} for i in range(1000)))
     with pytest.raises(
@@ -341,6 +378,8 @@ def test_command_line(captions, model_folder, tmp_path, capsys):
     assert main([*command, "--out", str(tmp_path / "out"), "--max-bad-share", "0.1"]) == 0
     printed = capsys.readouterr()
     assert "kept                                   18" in printed.out and not printed.err
+    assert f"{captions} is read as captions (it has the fields image, caption): 20 samples" in printed.out
+    assert "pictures kept                          18" in printed.out
     data = open_prepared(tmp_path / "out")
     pixels = np.stack([generation_pixels(captions.parent / f"{i}.png", SIDE) for i in range(3)])
     encode_codes = jax.jit(lambda images: Janus(CONFIG).apply({"params": params}, images, method="encode_codes"))
@@ -352,6 +391,18 @@ def test_command_line(captions, model_folder, tmp_path, capsys):
     assert main([*command, "--out", str(tmp_path / "strict")]) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith("error: 2 of 20 samples are bad") and printed.err.count("\n") == 1
+
+
+def test_allowing_paths_that_lead_outside(captions, model_folder, tmp_path, capsys):
+    (tmp_path / "secret.png").write_bytes(png())
+    path = lines(captions.parent / "o.jsonl", {"image": "../secret.png", "caption": "Ä \u0416"})
+    command = ["--kind", "understanding", "--source", str(path), "--model", str(model_folder[0])]
+    command += ["--out", str(tmp_path / "out")]
+    assert main(command) == 2
+    told = capsys.readouterr().err
+    assert "1 outside_folder" in told and "--allow-outside" in told and told.count("\n") == 1
+    assert main([*command, "--allow-outside"]) == 0
+    assert "pictures kept                           1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

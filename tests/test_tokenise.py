@@ -1,5 +1,7 @@
 """From raw samples to token ids: what a model is asked with, what it is to answer, and what is refused."""
 
+import dataclasses
+import os
 import pathlib
 import pickle
 
@@ -153,6 +155,33 @@ def test_images_may_be_files_or_bytes_or_arrays(processor, tmp_path):
         np.testing.assert_array_equal(generation_pixels(sample.images[0], 8), generation_pixels(array, 8))
     (tmp_path / "a.png").write_bytes(b"x")
     assert "a.png" in refusal(processor, talk("<image>", "A.", images=(tmp_path / "a.png",))).detail
+
+
+def test_answers_that_are_not_trained_on_are_read_all_the_same(processor):
+    def answers(raw):
+        sample = one(processor, raw, "text")
+        return processor.tokenizer.decode(sample.ids), processor.tokenizer.decode(sample.ids[sample.answers])
+
+    for system in (None, "Hm."):
+        base = talk("2+2?", "5", "Sure?", "4", "And?", "6", system=system)
+        offset = system is not None
+        whole = answers(base)
+        assert whole[1] == " 5 4 6"
+        for untrained, expected in (((1,), " 4 6"), ((3,), " 5 6"), ((1, 5), " 4")):
+            raw = dataclasses.replace(base, untrained=tuple(index + offset for index in untrained))
+            assert answers(raw) == (whole[0], expected)
+        raw = dataclasses.replace(base, untrained=tuple(index + offset for index in (1, 3, 5)))
+        assert refusal(processor, raw, "text").reason == "not_trained"
+
+
+def test_special_files_as_pictures(processor, tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    (tmp_path / "b.png").mkdir()
+    for name, told in (("a.png", "a.png is a FIFO"), ("b.png", "b.png is a folder"), ("c.png", "No such file")):
+        error = refusal(processor, talk("<image>", "A.", images=(tmp_path / name,)))
+        assert told in error.detail and error.reason in ("missing_image", "undecodable_image")
+    error = refusal(processor, talk("<image>", "A.", images=(pathlib.Path("/dev/zero"),)))
+    assert "/dev/zero is a device" in error.detail
 
 
 # ---------------------------------------------------------------- captions, texts, prompts

@@ -161,9 +161,11 @@ def prepare(
 def _probe(source: Sequence[RawSample]) -> str:
     """A hash of some samples' contents, which tells sources of equal size apart wherever they lie."""
     digest = hashlib.sha256()
+    # Whether paths may lead outside decides what is dropped, not what the data are: it may be allowed later.
+    read = getattr(source, "anywhere", source.__getitem__)
     for item in np.unique(np.linspace(0, len(source) - 1, 16).astype(int)):
         try:
-            raw = source[int(item)]
+            raw = read(int(item))
             images = [hashlib.sha256(image).hexdigest() for image in raw.images if isinstance(image, bytes)]
             parts = (raw.messages, raw.text, raw.caption, images, *([raw.untrained] if raw.untrained else []))
             digest.update(repr(parts).encode(errors="replace"))

@@ -80,11 +80,18 @@ class Source:
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> RawSample:
+        return self._sample(index, self._roots)
+
+    def anywhere(self, index: int) -> RawSample:
+        """`[index]` as with `allow_outside`, to tell what the data are: its pictures are not to be read."""
+        return self._sample(index, [Root(root.folder, allow_outside=True) for root in self._roots])
+
+    def _sample(self, index: int, roots: Sequence[Root]) -> RawSample:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         number = int(np.searchsorted(self._ends, index, side="right"))
         place, record = self._readers[number][index - (int(self._ends[number - 1]) if number else 0)]
-        return self._parse(record, self._roots[number], place)
+        return self._parse(record, roots[number], place)
 
     def __str__(self) -> str:
         """What is read, as what and why, for people."""
