@@ -58,8 +58,10 @@ def read_bytes(path: str | os.PathLike, limit: int) -> bytes:
     """All bytes of the regular file `path`; ValueError where it has more than `limit`, see also `open_regular`."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        # A file under /proc says 0 and may still have much to give.
-        data = file.read(limit + 1) if size <= limit else b""
+        data = file.read(size + 1) if size <= limit else b""
+        if size < len(data) <= limit:
+            # A file under /proc says 0 and may still have much to give. (What is asked for is allocated at once.)
+            data += file.read(limit + 1 - len(data))
     if size > limit or len(data) > limit:
         raise ValueError(f"{one_line(path)} has {max(size, len(data)):,} bytes, more than the {limit:,} expected of it")
     return data

@@ -28,8 +28,8 @@ class Parquet:
         self.path = path
         try:
             self._file = pq.ParquetFile(path)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise ValueError(f"{path} is not a readable parquet file ({error})") from None
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{one_line(path)} is not a readable parquet file ({one_line(error)})") from None
         names = self._file.schema_arrow.names
         self.columns = [name for name in names if wanted(name)]
         if not self.columns:
@@ -44,7 +44,7 @@ class Parquet:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getitem__(self, index: int) -> Record:
-        place = f"{self.path} row {index}"
+        place = f"{one_line(self.path, 500)} row {index}"
         group = int(np.searchsorted(self._ends, index, side="right"))
         begin = int(self._ends[group - 1]) if group else 0
         try:

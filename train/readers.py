@@ -80,6 +80,8 @@ class TextFile:
 def read_span(path: str | os.PathLike, begin: int, size: int) -> bytes:
     """`size` bytes of a regular file from `begin` on, fewer where it ends before."""
     with open_regular(path) as file:
+        # What is asked for is allocated before it is read.
+        size = min(size, max(os.fstat(file.fileno()).st_size - begin, 0))
         file.seek(begin)
         return file.read(size)
 
