@@ -26,27 +26,19 @@ from janus_jax.checkpoint import (
 )
 from janus_jax.config import dialect_of, original_config, transformers_config
 from janus_jax.messages import one_line
+from janus_jax.processor_files import (
+    PROCESSOR_FILES,
+    TOKENIZER_FILES,
+    copy_files,
+    token_ids,
+    write_processor_files,
+)
 from janus_jax.progress import byte_bar
 from janus_jax.safetensors_files import TensorToWrite, write_safetensors, write_sharded
 from janus_jax.staging import destination, staged
 from janus_jax.torch_names import DIALECTS
 from janus_jax.torch_weights import LazyArray, LazyParams, parse_dtype, tensors_to_write, total_bytes
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-)
-# These name classes of the library that the checkpoint was made for.
-PROCESSOR_FILES = (
-    "preprocessor_config.json",
-    "processor_config.json",
-    "chat_template.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 # What folders converted here held before they were marked.
 _UNMARKED = frozenset({"config.json", PARAMS, CARRIED, *TOKENIZER_FILES, *PROCESSOR_FILES})
 _PLACEHOLDER, _USUAL_PLACEHOLDER_ID = "<image_placeholder>", 100581
@@ -122,14 +114,12 @@ def to_torch(
     with _staged(source, out, num_bytes, overwrite=overwrite, note=note) as folder:
         with byte_bar("writing", num_bytes, progress) as bar:
             write_sharded(folder, tensors, max_shard_bytes, bar.update)
-        copy_files(source.folder, folder, TOKENIZER_FILES + (PROCESSOR_FILES if same else ()))
+        copy_files(source.folder, folder, TOKENIZER_FILES)
+        write_processor_files(source.folder, folder, source.config, dialect, note)
         if same and _untied(raw) is raw:
             shutil.copyfile(source.folder / "config.json", folder / "config.json")
         else:
             write_json(folder / "config.json", _untied(raw))
-    left_out = [] if same else [name for name in PROCESSOR_FILES if (source.folder / name).is_file()]
-    if left_out:
-        note(f"not copied, being of the other dialect: {', '.join(left_out)}")
 
 
 def _carried(source: Checkpoint, name: str, dtype: np.dtype | None) -> TensorToWrite:
@@ -180,7 +170,8 @@ def _untied(raw: dict[str, Any]) -> dict[str, Any]:
 def _translated(source: Checkpoint, dialect: str, note: Callable[[str], Any]) -> dict[str, Any]:
     if dialect == "original":
         return original_config(source.config)
-    return transformers_config(source.config, _image_token_id(source.folder, note))
+    raw = transformers_config(source.config, _image_token_id(source.folder, note))
+    return {**raw, "text_config": {**raw["text_config"], **token_ids(source.folder, source.config)}}
 
 
 def _image_token_id(folder: pathlib.Path, note: Callable[[str], Any]) -> int:
@@ -209,13 +200,6 @@ def parse_size(size: int | str) -> int:
     if num_bytes <= 0:
         raise ValueError(f"{size!r} is no size; write it like 5GB, 500MB or 4GiB")
     return num_bytes
-
-
-def copy_files(src: pathlib.Path, out: pathlib.Path, names: tuple[str, ...]) -> None:
-    """Copies those of `names` that `src` has."""
-    for name in names:
-        if (src / name).is_file():
-            shutil.copyfile(src / name, out / name)
 
 
 def _staged(source: Checkpoint, out: str | pathlib.Path, num_bytes: int, **options: Any):

@@ -8,7 +8,7 @@ import pytest
 
 import janus_jax
 from janus_jax import memory, sampling
-from janus_jax.conversion import TOKENIZER_FILES, copy_files
+from janus_jax.processor_files import TOKENIZER_FILES, copy_files
 from tests.conftest import SIZES
 from tests.tiny_run import write_checkpoint
 from tests.tiny_tokenizer import write_tokenizer

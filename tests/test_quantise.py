@@ -61,7 +61,7 @@ def test_products_are_those_of_the_rounded_kernels(folder, close):
 
 
 def test_draws_and_answers(folder, tmp_path):
-    from janus_jax.conversion import TOKENIZER_FILES, copy_files
+    from janus_jax.processor_files import TOKENIZER_FILES, copy_files
     from tests.tiny_tokenizer import write_tokenizer
 
     write_tokenizer(tmp_path / "t", image_size=MODEL.vision.image_size, num_image_tokens=MODEL.vision.num_patches)

@@ -25,7 +25,7 @@ from orbax.checkpoint import v1 as ocp
 
 from janus_jax import checkpoint
 from janus_jax.config import JanusConfig, original_config
-from janus_jax.conversion import PROCESSOR_FILES, TOKENIZER_FILES, copy_files
+from janus_jax.processor_files import PROCESSOR_FILES, TOKENIZER_FILES, copy_files
 from janus_jax.torch_weights import LazyParams, abstract_params
 from train.config import TrainConfig
 from train.distributed import from_first, together
