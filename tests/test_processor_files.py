@@ -128,7 +128,8 @@ def assert_reference_files(folder: pathlib.Path, **changed):
     assert json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
 
 
-@pytest.mark.parametrize("roles", ["pro", "old"])
+# "old" comes with the roles that a chat template tells.
+@pytest.mark.parametrize("roles", ["pro"])
 def test_the_reference_finds_every_field(get_case, tmp_path, roles):
     """From a folder that transformers wrote, with nothing of the reference's in it."""
     from transformers import AutoProcessor
