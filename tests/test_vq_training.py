@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,18 +16,20 @@ import janus_jax
 from janus_jax import checkpoint
 from janus_jax.config import VQConfig
 from janus_jax.vq import Quantizer, VQModel
+from train.faults import AGAIN, Stopped
 from train.vq import (
+    KeptTraining,
     VQTrainConfig,
     draw,
     init_vq_state,
     main,
-    read_images,
     reseed,
     save_vq,
     train_vq,
     usage,
     vq_train_step,
 )
+from train.vq_images import ImageFiles, read_ahead
 
 TINY = VQConfig(
     ch=4, ch_mult=(2,), num_res_blocks=1, z_channels=8, codebook_size=16, codebook_dim=4, grid=4, norm_groups=4
@@ -240,32 +244,118 @@ def test_command_line(images, tmp_path, capsys):
         for field in ("steps", "batch_size", "learning_rate", "reseed_every", "reseed_until")
     }
     arguments = [*paths, *SIZES, *(f"--{name}={value}" for name, value in run.items())]
-    main(arguments)
+    assert main(arguments) == 0
     assert "reconstruction" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "params"]
     assert checkpoint.open_checkpoint(tmp_path / "out").config.gen_vision == TINY
-    with pytest.raises(SystemExit, match="holds a checkpoint already: give another --out"):
-        main(arguments)
+    assert main(arguments) == 2
+    assert "holds a checkpoint already: give another --out" in capsys.readouterr().err
 
 
-def test_command_line_refuses(images, tmp_path):
+def test_command_line_refuses(images, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     write_images(tmp_path / "images", images[:2])
     (tmp_path / "images" / "bad.png").write_bytes(b"no image")
 
-    def run(folder, *arguments):
-        main(["--images", str(tmp_path / folder), "--out", str(tmp_path / "out"), *SIZES, *arguments])
+    def told(folder, *arguments):
+        assert main(["--images", str(tmp_path / folder), "--out", str(tmp_path / "out"), *SIZES, *arguments]) == 2
+        line = capsys.readouterr().err
+        assert line.startswith("error: ") and line.count("\n") == 1
+        return line
 
-    with pytest.raises(SystemExit, match="channels 4 x 2 are not a multiple of 32 norm groups"):
-        run("images")
-    with pytest.raises(SystemExit, match="empty holds no image files"):
-        run("empty", "--norm_groups", "4")
-    with pytest.raises(SystemExit, match=r"bad\.png: not an image"):
-        run("images", "--norm_groups", "4")
+    assert "channels 4 x 2 are not a multiple of 32 norm groups" in told("images")
+    assert "empty holds no image files" in told("empty", "--norm_groups", "4")
+    assert "nowhere is no folder" in told("nowhere", "--norm_groups", "4")
+    bad = told("images", "--norm_groups", "4")
+    assert "1 of 3 images cannot be read" in bad and "bad.png" in bad
+    assert "save_every is 0" in told("images", "--norm_groups", "4", "--save_every", "0")
     assert not (tmp_path / "out").exists()
 
 
-def test_read_images(images, tmp_path):
+def test_image_files(images, tmp_path, capsys):
     write_images(tmp_path / "images", images[:3])
-    read = read_images(tmp_path / "images", 4)
-    assert read.shape == (3, 4, 4, 3) and read.dtype == np.float32
-    np.testing.assert_allclose(read, images[:3], atol=1 / 127)
+    files = ImageFiles(tmp_path / "images", 4)
+    assert len(files) == 3 and files[0].dtype == np.float32
+    np.testing.assert_allclose(np.stack([files[i] for i in range(3)]), images[:3], atol=1 / 127)
+    (tmp_path / "images" / "._0.png").write_bytes(b"a Mac's note")
+    assert len(ImageFiles(tmp_path / "images", 4)) == 3
+    for i in range(300):
+        (tmp_path / "images" / f"x{i}.png").hardlink_to(tmp_path / "images" / "1.png")
+    (tmp_path / "images" / "a.png").write_bytes(b"no image")
+    files = ImageFiles(tmp_path / "images", 4)
+    np.testing.assert_array_equal(files[3], files[4])
+    assert capsys.readouterr().err.count("left out: ") == 1, "named once, and the next one in its place"
+
+
+def test_images_are_read_when_they_are_drawn(images, tmp_path):
+    """No more of them are in memory than a few batches, and their numbers are those of an array."""
+    write_images(tmp_path / "images", images)
+    files, held, most = ImageFiles(tmp_path / "images", 4), [], []
+
+    class Counting(ImageFiles):
+        def __getitem__(self, index):
+            held.append(index)
+            return super().__getitem__(index)
+
+    steps = range(5, 25)
+    counting = Counting(tmp_path / "images", 4)
+    for number, (step, batch) in enumerate(read_ahead(counting, lambda step: draw(CONFIG, step, 64, 8), steps)):
+        assert step == 5 + number
+        np.testing.assert_array_equal(batch, np.stack([files[int(i)] for i in draw(CONFIG, step, 64, 8)]))
+        most.append(len(held) - 8 * number)
+    assert len(held) == 8 * len(steps) and max(most) <= 3 * 8
+
+
+# ---------------------------------------------------------------- going on
+
+
+KILLED = """
+import os, sys
+import train.vq as vq
+step = vq.vq_train_step
+def killed(config, state, batch):
+    if int(state.step) == 13:
+        os.kill(os.getpid(), 9)
+    return step(config, state, batch)
+vq.vq_train_step = killed
+vq.main(sys.argv[1:])
+"""
+
+
+def test_a_killed_training_goes_on_to_the_same_numbers(images, tmp_path, capsys):
+    write_images(tmp_path / "images", images)
+    fields = ("steps", "batch_size", "learning_rate", "reseed_every", "reseed_until")
+    arguments = ["--images", str(tmp_path / "images"), *SIZES, "--norm_groups=4", "--save_every=5"]
+    arguments += [f"--{name}={getattr(CONFIG, name)}" for name in fields]
+    out = ["--out", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", KILLED, *arguments, *out], capture_output=True, timeout=300)
+    assert done.returncode == -9, done.stderr[-2000:]
+    assert [path.name for path in (tmp_path / "out" / "training" / "state").iterdir()] == ["10"]
+
+    assert main([*arguments, *out, "--seed=1"]) == 2
+    assert "holds a training with other settings (seed)" in capsys.readouterr().err
+    assert main([*arguments, *out]) == 0
+    assert "going on after step 10" in capsys.readouterr().out
+    assert main([*arguments, "--out", str(tmp_path / "whole")]) == 0
+    resumed, whole = (janus_jax.load(tmp_path / name).params["gen_vision_model"] for name in ("out", "whole"))
+    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+    assert not (tmp_path / "out" / "training").exists()
+
+
+def test_a_training_that_is_told_to_end_saves_and_goes_on(images, tmp_path):
+    kept = KeptTraining(tmp_path / "training", CONFIG, "", every=1000)
+    with pytest.raises(Stopped, match="saved after step 7") as caught:
+        train_vq(CONFIG, images, progress=False, kept=kept, told=lambda step: step == 7)
+    assert caught.value.code == AGAIN and kept.latest == 7
+    params, history = train_vq(CONFIG, images, progress=False, kept=kept)
+    expected = train_vq(CONFIG, images, progress=False)
+    jax.tree.map(np.testing.assert_array_equal, params, expected[0])
+    jax.tree.map(np.testing.assert_array_equal, history, expected[1])
+
+
+def test_a_damaged_state_is_one_line(images, tmp_path):
+    kept = KeptTraining(tmp_path / "training", CONFIG, "", every=1000)
+    (tmp_path / "training" / "state" / "9").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"state/9 cannot be read .*; delete .*training to begin anew") as caught:
+        train_vq(CONFIG, images, progress=False, kept=kept)
+    assert "\n" not in str(caught.value)

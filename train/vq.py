@@ -3,29 +3,44 @@
 The quantizer and its losses are the reference's (LlamaGen's VectorQuantizer as in janus/models/vq_model.py): codebook
 and commitment loss on L2-normalised vectors, straight-through gradient. The reconstruction loss here is the mean
 squared error alone: LlamaGen's perceptual and adversarial losses, which sharpen large photographs, are left out.
+
+The images are read while it trains. The state is kept in `DIR/training` every `--save_every` steps, from where the same
+command goes on, to the same numbers; what is left at the end is the checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
+import json
 import math
 import pathlib
+import shutil
 import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from orbax.checkpoint import v1 as ocp
 
 from janus_jax import checkpoint
 from janus_jax.config import IMAGE_CHANNELS, JanusConfig, LlamaConfig, SiglipConfig, VQConfig
-from janus_jax.images import generation_pixels
+from janus_jax.files import read_json_object
+from janus_jax.messages import one_line, print_error
 from janus_jax.progress import shown, step_bar
 from janus_jax.torch_weights import abstract_params
 from janus_jax.vq import VQModel
+from train.faults import AGAIN, BAD_INPUT, INTERRUPTED, Notice, Stopped
+from train.shards import replace_file
+from train.vq_images import ImageFiles, read_ahead
+
+REPORTED = ("reconstruction", "codebook", "commitment", "usage", "perplexity")
+_RUN = "run.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,45 +164,145 @@ def usage(counts: jax.Array) -> dict[str, jax.Array]:
 
 
 def train_vq(
-    config: VQTrainConfig, images: np.ndarray, progress: bool | None = None
+    config: VQTrainConfig,
+    images: np.ndarray | ImageFiles,
+    progress: bool | None = None,
+    kept: KeptTraining | None = None,
+    told: Callable[[int], bool] = lambda step: False,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Trains a VQ model from random parameters.
+    """Trains a VQ model from random parameters, or from where `kept` is.
 
     Args:
-      images: float32 [N, image_size, image_size, 3] in [-1, 1].
+      images: float32 [N, image_size, image_size, 3] in [-1, 1], or files that are read when they are drawn.
       progress: show a bar; default in a terminal or a notebook.
+      kept: where the state is saved; None for nowhere.
+      told: asked after each step whether to save and stop there.
     Returns: the parameters, a nested dict as under `gen_vision_model`, and what `vq_train_step` reports, [steps] each.
-    Raises: ValueError for images of another shape or range, and where the loss stops being a number.
+    Raises: ValueError for images of another shape or range, and where the loss stops being a number; Stopped where it
+      was told to stop.
     """
-    size = config.model.image_size
-    images = np.asarray(images, np.float32)
-    if images.ndim != 4 or images.shape[1:] != (size, size, IMAGE_CHANNELS) or not len(images):
-        raise ValueError(f"images of shape {list(images.shape)} do not fit: expected [N, {size}, {size}, 3]")
-    if not (np.abs(images) <= 1).all():
-        raise ValueError("images must lie in [-1, 1], as images.generation_pixels makes them")
-    state = init_vq_state(config)
-    history = []
-    with step_bar("training VQ", config.steps, shown(progress)) as bar:
-        for step in range(config.steps):
-            batch = images[draw(config, step, len(images), config.batch_size)]
+    images = images if isinstance(images, ImageFiles) else _checked(images, config.model.image_size)
+    state, history = init_vq_state(config), {name: [] for name in REPORTED}
+    if kept and kept.latest:
+        state, history = kept.restore(state)
+    first, pending = int(state.step), []
+
+    def drawn(step: int) -> np.ndarray:
+        return draw(config, step, len(images), config.batch_size)
+
+    with (
+        step_bar("training VQ", config.steps, shown(progress)) as bar,
+        contextlib.closing(read_ahead(images, drawn, range(first, config.steps))) as batches,
+    ):
+        bar.update(first)
+        for step, batch in batches:
             if step % config.reseed_every == 0 and step < config.reseed_until:
                 vectors = config.batch_size * config.model.num_tokens
                 state = reseed(config, state, batch, draw(config, step, vectors, config.model.codebook_size))
             elif step % config.reseed_every == 0:
                 state = state._replace(counts=jnp.zeros_like(state.counts))
             state, metrics = vq_train_step(config, state, batch)
-            history.append(metrics)
-            if step % config.reseed_every == config.reseed_every - 1 or step == config.steps - 1:
-                metrics = jax.device_get(metrics)
-                if not np.isfinite(metrics["reconstruction"]):
+            pending.append(metrics)
+            done, last = step + 1, step + 1 == config.steps
+            stop = told(done) and not last
+            save = kept is not None and not last and (done % kept.every == 0 or stop)
+            if done % config.reseed_every == 0 or last or save:
+                _take(history, pending)
+                loss = history["reconstruction"][-1]
+                if not np.isfinite(loss):
                     raise ValueError(
-                        f"VQ training: the loss is {metrics['reconstruction']} at step {step + 1}; "
-                        f"lower learning_rate ({config.learning_rate})"
+                        f"VQ training: the loss is {loss} at step {done}; lower learning_rate ({config.learning_rate})"
                     )
-                bar.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()})
+                bar.set_postfix({name: f"{values[-1]:.4g}" for name, values in history.items() if values})
+            if save:
+                kept.save(state, history)
+            if stop:
+                where = f"; saved after step {done}, and the same command goes on" if kept else ""
+                raise Stopped(f"told to end{where}", AGAIN)
             bar.update()
-    history = jax.device_get(history)
-    return state.params, {name: np.array([entry[name] for entry in history]) for name in history[0]}
+    return state.params, {name: np.array(values) for name, values in history.items()}
+
+
+def _checked(images: np.ndarray, size: int) -> np.ndarray:
+    images = np.asarray(images, np.float32)
+    if images.ndim != 4 or images.shape[1:] != (size, size, IMAGE_CHANNELS) or not len(images):
+        raise ValueError(f"images of shape {list(images.shape)} do not fit: expected [N, {size}, {size}, 3]")
+    if not (np.abs(images) <= 1).all():
+        raise ValueError("images must lie in [-1, 1], as images.generation_pixels makes them")
+    return images
+
+
+def _take(history: dict[str, list[float]], pending: list[dict[str, jax.Array]]):
+    """Moves what `pending` steps reported from the device into `history`."""
+    for metrics in jax.device_get(pending):
+        for name, value in metrics.items():
+            history[name].append(value)
+    pending.clear()
+
+
+class KeptTraining:
+    """The state of a training in `folder`, saved every `every` steps.
+
+    Raises: ValueError where the folder holds the state of a training with other settings or other images.
+    """
+
+    def __init__(self, folder: pathlib.Path, config: VQTrainConfig, images: str, every: int):
+        """`images` tells the images of one training from another's."""
+        if every < 1:
+            raise ValueError(f"VQ training: save_every is {every}, not a whole number from 1")
+        self.folder, self.every = folder, every
+        self._run = json.loads(json.dumps(dataclasses.asdict(config) | {"images": images}))
+        path = folder / _RUN
+        if path.exists():
+            earlier = read_json_object(path)
+            other = [name for name in self._run if earlier.get(name) != self._run[name]]
+            if other:
+                raise ValueError(
+                    f"{one_line(folder)} holds a training with other settings ({', '.join(other)}); give its own, or "
+                    "delete that folder to begin anew"
+                )
+        self._saved = folder / "state"
+
+    @property
+    def latest(self) -> int:
+        """Steps of the newest state that is whole; 0 for none."""
+        return max((int(p.name) for p in self._saved.glob("*") if p.name.isdigit()), default=0)
+
+    def save(self, state: VQState, history: dict[str, list[float]]):
+        """Writes the state after its step, whole or not at all, and then deletes the one before; OSError on failure."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        replace_file(self.folder / _RUN, json.dumps(self._run, indent=2) + "\n")
+        arrays = {name: np.array(values, np.float32) for name, values in history.items()}
+        before = self.latest
+        try:
+            ocp.save((self._saved / str(int(state.step))).absolute(), _tree(state, arrays), overwrite=True)
+        except ValueError as error:  # tensorstore's
+            raise OSError(f"the training's state could not be written to {self.folder}: {one_line(error)}") from error
+        if before and before != int(state.step):
+            shutil.rmtree(self._saved / str(before))
+
+    def restore(self, like: VQState) -> tuple[VQState, dict[str, list[float]]]:
+        """The newest state and history; `like` is a state of the same training."""
+        step = self.latest
+        where = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        history = {name: jax.ShapeDtypeStruct((step,), np.float32, sharding=where) for name in REPORTED}
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), _tree(like, history))
+        try:
+            found = ocp.load((self._saved / str(step)).absolute(), abstract)
+        except (ValueError, OSError, KeyError) as error:
+            raise ValueError(
+                f"the state in {self._saved / str(step)} cannot be read ({one_line(error)}); delete {self.folder} to "
+                "begin anew"
+            ) from None
+        return VQState(**found["state"]), {name: list(np.asarray(found["history"][name])) for name in REPORTED}
+
+    def remove(self):
+        """Deletes what is no longer needed when the checkpoint is written."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _tree(state: VQState, history: dict[str, Any]) -> dict[str, Any]:
+    return {"state": state._asdict(), "history": history}
 
 
 def save_vq(folder: pathlib.Path, config: VQConfig, params: dict[str, Any]) -> None:
@@ -213,22 +328,12 @@ def save_vq(folder: pathlib.Path, config: VQConfig, params: dict[str, Any]) -> N
 # ---------------------------------------------------------------- command line
 
 
-def read_images(folder: pathlib.Path, image_size: int) -> np.ndarray:
-    """float32 [N, image_size, image_size, 3] in [-1, 1] of all PNG, JPEG and WebP files in `folder`, by name.
-
-    FileNotFoundError where there are none, ValueError naming a file that cannot be read.
-    """
-    suffixes = (".png", ".jpg", ".jpeg", ".webp")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
-    if not paths:
-        raise FileNotFoundError(f"{folder} holds no image files ({', '.join(suffixes)})")
-    return np.stack([generation_pixels(path, image_size) for path in paths])
-
-
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
+    """0 when it is done, else a code of `train.faults`, and one line on standard error."""
     parser = argparse.ArgumentParser(prog="python -m train.vq", description="Train a VQ image tokenizer.")
     parser.add_argument("--images", type=pathlib.Path, required=True, help="folder of image files")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="checkpoint folder to write")
+    parser.add_argument("--save_every", type=int, default=1000, help="steps between saved states (default 1000)")
     sizes, usual = VQConfig(), VQTrainConfig(model=VQConfig())
     for name in ("ch", "num_res_blocks", "z_channels", "codebook_size", "codebook_dim", "grid", "norm_groups"):
         parser.add_argument(f"--{name}", type=int, default=getattr(sizes, name))
@@ -237,20 +342,42 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=type(getattr(usual, name)), default=getattr(usual, name))
     args = vars(parser.parse_args(argv))
     try:
-        images, out = args.pop("images"), args.pop("out")
-        if (out / checkpoint.PARAMS).exists():
-            raise ValueError(f"{out} holds a checkpoint already: give another --out")
-        settings = {name: args.pop(name) for name in list(args) if hasattr(usual, name)}
-        model = VQConfig(**{**args, "ch_mult": tuple(args["ch_mult"])})
-        JanusConfig(gen_vision=model)  # checks that the sizes go together
-        config = VQTrainConfig(model=model, **settings)
-        params, history = train_vq(config, read_images(images, model.image_size), progress=True)
-        save_vq(out, model, params)
+        last = _run(args)
+    except Stopped as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return error.code
     except (ValueError, OSError) as error:
-        sys.exit(f"train.vq: {error}")
-    last = {name: values[-1] for name, values in history.items()}
-    print(f"{out}: " + ", ".join(f"{name} {value:.4g}" for name, value in last.items()))
+        print_error(error)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last saved state", file=sys.stderr)
+        return INTERRUPTED
+    print(f"{args['out']}: " + ", ".join(f"{name} {value:.4g}" for name, value in last.items()))
+    return 0
+
+
+def _run(args: dict[str, Any]) -> dict[str, float]:
+    """Trains as the command line says; returns what the last step reported."""
+    out = args["out"]
+    if (out / checkpoint.PARAMS).exists():
+        raise ValueError(f"{out} holds a checkpoint already: give another --out")
+
+    def chosen(cls: type) -> dict[str, Any]:
+        return {f.name: args[f.name] for f in dataclasses.fields(cls) if f.name in args}
+
+    model = VQConfig(**chosen(VQConfig) | {"ch_mult": tuple(args["ch_mult"])})
+    JanusConfig(gen_vision=model)  # checks that the sizes go together
+    config = VQTrainConfig(model=model, **chosen(VQTrainConfig))
+    images = ImageFiles(args["images"], model.image_size)
+    kept = KeptTraining(out / "training", config, images.fingerprint(), args["save_every"])
+    if kept.latest:
+        print(f"going on after step {kept.latest}", flush=True)
+    with Notice() as notice:
+        params, history = train_vq(config, images, progress=True, kept=kept, told=notice.after)
+    save_vq(out, model, params)
+    kept.remove()
+    return {name: values[-1] for name, values in history.items()}
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

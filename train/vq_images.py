@@ -1,0 +1,105 @@
+"""Pictures of a folder as batches for `train.vq`, read while the device works: memory holds a few batches, not all."""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import os
+import pathlib
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from janus_jax.images import generation_pixels
+from janus_jax.messages import one_line
+from train.readers import IMAGE_SUFFIXES
+from train.storage import machine_error, patiently
+
+_AHEAD = 3  # batches
+_MAX_BAD_SHARE = 0.01
+
+
+class ImageFiles:
+    """The image files under `folder`, by name; `[i]` is float32 [image_size, image_size, 3] in [-1, 1].
+
+    In the place of one that cannot be decoded stands the next one, and standard error names it; more than one in a
+    hundred of them end the training. Raises FileNotFoundError where there are none, ValueError for too many bad ones.
+    """
+
+    def __init__(self, folder: pathlib.Path, image_size: int):
+        self.folder, self.image_size = folder, image_size
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{one_line(folder)} is no folder; --images names a folder of image files")
+        self._names = sorted(_image_names(folder))
+        if not self._names:
+            raise FileNotFoundError(f"{one_line(folder)} holds no image files ({', '.join(IMAGE_SUFFIXES)})")
+        self._bad: set[int] = set()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        for i in range(index, index + len(self)):
+            i %= len(self)
+            if i in self._bad:
+                continue
+            path = self.folder / self._names[i]
+            try:
+                return patiently(lambda path=path: generation_pixels(path, self.image_size), path)
+            except (ValueError, OSError) as error:
+                if machine_error(error):
+                    raise
+                self._note(i, path, error)
+        raise ValueError(f"no image in {one_line(self.folder)} can be read")
+
+    def _note(self, index: int, path: pathlib.Path, error: Exception):
+        told = one_line(error, 300)
+        if path.name not in told:
+            told = f"{one_line(path)}: {told}"
+        with self._lock:
+            if index in self._bad:
+                return
+            self._bad.add(index)
+            if len(self._bad) > _MAX_BAD_SHARE * len(self):
+                raise ValueError(f"{len(self._bad)} of {len(self)} images cannot be read, the last one {told}")
+            print(f"left out: {told}", file=sys.stderr, flush=True)
+
+    def fingerprint(self) -> str:
+        """A hash of the names: a training goes on with the images that it began with."""
+        return hashlib.sha256("\0".join(self._names).encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+def _image_names(folder: pathlib.Path) -> Iterator[str]:
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
+                yield os.path.relpath(os.path.join(place, name), folder)
+
+
+def read_ahead(
+    images: np.ndarray | ImageFiles, drawn: Callable[[int], np.ndarray], steps: range
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(step, float32 [B, size, size, 3]) of the images that `drawn` numbers for each of `steps`, made ahead of time."""
+    if isinstance(images, np.ndarray):
+        yield from ((step, images[drawn(step)]) for step in steps)
+        return
+    waiting: collections.deque = collections.deque()
+    pool = ThreadPoolExecutor(os.cpu_count() or 1)
+    try:
+        for step in steps:
+            waiting.append((step, [pool.submit(images.__getitem__, int(i)) for i in drawn(step)]))
+            if len(waiting) >= _AHEAD:
+                yield _made(*waiting.popleft())
+        while waiting:
+            yield _made(*waiting.popleft())
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _made(step: int, images: list) -> tuple[int, np.ndarray]:
+    return step, np.stack([image.result() for image in images])
