@@ -309,37 +309,62 @@ def test_images_are_read_when_they_are_drawn(images, tmp_path):
 # ---------------------------------------------------------------- going on
 
 
+# Ends itself before step 14 if it is told to.
 KILLED = """
 import os, sys
 import train.vq as vq
 step = vq.vq_train_step
 def killed(config, state, batch):
-    if int(state.step) == 13:
+    if int(state.step) == 13 and sys.argv[1] == "kill":
         os.kill(os.getpid(), 9)
     return step(config, state, batch)
 vq.vq_train_step = killed
-vq.main(sys.argv[1:])
+sys.exit(vq.main(sys.argv[2:]))
 """
 
 
-def test_a_killed_training_goes_on_to_the_same_numbers(images, tmp_path, capsys):
+def command(images, tmp_path) -> list[str]:
     write_images(tmp_path / "images", images)
     fields = ("steps", "batch_size", "learning_rate", "reseed_every", "reseed_until")
     arguments = ["--images", str(tmp_path / "images"), *SIZES, "--norm_groups=4", "--save_every=5"]
-    arguments += [f"--{name}={getattr(CONFIG, name)}" for name in fields]
-    out = ["--out", str(tmp_path / "out")]
-    done = subprocess.run([sys.executable, "-c", KILLED, *arguments, *out], capture_output=True, timeout=300)
-    assert done.returncode == -9, done.stderr[-2000:]
-    assert [path.name for path in (tmp_path / "out" / "training" / "state").iterdir()] == ["10"]
+    return arguments + [f"--{name}={getattr(CONFIG, name)}" for name in fields]
 
+
+def assert_same(*folders):
+    first, *others = (janus_jax.load(folder).params["gen_vision_model"] for folder in folders)
+    for other in others:
+        jax.tree.map(np.testing.assert_array_equal, first, other)
+
+
+def test_an_interrupted_training_goes_on_to_the_same_numbers(images, tmp_path, capsys, monkeypatch):
+    arguments, out = command(images, tmp_path), ["--out", str(tmp_path / "out")]
+
+    def interrupted(config, state, batch):
+        if int(state.step) == 13:
+            raise KeyboardInterrupt
+        return vq_train_step(config, state, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("train.vq.vq_train_step", interrupted)
+        assert main([*arguments, *out]) == 130
+    assert [path.name for path in (tmp_path / "out" / "training" / "state").iterdir()] == ["10"]
     assert main([*arguments, *out, "--seed=1"]) == 2
     assert "holds a training with other settings (seed)" in capsys.readouterr().err
     assert main([*arguments, *out]) == 0
     assert "going on after step 10" in capsys.readouterr().out
     assert main([*arguments, "--out", str(tmp_path / "whole")]) == 0
-    resumed, whole = (janus_jax.load(tmp_path / name).params["gen_vision_model"] for name in ("out", "whole"))
-    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+    assert_same(tmp_path / "out", tmp_path / "whole")
     assert not (tmp_path / "out" / "training").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_training_goes_on_to_the_same_numbers(images, tmp_path):
+    arguments = command(images, tmp_path)
+    for kill, name, code in (("kill", "out", -9), ("", "out", 0), ("", "whole", 0)):
+        run = [sys.executable, "-c", KILLED, kill, *arguments, "--out", str(tmp_path / name)]
+        done = subprocess.run(run, capture_output=True, timeout=500)
+        assert done.returncode == code, done.stderr[-2000:]
+    assert_same(tmp_path / "out", tmp_path / "whole")
 
 
 def test_a_training_that_is_told_to_end_saves_and_goes_on(images, tmp_path):

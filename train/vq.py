@@ -373,7 +373,7 @@ def _run(args: dict[str, Any]) -> dict[str, float]:
     if kept.latest:
         print(f"going on after step {kept.latest}", flush=True)
     with Notice() as notice:
-        params, history = train_vq(config, images, progress=True, kept=kept, told=notice.after)
+        params, history = train_vq(config, images, kept=kept, told=notice.after)
     save_vq(out, model, params)
     kept.remove()
     return {name: values[-1] for name, values in history.items()}

@@ -15,7 +15,7 @@ import numpy as np
 
 from janus_jax.images import generation_pixels
 from janus_jax.messages import one_line
-from train.readers import IMAGE_SUFFIXES
+from train.folders import is_picture
 from train.storage import machine_error, patiently
 
 _AHEAD = 3  # batches
@@ -35,7 +35,7 @@ class ImageFiles:
             raise FileNotFoundError(f"{one_line(folder)} is no folder; --images names a folder of image files")
         self._names = sorted(_image_names(folder))
         if not self._names:
-            raise FileNotFoundError(f"{one_line(folder)} holds no image files ({', '.join(IMAGE_SUFFIXES)})")
+            raise FileNotFoundError(f"{one_line(folder)} holds no image files (.jpg, .png, .webp and the like)")
         self._bad: set[int] = set()
         self._lock = threading.Lock()
 
@@ -77,7 +77,7 @@ def _image_names(folder: pathlib.Path) -> Iterator[str]:
     for place, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
-            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
+            if is_picture(name):
                 yield os.path.relpath(os.path.join(place, name), folder)
 
 
