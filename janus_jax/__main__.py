@@ -18,6 +18,7 @@ from janus_jax.checkpoint import open_checkpoint
 from janus_jax.images import contact_sheet, open_image
 from janus_jax.loading import load, resolve
 from janus_jax.memory import OutOfMemory
+from janus_jax.messages import print_error
 from janus_jax.pipeline import JanusPipeline
 from janus_jax.sampling import make_sampler
 from janus_jax.sharding import MESH_AXES, flatten
@@ -32,14 +33,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args.run(args)
     except (OSError, ValueError, OutOfMemory) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 2
     except jax.errors.JaxRuntimeError as error:
         if not OutOfMemory.says(error):
             raise
-        print(
-            "error: the model and this request do not fit the device's memory; try --dtype or --mesh", file=sys.stderr
-        )
+        print_error("the model and this request do not fit the device's memory; try --dtype or --mesh")
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -67,7 +67,9 @@ def open_image(source: ImageSource, memory: int | None = None) -> Image.Image:
         transparency = _transparency(image)  # while the file's own depth is known
         image.load()
         if turned is None:
-            turned = _orientation(image)
+            turned = image_metadata.orientation(image.info.get("exif"), image.info.get("xmp"))
+            if turned == 1 and isinstance(source, Image.Image):
+                turned = _pillows_orientation(image)  # what only Pillow finds, in a file that the caller opened
         rgb = _to_rgb(image, transparency)
         del image
         return _turn(rgb, turned)
@@ -194,11 +196,8 @@ def _too_many_bytes(name: str, size: int, memory: int) -> str:
 # ---------------------------------------------------------------- pixels
 
 
-def _orientation(image: Image.Image) -> int:
-    own = image_metadata.orientation(image.info.get("exif"), image.info.get("xmp"))
-    if own != 1:
-        return own
-    try:  # what only Pillow finds, in files that the caller has opened
+def _pillows_orientation(image: Image.Image) -> int:
+    try:
         found = image.getexif().get(0x0112)
     except Exception:
         return 1

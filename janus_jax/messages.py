@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 import unicodedata
+from collections.abc import Iterable
 
 MAX_ERROR = 2000  # characters of a message; names and values in it are cut far below that
+_LONGEST_NAME = 200
 
 
 def one_line(text: object, limit: int = 200) -> str:
@@ -34,12 +37,35 @@ def _printable(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
 
 
-def print_error(error: BaseException | str):
-    """Prints `error` on standard error as the one line `error: ...` that a command ends with."""
+def nearest(name: str, known: Iterable[str], most: int = 1) -> list[str]:
+    """Those of `known` that `name` may have been meant to be, the nearest first; never `name` itself."""
+    name = name[:_LONGEST_NAME]  # comparing takes the product of the lengths
+    candidates = [other for other in dict.fromkeys(known) if other != name]
+    return [one_line(other) for other in difflib.get_close_matches(name, candidates, most)]
+
+
+def did_you_mean(name: str, known: Iterable[str], most: int = 1) -> str:
+    """`; did you mean ...?`, or nothing where nothing is near."""
+    near = nearest(name, known, most)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def error_text(error: BaseException | str) -> str:
+    """What `error` says, in one line."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         # "[Errno 2] No such file or directory: 'a'" says the number first and the file last.
         names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
         error = f"{names}: {error.strerror}"
-    line = one_line(str(error) or type(error).__name__, MAX_ERROR)
+    return one_line(str(error) or type(error).__name__, MAX_ERROR)
+
+
+def print_line(text: str):
+    """Prints `text` on standard error as one line, in whatever characters the terminal knows."""
     encoding = sys.stderr.encoding or "utf-8"
-    print("error: " + line.encode(encoding, "backslashreplace").decode(encoding), file=sys.stderr, flush=True)
+    line = one_line(text, MAX_ERROR + 20)
+    print(line.encode(encoding, "backslashreplace").decode(encoding), file=sys.stderr, flush=True)
+
+
+def print_error(error: BaseException | str):
+    """Prints `error` on standard error as the one line `error: ...` that a command ends with."""
+    print_line(f"error: {error_text(error)}")

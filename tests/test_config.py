@@ -144,9 +144,7 @@ def test_vq_norm_groups_and_res_blocks():
     raw = json.loads(json.dumps(original_config(config)))
     assert raw["gen_vision_config"]["params"].items() >= {"norm_groups": 16, "num_res_blocks": 1}.items()
     assert parse_config(raw) == config
-    with pytest.raises(
-        ValueError, match=r"params\.norm_groups is '16', not a whole number from 1 to"
-    ):
+    with pytest.raises(ValueError, match=r"params\.norm_groups is '16', not a whole number from 1 to"):
         parse_config(changed(raw, "gen_vision_config.params.norm_groups", "16"))
     # A VQ-16 that differs in these alone is no VQ-16.
     large = dataclasses.replace(PRESETS["janus_pro_1b"], gen_vision=VQConfig(norm_groups=16))

@@ -32,6 +32,7 @@ from janus_jax import sampling
 from janus_jax.fusion import fuse
 from janus_jax.images import ImageSettings
 from janus_jax.loading import layout
+from janus_jax.messages import print_error
 from janus_jax.model import Janus
 from janus_jax.quantise import quantise
 from janus_jax.sharding import make_mesh, param_shardings
@@ -355,7 +356,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _environment()
         return _run(todo, args)
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 2
 
 
@@ -371,7 +372,7 @@ def _run(todo: Sequence[tuple[TrainConfig, Topology, bool]], args: argparse.Name
         except ValueError as error:
             if len(todo) == 1 and not isinstance(error, DoesNotFit):
                 raise
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print_error(error)
             failed += 1
             continue
         print("\n".join(line for one in made for line in one.lines()), flush=True)

@@ -10,6 +10,7 @@ import jax
 
 from janus_jax import compilation_cache
 from janus_jax.memory import OutOfMemory
+from janus_jax.messages import error_text, print_line
 from train import distributed, faults
 from train.config import TrainConfig
 from train.overrides import parse_args
@@ -30,9 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             run(config)
     except faults.Stopped as error:
-        return _end(f"stopped: {error}", error.code, error.alone)
+        return _end(f"stopped: {error_text(error)}", error.code, error.alone)
     except (OSError, ValueError, OutOfMemory) as error:
-        return _end(f"error: {error}", faults.BAD_INPUT)
+        return _end(f"error: {error_text(error)}", faults.BAD_INPUT)
     except jax.errors.JaxRuntimeError as error:
         if not OutOfMemory.says(error):
             raise
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _end(line: str, code: int, alone: bool = False) -> int:
     several = jax.distributed.is_initialized()
     if not several or jax.process_index() == 0 or alone:
-        print(line, file=sys.stderr, flush=True)
+        print_line(line)
     if several and code != faults.AGAIN:
         # The way out through JAX waits for the other processes, which may be waiting for this one.
         sys.stdout.flush()

@@ -14,14 +14,19 @@ import json
 import math
 import pathlib
 import re
-import sys
 import traceback
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from janus_jax import files
+from janus_jax.fields import shown
+from janus_jax.messages import did_you_mean, nearest, one_line, print_error
+
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
+_LONGEST_KEY = 200
+_MOST = 2**63  # integers below it are what arrays and files can hold
 _BOOLS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -43,11 +48,16 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Any:
     elif name.endswith(".py"):
         path = pathlib.Path(name)
         if not path.is_file():
-            raise FileNotFoundError(f"config file {name} does not exist")
+            raise FileNotFoundError(f"config file {one_line(name)} does not exist")
     else:
         known = config_names()
-        raise ValueError(f"unknown config {name!r}{_did_you_mean(name, known)}; known: {', '.join(known)}")
-    return override(_get_config(path), overrides)
+        raise ValueError(f"unknown config {shown(name)}{did_you_mean(name, known, 3)}; known: {', '.join(known)}")
+    config = override(_get_config(path), overrides)
+    try:
+        check_types(config)
+    except ValueError as error:
+        raise ValueError(f"{one_line(path)}: {error}") from None
+    return config
 
 
 def _get_config(path: pathlib.Path) -> Any:
@@ -63,7 +73,7 @@ def _get_config(path: pathlib.Path) -> Any:
     except Exception as error:
         # The config is the user's own text: its line is what they need, not the way that led there.
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        place = f"{path}:{frames[-1].lineno}" if frames else f"{path}"
+        place = one_line(f"{path}:{frames[-1].lineno}" if frames else path)
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ValueError(f"{place}: {kind}{_one_line(error)}") from None
     return config
@@ -86,7 +96,9 @@ def override(config: Any, overrides: Sequence[str]) -> Any:
     for item in overrides:
         key, equals, text = item.partition("=")
         if not equals or not key:
-            raise ValueError(f"the override {item!r} is not of the form key=value")
+            raise ValueError(f"the override {shown(item)} is not of the form key=value")
+        if len(key) > _LONGEST_KEY:
+            raise ValueError(f"unknown key {shown(key)}")
         changes[tuple(key.split("."))] = text
     return _changed(config, type(config), changes, "", config)
 
@@ -112,7 +124,7 @@ def _changed(value: Any, hint: Any, changes: Mapping[tuple[str, ...], str], key:
     try:
         return dataclasses.replace(value, **made)
     except ValueError as error:
-        keys = (".".join(filter(None, (key, *path))) + f"={text}" for path, text in changes.items())
+        keys = (".".join(filter(None, (key, *path))) + f"={one_line(text)}" for path, text in changes.items())
         raise ValueError(f"{', '.join(keys)}: {_one_line(error)}") from None
 
 
@@ -149,14 +161,14 @@ def _parse(text: str, hint: Any, value: Any, key: str) -> Any:
     try:
         return _value(text, inner)
     except ValueError as error:
-        raise ValueError(f"{key}={text}: {error}") from None
+        raise ValueError(f"{key}={one_line(text)}: {error}") from None
 
 
 def _value(text: str, hint: Any) -> Any:
     if typing.get_origin(hint) is typing.Literal:
         choices = {str(choice): choice for choice in typing.get_args(hint)}
         if text not in choices:
-            raise ValueError(f"{text!r} is not one of {', '.join(choices)}{_did_you_mean(text, list(choices))}")
+            raise ValueError(f"{shown(text)} is not one of {', '.join(choices)}{did_you_mean(text, choices, 3)}")
         return choices[text]
     if typing.get_origin(hint) is tuple:
         parts = _parts(text)
@@ -170,9 +182,9 @@ def _value(text: str, hint: Any) -> Any:
         return _BOOLS[text.lower()]
     if hint in (int, float):
         number = _number(text)
-        if number is not None and (hint is float or number == int(number)):
+        if number is not None and (hint is float or (abs(number) < _MOST and number == int(number))):
             return hint(number)
-    raise ValueError(f"{text!r} is not {_WANTED.get(hint, f'a {type_name(hint)}')}")
+    raise ValueError(f"{shown(text)} is not {_WANTED.get(hint, f'a {type_name(hint)}')}")
 
 
 _WANTED = {int: "a whole number (int)", float: "a number (float)", bool: "true or false (bool)"}
@@ -185,7 +197,8 @@ def _number(text: str) -> int | float | None:
             number = convert(text)
         except ValueError:
             continue
-        return number if math.isfinite(number) else None
+        if abs(number) < _MOST or (convert is float and math.isfinite(number)):
+            return number
     return None
 
 
@@ -194,12 +207,12 @@ def _parts(text: str) -> list[str]:
         return []
     if text.startswith("["):
         try:
-            return [item if isinstance(item, str) else json.dumps(item) for item in json.loads(text)]
-        except json.JSONDecodeError:
-            raise ValueError(f"{text!r} begins like a JSON list and is none") from None
+            return [item if isinstance(item, str) else json.dumps(item) for item in files.parse_json(text, "the list")]
+        except ValueError as error:
+            raise ValueError(f"{shown(text)} begins like a JSON list and is none ({error})") from None
     parts = [part.strip() for part in text.split(",")]
     if "" in parts:
-        raise ValueError(f"{text!r} has nothing between two commas or after the last one")
+        raise ValueError(f"{shown(text)} has nothing between two commas or after the last one")
     return parts
 
 
@@ -209,24 +222,58 @@ def _unknown(key: str, root: Any) -> str:
     # The right name in the wrong part, or without its part.
     near = [name for name in known if name.split(".")[-1] == last]
     near.sort(key=lambda name: -difflib.SequenceMatcher(None, name, key).ratio())
+    near = [name for name in near if name != key]
     while path and not any(name.startswith(".".join((*path, ""))) for name in known):
         last = path.pop()
     prefix = ".".join((*path, "")) if path else ""
     here = list(dict.fromkeys(name[len(prefix) :].split(".")[0] for name in known if name.startswith(prefix)))
     if not near:
-        near = [prefix + name for name in difflib.get_close_matches(last, here, n=3)]
+        near = [prefix + name for name in nearest(last, here, 3)]
     if near:
-        return f"unknown key {key!r}; did you mean {' or '.join(near[:3])}?"
-    return f"unknown key {key!r}; known in {'.'.join(path) or 'the config'}: {', '.join(here)}"
-
-
-def _did_you_mean(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
+        return f"unknown key {shown(key)}; did you mean {' or '.join(near[:3])}?"
+    return f"unknown key {shown(key)}; known in {'.'.join(path) or 'the config'}: {', '.join(here)}"
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    return one_line(" ".join(str(error).split()), 1000)
+
+
+def check_types(config: Any, key: str = ""):
+    """ValueError naming the first field of `config`, a dataclass, that holds no value of its annotation's type.
+
+    A config is Python: `steps="5"` would go wrong where it is first compared, or count characters.
+    """
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), f"{key}.{field.name}" if key else field.name
+        _check_type(value, hints[field.name], name)
+
+
+def _check_type(value: Any, hint: Any, name: str):
+    inner = _without_none(hint)
+    if value is None and inner is not hint:
+        return
+    if dataclasses.is_dataclass(inner) and isinstance(value, inner):
+        check_types(value, name)
+        return
+    if typing.get_origin(inner) is tuple and isinstance(value, tuple):
+        args = typing.get_args(inner)
+        if args[-1] is ... or len(args) == len(value):
+            for index, item in enumerate(value):
+                _check_type(item, _item_type(inner, index), f"{name}.{index}")
+            return
+    elif typing.get_origin(inner) is typing.Literal:
+        if any(value == choice and type(value) is type(choice) for choice in typing.get_args(inner)):
+            return
+    elif inner is float:
+        if type(value) in (int, float) and math.isfinite(value):
+            return
+    elif inner is int:
+        if type(value) is int and abs(value) < _MOST:
+            return
+    elif not isinstance(inner, type) or isinstance(value, inner):
+        return
+    raise ValueError(f"{name} is {shown(value)}, not {_WANTED.get(inner, type_name(inner))}")
 
 
 # ---------------------------------------------------------------- writing
@@ -357,7 +404,7 @@ def parse_args(
             raise ValueError(f"--config NAME is missing; known: {', '.join(config_names())}")
         config = None if args.config is None else load_config(args.config, args.overrides)
     except (OSError, ValueError) as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+        print_error(error)
         raise SystemExit(2) from None
     if args.help:
         print(parser.format_help() if config is None else f"{parser.format_usage()}\n{help_text(config)}")

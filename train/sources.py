@@ -17,7 +17,6 @@ pictures may not lead out of the data's folder unless `allow_outside`. What the 
 
 from __future__ import annotations
 
-import difflib
 import glob
 import os
 import pathlib
@@ -27,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from janus_jax.files import open_regular
-from janus_jax.messages import one_line
+from janus_jax.messages import nearest, one_line
 from train.fields import PARSE, Parse, RawSample, Root, format_of
 from train.folders import ImageFolders, Sidecars, count_sidecars, is_picture, read_names
 from train.json_files import json_reader
@@ -120,7 +119,7 @@ def open_source(
     Raises: FileNotFoundError for a path that is not there, ValueError for what is no such data or has no samples.
     """
     if format is not None and format not in FORMATS:
-        near = difflib.get_close_matches(format, FORMATS, 1)
+        near = nearest(format, FORMATS)
         hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(FORMATS)}"
         raise ValueError(f"unknown format {format!r}{hint}")
     for folder in (images, names):
@@ -169,10 +168,10 @@ def missing_path(path: str | os.PathLike) -> FileNotFoundError:
     while not part.parent.exists():
         part = part.parent
     try:
-        near = difflib.get_close_matches(part.name, [child.name for child in part.parent.iterdir()], 1)
+        near = nearest(part.name, [child.name for child in part.parent.iterdir()])
     except OSError:
         near = []
-    hint = f"; did you mean {one_line(part.parent / near[0])}?" if near and near[0] != part.name else ""
+    hint = f"; did you mean {one_line(part.parent / near[0])}?" if near else ""
     return FileNotFoundError(f"{one_line(path)}: there is no such file or folder{hint}")
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 
 import jax
 
+from janus_jax.messages import did_you_mean, one_line
 from train.config import Home, MeshConfig, TrainConfig
 from train.flops import peak_flops
 
@@ -139,11 +139,11 @@ def topology(name: str) -> Topology:
     for found in KNOWN.values():
         if found.name == name:
             return found
-    close = difflib.get_close_matches(name, [*KNOWN, *(found.name for found in KNOWN.values())], 1)
-    guess = f"; did you mean {close[0]}?" if close else ""
+    guess = did_you_mean(name, [*KNOWN, *(found.name for found in KNOWN.values())])
     generation = next((g for g in (*GENERATIONS, *GPUS) if re.match(rf"{g}\b", name)), None)
     shown = [f"{key} ({found.name})" for key, found in KNOWN.items() if generation in (None, found.generation)]
-    raise ValueError(f"unknown topology {name!r}{guess} Known: {', '.join(shown)}".replace("' Known", "'. Known"))
+    asked = one_line(repr(name))
+    raise ValueError(f"unknown topology {asked}{guess or '.'} Known: {', '.join(shown)}")
 
 
 def at_home(config: TrainConfig, home: Home) -> TrainConfig:
