@@ -29,23 +29,47 @@ class OutOfMemory(RuntimeError):
 
 
 def available_bytes(device: jax.Device) -> int | None:
-    """Bytes that can still be allocated on `device`; None where nobody tells."""
-    stats = device.memory_stats() if device.platform != "cpu" else None
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    if device.platform == "cpu" and _MEMINFO.exists():
-        sizes = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
-        return min(int(sizes["MemAvailable"].split()[0]) * 1024, _cgroup_bytes())
-    return None
+    """Bytes that can still be allocated on `device`, one of this process's own; None where nobody tells."""
+    if device.platform == "cpu":
+        free = min(_host_bytes(), _cgroup_bytes())
+        return None if math.isinf(free) else int(free)
+    stats = device.memory_stats()
+    if not stats or "bytes_limit" not in stats:
+        return None
+    return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+
+
+def least_available_bytes(mesh: Mesh | None) -> int | None:
+    """Bytes that can still be allocated on every device of `mesh` (None: of this process's first one).
+
+    None where nobody tells. Where `mesh` spans processes, each of them calls this, and all get the same answer.
+    """
+    # A process knows nothing of another's devices: asking one of them for its memory is an error.
+    devices = jax.local_devices()[:1] if mesh is None else mesh.local_devices
+    least = min((free for free in map(available_bytes, devices) if free is not None), default=None)
+    if mesh is None or not mesh.is_multi_process:
+        return least
+    # Whole MiB: arrays of 64-bit numbers become 32-bit ones on their way.
+    told = process_allgather(np.int32(-1 if least is None else max(least, 0) >> 20))
+    return min((int(mib) << 20 for mib in told if mib >= 0), default=None)
+
+
+def _host_bytes() -> float:
+    """What the machine's memory has left; infinite where it does not tell, as in some sandboxes."""
+    try:
+        sizes = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines() if ":" in line)
+        return int(sizes["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError, IndexError):
+        return math.inf
 
 
 def _cgroup_bytes() -> float:
     """What a container's own limit leaves; infinite without one."""
     try:
         limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
-    except OSError:
+        return math.inf if limit == "max" else max(int(limit) - int(used), 0)
+    except (OSError, ValueError):
         return math.inf
-    return math.inf if limit == "max" else max(int(limit) - int(used), 0)
 
 
 def fitting_parts(total: int, size: int, multiple: int = 1) -> tuple[list[slice], int]:
@@ -68,12 +92,9 @@ def fitting(total: int, per_item: int, mesh: Mesh | None, coming: Any) -> int:
       coming: a tree, in which shapes stand for arrays that are still to be allocated.
     """
     shards = batch_shards(mesh)
-    free = available_bytes((jax.devices() if mesh is None else mesh.devices.flat)[0])
+    free = least_available_bytes(mesh)
     if free is None:
         return -(-total // shards) * shards
-    # All processes of a mesh must run the same programs; without one, this process works alone.
-    if mesh is not None and jax.process_count() > 1:
-        free = int(process_allgather(np.float32(free)).min())
     free -= sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(coming) if isinstance(x, jax.ShapeDtypeStruct))
     return max(1, free * 8 // 10 // max(per_item // shards, 1))
 

@@ -1,6 +1,7 @@
 """Cutting work into parts that fit: the arithmetic, and what the pipeline does when memory runs out."""
 
 import math
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from janus_jax import JanusPipeline, sampling
 from janus_jax.config import PRESETS
-from janus_jax.memory import OutOfMemory, available_bytes, fitting_parts
+from janus_jax.memory import OutOfMemory, available_bytes, fitting, fitting_parts, least_available_bytes
 from janus_jax.model import Janus
 from janus_jax.sharding import make_mesh
 from tests.test_pipeline import SHORT, codes, folder, janus, quick_compilation  # noqa: F401
@@ -56,16 +57,67 @@ def test_available_bytes_in_a_container(tmp_path, monkeypatch):
     assert available_bytes(device) > 2**20
 
 
+@pytest.mark.parametrize("meminfo", [None, "", "MemTotal: 1024 kB\n", "MemAvailable:\n", "?\nMemAvailable: x kB\n"])
+def test_available_bytes_where_the_machine_does_not_tell(tmp_path, monkeypatch, meminfo):
+    """As in gVisor and in old kernels: no figure, unless the container's limit is one."""
+    monkeypatch.setattr("janus_jax.memory._MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr("janus_jax.memory._CGROUP", tmp_path)
+    if meminfo is not None:
+        (tmp_path / "meminfo").write_text(meminfo)
+    assert available_bytes(jax.devices()[0]) is None
+    assert fitting(5, 1000, None, {}) == 5
+    (tmp_path / "memory.current").write_text("300\n")
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert available_bytes(jax.devices()[0]) == 700
+
+
+class Device:
+    """An accelerator of this process, or (stats None) of another one, which does not let itself be asked."""
+
+    platform = "gpu"
+
+    def __init__(self, stats, mine: bool = True):
+        self._stats, self._mine = stats, mine
+
+    def memory_stats(self):
+        if not self._mine:
+            raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: MemoryStats is only supported for addressable devices")
+        return self._stats
+
+
 def test_available_bytes_of_an_accelerator():
-    class Device:
-        platform = "gpu"
-
-        def __init__(self, stats):
-            self.memory_stats = lambda: stats
-
     assert available_bytes(Device({"bytes_limit": 100, "bytes_in_use": 30})) == 70
     assert available_bytes(Device(None)) is None
     assert available_bytes(Device({"bytes_in_use": 30})) is None
+
+
+class TwoProcesses:
+    """A mesh whose first devices are another process's, seen from the second one."""
+
+    is_multi_process = True
+    shape: ClassVar = {"data": 1, "fsdp": 4}
+
+    def __init__(self, *mine: Device):
+        self.local_devices = mine
+        self.devices = np.array([Device(None, mine=False), *mine])
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "least"),
+    [
+        ([{"bytes_limit": 9 << 20}, {"bytes_limit": 7 << 20}], 8, 7 << 20),
+        ([{"bytes_limit": 9 << 20}, {"bytes_limit": 7 << 20}], 3, 3 << 20),
+        ([{"bytes_limit": 80 << 30}, None], -1, 80 << 30),
+        ([None], 5, 5 << 20),
+        ([None], -1, None),
+        ([{"bytes_limit": 1 << 20, "bytes_in_use": 3 << 20}], 8, 0),
+    ],
+)
+def test_the_least_of_all_processes(monkeypatch, mine, theirs, least):
+    monkeypatch.setattr("janus_jax.memory.process_allgather", lambda own: np.array([theirs, int(own)]))
+    mesh = TwoProcesses(*map(Device, mine))
+    assert least_available_bytes(mesh) == least
+    assert fitting(10, 1000, mesh, {}) == (12 if least is None else max(1, least * 8 // 10 // 250))
 
 
 def test_whether_an_error_is_about_memory():

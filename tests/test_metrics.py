@@ -77,9 +77,15 @@ def test_without_tensorboard(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("bad", ["nonsense", "[1]", '{"loss": 1}', '{"step": "2"}', '{"step": true}'])
 def test_a_bad_line_is_named(tmp_path, bad):
     (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{bad}\n{{"step": 3}}\n')
-    for reads in (lambda: read_metrics(tmp_path), lambda: Metrics(tmp_path, total_steps=5, start_step=1)):
-        with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is not a line of metrics with a step$"):
-            reads()
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is not a line of metrics with a step$"):
+        read_metrics(tmp_path)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    # A run goes on without the line, and the file as it was is kept.
+    with Metrics(tmp_path, total_steps=5, start_step=1) as metrics:
+        metrics.write(2, {"loss": 1.0})
+    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2, "train/loss": 1.0}]
+    (aside,) = tmp_path.glob("metrics-damaged-*.jsonl")
+    assert aside.read_bytes() == before
 
 
 def test_no_metrics_at_all(tmp_path):

@@ -6,10 +6,8 @@ import dataclasses
 import json
 import os
 import pathlib
-import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +16,7 @@ import numpy as np
 import pytest
 
 from janus_jax.config import PRESETS
+from tests.several import free_port, launch, ours, outcome
 from tests.tiny_run import params_of, tiny_config, write_checkpoint, write_data
 from train import faults, loop
 from train.config import MeshConfig, SampleConfig
@@ -61,44 +60,6 @@ def write_config(path: pathlib.Path, folders: dict[str, str], start: str, **chan
         f"    return tiny_config({folders!r}, 'run', init_from={start!r}, mesh={MESH!r}{arguments})\n"
     )
     return path
-
-
-def free_port() -> int:
-    with socket.socket() as door:
-        door.bind(("localhost", 0))
-        return door.getsockname()[1]
-
-
-def launch(config: pathlib.Path | str, env: dict[str, str], cwds: list[pathlib.Path], *overrides: list[str]):
-    """Starts the processes of one run, each in one of `cwds`; `overrides` are of one process each."""
-    coordinator, count = f"localhost:{free_port()}", len(cwds)
-    overrides = overrides or ([],) * count
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "train.main", "--config", str(config), *own, "--coordinator", coordinator,
-             "--processes", str(count), "--process", str(number), "--timeout", "60"],
-            cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for number, (cwd, own) in enumerate(zip(cwds, overrides, strict=True))
-    ]  # fmt: skip
-
-
-def outcome(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
-    """(exit code, standard output, standard error) of each."""
-    try:
-        told = [process.communicate(timeout=1200) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(process.returncode, *texts) for process, texts in zip(processes, told, strict=True)]
-
-
-_GLOO = re.compile(r"\[Gloo\] Rank|is connected to|peer ranks\.|Expected number of connected peer ranks is :|\d+|\s")
-
-
-def ours(text: str) -> list[str]:
-    """Lines but those of Gloo, which tells of its connections by itself: from several threads, between one another."""
-    return [line for line in text.splitlines() if _GLOO.sub("", line)]
 
 
 def losses(folder: pathlib.Path, prefix: str = "train") -> list[float]:

@@ -1,7 +1,9 @@
 """A run's workdir: what it holds, how a run goes on from it, and what is exported from it.
 
 run.json          the configuration, and what the data were
+lease.json        the start that writes to the folder, renewed while it runs
 damaged-P.txt     the samples that process P could not read
+failures.txt      tracebacks of what failed beside the steps
 frozen/           the parameters that the stage does not train, written once
 checkpoints/N/    after N steps: `trained` (float32 parameters) and `rest` (optimizer state and counters)
 export/N/         a checkpoint folder in bfloat16 for `janus_jax.load` and `convert/to_torch.py`
@@ -27,15 +29,18 @@ from janus_jax import checkpoint
 from janus_jax.config import JanusConfig, original_config
 from janus_jax.processor_files import PROCESSOR_FILES, TOKENIZER_FILES, copy_files
 from janus_jax.torch_weights import LazyParams, abstract_params
+from train import lease
 from train.config import TrainConfig
-from train.distributed import from_first, together
-from train.faults import STORAGE, Stopped
+from train.distributed import from_first, say, together
+from train.faults import STOPPED, STORAGE, Stopped
+from train.lease import Lease
 from train.overrides import diff, to_json
 from train.state import Params, TrainState, split
 
 _RUN, _BESIDE, _FROZEN, _CHECKPOINTS, _EXPORT = "run.json", "run.tmp", "frozen", "checkpoints", "export"
 DAMAGED = "damaged-*.txt"
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+_ASK_AGAIN = 2  # seconds between looks at a lease that may lapse
 _SEEN_WITHIN = 30  # seconds in which a shared folder shows a new file everywhere
 # What may change between the starts of one run: how it is computed and watched, not what is computed.
 _FREE = (
@@ -48,20 +53,30 @@ _FREE = (
 
 
 class Workdir:
-    """The folder of one run. Every process of the run makes one; process 0 writes the small files.
+    """The folder of one run. Every process of the run makes one; process 0 writes the small files, and has the lease.
 
-    Raises: ValueError where the folder holds a run of another configuration or other data.
+    Raises: ValueError where the folder holds a run of another configuration or other data, or another start is at it.
     """
 
-    def __init__(self, config: TrainConfig, data: dict[str, str]):
-        """`data` are the fingerprints of the prepared folders by path."""
+    def __init__(self, config: TrainConfig, data: dict[str, str], steal: bool = False):
+        """`data` are the fingerprints of the prepared folders by path; `steal` as for `Lease.acquire`."""
         self.config, self.folder = config, pathlib.Path(config.workdir)
         run = {"config": to_json(config), "data": data}
         with together():
             self._check_claim(run)
+        self._lease = Lease(self.folder)
+        try:
+            self._take_lease(steal)
+            self._open(run)
+        except BaseException:
+            self._lease.release()
+            raise
+
+    def _open(self, run: dict[str, Any]):
+        config = self.config
         with together():
+            self._check_claim(run)  # once more: what there was may have been the beginning of another run
             if jax.process_index() == 0:
-                self.folder.mkdir(parents=True, exist_ok=True)
                 # Beside it and then in its place: a kill leaves a whole one.
                 checkpoint.write_json(self.folder / _BESIDE, run)
                 (self.folder / _BESIDE).replace(self.folder / _RUN)
@@ -81,8 +96,37 @@ class Workdir:
         return self
 
     def __exit__(self, *_):
-        with self._context:
-            self._checkpointer.close()
+        try:
+            with self._context:
+                self._checkpointer.close()
+        finally:
+            self._lease.release()
+
+    def _take_lease(self, steal: bool):
+        told = waiting = ""
+        while True:
+            with together():
+                if jax.process_index() == 0:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    waiting = self._lease.acquire(steal)
+            # Agreed upon again and again, since no process may wait for long in a collective.
+            if not (waiting := from_first(waiting)):
+                return
+            if waiting != told:
+                say(f"waiting: {waiting}")
+            told = waiting
+            time.sleep(_ASK_AGAIN)
+
+    def check(self):
+        """Raises Stopped, in every process, where another start has taken the folder over; asked before writing."""
+        told = ""
+        if jax.process_index() == 0:
+            try:
+                self._lease.check()
+            except Stopped as error:
+                told = str(error)
+        if told := from_first(told):
+            raise Stopped(told, STOPPED)
 
     def _check_claim(self, run: dict[str, Any]):
         path, data = self.folder / _RUN, run["data"]
@@ -99,7 +143,7 @@ class Workdir:
                 raise ValueError(f"{self.folder} holds a run of another configuration: {'; '.join(differing)}; {cure}")
             if changed:
                 raise ValueError(f"{self.folder} holds a run on other data: {', '.join(changed)} changed; {cure}")
-        elif self.folder.is_dir() and any(other.name != _BESIDE for other in self.folder.iterdir()):
+        elif self.folder.is_dir() and any(not _is_passing(other.name) for other in self.folder.iterdir()):
             raise ValueError(f"{self.folder} is not empty and holds no run; choose another workdir")
 
     def _check_shared(self):
@@ -130,7 +174,7 @@ class Workdir:
         with (self.folder / DAMAGED.replace("*", str(jax.process_index()))).open("a", encoding="utf-8") as file:
             file.writelines(f"{line}\n" for line in lines)
         if jax.process_index() == 0:
-            print("\n".join(lines), flush=True)
+            say("\n".join(lines))
 
     # ------------------------------------------------------------ saving
 
@@ -142,12 +186,14 @@ class Workdir:
 
     def save_frozen(self, frozen: Params):
         """Writes what no step changes, over that of a start that did not come to its first checkpoint."""
+        self.check()
         if frozen:
             with self._storing("the frozen parameters"), checkpoint.saving_context():
                 ocp.save(self.folder.absolute() / _FROZEN, frozen, overwrite=True)
 
     def save(self, step: int, state: TrainState):
         """Begins to save `state` in the background, after `step` steps; first waits for the save before it."""
+        self.check()
         with self._storing(f"the checkpoint of step {step} or the one before it"), self._context:
             self._checkpointer.save_checkpointables_async(step, _trees(state), overwrite=True)
 
@@ -195,20 +241,32 @@ class Workdir:
 
     # ------------------------------------------------------------ exporting
 
-    def export(self, step: int, trained: Params, frozen: Params, tokenizer: pathlib.Path) -> pathlib.Path:
-        """Writes a checkpoint folder in bfloat16 with the files of `tokenizer`; returns it."""
+    def export(self, step: int, trained: Params, frozen: Params) -> pathlib.Path:
+        """Writes a checkpoint folder in bfloat16 with the files of the run's tokenizer; returns it."""
         folder = self.folder / _EXPORT / str(step)
-        if jax.process_index() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            copy_files(tokenizer, folder, TOKENIZER_FILES + PROCESSOR_FILES)
-            model = dataclasses.replace(self.config.model, dtype="bfloat16")
-            checkpoint.write_json(folder / "config.json", original_config(model))
+        self.check()
+        with self._storing("the export"), together():
+            if jax.process_index() == 0:
+                folder.mkdir(parents=True, exist_ok=True)
+                tokenizer = pathlib.Path(self.config.tokenizer or self.config.init_from)
+                copy_files(tokenizer, folder, TOKENIZER_FILES + PROCESSOR_FILES)
+                checkpoint.write_json(folder / "config.json", exported_config(self.config))
         # The arrays come into being last and at once: where they are, an earlier start was done with this folder.
         if not from_first(checkpoint.has_arrays(folder / checkpoint.PARAMS)):
             cast = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype("bfloat16"), tree))
             with self._storing("the export"):
                 checkpoint.save_params(folder / checkpoint.PARAMS, cast({**trained, **frozen}))
         return folder
+
+
+def exported_config(config: TrainConfig) -> dict[str, Any]:
+    """The config.json of what the run exports; ValueError where the original dialect cannot say the model's sizes."""
+    return original_config(dataclasses.replace(config.model, dtype="bfloat16"))
+
+
+def _is_passing(name: str) -> bool:
+    """Whether a start leaves a file of that `name` before there is a run."""
+    return name == _BESIDE or name.startswith(lease.FILE)
 
 
 def _trees(state: TrainState) -> dict[str, Any]:

@@ -10,12 +10,16 @@ import json
 import os
 import pathlib
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
+
+from janus_jax.messages import one_line
+from train.faults import Stopped
 
 TIMEOUT = 300  # seconds to wait for the other processes at the start
 
@@ -116,19 +120,40 @@ def barrier():
     gather("")
 
 
+def say(line: str):
+    """Prints `line`, in process 0 alone; a run outlives whoever read what it prints."""
+    if jax.process_index() == 0:
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        with contextlib.suppress(OSError, ValueError):
+            print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+
+
+class Agreed(ValueError):
+    """What one process met, and all know of."""
+
+
 @contextlib.contextmanager
-def together() -> Iterator[None]:
-    """What one process refuses inside this, in one line, every process refuses; else the others would wait for ever."""
-    told = ""
+def together(*kinds: type[Exception]) -> Iterator[None]:
+    """What one process refuses inside this, in one line, every process refuses; else the others would wait for ever.
+
+    Nothing inside may wait for other processes.
+
+    Args:
+      kinds: of exceptions that count, OSError and ValueError by default.
+    Raises: in one process alone what was raised; else Agreed in all of them.
+    """
+    told, kinds = "", kinds or (OSError, ValueError)
     try:
         yield
-    except (OSError, ValueError) as error:
+    except Stopped:
+        raise
+    except kinds as error:
         if jax.process_count() == 1:
             raise
-        told = f"process {jax.process_index()} ({socket.gethostname()}): {error}"
+        told = f"process {jax.process_index()} ({socket.gethostname()}): {one_line(error, 1000)}"
     for line in gather(told):
         if line:
-            raise ValueError(line)
+            raise Agreed(line)
 
 
 def check_same(config: dict[str, Any], data: dict[str, str]):

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import pathlib
+import secrets
 import sys
 import time
 from collections.abc import Mapping
 from typing import Any
+
+from train.distributed import say
+from train.failures import Failures
 
 FILE = "metrics.jsonl"
 # What a console line shows, in this order, of what is there.
@@ -19,35 +25,47 @@ class Metrics:
     """Writes metrics of a run; a context manager.
 
     Lines of an existing metrics.jsonl after `start_step` are cut off, and so is a torn last one: they belong to a
-    history that is no more.
+    history that is no more. Where other lines are damaged, the file is kept beside it under another name.
 
     Args:
       workdir: where metrics.jsonl and the TensorBoard folder `tensorboard` go.
       total_steps: of the whole run.
       start_step: the steps done before this process.
       enabled: False on hosts that report nothing.
+      failures: takes what a writer meets, which then goes no further.
     """
 
-    def __init__(self, workdir: str | pathlib.Path, total_steps: int, start_step: int = 0, enabled: bool = True):
+    def __init__(
+        self,
+        workdir: str | pathlib.Path,
+        total_steps: int,
+        start_step: int = 0,
+        enabled: bool = True,
+        failures: Failures | None = None,
+    ):
         self.enabled, self.total_steps = enabled, total_steps
         self._last = (start_step, time.monotonic())
         self._rate: float | None = None
         self._compiling = True
-        self._file = self._board = None
+        self._guard = failures.alone if failures else contextlib.nullcontext
+        self._path, self._file, self._board = pathlib.Path(workdir) / FILE, None, None
+        self._pending: list[bytes] = []
+        self._seen: set[tuple[int, str]] = set()
         if not enabled:
             return
-        workdir = pathlib.Path(workdir)
-        workdir.mkdir(parents=True, exist_ok=True)
-        path = workdir / FILE
-        if path.exists():
-            _cut(path, start_step)
-        self._file = path.open("a", encoding="utf-8")
+        with self._guard(f"opening {FILE}"):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            if self._path.exists():
+                self._seen = _cut(self._path, start_step)
+            self._open()
         try:
             from tensorboardX import SummaryWriter
-
-            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1 if start_step else None)
         except ImportError:
             print("hint: pip install tensorboardX for TensorBoard; metrics go to metrics.jsonl alone", file=sys.stderr)
+            return
+        with self._guard("opening tensorboard"):
+            folder, purge = str(self._path.parent / "tensorboard"), start_step + 1 if start_step else None
+            self._board = SummaryWriter(folder, purge_step=purge)
 
     def __enter__(self) -> Metrics:
         return self
@@ -57,24 +75,56 @@ class Metrics:
 
     def close(self):
         """Writes out what is held back; more than once does no harm."""
+        with self._guard(f"writing {FILE}"):
+            if self._pending:
+                self._append()
         for writer in (self._file, self._board):
             if writer is not None:
-                writer.close()
+                with self._guard("closing the metrics"):
+                    writer.close()
         self._file = self._board = None
 
+    def has(self, step: int, prefix: str) -> bool:
+        """Whether there is a line of `step` and `prefix`, of this start or an earlier one."""
+        return (step, prefix) in self._seen
+
     def write(self, step: int, values: Mapping[str, Any], prefix: str = "train"):
-        """Reports scalars after `step` steps; where the prefix is 'train' the console line tells rate and time left."""
+        """Reports scalars after `step` steps; where the prefix is 'train' the console line tells rate and time left.
+
+        A line that could not be written is written with the next one.
+        """
         if not self.enabled:
             return
         named = {f"{prefix}/{name}": float(value) for name, value in values.items()}
         # JSON has no NaN and no infinities; null is what every reader takes.
         finite = {name: value if math.isfinite(value) else None for name, value in named.items()}
-        self._file.write(json.dumps({"step": int(step), **finite}) + "\n")
-        self._file.flush()
+        self._pending.append(f"{json.dumps({'step': int(step), **finite})}\n".encode())
+        self._seen.add((int(step), prefix))
+        say(self._line(step, values, prefix))
+        with self._guard(f"writing {FILE}"):
+            self._append()
         if self._board is not None:
-            for name, value in named.items():
-                self._board.add_scalar(name, value, int(step))
-        print(self._line(step, values, prefix), flush=True)
+            with self._guard("writing tensorboard"):
+                for name, value in named.items():
+                    self._board.add_scalar(name, value, int(step))
+
+    def _open(self):
+        self._file = self._path.open("ab", buffering=0)
+
+    def _append(self):
+        if self._file is None:
+            self._open()
+        before = self._file.seek(0, os.SEEK_END)
+        try:
+            left = memoryview(b"".join(self._pending))
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError:
+            # On a full disk a part of it may have come through: the next line must not follow half a one.
+            with contextlib.suppress(OSError):
+                self._file.truncate(before)
+            raise
+        self._pending.clear()
 
     def _line(self, step: int, values: Mapping[str, Any], prefix: str) -> str:
         parts = [f"step {step}/{self.total_steps}"]
@@ -118,8 +168,11 @@ def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
     return [line for line, _ in _lines(path)]
 
 
-def _lines(path: pathlib.Path) -> list[tuple[dict[str, Any], bytes]]:
-    """Parsed and raw lines of `path`, without a torn last one."""
+def _lines(path: pathlib.Path, damaged: list[int] | None = None) -> list[tuple[dict[str, Any], bytes]]:
+    """Parsed and raw lines of `path`, without a torn last one.
+
+    Raises: ValueError at the first line that is none of metrics; with a list `damaged`, its number goes there instead.
+    """
     raw = path.read_bytes().splitlines(keepends=True)
     if raw and not raw[-1].endswith(b"\n"):
         raw.pop()
@@ -129,16 +182,27 @@ def _lines(path: pathlib.Path) -> list[tuple[dict[str, Any], bytes]]:
             line = json.loads(text)
             if not isinstance(line, dict) or type(line.get("step")) is not int:
                 raise ValueError
-        except ValueError:  # of JSON and of UTF-8 too
-            raise ValueError(f"{path}, line {number} is not a line of metrics with a step") from None
+        except (ValueError, RecursionError):  # of JSON and of UTF-8 too
+            if damaged is None:
+                raise ValueError(f"{path}, line {number} is not a line of metrics with a step") from None
+            damaged.append(number)
+            continue
         lines.append((line, text))
     return lines
 
 
-def _cut(path: pathlib.Path, start_step: int):
-    kept = b"".join(text for line, text in _lines(path) if line["step"] <= start_step)
-    if kept != path.read_bytes():
+def _cut(path: pathlib.Path, start_step: int) -> set[tuple[int, str]]:
+    """Leaves the lines up to `start_step` in `path`; returns the steps and prefixes of their metrics."""
+    damaged: list[int] = []
+    lines = [(line, text) for line, text in _lines(path, damaged) if line["step"] <= start_step]
+    kept = b"".join(text for _, text in lines)
+    if damaged:
+        aside = path.with_name(f"{path.stem}-damaged-{secrets.token_hex(4)}{path.suffix}")
+        path.rename(aside)
+        say(f"note: {path}, line {damaged[0]} is not a line of metrics; the file is kept as {aside.name}")
+    if damaged or kept != path.read_bytes():
         # Beside it and then in its place: a run that ends just here keeps one or the other.
         beside = path.with_suffix(".tmp")
         beside.write_bytes(kept)
         beside.replace(path)
+    return {(line["step"], name.partition("/")[0]) for line, _ in lines for name in line if "/" in name}

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -96,6 +97,29 @@ def split(params: Mapping[str, Any], stage: int) -> tuple[Params, Params]:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over the `data` and `fsdp` axes."""
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+def local_rows(sharding: NamedSharding, batch_size: int) -> list[int]:
+    """The rows of a batch that this process's devices hold."""
+    spans = {
+        index[0].indices(batch_size)[:2] for index in sharding.addressable_devices_indices_map((batch_size,)).values()
+    }
+    return sorted({row for begin, end in spans for row in range(begin, end)})
+
+
+def put_rows(batch: Mapping[str, np.ndarray], rows: Sequence[int], mesh: Mesh, batch_size: int) -> dict[str, jax.Array]:
+    """Global arrays [batch_size, ...] of this process's `rows`."""
+    place = {row: i for i, row in enumerate(rows)}
+    sharding = batch_sharding(mesh)
+
+    def put(x: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            begin, end, _ = index[0].indices(batch_size)
+            return x[place[begin] : place[end - 1] + 1]
+
+        return jax.make_array_from_callback((batch_size, *x.shape[1:]), sharding, part)
+
+    return {name: put(x) for name, x in batch.items()}
 
 
 def state_shardings(config: TrainConfig, mesh: Mesh) -> tuple[TrainState, Params]:
