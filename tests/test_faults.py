@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -18,6 +19,7 @@ from tests.tiny_run import MODEL, compiled_once, params_of, tiny_config, write_c
 from train import faults, loop
 from train.config import TrainConfig
 from train.faults import Notice, Stopped, Watchdog
+from train.main import main
 from train.metrics import Metrics, read_metrics
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -207,6 +209,46 @@ def test_watchdog_leaves_alone_what_gets_on():
             time.sleep(0.1)
     time.sleep(0.5)
     assert codes == []
+
+
+def test_a_watchdog_interrupts_where_the_process_is_not_its_own(capfd):
+    """In a notebook: its kernel lives on, with one exception more."""
+    assert not faults.is_own_process()
+    began = time.monotonic()
+    with pytest.raises(Stopped, match=r"has been working on step 3 for more than 0.2 seconds") as stopped:  # noqa: SIM117
+        with Watchdog(0.2) as watchdog:
+            watchdog.doing("working on step 3")
+            time.sleep(60)
+    assert stopped.value.code == faults.HUNG and time.monotonic() - began < 30
+    assert "test_a_watchdog_interrupts" in capfd.readouterr().err  # where the thread was
+
+
+def test_ctrl_c_stays_ctrl_c():
+    with pytest.raises(KeyboardInterrupt), Watchdog(100):
+        raise KeyboardInterrupt
+
+
+def test_only_the_command_line_ends_its_process(monkeypatch):
+    """One of several processes makes sure of its end by `os._exit`, and in a notebook comes back with the code."""
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr("train.distributed.start", lambda **_: None)
+    arguments = ["--config", "debug", "batch_size=0"]
+    assert main(arguments) == faults.BAD_INPUT and not ended
+    monkeypatch.setattr(faults, "_own", True)
+    main(arguments)
+    assert ended == [faults.BAD_INPUT]
+
+
+def test_a_notebook_is_never_its_own_process(monkeypatch):
+    monkeypatch.setattr(faults, "_own", False)
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.__IPYTHON__", True, raising=False)
+        faults.own_process()  # as `%run -m train.main` does
+        assert not faults.is_own_process()
+    faults.own_process()
+    assert faults.is_own_process()
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from tests import tiny_run
 from tests.tiny_run import MODEL, compiled_once, params_of, tiny_config, write_checkpoint, write_data
 from train import faults, loop
 from train.config import EvalConfig, MeshConfig, SampleConfig, TrainConfig
+from train.lease import Lease
 from train.main import main
 from train.metrics import read_metrics
 from train.overrides import load_config
@@ -296,6 +297,25 @@ def test_bad_input_is_one_line(command, capsys, override, told):
     code, lines = command(capsys, override)
     assert code == 2, lines
     assert len(lines) == 1 and lines[0].startswith("error: ") and told in lines[0], lines
+
+
+def test_a_second_start_is_one_line(command, capsys, tmp_path):
+    (tmp_path / "run").mkdir()
+    other = Lease(tmp_path / "run")
+    other.acquire()
+    before = sorted((tmp_path / "run").rglob("*"))
+    code, lines = command(capsys)
+    assert code == 2 and len(lines) == 1, lines
+    assert lines[0].startswith("error: ") and "is being written by another start" in lines[0] and "--steal" in lines[0]
+    assert sorted((tmp_path / "run").rglob("*")) == before
+    other.release()
+
+
+def test_an_export_that_must_be_refused_is_refused_first(get_config, tmp_path):
+    vision = dataclasses.replace(MODEL.vision, norm_eps=1e-5)
+    told = refused(get_config(tmp_path / "run", model=dataclasses.replace(MODEL, vision=vision)))
+    assert told.startswith("model: the original dialect cannot say a vision norm eps of 1e-05")
+    assert not (tmp_path / "run").exists()
 
 
 def test_unknown_config_is_one_line(command, capsys):

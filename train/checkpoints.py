@@ -15,10 +15,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import functools
 import json
+import logging
 import pathlib
+import re
 import secrets
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -27,6 +31,8 @@ from orbax.checkpoint import v1 as ocp
 
 from janus_jax import checkpoint
 from janus_jax.config import JanusConfig, original_config
+from janus_jax.memory import OutOfMemory
+from janus_jax.messages import one_line
 from janus_jax.processor_files import PROCESSOR_FILES, TOKENIZER_FILES, copy_files
 from janus_jax.torch_weights import LazyParams, abstract_params
 from train import lease
@@ -65,6 +71,7 @@ class Workdir:
         with together():
             self._check_claim(run)
         self._lease = Lease(self.folder)
+        _quiet_orbax()
         try:
             self._take_lease(steal)
             self._open(run)
@@ -168,7 +175,7 @@ class Workdir:
 
     def note_damaged(self, step: int, problems: Sequence[str]):
         """Keeps the samples of `step` that could not be read; process 0 also tells them."""
-        if not problems:
+        if not problems or (jax.process_index() == 0 and not self._lease.held):
             return
         lines = [f"step {step}: left out {problem}" for problem in problems]
         with (self.folder / DAMAGED.replace("*", str(jax.process_index()))).open("a", encoding="utf-8") as file:
@@ -222,10 +229,9 @@ class Workdir:
     def _no_room(self, what: str, error: Exception) -> Stopped:
         latest = max(_steps(self.folder), default=None)
         left = f"the checkpoint of step {latest} is whole" if latest else "there is no complete checkpoint"
-        told = " ".join(str(error).split())
         return Stopped(
-            f"{what} could not be written to {self.folder}: {told[:300]}; {left}. Make room there, and the same "
-            "command goes on",
+            f"{what} could not be written to {self.folder}: {_first_cause(error)}; {left}. Make room there, and the "
+            "same command goes on",
             STORAGE,
             alone=True,
         )
@@ -234,10 +240,30 @@ class Workdir:
 
     def restore(self, abstract: TrainState, frozen: Params) -> tuple[TrainState, Params]:
         """The newest checkpoint and the frozen parameters, laid out as the `abstract` ones, on any mesh."""
-        with self._context:
-            found = self._checkpointer.load_checkpointables(self.latest, _trees(abstract))
-            frozen = ocp.load(self.folder.absolute() / _FROZEN, frozen) if frozen else {}
+        step = self.latest
+        earlier = max((other for other in _steps(self.folder) if other < step), default=None)
+        on = "starts anew" if earlier is None else f"goes on from the one before it, of step {earlier}"
+        cure = f"delete that folder, and the same command {on}"
+        with self._whole(self.folder / _CHECKPOINTS / str(step), cure):
+            found = self._checkpointer.load_checkpointables(step, _trees(abstract))
+        if frozen:
+            cure = "bring it back from a copy of the workdir; without one, start in another workdir, with init_from an "
+            cure += f"export of this run ({self.folder / _EXPORT}) if there is one"
+            with self._whole(self.folder / _FROZEN, cure):
+                frozen = ocp.load(self.folder.absolute() / _FROZEN, frozen)
         return TrainState(trained=found["trained"], **found["rest"]), frozen
+
+    @contextlib.contextmanager
+    def _whole(self, folder: pathlib.Path, cure: str) -> Iterator[None]:
+        try:
+            with together(Exception), self._context:
+                yield
+        except OutOfMemory:
+            raise
+        except Exception as error:
+            if OutOfMemory.says(error):
+                raise
+            raise ValueError(f"{folder} is damaged ({_first_cause(error)}); {cure}") from None
 
     # ------------------------------------------------------------ exporting
 
@@ -262,6 +288,25 @@ class Workdir:
 def exported_config(config: TrainConfig) -> dict[str, Any]:
     """The config.json of what the run exports; ValueError where the original dialect cannot say the model's sizes."""
     return original_config(dataclasses.replace(config.model, dtype="bfloat16"))
+
+
+def _first_cause(error: BaseException) -> str:
+    """What went wrong first, without tensorstore's account of all that it was asked."""
+    while cause := error.__cause__ or error.__context__:
+        error = cause
+    return one_line(re.split(r" \[(?:tensorstore_spec|source locations)", str(error))[0], 300)
+
+
+def _is_repeated(record: logging.LogRecord) -> bool:
+    """Whether it is an error that orbax also passes on to us: a traceback from each of its threads."""
+    return record.levelno >= logging.ERROR and "orbax" in pathlib.PurePath(record.pathname).parts
+
+
+@functools.cache
+def _quiet_orbax():
+    # For good: its threads speak up after the run has ended, too.
+    logging.getLogger("absl").addFilter(lambda record: not _is_repeated(record))
+    warnings.filterwarnings("ignore", r"coroutine '\w+\._background_load' was never awaited", RuntimeWarning)
 
 
 def _is_passing(name: str) -> bool:

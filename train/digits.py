@@ -37,11 +37,14 @@ _SHOWN = 8  # images a row of the pictures
 _ZOOM = 4
 
 
-def run(config: DigitsConfig) -> dict[str, Any]:
+def run(config: DigitsConfig, steal: bool = False) -> dict[str, Any]:
     """Runs everything that `config` describes and prints a table; returns its figures, to process 0 alone.
 
     In the workdir: the folders of `DigitsConfig`, results.json, and the pictures reconstructions.png, generated.png,
     answers.png and curves.png.
+
+    Args:
+      steal: as for `train.loop.train`, of every stage.
     """
     clock = _Clock()
     # In every process alike, and saved together: orbax has no way to save in one of them alone.
@@ -53,7 +56,7 @@ def run(config: DigitsConfig) -> dict[str, Any]:
     barrier()
     exported = None
     for stage in config.run_stages:
-        exported = train(stage)
+        exported = train(stage, steal)
         clock.lap(stage.name)
     figures = _finish(config, exported, clock) if jax.process_index() == 0 else {}
     barrier()  # who leaves earlier waits at JAX's own door, which does not stay open for long

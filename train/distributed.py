@@ -21,6 +21,7 @@ import numpy as np
 from janus_jax.messages import one_line
 from train.faults import Stopped
 
+_TPU_FILES = ("/dev/accel0", "/dev/vfio/0")
 TIMEOUT = 300  # seconds to wait for the other processes at the start
 
 
@@ -40,7 +41,8 @@ def start(
     given = [bool(coordinator), processes is not None, process is not None]
     if any(given) and not all(given):
         raise ValueError("--coordinator, --processes and --process go together; give all three, or none")
-    if not any(given) and not _in_cluster():
+    maybe_alone = not any(given) and not _started_as_several()
+    if maybe_alone and not _has_tpu():
         return
     if coordinator:
         _check_flags(coordinator, processes, process)
@@ -50,8 +52,17 @@ def start(
         jax.distributed.initialize(
             coordinator or None, processes, process, initialization_timeout=timeout, heartbeat_timeout_seconds=100
         )
-    except RuntimeError as error:
-        if "DEADLINE_EXCEEDED" not in str(error):
+    except Exception as error:
+        if maybe_alone and _finds_no_pod(error):
+            # As on Colab and Kaggle: a TPU of one host, without the metadata of a pod. Where it is a pod after all, and
+            # its metadata are out of order, the workdir's lease keeps its hosts from working side by side.
+            print(
+                f"note: this host has a TPU, and nothing tells of other hosts ({one_line(error, 150)}); going on in "
+                "one process. If there are others, give --coordinator, --processes and --process",
+                flush=True,
+            )
+            return
+        if not isinstance(error, RuntimeError) or "DEADLINE_EXCEEDED" not in str(error):
             raise
         raise TimeoutError(
             f"the {processes or ''} processes of the run did not all come together within {timeout} seconds "
@@ -59,15 +70,31 @@ def start(
         ) from None
 
 
-def _in_cluster() -> bool:
-    """Whether this process is one of several that a TPU pod, SLURM or Open MPI started."""
+def _started_as_several() -> bool:
+    """Whether this process is one of several that SLURM or Open MPI started."""
     for count in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
         step = count != "SLURM_NTASKS" or "SLURM_STEP_NODELIST" in os.environ  # else it is not started by srun
         if step and int(os.environ.get(count) or 1) > 1:
             return True
+    return False
+
+
+def _has_tpu() -> bool:
+    """Whether JAX will find a TPU here: one host's, or its part of a pod."""
     if os.environ.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu" or importlib.util.find_spec("libtpu") is None:
         return False
-    return any(pathlib.Path(device).exists() for device in ("/dev/accel0", "/dev/vfio/0"))
+    return any(pathlib.Path(device).exists() for device in _TPU_FILES)
+
+
+def _finds_no_pod(error: Exception) -> bool:
+    """Whether JAX says by `error` that it knows of no other hosts, and the environment tells of none."""
+    if len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1 or jax.distributed.is_initialized():
+        return False
+    if os.environ.get("MEGASCALE_NUM_SLICES", "1") not in ("", "1"):
+        return False
+    # No metadata, no server for them (requests' errors are OSErrors), no requests; or, in a notebook, devices are in
+    # use already, as they cannot be before the processes of a pod have met.
+    return isinstance(error, ValueError | OSError | ImportError) or "must be called before" in str(error)
 
 
 def _check_flags(coordinator: str, processes: int, process: int):

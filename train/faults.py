@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import faulthandler
 import os
 import signal
@@ -19,6 +20,20 @@ HUNG = 70
 STORAGE = 74  # a checkpoint could not be written
 AGAIN = 75  # told to end, and saved: the same command goes on
 INTERRUPTED = 130
+
+_own = False
+
+
+def own_process():
+    """Tells that this process is the command line's own, to be ended where it cannot go on; nobody else's is."""
+    global _own
+    # `%run` gives a module the name of a command, in a notebook's kernel.
+    _own = not hasattr(builtins, "__IPYTHON__")
+
+
+def is_own_process() -> bool:
+    """Whether this process may be ended, by `os._exit` too: not in a notebook, nor in whatever calls `train`."""
+    return _own
 
 
 class Stopped(RuntimeError):
@@ -63,26 +78,42 @@ class Notice:
 
 
 class Watchdog:
-    """Ends the process when nothing has got on for long; a context manager.
+    """Ends the run when nothing has got on for long; a context manager.
+
+    The command line's process ends with it. Elsewhere, in a notebook for one, the main thread is interrupted, and comes
+    out of the context with Stopped as soon as it runs Python again; where the run is another thread's, nothing can be
+    done but telling.
 
     Args:
       seconds: how long; 0 for never.
-      end: called with the exit code.
+      end: called with the exit code, in place of all that.
     """
 
-    def __init__(self, seconds: float, end: Callable[[int], None] = os._exit):
-        self._seconds, self._end = seconds, end
+    def __init__(self, seconds: float, end: Callable[[int], None] | None = None):
+        self._seconds, self._end = seconds, end or self._end_run
+        self._hung = ""
+        self._in_main_thread = False
         self._doing, self._since = "starting", time.monotonic()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
+        self._in_main_thread = threading.current_thread() is threading.main_thread()
         if self._seconds:
             self._thread.start()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind: type[BaseException] | None, *_):
         self._over.set()
+        if self._hung and kind is KeyboardInterrupt:
+            raise Stopped(self._hung, HUNG, alone=True) from None
+
+    def _end_run(self, code: int):
+        if is_own_process():
+            os._exit(code)
+        if self._in_main_thread:
+            # A signal, since it wakes what waits; as Ctrl-C does.
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
     def doing(self, what: str):
         """Tells that the run has got on, and what it is about to do."""
@@ -92,12 +123,12 @@ class Watchdog:
         while not self._over.wait(min(self._seconds / 4, 10)):
             if time.monotonic() - self._since < self._seconds:
                 continue
-            print(
-                f"stopped: process {jax.process_index()} has been {self._doing} for more than {self._seconds:g} "
-                "seconds (watchdog); where its threads are follows. The same command goes on from the last checkpoint",
-                file=sys.stderr,
-                flush=True,
+            self._hung = (
+                f"process {jax.process_index()} has been {self._doing} for more than {self._seconds:g} seconds "
+                "(watchdog); the same command goes on from the last checkpoint"
             )
-            faulthandler.dump_traceback(all_threads=True)
+            print(f"stopped: {self._hung}; where its threads are follows", file=sys.stderr, flush=True)
+            # The real one: a notebook's has no file behind it.
+            faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
             self._end(HUNG)
             return

@@ -19,17 +19,18 @@ from train.overrides import parse_args
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one configuration; 0 when it is done, else one of the codes of `train.faults` and one line."""
     config, processes = parse_args(argv)
+    steal = processes.pop("steal")
     compilation_cache.enable()
     try:
         distributed.start(**processes)
         if isinstance(config, TrainConfig):
             from train.loop import train
 
-            train(config)
+            train(config, steal)
         else:
             from train.digits import run
 
-            run(config)
+            run(config, steal)
     except faults.Stopped as error:
         return _end(f"stopped: {error_text(error)}", error.code, error.alone)
     except (OSError, ValueError, OutOfMemory) as error:
@@ -48,7 +49,7 @@ def _end(line: str, code: int, alone: bool = False) -> int:
     several = jax.distributed.is_initialized()
     if not several or jax.process_index() == 0 or alone:
         print_line(line)
-    if several and code != faults.AGAIN:
+    if several and code != faults.AGAIN and faults.is_own_process():
         # The way out through JAX waits for the other processes, which may be waiting for this one.
         sys.stdout.flush()
         os._exit(code)
@@ -56,4 +57,5 @@ def _end(line: str, code: int, alone: bool = False) -> int:
 
 
 if __name__ == "__main__":
+    faults.own_process()
     sys.exit(main())

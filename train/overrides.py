@@ -376,14 +376,14 @@ class _Parser(argparse.ArgumentParser):
 def parse_args(
     argv: Sequence[str] | None = None, prog: str = "python -m train.main"
 ) -> tuple[Any, dict[str, str | int | None]]:
-    """The config that `--config NAME [key=value ...]` asks for, and the arguments of `train.distributed.start`.
+    """The config that `--config NAME [key=value ...]` asks for, `train.distributed.start`'s arguments, and `steal`.
 
     `--help` (with a config: all its fields) and `--print-config` print and exit with 0; bad input prints one line,
     `error: ...`, on standard error and exits with 2.
     """
     parser = _Parser(
         prog=prog, add_help=False, allow_abbrev=False,
-        usage="%(prog)s --config NAME [key=value ...] [--help] [--print-config] "
+        usage="%(prog)s --config NAME [key=value ...] [--help] [--print-config] [--steal] "
         "[--coordinator HOST:PORT --processes N --process I] [--timeout SECONDS]",
         epilog=f"configs: {', '.join(config_names())}",
     )  # fmt: skip
@@ -391,6 +391,9 @@ def parse_args(
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes of single fields")
     parser.add_argument("--help", "-h", action="store_true", help="with --config, list every field of that config")
     parser.add_argument("--print-config", action="store_true", help="print every field's value and do nothing")
+    parser.add_argument(
+        "--steal", action="store_true", help="take the workdir from another start that writes to it; that one ends"
+    )
     several = parser.add_argument_group("several processes", "found by themselves on TPU pods and under SLURM")
     several.add_argument("--coordinator", metavar="HOST:PORT", default="", help="where process 0 runs, and a free port")
     several.add_argument("--processes", metavar="N", type=int, help="how many processes there are")
@@ -411,5 +414,5 @@ def parse_args(
     elif args.print_config:
         print("\n".join(f"{key} = {value_text(value)}" for key, value in flat(config).items()))
     else:
-        return config, {key: getattr(args, key) for key in ("coordinator", "processes", "process", "timeout")}
+        return config, {key: getattr(args, key) for key in ("coordinator", "processes", "process", "timeout", "steal")}
     raise SystemExit(0)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 from janus_jax.attention import takes
+from janus_jax.config import original_config
 from train.config import KINDS, TRAINED, TrainConfig
 
 
@@ -54,6 +56,10 @@ def validate(config: TrainConfig) -> list[str]:
         _require(s.temperature >= 0, f"samples.temperature={s.temperature}: it is not negative (0 is greedy)")
         codes, most = c.model.gen_vision.num_tokens, c.model.language.max_positions
         _require(codes < most, f"samples.every={s.every}: an image's {codes} codes exceed the model's {most} positions")
+    try:
+        original_config(dataclasses.replace(c.model, dtype="bfloat16"))  # as the run exports it, at the end
+    except ValueError as error:
+        raise ValueError(f"model: {error}, which is what a run exports; change the model's sizes") from None
     return remarks
 
 
