@@ -15,10 +15,22 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PROGRAM = """
 import os
 import sys
+import types
+import urllib.error
+import urllib.request
 import jax
 from jax._src.clusters import cloud_tpu_cluster
 from train import distributed
 
+def get(url, headers, timeout):
+    try:
+        answer = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout)
+    except urllib.error.HTTPError as error:
+        answer = error
+    return types.SimpleNamespace(text=answer.read().decode(), status_code=answer.code)
+
+# What JAX asks for the metadata with, and which is not installed everywhere.
+sys.modules["requests"] = types.SimpleNamespace(get=get)
 distributed._TPU_FILES = (sys.argv[1],)
 cloud_tpu_cluster.running_in_cloud_tpu_vm = True  # which JAX tells by the devices on the bus
 if sys.argv[2] != "skipped":

@@ -88,7 +88,8 @@ def _has_tpu() -> bool:
 
 def _finds_no_pod(error: Exception) -> bool:
     """Whether JAX says by `error` that it knows of no other hosts, and the environment tells of none."""
-    if len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1 or jax.distributed.is_initialized():
+    hosts = (os.environ.get(name, "") for name in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"))
+    if any("," in listed for listed in hosts) or jax.distributed.is_initialized():
         return False
     if os.environ.get("MEGASCALE_NUM_SLICES", "1") not in ("", "1"):
         return False
