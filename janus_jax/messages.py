@@ -18,6 +18,8 @@ def one_line(text: object, limit: int = 200) -> str:
     so that a name cannot end the line, color a terminal or pass for other words; the middle of a long text is left out.
     """
     text = str(text)
+    if len(text) <= limit and text.isprintable():
+        return text
     # Cut before it is cleaned: a value may have millions of characters.
     if len(text) > 4 * limit:
         text = text[: 2 * limit] + text[-2 * limit :]

@@ -28,6 +28,7 @@ _SYSTEM = ("system", "system_prompt", "system_message")
 _TRAINED = ("loss", "weight", "train", "training", "trainable", "loss_weight", "loss_scale")
 # Of a turn: programs differ in whether true means trained or not, or they hold spans of characters.
 _UNKNOWN_MASKS = ("mask", "masked", "loss_mask", "train_detail", "training_detail")
+_ABOUT_TRAINING = frozenset((*_TRAINED, *_UNKNOWN_MASKS))
 _TOOLS = ("tools", "functions")
 _TEXTS = ("caption", "text", "txt", "conversations", "messages")
 _PARTS = {"text": "text", "input_text": "text", "output_text": "text"}
@@ -62,7 +63,7 @@ class RawSample:
 def wanted(name: str) -> bool:
     """Whether a record's field of this name says anything here, be it that the sample has to be refused."""
     known = (*_TEXTS, *_SYSTEM, *_TRAINED, *_TOOLS, "file_name")
-    return name in known or (len(name) <= 60 and is_media_field(name))
+    return name in known or is_media_field(name)
 
 
 def format_of(fields: Iterable[str], named_picture: bool = False) -> str | None:
@@ -85,10 +86,21 @@ class Root:
 
     def __init__(self, folder: pathlib.Path, allow_outside: bool = False):
         self.folder, self.allow_outside = folder, allow_outside
+        self._known = functools.lru_cache(4096)(self._holds)
 
     @functools.cached_property
     def _inside(self) -> str:
         return os.path.realpath(self.folder).rstrip(os.sep) + os.sep
+
+    def _holds(self, path: str) -> bool:
+        # Links are followed: an archive that was unpacked may hold some.
+        return (os.path.realpath(path) + os.sep).startswith(self._inside)
+
+    def _leads_out(self, path: str) -> bool:
+        parent, name = os.path.split(path)
+        if name in ("", ".", "..") or os.path.islink(path):
+            return not self._holds(path)
+        return not self._known(parent)
 
     def image(self, value: Any, place: str) -> ImageSource:
         """A picture as a record gives it: its bytes, a data URI, a path, or `{bytes, path}` as datasets store it."""
@@ -105,15 +117,15 @@ class Root:
         if len(value) > _MAX_PATH or "\0" in value:
             detail = f"{told(value)} is no path; base64 is written as data:image/...;base64,..."
             raise BadSample("missing_image", place, detail)
-        path = self.folder / value
-        # Links are followed: an archive that was unpacked may hold some.
-        if not self.allow_outside and not os.path.realpath(path).startswith(self._inside):
+        if not self.allow_outside and self._leads_out(os.path.join(self.folder, value)):
             detail = f"{one_line(value)} leads out of {one_line(self.folder)}; if that is meant, give --allow-outside"
             raise BadSample("outside_folder", place, detail)
-        return path
+        return self.folder / value
 
     def images(self, fields: dict[str, Any], place: str, where: str = "") -> tuple[ImageSource, ...]:
         """The pictures that a record or a turn names; BadSample for what names media otherwise."""
+        if not any(map(is_media_field, fields)) and "file_name" not in fields:
+            return ()
         given = {name: fields[name] for name in PICTURE_FIELDS if fields.get(name)}
         if not given and isinstance(fields.get("file_name"), str) and is_picture(os.path.basename(fields["file_name"])):
             given = {"file_name": fields["file_name"]}  # how the datasets library names them
@@ -198,6 +210,8 @@ def _system(record: dict[str, Any], place: str) -> str | None:
 
 def _trained(fields: dict[str, Any], place: str, where: str) -> bool | None:
     """Whether the data say that a turn is to be trained on; None where they say nothing."""
+    if _ABOUT_TRAINING.isdisjoint(fields):
+        return None
     for name in _UNKNOWN_MASKS:
         if fields.get(name) is not None:
             detail = f"{where}{name} is not known here; say loss: true or false of each answer"
@@ -234,7 +248,7 @@ def _parts(
             images += [root.image(_source(source), place) for source in sources]
         else:
             known = listed((*_PARTS, *_PICTURE_PARTS))
-            reason = "unsupported_media" if isinstance(kind, str) and is_media_field(kind[:60]) else "bad_turns"
+            reason = "unsupported_media" if isinstance(kind, str) and is_media_field(kind) else "bad_turns"
             raise BadSample(reason, place, f"{where}a part of type {told(kind)} that is not read; known: {known}")
     if images and empty > before:
         raise BadSample("ambiguous_sample", place, f"{where}some of its parts bring their pictures and others do not")

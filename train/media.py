@@ -7,6 +7,7 @@ which have attributes.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +18,7 @@ from train.readers import BadSample
 # Where a sample's pictures are looked for. `jpg` and the like are columns of img2dataset's and webdataset's tables.
 PICTURE_FIELDS = ("image", "images", "jpg", "jpeg", "png", "webp")
 
+_LONGEST = 60  # characters of a field's name
 _ENDING = (
     r"(?:_?(?:paths?|files?|urls?|uris?|links?|lists?|bytes|b64|base64|data|names?|filenames?|src|contents?|inputs?))*"
 )
@@ -43,10 +45,19 @@ _ORDINARY = re.compile(r"<im>|<visual>|<vision>", re.IGNORECASE)
 _CODE = re.compile(r"```.*?(?:```|\Z)|~~~.*?(?:~~~|\Z)|`[^`\n]+`", re.DOTALL)
 
 
+@functools.lru_cache(4096)
+def _kind(name: str) -> str:
+    """'picture' for a field that is read, 'alias' for one that is not, 'other' for other media, '' for none of them."""
+    if name in PICTURE_FIELDS:
+        return "picture"
+    if _OTHER_FIELD.fullmatch(name.lower()):
+        return "other"
+    return "alias" if _PICTURE_FIELD.fullmatch(name.lower()) else ""
+
+
 def is_media_field(name: str) -> bool:
     """Whether a field of this name holds media, read or not."""
-    name = name.lower()
-    return name in PICTURE_FIELDS or bool(_OTHER_FIELD.fullmatch(name) or _PICTURE_FIELD.fullmatch(name))
+    return len(name) <= _LONGEST and _kind(name) != ""
 
 
 def refuse_media_fields(fields: Mapping[str, Any], has_pictures: bool, place: str, where: str = ""):
@@ -55,14 +66,12 @@ def refuse_media_fields(fields: Mapping[str, Any], has_pictures: bool, place: st
     Beside a picture that is read, one more address or name is taken for its own, a list is not.
     """
     for name, value in fields.items():
-        if not value or not isinstance(value, str | bytes | list | dict) or name in PICTURE_FIELDS:
+        if not value or len(name) > _LONGEST or not isinstance(value, str | bytes | list | dict):
             continue
-        lower = name.lower()
-        if len(lower) > 60:
-            continue
-        if _OTHER_FIELD.fullmatch(lower):
+        kind = _kind(name)
+        if kind == "other":
             raise BadSample("unsupported_media", place, f"{where}the field {name}: only pictures are read")
-        if _PICTURE_FIELD.fullmatch(lower) and (isinstance(value, list) or not has_pictures):
+        if kind == "alias" and (isinstance(value, list) or not has_pictures):
             detail = f"{where}the field {name} seems to hold a picture, and only image or images is read: rename it"
             raise BadSample("unknown_image_field", place, detail)
 

@@ -28,7 +28,6 @@ from train.readers import (
     Record,
     listed,
     object_of,
-    read_span,
     refuse_compressed,
     text_of,
 )
@@ -70,22 +69,23 @@ class TarShard:
         if index in self._faults:
             reason, detail = self._faults[index]
             raise BadSample(reason, place, detail)
-        image, text, fields = (self._read(begin, size, place) for begin, size in self._spans[index].tolist())
-        if text is not None:
-            caption = text_of(text, place)
-        else:
-            caption = object_of(text_of(fields, place), place).get("caption")
-            if caption is None:
-                raise BadSample("missing_field", place, "there is no .txt, and no caption in the .json")
-        return place, {"image": image, "caption": caption}
+        with open_regular(self.path) as file:
+            image, text, fields = self._spans[index].tolist()
+            if text[0] >= 0:
+                caption = text_of(_read(file, *text, place), place)
+            else:
+                caption = object_of(text_of(_read(file, *fields, place), place), place).get("caption")
+                if caption is None:
+                    raise BadSample("missing_field", place, "there is no .txt, and no caption in the .json")
+            return place, {"image": _read(file, *image, place), "caption": caption}
 
-    def _read(self, begin: int, size: int, place: str) -> bytes | None:
-        if begin < 0:
-            return None
-        data = read_span(self.path, begin, size)
-        if len(data) < size:
-            raise BadSample("truncated_tar", place, "the tar has become shorter since it was opened")
-        return data
+
+def _read(file, begin: int, size: int, place: str) -> bytes:
+    file.seek(begin)
+    data = file.read(size)
+    if len(data) < size:
+        raise BadSample("truncated_tar", place, "the tar has become shorter since it was opened")
+    return data
 
 
 # ---------------------------------------------------------------- members to samples
