@@ -8,7 +8,6 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 from janus_jax.messages import print_error
@@ -20,7 +19,7 @@ _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if
 def run(work: Callable[[], Any]) -> int:
     """Does `work`; 0 when it was done, 2 for bad input, 130 after Ctrl-C: with one line on standard error.
 
-    SIGTERM and SIGHUP end it with 143 and 129. As exceptions, too, so that what was written in part is removed.
+    SIGTERM and SIGHUP end it with 143 and 129. All three are raised, so that what was written in part is removed.
     """
     for number in _SIGNALS:
         # The choice of nohup, or of a shell that runs it in the background, stands.
@@ -35,10 +34,9 @@ def run(work: Callable[[], Any]) -> int:
     except MemoryError:
         print_error("the memory does not suffice; try it on a machine with more, or with smaller files")
         return 2
-    except KeyboardInterrupt:
-        return _SIGNALED + signal.SIGINT
-    except SystemExit as end:
-        return end.code
+    except _Ended as ended:
+        print(ended, file=sys.stderr, flush=True)
+        return _SIGNALED + ended.number
     return 0
 
 
@@ -51,23 +49,19 @@ def leave(code: int):
     sys.exit(0)
 
 
+class _Ended(BaseException):
+    """What a signal raises in the main thread."""
+
+    def __init__(self, number: int):
+        super().__init__("interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}")
+        self.number = number
+
+
 def _end(number: int, _frame: Any):
-    for other in _SIGNALS:  # an impatient second one would leave half of it behind
-        signal.signal(other, signal.SIG_IGN)
-    print("interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}", file=sys.stderr)
-    if number == signal.SIGINT:
-        raise KeyboardInterrupt
-    sys.exit(_SIGNALED + number)
+    raise _Ended(number)
 
 
 def _quiet():
     """Silences threads of orbax and tensorstore, which print the error that the command tells in a line of its own."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    usual = sys.excepthook
-
-    def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None):
-        if threading.current_thread() is threading.main_thread():
-            usual(kind, error, traceback)
-
-    sys.excepthook = hook
-    threading.excepthook = lambda _: None
+    threading.excepthook = sys.unraisablehook = lambda _: None

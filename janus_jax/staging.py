@@ -19,8 +19,10 @@ import pathlib
 import re
 import secrets
 import shutil
+import signal
 import socket
 import stat
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -199,11 +201,12 @@ class Staging:
 
     def discard(self):
         """Removes what was written, and puts back what was to be replaced."""
-        if self._aside.exists() and not self.place.exists():
-            self._aside.rename(self.place)
-        remove(self.folder)
-        self._unlock()
-        self._remove_parents()
+        with _undisturbed():
+            if self._aside.exists() and not self.place.exists():
+                self._aside.rename(self.place)
+            remove(self.folder)
+            self._unlock()
+            self._remove_parents()
 
     def _unlock(self):
         lock = self.folder.with_suffix(".lock")
@@ -215,6 +218,24 @@ class Staging:
         with contextlib.suppress(OSError):
             for parent in self._parents:
                 parent.rmdir()
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Holds off the signals that end a process: an impatient second one would leave half of it behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    named = (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP"))
+    handlers = {number: signal.getsignal(number) for number in named if number is not None}
+    handlers = {number: handler for number, handler in handlers.items() if handler is not None}
+    for number in handlers:
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
