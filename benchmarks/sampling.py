@@ -76,15 +76,15 @@ def time_jax(args: argparse.Namespace, dtype: str, how: str) -> common.Run:
 
     def steps(images: int, slots: int, filled: int) -> float:
         """Seconds a step over a cache of so many slots."""
-        codes = jnp.zeros((images, num_tokens), jnp.int32)
-        state = sampling.ImageState(_device.filled_cache(model, 2 * images, slots, filled - 1), codes, None)
+        codes, failed = jnp.zeros((images, num_tokens), jnp.int32), jnp.full((images,), -1, jnp.int32)
+        state = sampling.ImageState(_device.filled_cache(model, 2 * images, slots, filled - 1), codes, failed, None)
         rest = (jax.random.split(jax.random.key(0), images), guidance, sampler)
         state = jax.block_until_ready(sampling.continue_image(model, params, state, *rest, first, begin))
         return _device.timed(sampling.continue_image, model, params, state, *rest, begin, end)[0] / args.steps
 
     def whole(*prompts: jax.Array) -> jax.Array:
         codes, _ = sampling.generate_codes(model, params, *prompts, guidance=5, sampler=sampler)
-        return sampling.decode_images(model, params, codes)
+        return sampling.decode_images(model, params, codes)[0]
 
     for images in args.images:
         read = step_bytes(model, params, 2 * images, _PROMPT + num_tokens // 2)

@@ -80,7 +80,7 @@ def measure(args: argparse.Namespace) -> common.Run:
     def state(batch: int, context: int) -> sampling.TextState:
         cache = _device.filled_cache(model, batch, context, context - 2 * args.steps)
         tokens = jax.random.randint(jax.random.key(0), (batch, 2 * args.steps + 1), 0, config.language.vocab_size)
-        return sampling.TextState(cache, tokens, jnp.zeros(batch, bool))
+        return sampling.TextState(cache, tokens, jnp.zeros(batch, bool), jnp.full((batch,), -1, jnp.int32))
 
     for batch, context in points(args.context):
         # The compiler may keep a second cache.

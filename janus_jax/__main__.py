@@ -16,11 +16,13 @@ from PIL import Image
 from janus_jax import compilation_cache
 from janus_jax.checkpoint import open_checkpoint
 from janus_jax.images import contact_sheet, open_image
-from janus_jax.loading import load, resolve
+from janus_jax.loading import hub_id, load, resolve
 from janus_jax.memory import OutOfMemory
-from janus_jax.messages import print_error
+from janus_jax.messages import print_any_text, print_error
 from janus_jax.pipeline import JanusPipeline
-from janus_jax.sampling import make_sampler
+from janus_jax.processing import Processor
+from janus_jax.roles import ROLES
+from janus_jax.sampler import check_guidance, make_sampler
 from janus_jax.sharding import MESH_AXES, flatten
 from janus_jax.staging import new_folder, write_file
 from janus_jax.torch_weights import DTYPES, abstract_params
@@ -28,6 +30,7 @@ from janus_jax.torch_weights import DTYPES, abstract_params
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; 0 when it worked, 2 for bad input (one line on standard error), 130 when interrupted."""
+    print_any_text()
     args = _parser().parse_args(argv)
     compilation_cache.enable()
     try:
@@ -110,11 +113,13 @@ def _load(args: argparse.Namespace, ahead: Callable[[JanusPipeline], Any] | None
 def _generate(args: argparse.Namespace):
     # What is wrong with these shows before minutes of loading and drawing, not after.
     make_sampler(args.temperature, args.top_k, args.top_p)
+    check_guidance(args.guidance)
     what = (args.prompt, args.n, args.guidance, args.temperature, args.top_k)
     how = {"top_p": args.top_p, "batch_size": args.batch_size}
     with new_folder(args.out):
         janus = _load(args, ahead=lambda janus: janus.compile_images(*what, **how))
         images = janus.generate_images(*what, args.seed, **how)
+        _say_roles(janus.processor)
         for index, image in enumerate(images):
             prompt, number = divmod(index, args.n)
             _write_png(image, args.out / f"{prompt:03d}_{number:03d}.png")
@@ -139,17 +144,33 @@ def _chat(args: argparse.Namespace):
     janus = _load(args, ahead=lambda janus: janus.compile_chat(*what, **how))
     pieces = janus.stream_chat(*what, **how)
     # The first piece begins with the space that the template leaves to the answer.
-    print(next(pieces, "").lstrip(), end="", flush=True)
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
+    first = next(pieces, "").lstrip()
+    _say_roles(janus.processor)
+    print(first, end="", flush=True)
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    finally:  # also before the line that says why the rest is missing
+        print(flush=True)
+
+
+def _say_roles(processor: Processor):
+    # Once the request has proved good: bad ones get one line, and no other.
+    print(f"roles: {_roles(processor)}", file=sys.stderr, flush=True)
+
+
+def _roles(processor: Processor) -> str:
+    return f"{' and '.join(ROLES[processor.roles])} ({processor.roles}: {processor.roles_from})"
 
 
 def _info(args: argparse.Namespace):
-    checkpoint = open_checkpoint(resolve(args.model))
+    folder = resolve(args.model)
+    checkpoint = open_checkpoint(folder)
     config = checkpoint.config
     v, g, t = config.vision, config.gen_vision, config.language
     print(f"{args.model}: {checkpoint.kind} layout, {config.dtype}")
+    if (folder / "tokenizer.json").exists():
+        print(f"  roles: {_roles(Processor.from_folder(folder, config, hub_id=hub_id(args.model)))}")
     details = {
         "vision_model": f"{v.layers} blocks, width {v.width}, {v.heads} heads, images {v.image_size}, "
         f"patch size {v.patch_size}",

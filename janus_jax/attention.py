@@ -8,6 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from janus_jax.precision import einsum, exact, precision_of
 from janus_jax.sharding import activation_spec, automatic_axes
 
 
@@ -22,11 +23,11 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = No
     """
     batch, length, heads, head_dim = q.shape
     q = q.reshape(batch, length, k.shape[1], -1, head_dim)
-    scores = jnp.einsum("BTKGH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32) * head_dim**-0.5
+    scores = einsum("BTKGH,BKSH->BKGTS", q, k, jnp.float32) * head_dim**-0.5
     if mask is not None:
         scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("BKGTS,BKSH->BTKGH", weights, v).reshape(batch, length, heads, head_dim)
+    return einsum("BKGTS,BKSH->BTKGH", weights, v).reshape(batch, length, heads, head_dim)
 
 
 def attend_by_head(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -39,13 +40,13 @@ def attend_by_head(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | N
     q = q.reshape(batch, length, kv_heads, -1, head_dim).transpose(0, 2, 1, 3, 4)
 
     def one(q: jax.Array, k: jax.Array, v: jax.Array, row: jax.Array) -> jax.Array:
-        scores = jnp.einsum("TH,SH->TS", q.reshape(-1, head_dim), k, preferred_element_type=jnp.float32)
+        scores = einsum("TH,SH->TS", q.reshape(-1, head_dim), k, jnp.float32)
         scores = scores.reshape(length, -1, slots) * head_dim**-0.5
         if mask is not None:
             own = mask[row % len(mask)]
             scores = jnp.where(own[:, None], scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        return jnp.einsum("TS,SH->TH", weights.reshape(-1, slots), v).reshape(q.shape)
+        return einsum("TS,SH->TH", weights.reshape(-1, slots), v).reshape(q.shape)
 
     flat = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
     y = jax.lax.map(lambda given: one(*given), (*flat, jnp.repeat(jnp.arange(batch), kv_heads)))
@@ -116,6 +117,8 @@ def takes(implementation: str, length: int, heads: int, kv_heads: int, head_dim:
 
 def _by_shard(kernel, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
     """`kernel` on each device's rows and heads: the compiler cannot split a kernel by itself."""
+    if precision_of(q.dtype) is not None:
+        kernel = _exactly(kernel)
     mesh = automatic_axes()
     if not mesh:
         return kernel(q, k, v, segment_ids)
@@ -127,6 +130,22 @@ def _by_shard(kernel, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax
     specs = (of_q, of_kv, of_kv, of_ids)
     sharded = jax.shard_map(kernel, in_specs=specs, out_specs=of_q, axis_names=set(mesh), check_vma=False)
     return sharded(q, k, v, segment_ids)
+
+
+def _exactly(kernel):
+    """`kernel` with exact float32 products, also in its gradient, which is traced later than the kernel itself."""
+
+    def forward(*args):
+        with exact(jnp.float32):
+            return jax.vjp(kernel, *args)
+
+    def backward(of_kernel, grad):
+        with exact(jnp.float32):
+            return of_kernel(grad)
+
+    exactly = jax.custom_vjp(lambda *args: forward(*args)[0])
+    exactly.defvjp(forward, backward)
+    return exactly
 
 
 def _splash(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:

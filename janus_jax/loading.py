@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 import re
@@ -15,17 +16,21 @@ from jax.sharding import Mesh
 
 from janus_jax.checkpoint import open_checkpoint
 from janus_jax.config import JanusConfig
+from janus_jax.footprint import refuse_too_large
 from janus_jax.fusion import fuse, fusible
+from janus_jax.messages import one_line
 from janus_jax.model import Janus
 from janus_jax.pipeline import JanusPipeline
 from janus_jax.processing import Processor
 from janus_jax.progress import shown
-from janus_jax.quantise import quantise
+from janus_jax.quantise import quantise, quantise_leaf
 from janus_jax.sharding import MESH_AXES, make_mesh, param_shardings
 from janus_jax.torch_weights import abstract_params, parse_dtype, place
 
 # No part starts with a dot: ../name is a path.
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+# Where the hub's library keeps what it downloads, but for ~/.cache.
+_HUB_FOLDERS = ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME")
 # Weights are added to these: one kind of them, where a repository holds several.
 _SMALL_FILES = ("*.json", "*.jinja", "*.model")
 
@@ -60,7 +65,8 @@ def load(
       progress: show a bar; default in a terminal or a notebook.
       ahead: what to do while the weights are read, such as `lambda janus: janus.compile_images("a cat")`: it gets the
         pipeline with shapes for parameters.
-    Raises: OSError for files that are absent, ValueError for what does not fit, each in one line naming the thing.
+    Raises: OSError for files that are absent, ValueError for what does not fit together, and before weights are read
+      `memory.OutOfMemory` where they take more than is free; each in one line naming the thing.
     """
     if weights not in (None, "int8"):
         raise ValueError(f"weights={weights!r} is unknown; give 'int8', or None for the dtype's own")
@@ -83,25 +89,29 @@ def load(
         )
     processor = None
     if (folder / "tokenizer.json").exists():
-        processor = Processor.from_folder(folder, config, roles)
+        processor = Processor.from_folder(folder, config, roles, hub_id(path_or_hub_id))
     shardings = None
     if mesh is not None:
         shardings = param_shardings(abstract_params(config, scan_layers), mesh)
     model = Janus(config, jnp.dtype(dtype), jnp.dtype(dtype), **how)
 
-    def arranged(params: Any, delete: bool) -> Any:
-        params = quantise(params, delete) if weights == "int8" else params
-        return fuse(params, delete) if fused else params
+    refuse_too_large(path_or_hub_id, config, dtype, weights, shardings, mesh)
+
+    def arranged(params: Any) -> Any:
+        params = quantise(params) if weights == "int8" else params
+        return fuse(params) if fused else params
 
     def pipeline(params: Any) -> JanusPipeline:
         return JanusPipeline(config, params, model, processor, mesh, source=str(path_or_hub_id))
 
     with ThreadPoolExecutor(1) as thread:
         if ahead is not None:
-            shapes = jax.eval_shape(lambda x: arranged(x, False), abstract_params(config, scan_layers, dtype))
+            shapes = jax.eval_shape(arranged, abstract_params(config, scan_layers, dtype))
             compiling = thread.submit(ahead, pipeline(shapes))
-        params = place(checkpoint.leaves, dtype, shardings, scan_layers, progress=shown(progress))
-        params = arranged(params, delete=True)
+        # One at a time: there may be room for the int8 weights, and not for all of them as they are read.
+        made = functools.partial(quantise_leaf, delete=True) if weights == "int8" else None
+        params = place(checkpoint.leaves, dtype, shardings, scan_layers, progress=shown(progress), made=made)
+        params = fuse(params, delete=True) if fused else params
     if ahead is not None:
         compiling.result()
     return pipeline(params)
@@ -120,14 +130,23 @@ def layout(config: JanusConfig, platform: str, on_mesh: bool = False) -> dict[st
 def resolve(path_or_hub_id: str | os.PathLike, revision: str | None = None) -> pathlib.Path:
     """The local folder of a checkpoint, fetched from the hub where it names a repository and no folder."""
     folder = pathlib.Path(path_or_hub_id)
-    if folder.exists() or not _HUB_ID.fullmatch(str(path_or_hub_id)):
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{path_or_hub_id} is neither a folder nor a hub id of the form owner/name")
-        return folder
-    return _download(str(path_or_hub_id), revision)
+    if (name := hub_id(path_or_hub_id)) is not None:
+        return _download(name, revision)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{one_line(path_or_hub_id)} is neither a folder nor a hub id of the form owner/name")
+    return folder
+
+
+def hub_id(path_or_hub_id: str | os.PathLike) -> str | None:
+    """The hub id that is meant, None where it is a path."""
+    is_path = pathlib.Path(path_or_hub_id).exists() or not _HUB_ID.fullmatch(str(path_or_hub_id))
+    return None if is_path else str(path_or_hub_id)
 
 
 def _download(hub_id: str, revision: str | None) -> pathlib.Path:
+    if not any(os.environ.get(name) for name in _HUB_FOLDERS) and os.path.expanduser("~") == "~":
+        # The hub's library would make a folder called ~ here.
+        raise OSError(f"{hub_id}: this user has no home to download it to; set HF_HOME to a folder")
     # Imported late: a local checkpoint needs no network library.
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError

@@ -20,7 +20,7 @@ _MEMINFO, _CGROUP = pathlib.Path("/proc/meminfo"), pathlib.Path("/sys/fs/cgroup"
 
 
 class OutOfMemory(RuntimeError):
-    """The smallest possible part of the work does not fit the device."""
+    """The model, or the smallest possible part of the work, does not fit the memory."""
 
     @staticmethod
     def says(error: BaseException) -> bool:
@@ -64,12 +64,21 @@ def _host_bytes() -> float:
 
 
 def _cgroup_bytes() -> float:
-    """What a container's own limit leaves; infinite without one."""
+    """What a container's own limit leaves, files' pages dropped; infinite without one."""
     try:
         limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        return math.inf if limit == "max" else max(int(limit) - int(used), 0)
+        return math.inf if limit == "max" else max(int(limit) - int(used) + _cgroup_files(), 0)
     except (OSError, ValueError):
         return math.inf
+
+
+def _cgroup_files() -> int:
+    """Bytes of files' pages, which a cgroup counts as used though it gives them back when asked for memory."""
+    try:
+        counts = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        return sum(int(counts[name]) for name in ("active_file", "inactive_file"))
+    except (OSError, ValueError, KeyError):
+        return 0
 
 
 def fitting_parts(total: int, size: int, multiple: int = 1) -> tuple[list[slice], int]:
@@ -107,6 +116,7 @@ def in_parts(
     name: str,
     steps: int,
     progress: bool | None,
+    unit: str = "image",
 ) -> np.ndarray:
     """Runs `work(part, padded size, bar)` over `total` items in equal parts of at most `size`, and joins the results.
 
@@ -116,6 +126,7 @@ def in_parts(
     Args:
       name, steps: of the work, for the bar; `steps` of one part.
       progress: see `progress.shown`.
+      unit: what an item is, for the error.
     """
     while True:
         parts, padded = fitting_parts(total, size, multiple)
@@ -126,5 +137,5 @@ def in_parts(
                 if not OutOfMemory.says(error):
                     raise
                 if padded <= multiple:
-                    raise OutOfMemory(f"{name} one image at a time does not fit the device's memory") from error
+                    raise OutOfMemory(f"{name} one {unit} at a time does not fit the device's memory") from error
                 size = padded // 2

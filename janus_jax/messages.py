@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import io
 import sys
 import unicodedata
 from collections.abc import Iterable
@@ -37,6 +38,17 @@ def _printable(character: str) -> str:
     if character.isprintable() or unicodedata.category(character) == "Zs":
         return character
     return character.encode("unicode_escape").decode("ascii")
+
+
+def print_any_text():
+    """Makes standard output and error print any text, whatever their encoding; for command lines, before they print.
+
+    An answer of the model, a user's caption or a file's name may hold characters that the terminal's code page lacks,
+    or lone surrogates. They are then written as escapes, where Python would end the program in the middle of a line.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not in a notebook, which takes any text
+            stream.reconfigure(errors="backslashreplace")
 
 
 def nearest(name: str, known: Iterable[str], most: int = 1) -> list[str]:

@@ -5,24 +5,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 from tqdm import tqdm
 
 from janus_jax import sampling
 from janus_jax.config import JanusConfig
-from janus_jax.llama import cache_bytes
+from janus_jax.finite import NotFinite, on_host, refuse_codes, refuse_pixels
+from janus_jax.footprint import bytes_of_pixels, bytes_to_answer, bytes_to_draw
 from janus_jax.memory import OutOfMemory, fitting, fitting_parts, in_parts
 from janus_jax.model import Janus
 from janus_jax.processing import SYSTEM_PROMPT, Processor, normalise_messages
+from janus_jax.sampler import check_guidance
 from janus_jax.sharding import activation_spec, batch_shards
 
 Conversation = str | Sequence[dict[str, Any]]
@@ -75,7 +75,8 @@ class JanusPipeline:
           batch_size: images drawn at a time; default as many as fit the device's memory.
           progress: show a bar; default in a terminal or a notebook.
         Returns: PIL images, n a prompt, in order.
-        Raises: ValueError for a blank or too long prompt, or a setting out of range.
+        Raises: ValueError for a blank or too long prompt, or a setting out of range; its kind `finite.NotFinite` where
+          the model's numbers are not finite, which ends the whole call.
         """
         codes = self.generate_codes(
             prompts, n, cfg_weight, temperature, top_k, seed, top_p=top_p, batch_size=batch_size, progress=progress
@@ -131,7 +132,7 @@ class JanusPipeline:
         given = (self._put(x) for x in (ids, mask, _pad_rows(keys, part, size)))
         try:
             sampling.compile_codes(self.model, self.params, *given, guidance=cfg_weight, sampler=sampler)
-            _, size = fitting_parts(total, self._decoded_at_a_time(total))
+            _, size = fitting_parts(total, self._pictures_at_a_time(total, self.model.dtype))
             sampling.compile_decoding(self.model, self.params, size)
         except jax.errors.JaxRuntimeError as error:
             if not OutOfMemory.says(error):  # which drawing answers with smaller parts
@@ -146,8 +147,7 @@ class JanusPipeline:
         if not prompts:
             raise ValueError("nothing to draw: the list of prompts is empty")
         _check_count("n", n)
-        if not 0 <= cfg_weight < math.inf:
-            raise ValueError(f"cfg_weight {cfg_weight} is out of range: 0 or above, 1 for no guidance")
+        check_guidance(cfg_weight)
         keys = image_keys(seed, len(prompts), n)
 
         rows = [processor.text_to_image_prompt(prompt) for prompt in prompts]
@@ -175,7 +175,7 @@ class JanusPipeline:
 
         def draw(part: slice, size: int, bar: tqdm) -> np.ndarray:
             padded = (ids, mask) if prompts == 1 else [_pad_rows(x, part, size) for x in (ids, mask)]
-            with self._mesh():
+            with self._mesh(), _rows_of(part):
                 codes, _ = sampling.generate_codes(
                     self.model,
                     self.params,
@@ -185,7 +185,7 @@ class JanusPipeline:
                     sampler=sampler,
                     progress=None if bar.disable else bar.update,
                 )
-                return _on_host(codes)[: part.stop - part.start]
+                return on_host(codes)[: part.stop - part.start]
 
         size = batch_size or self._fitting(len(keys), self._bytes_to_draw(ids))
         return in_parts(draw, len(keys), size, batch_shards(self.mesh), "drawing", steps, progress)
@@ -206,21 +206,41 @@ class JanusPipeline:
             _check_count("batch_size", batch_size)
 
         def decode(part: slice, size: int, bar: tqdm) -> np.ndarray:
-            with self._mesh():
-                images = sampling.decode_images(self.model, self.params, self._put(_pad_rows(codes, part, size)))
+            with self._mesh(), _rows_of(part):
+                images, finite = sampling.decode_images(
+                    self.model, self.params, self._put(_pad_rows(codes, part, size))
+                )
+                refuse_pixels(self.model, self.params, finite)
                 bar.update()
-                return _on_host(images)[: part.stop - part.start]
+                return on_host(images)[: part.stop - part.start]
 
-        size = batch_size or self._decoded_at_a_time(len(codes))
+        size = batch_size or self._pictures_at_a_time(len(codes), self.model.dtype)
         return in_parts(decode, len(codes), size, batch_shards(self.mesh), "decoding", 1, False)
 
-    def encode_images(self, images: Sequence[Any]) -> np.ndarray:
-        """Codes [B, num_tokens] int32 of images (anything that `images.open_image` takes), cropped to a square."""
+    def encode_images(self, images: Sequence[Any], batch_size: int | None = None) -> np.ndarray:
+        """Codes [B, num_tokens] int32 of images (anything that `images.open_image` takes), cropped to a square.
+
+        Encoded in float32, whatever the model's dtype, in parts that fit the memory.
+        """
         from janus_jax.images import generation_pixels
 
-        pixels = np.stack([generation_pixels(image, self.config.gen_vision.image_size) for image in images])
-        with self._mesh():
-            return _on_host(encode_codes(self.model, self.params, self._put(pixels)))
+        vq, images = self.config.gen_vision, list(images)
+        if not images:
+            raise ValueError("there are no images to encode: the list is empty")
+        if batch_size is not None:
+            _check_count("batch_size", batch_size)
+
+        def encode(part: slice, size: int, bar: tqdm) -> np.ndarray:
+            pixels = np.stack([generation_pixels(image, vq.image_size) for image in images[part]])
+            with self._mesh(), _rows_of(part):
+                given = self._put(_pad_rows(pixels, slice(0, len(pixels)), size))
+                codes = on_host(encode_codes(self.model, self.params, given))
+                refuse_codes(self.model, self.params, codes)
+                bar.update()
+                return codes[: len(pixels)]
+
+        size = batch_size or self._pictures_at_a_time(len(images), jnp.float32)
+        return in_parts(encode, len(images), size, batch_shards(self.mesh), "encoding", 1, False)
 
     # ------------------------------------------------------------ understanding
 
@@ -248,7 +268,8 @@ class JanusPipeline:
           system_prompt: comes first; empty for none.
           seed: of the draw.
         Raises: ValueError for an empty or too long conversation, placeholders and images that differ in number, or a
-          setting out of range; OSError for an image that cannot be read.
+          setting out of range, or numbers that are not finite (`finite.NotFinite`); OSError for an image that cannot
+          be read.
         """
         return self.chat_batch(
             [messages],
@@ -264,7 +285,8 @@ class JanusPipeline:
     def stream_chat(self, messages: Conversation, images: Any = (), *args, **kwargs) -> Iterator[str]:
         """`chat`, in pieces as they come; joined, they are what `chat` returns before stripping.
 
-        Bad input is refused here, before the first piece is asked for.
+        Bad input is refused here, before the first piece is asked for; numbers that are not finite end it in front of
+        the piece that they would have made.
         """
         pieces = self._answer([messages], [images], *args, piece=4, **kwargs)
         return self._text_pieces(pieces)
@@ -286,15 +308,30 @@ class JanusPipeline:
     ) -> list[str]:
         """Answers to several conversations of any lengths at once; `images` holds the images of each.
 
-        Other arguments as for `chat`. An answer depends on its conversation and the seed alone.
+        Other arguments as for `chat`. An answer depends on its conversation and the seed alone, not on how many fit the
+        memory at a time.
         """
         if isinstance(conversations, str):
             raise ValueError("chat_batch takes a list of conversations; ask a single question with chat")
         images = [()] * len(conversations) if images is None else images
         if not conversations or len(conversations) != len(images):
             raise ValueError(f"{len(conversations)} conversations came with {len(images)} lists of images")
-        tokens = np.concatenate(list(self._answer(conversations, images, *args, piece=64, **kwargs)), axis=1)
-        tokenizer = self.processor.tokenizer
+        asked, max_new_tokens, sampler = self._asking(conversations, images, *args, **kwargs)
+        tokenizer, total = self.processor.tokenizer, len(conversations)
+
+        def answer(part: slice, size: int, bar: tqdm) -> np.ndarray:
+            given = [None if x is None else _pad_rows(x, part, size) for x in asked]
+            with _rows_of(part):
+                tokens = np.concatenate(list(self._stream(given, max_new_tokens, sampler, piece=64)), axis=1)
+            bar.update()
+            rest = ((0, 0), (0, max_new_tokens - tokens.shape[1]))
+            return np.pad(tokens[: part.stop - part.start], rest, constant_values=tokenizer.eos_id)
+
+        shards = batch_shards(self.mesh)
+        size = self._fitting(total, self._bytes_to_answer(asked, max_new_tokens))
+        # Fewer rows than shards are not split over them.
+        multiple = shards if total >= shards else 1
+        tokens = in_parts(answer, total, size, multiple, "answering", 1, False, unit="conversation")
         answers = []
         for row in tokens.tolist():
             end = row.index(tokenizer.eos_id) if tokenizer.eos_id in row else len(row)
@@ -361,7 +398,7 @@ class JanusPipeline:
                 tokens = next(pieces, None)
             if tokens is None:
                 return
-            yield _on_host(tokens)
+            yield on_host(tokens)
 
     # ------------------------------------------------------------ plumbing
 
@@ -388,22 +425,17 @@ class JanusPipeline:
         # Each process puts what its own devices hold.
         return jax.make_array_from_callback(x.shape, NamedSharding(self.mesh, PartitionSpec(*spec)), x.__getitem__)
 
-    def _prefill_bytes(self, rows: int, length: int) -> int:
-        c = self.config.language
-        return rows * length * (4 * c.heads * length + (3 * c.mlp_dim + 6 * c.width) * 4)
-
     def _bytes_to_draw(self, ids: np.ndarray) -> int:
-        """Of memory an image, while the codes of prompts `ids` [P, pair, T] are drawn."""
-        _, pair, length = ids.shape
-        c = self.config
-        cache = cache_bytes(c.language, pair, length + c.gen_vision.num_tokens, self.model.dtype)
-        return cache + self._prefill_bytes(pair, length)
+        return bytes_to_draw(self.model, *ids.shape[1:])
 
-    def _decoded_at_a_time(self, total: int) -> int:
-        vq = self.config.gen_vision
-        # Convolutions at full resolution hold a handful of activations, and im2col copies of some, at a time.
-        per_image = 16 * vq.image_size**2 * vq.ch * max(vq.ch_mult[:2]) * jnp.dtype(self.model.dtype).itemsize
+    def _bytes_to_answer(self, asked: tuple[Any, ...], max_new_tokens: int) -> int:
+        ids, _, pixels, *_ = asked
+        images = 0 if pixels is None else pixels.shape[1]
+        return bytes_to_answer(self.model, ids.shape[1], images, sampling.bucket(max_new_tokens))
+
+    def _pictures_at_a_time(self, total: int, dtype: Any) -> int:
         # More at a time is no faster, and every other size is one more program to compile.
+        per_image = bytes_of_pixels(self.config.gen_vision, dtype)
         return min(16 * batch_shards(self.mesh), self._fitting(total, per_image))
 
     def _fitting(self, total: int, per_item: int) -> int:
@@ -412,7 +444,7 @@ class JanusPipeline:
 
 @functools.partial(jax.jit, static_argnames=("model",))
 def encode_codes(model: Janus, params: dict[str, Any], images: jax.Array) -> jax.Array:
-    """Codes [B, num_tokens] of images [B, h, w, 3] in [-1, 1]."""
+    """Codes [B, num_tokens] of images [B, h, w, 3] in [-1, 1]; -1 where the encoder's numbers are not finite."""
     return model.apply({"params": params}, images, method="encode_codes")
 
 
@@ -439,9 +471,13 @@ def _check_count(name: str, value: Any):
         raise ValueError(f"{name} {value!r} is out of range: a whole number from 1")
 
 
-def _on_host(x: jax.Array) -> np.ndarray:
-    """All of `x`, also of the parts that lie on other processes' devices."""
-    return np.asarray(x) if jax.process_count() == 1 or x.is_fully_replicated else process_allgather(x, tiled=True)
+@contextlib.contextmanager
+def _rows_of(part: slice) -> Iterator[None]:
+    """Says of rows that are not finite which they are of the whole call."""
+    try:
+        yield
+    except NotFinite as error:
+        raise error.of_part(part) from None
 
 
 def _pad_rows(x: Any, part: slice, size: int) -> Any:

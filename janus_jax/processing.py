@@ -22,14 +22,12 @@ from janus_jax.config import JanusConfig
 from janus_jax.fields import Fields, shown
 from janus_jax.images import ImageSettings, ImageSource, understanding_pixels
 from janus_jax.messages import one_line
+from janus_jax.roles import ROLES, detect_roles
 
 SYSTEM_PROMPT = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
     "provides, and assist the user with a variety of tasks using natural language."
 )
-# (user, assistant): "pro" for the Janus-Pro models, "old" for Janus-1.3B.
-ROLES = {"pro": ("<|User|>", "<|Assistant|>"), "old": ("User", "Assistant")}
-
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 BEGIN_OF_IMAGE, END_OF_IMAGE, IMAGE_PLACEHOLDER = "<begin_of_image>", "<end_of_image>", "<image_placeholder>"
 
@@ -321,28 +319,18 @@ def normalise_messages(
 # ---------------------------------------------------------------- processor
 
 
-def detect_roles(folder: str | os.PathLike, tokenizer: Tokenizer) -> str:
-    """The `ROLES` key of a checkpoint folder.
-
-    'old' where `sft_format` is deepseek_old or the folder lies in one called Janus-1.3B (as the hub's cache names it),
-    whatever the tokenizer says; else 'pro' exactly where `<|User|>` is a token.
-    """
-    if _read_json(pathlib.Path(folder) / "processor_config.json").get("sft_format") == "deepseek_old":
-        return "old"
-    # models--deepseek-ai--Janus-1.3B/snapshots/<commit>: the only place where the published files tell it from Pro.
-    if any("janus-1.3b" in part.lower() for part in pathlib.Path(folder).absolute().parts[-3:]):
-        return "old"
-    return "pro" if tokenizer.is_added_token(ROLES["pro"][0]) else "old"
-
-
 @dataclass
 class Processor:
-    """Prompts and pixels of one checkpoint. `roles` is a key of `ROLES` (reference: VLChatProcessor)."""
+    """Prompts and pixels of one checkpoint (reference: VLChatProcessor).
+
+    `roles` is a key of `ROLES`, and `roles_from` what decided it, see `detect_roles`.
+    """
 
     tokenizer: Tokenizer
     config: JanusConfig
     settings: ImageSettings
     roles: str = "pro"
+    roles_from: str = "chosen by hand"
 
     def __post_init__(self):
         if not isinstance(self.roles, str) or self.roles not in ROLES:
@@ -357,8 +345,10 @@ class Processor:
             raise ValueError(f"the image settings say image_size {size} but the model's encoder takes {expected}")
 
     @classmethod
-    def from_folder(cls, folder: str | os.PathLike, config: JanusConfig, roles: str | None = None) -> Processor:
-        """The processor of a checkpoint folder; `roles` None asks `detect_roles`.
+    def from_folder(
+        cls, folder: str | os.PathLike, config: JanusConfig, roles: str | None = None, hub_id: str | None = None
+    ) -> Processor:
+        """The processor of a checkpoint folder; `roles` None asks `detect_roles`, with `hub_id`.
 
         preprocessor_config.json (or `image_processor` in processor_config.json, as transformers 5 writes it) is read
         where present. Raises as `Tokenizer.from_folder`, and ValueError where the files contradict `config`.
@@ -376,7 +366,11 @@ class Processor:
                 raise ValueError(
                     f"num_image_tokens {shown(count)} is not the model's {config.vision.num_patches} patches"
                 )
-            return cls(tokenizer, config, settings, detect_roles(folder, tokenizer) if roles is None else roles)
+            if roles is not None:
+                return cls(tokenizer, config, settings, roles)
+            size = (config.language.layers, config.language.width)
+            known = detect_roles(folder, size, tokenizer.pad_id, tokenizer.is_added_token, hub_id)
+            return cls(tokenizer, config, settings, *known)
         except ValueError as error:
             raise ValueError(f"{one_line(folder)}: {error}") from None
 

@@ -30,17 +30,26 @@ def quantise(params: Mapping[str, Any], delete: bool = False) -> dict[str, Any]:
       params: of `Janus`, layers stacked or apart.
       delete: give the memory of each kernel back once its int8 form stands.
     """
-    flat = flatten(params)
     made: dict[str, Any] = {}
-    for path, x in flat.items():
-        if not _KERNELS.fullmatch(path):
-            made[path] = x
-            continue
-        kept = output_axes(path) + is_stacked(path)
-        made[path], made[f"{path}_scale"] = jax.block_until_ready(_to_int8(x, kept))
-        if delete:
-            x.delete()
+    for path, x in flatten(params).items():
+        made |= quantise_leaf(path, x, delete)
     return unflatten(made)
+
+
+def quantise_leaf(path: str, x: jax.Array, delete: bool = False) -> dict[str, jax.Array]:
+    """What `quantise` makes of one parameter, by path: itself, or its int8 form and the scales."""
+    if not is_quantised(path):
+        return {path: x}
+    kept = output_axes(path) + is_stacked(path)
+    made = jax.block_until_ready(_to_int8(x, kept))
+    if delete:
+        x.delete()
+    return dict(zip((path, f"{path}_scale"), made, strict=True))
+
+
+def is_quantised(path: str) -> bool:
+    """Whether `quantise` makes int8 of a parameter."""
+    return _KERNELS.fullmatch(path) is not None
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from janus_jax.messages import one_line
+
+_LARGEST, _SMALLEST = (float(x) for x in (jnp.finfo(jnp.float32).max, jnp.finfo(jnp.float32).tiny))
 
 
 @jax.tree_util.register_dataclass
@@ -40,20 +45,30 @@ class Sampler:
 
 def make_sampler(temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0) -> Sampler:
     """A checked Sampler; temperature 0 is greedy. ValueError names the setting out of range and the range."""
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature {temperature} is out of range: 0 (greedy) or above")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p {top_p} is out of range: above 0, up to 1 (all tokens)")
+    if not (_is_number(temperature) and 0 <= temperature <= _LARGEST):
+        raise ValueError(f"temperature {one_line(temperature)} is out of range: 0 (greedy) or above, in float32")
+    if not (_is_number(top_p) and 0 < top_p <= 1):
+        raise ValueError(f"top_p {one_line(top_p)} is out of range: above 0, up to 1 (all tokens)")
     if top_k is not None and (not isinstance(top_k, numbers.Integral) or top_k < 1):
-        raise ValueError(f"top_k {top_k} is out of range: a whole number from 1, or None (all tokens)")
+        raise ValueError(f"top_k {one_line(top_k)} is out of range: a whole number from 1, or None (all tokens)")
     greedy = temperature < 1e-6  # where float32 logits would overflow, only the largest has a chance
     return Sampler(
         temperature=jnp.float32(1 if greedy else temperature),
         top_k=jnp.int32(min(top_k or 0, 2**31 - 1)),
-        top_p=jnp.float32(top_p),
+        top_p=jnp.float32(max(top_p, _SMALLEST)),  # 0 would keep nothing, not even the likeliest token
         greedy=greedy,
         truncated=not greedy and (top_k is not None or top_p < 1),
     )
+
+
+def check_guidance(cfg_weight: float) -> None:
+    """ValueError where `cfg_weight`, the weight of classifier-free guidance, is out of range."""
+    if not (_is_number(cfg_weight) and 0 <= cfg_weight <= _LARGEST):
+        raise ValueError(f"cfg_weight {one_line(cfg_weight)} is out of range: 0 or above in float32, 1 for no guidance")
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, numbers.Real) and not isinstance(x, bool)
 
 
 def _kept(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:

@@ -15,9 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from janus_jax.finite import note_failure, refuse_failed
 from janus_jax.llama import KVCache, cache_bytes, grow_cache, init_cache, tile_cache
 from janus_jax.model import Janus, place_images
-from janus_jax.sampler import Sampler, make_sampler
+from janus_jax.sampler import Sampler, check_guidance, make_sampler
 from janus_jax.sharding import constrain
 
 Params = dict[str, Any]
@@ -86,10 +87,14 @@ def _run(model: Janus, params: Params, method: str, *args):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ImageState:
-    """What the image loop carries: the cache, codes [B, num_tokens] so far, and guided logits if asked for."""
+    """What the image loop carries: the cache, codes [B, num_tokens] so far, and guided logits if asked for.
+
+    `failed` [B]: see `finite.note_failure`.
+    """
 
     cache: KVCache
     codes: jax.Array
+    failed: jax.Array
     logits: jax.Array | None
 
 
@@ -119,10 +124,11 @@ def start_image(
     if prompts != batch:
         logits, cache = jnp.tile(logits, (batch, 1)), tile_cache(cache, batch)
     codes = jnp.zeros((batch, num_tokens), jnp.int32).at[:, 0].set(sampler(_step_keys(keys, 0), logits))
+    failed = note_failure(jnp.full((batch,), -1, jnp.int32), logits, 0)
     kept = None
     if keep_logits:
         kept = jnp.zeros((batch, num_tokens, logits.shape[-1])).at[:, 0].set(logits)
-    return ImageState(cache, constrain(codes, "batch", None), kept)
+    return ImageState(cache, constrain(codes, "batch", None), constrain(failed, "batch"), kept)
 
 
 def _image_logits(model: Janus, params: Params, hidden: jax.Array, pair: int) -> jax.Array:
@@ -151,11 +157,12 @@ def continue_image(
         hidden, cache = _run(model, params, "decode", x, state.cache)
         logits = guide(_image_logits(model, params, hidden, pair), guidance)
         code = sampler(_step_keys(keys, i), logits)
+        failed = note_failure(state.failed, logits, i)
         codes = jax.lax.dynamic_update_slice(state.codes, code[:, None], (0, i))
         kept = state.logits
         if kept is not None:
             kept = jax.lax.dynamic_update_slice(kept, logits[:, None], (0, i, 0))
-        return ImageState(cache, constrain(codes, "batch", None), kept)
+        return ImageState(cache, constrain(codes, "batch", None), constrain(failed, "batch"), kept)
 
     return jax.lax.fori_loop(start, stop, step, state)
 
@@ -186,23 +193,27 @@ def generate_codes(
       keep_logits: also return the guided logits of every step.
       progress: called with the number of new codes (steps, not codes times images) as they are done.
     Returns: codes [B, num_tokens] int32, and logits [B, num_tokens, codebook_size] float32 or None.
+    Raises: `finite.NotFinite`, a ValueError, where logits are not finite; ValueError for guidance out of range.
     """
+    check_guidance(guidance)
     sampler = make_sampler() if sampler is None else sampler
     num_tokens = num_tokens or model.config.gen_vision.num_tokens
-    guidance = jnp.float32(guidance)
+    weight = jnp.float32(guidance)
     pair, length = ids.shape[1:]
     slots = cache_sizes(model, params, pair * len(keys), length, num_tokens)
-    state = start_image(model, params, ids, mask, keys, guidance, sampler, num_tokens, keep_logits, slots[0])
+    state = start_image(model, params, ids, mask, keys, weight, sampler, num_tokens, keep_logits, slots[0])
+    refuse = functools.partial(refuse_failed, model, params, unit="image", drawn="code", guidance=guidance)
     if progress is not None:
-        jax.block_until_ready(state.codes)
+        refuse(state.failed)  # which waits for it
         progress(1)
     piece = num_tokens if progress is None else max(1, num_tokens // 24)
     for size, start, stop in _pieces(slots, length, piece, num_tokens):
         state = dataclasses.replace(state, cache=grow_cache(state.cache, size))
-        state = continue_image(model, params, state, keys, guidance, sampler, jnp.int32(start), jnp.int32(stop))
+        state = continue_image(model, params, state, keys, weight, sampler, jnp.int32(start), jnp.int32(stop))
         if progress is not None:
-            jax.block_until_ready(state.codes)
+            refuse(state.failed)
             progress(stop - start)
+    refuse(state.failed)
     return state.codes, state.logits
 
 
@@ -226,10 +237,13 @@ def compile_decoding(model: Janus, params: Any, batch: int):
 
 
 @functools.partial(jax.jit, static_argnames=("model",))
-def decode_images(model: Janus, params: Params, codes: jax.Array) -> jax.Array:
-    """Codes [B, grid * grid] to uint8 images [B, h, w, 3]: clipped and truncated as in the reference."""
+def decode_images(model: Janus, params: Params, codes: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Codes [B, grid * grid] to uint8 images [B, h, w, 3], clipped and truncated as in the reference.
+
+    Beside them [B] bool, whether all numbers of an image were finite: what is not is black in `uint8`.
+    """
     x = _run(model, params, "decode_codes", codes).astype(jnp.float32)
-    return jnp.clip((x + 1) / 2 * 255, 0, 255).astype(jnp.uint8)
+    return jnp.clip((x + 1) / 2 * 255, 0, 255).astype(jnp.uint8), jnp.isfinite(x).all((1, 2, 3))
 
 
 # ---------------------------------------------------------------- text
@@ -238,11 +252,15 @@ def decode_images(model: Janus, params: Params, codes: jax.Array) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TextState:
-    """What the text loop carries: the cache, tokens [B, max_new_tokens] so far, and which rows are done [B]."""
+    """What the text loop carries: the cache, tokens [B, max_new_tokens] so far, and which rows are done [B].
+
+    `failed` [B]: see `finite.note_failure`. A row that fails is done; what a row does once it is done is no failure.
+    """
 
     cache: KVCache
     tokens: jax.Array
     done: jax.Array
+    failed: jax.Array
 
 
 @functools.partial(jax.jit, static_argnames=("model",))
@@ -285,7 +303,8 @@ def start_text(
     logits = _run(model, params, "text_logits", hidden[:, -1:])[:, 0]
     token = sampler(_step_keys(keys, 0), logits)
     tokens = jnp.full((batch, max_new_tokens), eos_id, jnp.int32).at[:, 0].set(token)
-    return TextState(cache, tokens, token == eos_id)
+    failed = note_failure(jnp.full((batch,), -1, jnp.int32), logits, 0)
+    return TextState(cache, tokens, (token == eos_id) | (failed >= 0), failed)
 
 
 @functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("state",))
@@ -313,7 +332,8 @@ def continue_text(
         logits = _run(model, params, "text_logits", hidden)[:, 0]
         token = jnp.where(state.done, eos_id, sampler(_step_keys(keys, i), logits))
         tokens = jax.lax.dynamic_update_slice(state.tokens, token[:, None], (0, i))
-        return i + 1, TextState(cache, tokens, state.done | (token == eos_id))
+        failed = jnp.where(state.done, state.failed, note_failure(state.failed, logits, i))
+        return i + 1, TextState(cache, tokens, state.done | (token == eos_id) | (failed >= 0), failed)
 
     return jax.lax.while_loop(more, step, (start, state))[1]
 
@@ -344,18 +364,21 @@ def stream_tokens(
       room: for new tokens in the compiled program, at least max_new_tokens (its default); calls that share it share
         the program.
     Yields: int32 tokens [B, n]; rows that are done repeat eos_id.
+    Raises: `finite.NotFinite`, a ValueError, where logits are not finite, before a token of that piece is yielded.
     """
     sampler = make_sampler(0) if sampler is None else sampler
     eos = jnp.int32(eos_id)
     (batch, length, _), room = x.shape, room or max_new_tokens
     slots = cache_sizes(model, params, batch, length, room)
     state = start_text(model, params, x, mask, keys, eos, sampler, room, slots[0])
+    refuse_failed(model, params, state.failed, "conversation", "token")
     yield state.tokens[:, :1]
     for size, start, stop in _pieces(slots, length, piece, max_new_tokens):
         if bool(state.done.all()):
             return
         state = dataclasses.replace(state, cache=grow_cache(state.cache, size))
         state = continue_text(model, params, state, keys, eos, sampler, jnp.int32(start), jnp.int32(stop))
+        refuse_failed(model, params, state.failed, "conversation", "token")
         yield state.tokens[:, start:stop]
 
 

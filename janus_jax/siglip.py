@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from janus_jax.attention import attend_all
 from janus_jax.config import SiglipConfig
 from janus_jax.layers import Einsum, gelu, rematerialised
+from janus_jax.precision import precision_of
 from janus_jax.sharding import constrain, gather_layer
 
 
@@ -89,7 +90,7 @@ class Siglip(nn.Module):
         patch = (c.patch_size, c.patch_size)
         x = nn.Conv(
             c.width, patch, strides=patch, padding="VALID", dtype=self.dtype, param_dtype=self.param_dtype,
-            name="patch_embed",
+            precision=precision_of(self.dtype), name="patch_embed",
         )(pixels.astype(self.dtype))  # fmt: skip
         x = x.reshape(x.shape[0], c.num_patches, c.width)
         pos = self.param("pos_embed", nn.initializers.normal(0.02), (c.num_patches, c.width), self.param_dtype)

@@ -255,8 +255,12 @@ def place(
     scan_layers: bool = True,
     as_numpy: bool = False,
     progress: bool = False,
+    made: Callable[[str, jax.Array], dict[str, jax.Array]] | None = None,
 ) -> dict[str, Any]:
-    """Reads lazy leaves into arrays; the arguments and the result are those of `read_params`."""
+    """Reads lazy leaves into arrays; the arguments and the result are those of `read_params`.
+
+    `made` says what each array becomes, by path, as soon as it stands: several, such as int8 and scales, or itself.
+    """
     dtype = parse_dtype(dtype)
     leaves = leaves if scan_layers else unstack(leaves)
     spread = None
@@ -277,6 +281,9 @@ def place(
             else:
                 array = read_now(cast)
                 arrays[path] = array if as_numpy else jax.device_put(array)
+            if made is not None:
+                name = "/".join(path)
+                arrays |= {tuple(key.split("/")): x for key, x in made(name, arrays.pop(path)).items()}
             bar.update(leaf.num_bytes)
     return traverse_util.unflatten_dict(arrays)
 

@@ -1,4 +1,8 @@
-"""Generation tokenizer: VQ-16 of LlamaGen (reference: janus/models/vq_model.py). Images are NHWC in [-1, 1]."""
+"""Generation tokenizer: VQ-16 of LlamaGen (reference: janus/models/vq_model.py). Images are NHWC in [-1, 1].
+
+Parts compute in the dtype of what they are given. Codes are decided in float32 whatever the model's dtype: data are
+encoded once, on one machine, and read by models that see and draw on others.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from janus_jax.config import IMAGE_CHANNELS, VQConfig
+from janus_jax.precision import einsum, precision_of
 from janus_jax.sharding import constrain
 
 
@@ -20,7 +25,6 @@ class GroupNorm(nn.Module):
 
     groups: int
     eps: float
-    dtype: Any
     param_dtype: Any
 
     @nn.compact
@@ -36,31 +40,31 @@ class GroupNorm(nn.Module):
         y = x.astype(jnp.float32)
         y -= mean(y)
         y *= jax.lax.rsqrt(mean(jnp.square(y)) + self.eps) * scale
-        return (y + bias).astype(self.dtype)
+        return (y + bias).astype(x.dtype)
 
 
 class _VQModule(nn.Module):
-    """What all parts share: the config, the dtypes, and convolutions and norms built from them."""
+    """What all parts share: the config, the parameters' dtype, and convolutions and norms built from them."""
 
     config: VQConfig
-    dtype: Any
     param_dtype: Any
 
     def part(self, cls, *args, name: str):
-        return cls(self.config, self.dtype, self.param_dtype, *args, name=name)
+        return cls(self.config, self.param_dtype, *args, name=name)
 
-    def conv(self, features: int, name: str, strides: int = 1, padding: Any = 1) -> nn.Conv:
-        return nn.Conv(
-            features, (3, 3), strides=strides, padding=padding, dtype=self.dtype, param_dtype=self.param_dtype,
-            name=name,
-        )  # fmt: skip
+    def conv(self, x: jax.Array, features: int, name: str, strides: int = 1, padding: Any = 1) -> jax.Array:
+        how = {"strides": strides, "padding": padding, **_exactly(x.dtype, self.param_dtype)}
+        return nn.Conv(features, (3, 3), **how, name=name)(x)
 
-    def dense(self, features: int, name: str) -> nn.Dense:
-        return nn.Dense(features, dtype=self.dtype, param_dtype=self.param_dtype, name=name)
+    def dense(self, x: jax.Array, features: int, name: str) -> jax.Array:
+        return nn.Dense(features, **_exactly(x.dtype, self.param_dtype), name=name)(x)
 
     def norm(self, name: str) -> GroupNorm:
-        c = self.config
-        return GroupNorm(c.norm_groups, c.norm_eps, self.dtype, self.param_dtype, name=name)
+        return GroupNorm(self.config.norm_groups, self.config.norm_eps, self.param_dtype, name=name)
+
+
+def _exactly(dtype: Any, param_dtype: Any) -> dict[str, Any]:
+    return {"dtype": dtype, "param_dtype": param_dtype, "precision": precision_of(dtype)}
 
 
 class ResnetBlock(_VQModule):
@@ -68,10 +72,10 @@ class ResnetBlock(_VQModule):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        h = self.conv(self.features, "conv1")(nn.swish(self.norm("norm1")(x)))
-        h = self.conv(self.features, "conv2")(nn.swish(self.norm("norm2")(h)))
+        h = self.conv(nn.swish(self.norm("norm1")(x)), self.features, "conv1")
+        h = self.conv(nn.swish(self.norm("norm2")(h)), self.features, "conv2")
         if x.shape[-1] != self.features:
-            x = self.dense(self.features, "nin_shortcut")(x)
+            x = self.dense(x, self.features, "nin_shortcut")
         return x + h
 
 
@@ -82,22 +86,22 @@ class AttnBlock(_VQModule):
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, height, width, channels = x.shape
         h = self.norm("norm")(x).reshape(batch, height * width, channels)
-        q, k, v = (self.dense(channels, name)(h) for name in "qkv")
-        scores = jnp.einsum("BTC,BSC->BTS", q, k, preferred_element_type=jnp.float32) * channels**-0.5
-        h = jnp.einsum("BTS,BSC->BTC", jax.nn.softmax(scores).astype(v.dtype), v)
-        return x + self.dense(channels, "proj_out")(h).reshape(x.shape)
+        q, k, v = (self.dense(h, channels, name) for name in "qkv")
+        scores = einsum("BTC,BSC->BTS", q, k, jnp.float32) * channels**-0.5
+        h = einsum("BTS,BSC->BTC", jax.nn.softmax(scores).astype(v.dtype), v)
+        return x + self.dense(h, channels, "proj_out").reshape(x.shape)
 
 
 class Downsample(_VQModule):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.conv(x.shape[-1], "conv", strides=2, padding=((0, 1), (0, 1)))(x)
+        return self.conv(x, x.shape[-1], "conv", strides=2, padding=((0, 1), (0, 1)))
 
 
 class Upsample(_VQModule):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.conv(x.shape[-1], "conv")(x.repeat(2, axis=1).repeat(2, axis=2))
+        return self.conv(x.repeat(2, axis=1).repeat(2, axis=2), x.shape[-1], "conv")
 
 
 class ConvBlock(_VQModule):
@@ -127,14 +131,14 @@ class _Coder(_VQModule):
         return self.part(ResnetBlock, features, name="mid_2")(x)
 
     def head(self, x: jax.Array, features: int) -> jax.Array:
-        return self.conv(features, "conv_out")(nn.swish(self.norm("norm_out")(x)))
+        return self.conv(nn.swish(self.norm("norm_out")(x)), features, "conv_out")
 
 
 class Encoder(_Coder):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c, last = self.config, len(self.config.ch_mult) - 1
-        x = self.conv(c.ch, "conv_in")(x)
+        x = self.conv(x, c.ch, "conv_in")
         for i, mult in enumerate(c.ch_mult):
             args = (c.ch * mult, c.num_res_blocks, i == last, "downsample" if i < last else None)
             x = self.part(ConvBlock, *args, name=f"conv_blocks_{i}")(x)
@@ -145,7 +149,7 @@ class Decoder(_Coder):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c, last = self.config, len(self.config.ch_mult) - 1
-        x = self.middle(self.conv(c.ch * c.ch_mult[-1], "conv_in")(x))
+        x = self.middle(self.conv(x, c.ch * c.ch_mult[-1], "conv_in"))
         for i, mult in enumerate(reversed(c.ch_mult)):
             args = (c.ch * mult, c.num_res_blocks + 1, i == 0, "upsample" if i < last else None)
             x = self.part(ConvBlock, *args, name=f"conv_blocks_{i}")(x)
@@ -168,16 +172,17 @@ class Quantizer(_VQModule):
         )
 
     def nearest(self, z: jax.Array) -> jax.Array:
-        """Codes [...] int32 of vectors z [..., codebook_dim]."""
+        """Codes [...] int32 of vectors z [..., codebook_dim]; -1, which is none, where a number is not finite."""
         z, codebook = l2_normalize(z), l2_normalize(self.embedding)
-        # Full precision: a code is an argmin, and tensor cores would round near ties away.
-        dots = jnp.einsum("...C,VC->...V", z, codebook, precision=jax.lax.Precision.HIGHEST)
-        distances = jnp.sum(z**2, -1, keepdims=True) + jnp.sum(codebook**2, -1) - 2 * dots
-        return jnp.argmin(distances, axis=-1).astype(jnp.int32)
+        distances = (
+            jnp.sum(z**2, -1, keepdims=True) + jnp.sum(codebook**2, -1) - 2 * einsum("...C,VC->...V", z, codebook)
+        )
+        finite = jnp.isfinite(z).all(-1) & jnp.isfinite(codebook).all()
+        return jnp.where(finite, jnp.argmin(distances, axis=-1), -1).astype(jnp.int32)
 
     def lookup(self, codes: jax.Array) -> jax.Array:
-        """Unit vectors [..., codebook_dim] of codes [...]."""
-        return l2_normalize(jnp.take(self.embedding, codes, axis=0)).astype(self.dtype)
+        """Unit vectors [..., codebook_dim] of codes [...], in float32."""
+        return l2_normalize(jnp.take(self.embedding, codes, axis=0))
 
     def quantize(self, z: jax.Array) -> QuantizerOutput:
         """Vectors z [..., codebook_dim] to their codes, with gradients for training (VectorQuantizer.forward)."""
@@ -215,23 +220,26 @@ class VQModel(nn.Module):
     param_dtype: Any = jnp.float32
 
     def setup(self):
-        c, types = self.config, (self.dtype, self.param_dtype)
-        self.encoder = Encoder(c, *types)
-        self.decoder = Decoder(c, *types)
-        self.quantize = Quantizer(c, *types)
-        self.quant_conv = nn.Dense(c.codebook_dim, dtype=self.dtype, param_dtype=self.param_dtype)
-        self.post_quant_conv = nn.Dense(c.z_channels, dtype=self.dtype, param_dtype=self.param_dtype)
+        c = self.config
+        self.encoder = Encoder(c, self.param_dtype)
+        self.decoder = Decoder(c, self.param_dtype)
+        self.quantize = Quantizer(c, self.param_dtype)
+        self.quant_conv = nn.Dense(c.codebook_dim, **_exactly(jnp.float32, self.param_dtype))
+        self.post_quant_conv = nn.Dense(c.z_channels, **_exactly(self.dtype, self.param_dtype))
 
     def encode(self, images: jax.Array) -> jax.Array:
-        """Codes [B, grid * grid], row by row, of images [B, image_size, image_size, 3] in [-1, 1]."""
-        z = self.quant_conv(self.encoder(images.astype(self.dtype)))
+        """Codes [B, grid * grid], row by row, of images [B, image_size, image_size, 3] in [-1, 1].
+
+        -1, which is no code, stands where the encoder's numbers are not finite.
+        """
+        z = self.quant_conv(self.encoder(images.astype(jnp.float32)))
         return self.quantize.nearest(z).reshape(images.shape[0], -1)
 
     def decode(self, codes: jax.Array) -> jax.Array:
         """Images [B, image_size, image_size, 3], about [-1, 1] but not clipped, of codes [B, grid * grid]."""
         grid = self.config.grid
         z = self.quantize.lookup(codes.reshape(codes.shape[0], grid, grid))
-        return self.decoder(self.post_quant_conv(z))
+        return self.decoder(self.post_quant_conv(z.astype(self.dtype)))
 
     def reconstruct(self, images: jax.Array) -> tuple[jax.Array, QuantizerOutput]:
         """For training: reconstructions [B, image_size, image_size, 3], differentiable, and the quantizer's output."""

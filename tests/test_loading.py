@@ -12,7 +12,9 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
 from janus_jax import JanusPipeline, conversion, load, make_mesh
+from janus_jax.footprint import gib, params_bytes
 from janus_jax.loading import resolve, weight_patterns
+from janus_jax.memory import OutOfMemory
 from janus_jax.sharding import flatten
 from tests.test_pipeline import SHORT, codes, folder, janus, quick_compilation, raises_one_line  # noqa: F401
 from tests.tiny_tokenizer import edit_json
@@ -78,9 +80,12 @@ def test_roles(folder, tmp_path):
     assert load(folder, roles="old").processor.roles == "old"
     with raises_one_line("unknown roles 'robot'; known: pro, old"):
         load(folder, roles="robot")
-    named = tmp_path / "Janus-1.3B"
+    assert load(folder, roles="old").processor.roles_from == "chosen by hand"
+    # What a folder is called is the user's affair, and says nothing of what lies in it.
+    named = tmp_path / "not-janus-1.3b" / "Janus-1.3B"
     shutil.copytree(folder, named)
-    assert load(named).processor.roles == "old"
+    loaded = load(named).processor
+    assert (loaded.roles, loaded.roles_from) == ("pro", "<|User|> is a token")
 
 
 def test_progress(folder, capfd):
@@ -203,9 +208,65 @@ def test_loaded_from_the_hub(folder, monkeypatch):
     hub = Hub(folder, ["config.json", "model.safetensors"]).install(monkeypatch)
     janus = load("owner/name", revision="main")
     assert janus.source == "owner/name" and janus.processor is not None
+    assert janus.processor.roles == "pro"
     ((repo, revision, offline, patterns),) = hub.calls
     assert (repo, revision, offline) == ("owner/name", "main", False)
     assert set(patterns) == {"*.json", "*.jinja", "*.model", "model*.safetensors"}
+
+
+def test_the_hub_id_says_the_roles(folder, monkeypatch):
+    Hub(folder, ["config.json", "model.safetensors"]).install(monkeypatch)
+    for name, roles in (
+        ("deepseek-ai/Janus-1.3B", "old"),
+        ("me/janus-1.3b-charts", "old"),
+        ("me/after-janus-1.3b", "pro"),
+    ):
+        assert load(name).processor.roles == roles
+    assert load("deepseek-ai/Janus-1.3B").processor.roles_from == "the hub id is deepseek-ai/Janus-1.3B"
+
+
+def test_downloads_need_a_home(monkeypatch):
+    """Without HOME and a name for the user, the hub's library would make a folder called ~ here."""
+    for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    with raises_one_line("no home to download it to; set HF_HOME to a folder", OSError):
+        resolve("owner/name")
+
+
+def test_what_cannot_fit_is_refused_before_reading(folder, janus, monkeypatch):
+    """Sizes, and the first option that would fit."""
+    monkeypatch.setattr("janus_jax.loading.place", lambda *args, **kwargs: pytest.fail("weights were read"))
+    sizes = {
+        (dtype, weights): params_bytes(janus.config, dtype, weights)
+        for dtype in ("float32", jnp.bfloat16) for weights in (None, "int8")
+    }  # fmt: skip
+    full, half = sizes["float32", None], sizes[jnp.bfloat16, None]
+    assert full == sum(x.nbytes for x in jax.tree.leaves(janus.params)) == 2 * half
+    assert half < sizes["float32", "int8"] < full and sizes[jnp.bfloat16, "int8"] < half
+    for free, cure in (
+        (full - 1, "load with dtype='bfloat16'"),
+        (half, "load with dtype='bfloat16'"),
+        (sizes[jnp.bfloat16, "int8"], "load with dtype='bfloat16', weights='int8'"),
+        (1000, "so free memory"),
+    ):
+        monkeypatch.setattr("janus_jax.memory.available_bytes", lambda device, free=free: free)
+        message = f"the parameters take {gib(full)} in float32, but the cpu has .* free; .*{cure}"
+        with raises_one_line(message, OutOfMemory):
+            load(folder)
+        with raises_one_line("each cpu device has", OutOfMemory):
+            load(folder, mesh={"data": 8})
+
+
+def test_what_fits_is_loaded(folder, janus, monkeypatch):
+    """To the byte; where nobody tells, always; int8 needs no room for what it is made of."""
+    for free in (params_bytes(janus.config, "float32"), None):
+        monkeypatch.setattr("janus_jax.memory.available_bytes", lambda device, free=free: free)
+        assert load(folder).config == janus.config
+    small = params_bytes(janus.config, "float32", "int8")
+    monkeypatch.setattr("janus_jax.memory.available_bytes", lambda device: small)
+    loaded = load(folder, weights="int8")
+    assert sum(x.nbytes for x in jax.tree.leaves(loaded.params)) == small
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The command line: what it writes and prints, and one line for what it cannot do."""
 
 import errno
+import io
 import os
 import pathlib
 import subprocess
@@ -12,10 +13,13 @@ from PIL import Image
 
 from janus_jax import checkpoint, conversion, sampling
 from janus_jax.__main__ import main
+from janus_jax.pipeline import JanusPipeline
 from janus_jax.sharding import flatten
 from tests.test_pipeline import GOLDEN, OTHER, QUESTION, SHORT, folder, janus, quick_compilation  # noqa: F401
 
 # ruff: noqa: F811
+
+ROLES = "roles: <|User|> and <|Assistant|> (pro: <|User|> is a token)\n"
 
 
 def test_generate(folder, janus, tmp_path, capfd):
@@ -25,7 +29,7 @@ def test_generate(folder, janus, tmp_path, capfd):
     shown = capfd.readouterr()
     names = ["000_000.png", "001_000.png", "sheet.png"]
     assert sorted(path.name for path in out.iterdir()) == names
-    assert shown.out.splitlines() == [str(out / name) for name in names] and shown.err == ""
+    assert shown.out.splitlines() == [str(out / name) for name in names] and shown.err == ROLES
     drawn = [Image.open(out / name) for name in names]
     for image, expected in zip(drawn, janus.generate_images([SHORT, OTHER], seed=3), strict=False):
         np.testing.assert_array_equal(image, expected)
@@ -58,7 +62,7 @@ def test_chat(folder, janus, capfd):
     assert main(["chat", "--model", str(folder), QUESTION, "--max-new-tokens", "20", "--system", ""]) == 0
     shown = capfd.readouterr()
     assert shown.out.strip() == janus.chat(QUESTION, max_new_tokens=20, system_prompt="")
-    assert shown.out.endswith("\n") and shown.err == ""
+    assert shown.out.endswith("\n") and shown.err == ROLES
 
 
 def test_chat_about_images(folder, janus, tmp_path, capfd, monkeypatch):
@@ -98,7 +102,8 @@ def test_info_of_every_layout(folder, tmp_path, capfd):
         assert main(["info", "--model", str(path)]) == 0
         first, *rest = capfd.readouterr().out.splitlines()
         assert first.startswith(f"{path}: {kind} layout")
-        shown[kind] = [line.split() for line in rest]
+        assert rest[0].startswith("  roles: <|User|> and <|Assistant|> (pro: ")
+        shown[kind] = [line.split() for line in rest[1:]]
     counts = {words[0]: words[1] for words in shown["original"]}
     for part, arrays in params.items():
         assert counts[part] == f"{sum(array.size for array in flatten(arrays).values()):,}"
@@ -202,6 +207,20 @@ def test_usage(arguments, capfd):
         main(arguments)
     assert caught.value.code == 2
     assert "usage: python -m janus_jax" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
+def test_answers_of_any_characters(janus, encoding, monkeypatch):
+    """As `PYTHONIOENCODING=cp1252 python -m janus_jax chat > file`: what the encoding lacks is written as escapes."""
+    written, answer = io.BytesIO(), " caf\xe9 \u732b \U0001f642 \udcff end"
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding, errors="strict"))
+    monkeypatch.setattr("sys.stderr", io.TextIOWrapper(io.BytesIO(), encoding, errors="strict"))
+    monkeypatch.setattr("janus_jax.__main__.load", lambda *args, **kwargs: janus)
+    monkeypatch.setattr(JanusPipeline, "stream_chat", lambda *args, **kwargs: iter([answer[:6], answer[6:]]))
+    assert main(["chat", "--model", "m", QUESTION]) == 0
+    expected = answer.strip().encode(encoding, "backslashreplace")
+    assert written.getvalue() == expected + b"\n"
+    assert expected.endswith(b"\\udcff end") and (encoding == "utf-8") == ("\u732b".encode() in expected)
 
 
 def test_as_a_program():

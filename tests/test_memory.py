@@ -85,6 +85,14 @@ class Device:
         return self._stats
 
 
+def test_pages_of_files_count_as_free(tmp_path, monkeypatch):
+    """A container that has read a large checkpoint once has its limit full of pages that it would give back."""
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    for name, text in (("max", "1000"), ("current", "900"), ("stat", "anon 100\nactive_file 200\ninactive_file 500\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert available_bytes(jax.devices()[0]) == 800
+
+
 def test_available_bytes_of_an_accelerator():
     assert available_bytes(Device({"bytes_limit": 100, "bytes_in_use": 30})) == 70
     assert available_bytes(Device(None)) is None

@@ -206,7 +206,8 @@ def test_decoding_follows_the_memory(janus, codes, monkeypatch):
 
     def decode(model, params, part):
         sizes.append(len(part))
-        return jnp.broadcast_to(jnp.asarray(part)[:, :1, None, None], (len(part), 16, 16, 3)).astype(jnp.uint8)
+        images = jnp.broadcast_to(jnp.asarray(part)[:, :1, None, None], (len(part), 16, 16, 3)).astype(jnp.uint8)
+        return images, jnp.ones(len(part), bool)
 
     monkeypatch.setattr(sampling, "decode_images", decode)
     many = np.tile(codes, (8, 1))
@@ -243,6 +244,23 @@ def test_encoding(janus, codes, tmp_path):
     np.testing.assert_array_equal(ours[1:], ours[:1].repeat(2, axis=0))
     scaled = jnp.asarray(pixels[None, :, 12:28].repeat(3, axis=0) / 127.5 - 1, jnp.float32)
     np.testing.assert_array_equal(encode_codes(janus.model, janus.params, scaled), ours)
+
+
+def test_encoding_in_parts(janus, monkeypatch):
+    pictures = list(np.random.default_rng(1).integers(0, 256, (5, 16, 16, 3), np.uint8))
+    whole, sizes = janus.encode_images(pictures), []
+
+    def encode(model, params, part):
+        sizes.append(len(part))
+        return encode_codes(model, params, part)
+
+    monkeypatch.setattr("janus_jax.pipeline.encode_codes", encode)
+    monkeypatch.setattr("janus_jax.memory.available_bytes", lambda device: 1)
+    np.testing.assert_array_equal(janus.encode_images(pictures), whole)
+    np.testing.assert_array_equal(janus.encode_images(pictures, batch_size=2), whole)
+    assert sizes == [1] * 5 + [2] * 3
+    with raises_one_line("no images to encode"):
+        janus.encode_images([])
 
 
 # ---------------------------------------------------------------- what drawing refuses
@@ -426,6 +444,30 @@ def test_batch_equals_each_alone(janus, answers, pictures, monkeypatch):
     janus.chat_batch(questions, images, **SETTINGS)
     assert answers[-3:][end[0]] == ids[end[0]][: end[1]]
     assert answers[-3:][end[0] - 1] == ids[end[0] - 1]
+
+
+def test_answers_in_parts(janus, pictures, monkeypatch):
+    questions = ["What is it?", "Describe the picture.", "Which is brighter?"]
+    images, settings = [(), pictures[:1], pictures[1:]], SETTINGS | {"max_new_tokens": 6}
+    whole, rows = janus.chat_batch(questions, images, **settings), []
+    original = sampling.start_text
+    monkeypatch.setattr(sampling, "start_text", lambda *args: rows.append(len(args[2])) or original(*args))
+    monkeypatch.setattr("janus_jax.memory.available_bytes", lambda device: 1)
+    assert janus.chat_batch(questions, images, **settings) == whole
+    assert rows == [1, 1, 1]
+    monkeypatch.setattr("janus_jax.memory.available_bytes", lambda device: 10**12)
+    failures = iter([jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")])
+
+    def start(*args):
+        for error in failures:
+            raise error
+        rows.append(len(args[2]))
+        return original(*args)
+
+    rows.clear()
+    monkeypatch.setattr(sampling, "start_text", start)
+    assert janus.chat_batch(questions, images, **settings) == whole
+    assert rows == [1, 1, 1]
 
 
 def test_answer_depends_on_the_image(janus, answers, pictures):

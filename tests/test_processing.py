@@ -282,12 +282,6 @@ def test_roles_are_detected(tmp_path, own_folder):
     assert Processor.from_folder(write_tokenizer(tmp_path / "old", roles="old"), CONFIG).roles == "old"
 
 
-def test_janus_1_3b_is_old_by_the_name_of_its_folder(tmp_path, own_folder):
-    snapshot = tmp_path / "models--deepseek-ai--Janus-1.3B" / "snapshots" / "0123"
-    shutil.copytree(own_folder, snapshot)
-    assert Processor.from_folder(snapshot, CONFIG).roles == "old"
-
-
 def test_unknown_roles(folder):
     with pytest.raises(ValueError, match="unknown roles 'new'; known: pro, old"):
         Processor.from_folder(folder, CONFIG, roles="new")

@@ -93,7 +93,8 @@ def test_decode_images_truncates(tiny, rng):
     """uint8 as in the original: clip((x + 1) / 2 * 255), then the fraction is dropped, not rounded."""
     g = tiny.config.gen_vision
     codes = jnp.asarray(rng.integers(0, g.codebook_size, (2, g.num_tokens)))
-    images = np.asarray(decode_images(tiny.model, tiny.params, codes))
+    images, finite = map(np.asarray, decode_images(tiny.model, tiny.params, codes))
+    assert finite.tolist() == [True, True]
     assert images.dtype == np.uint8
     expected = np.clip((np.asarray(tiny.run("decode_codes", codes), np.float64) + 1) / 2 * 255, 0, 255)
     assert (np.abs(images - expected) <= 1).all()
