@@ -119,12 +119,12 @@ def _generate(args: argparse.Namespace):
     with new_folder(args.out):
         janus = _load(args, ahead=lambda janus: janus.compile_images(*what, **how))
         images = janus.generate_images(*what, args.seed, **how)
-        _say_roles(janus.processor)
         for index, image in enumerate(images):
             prompt, number = divmod(index, args.n)
             _write_png(image, args.out / f"{prompt:03d}_{number:03d}.png")
         sheet = contact_sheet(images, columns=args.n if len(args.prompt) > 1 else None)
         _write_png(sheet, args.out / "sheet.png")
+    _say_roles(janus.processor)
 
 
 def _write_png(image: Image.Image, path: pathlib.Path):

@@ -57,7 +57,8 @@ def params_bytes(
     """Bytes of a model's parameters; see `load` for `dtype` and `weights`; with `shardings` those on one device."""
     spread = flatten(shardings) if shardings else {}
     total = 0
-    for path, x in flatten(abstract_params(config, scan_layers=_is_scanned(spread))).items():
+    apart = any(path.startswith("language_model/layers_0/") for path in spread)
+    for path, x in flatten(abstract_params(config, scan_layers=not apart)).items():
         shape = spread[path].shard_shape(x.shape) if spread else x.shape
         size = math.prod(shape)
         if weights == "int8" and is_quantised(path):
@@ -65,10 +66,6 @@ def params_bytes(
         else:
             total += size * np.dtype(dtype).itemsize
     return total
-
-
-def _is_scanned(spread: Mapping[str, Any]) -> bool:
-    return not spread or any(is_stacked(path) for path in spread)
 
 
 def refuse_too_large(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from janus_jax import JanusPipeline, sampling
+from janus_jax import JanusPipeline, memory, sampling
 from janus_jax.config import PRESETS
 from janus_jax.memory import OutOfMemory, available_bytes, fitting, fitting_parts, least_available_bytes
 from janus_jax.model import Janus
