@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh
 
 from janus_jax import memory
@@ -82,15 +81,11 @@ def refuse_too_large(
     tells.
     """
     devices = jax.devices()[:1] if mesh is None else list(mesh.local_devices)
-    free = memory.available_bytes(devices[0])
+    free = memory.least_available_bytes(mesh)
     if free is None:
         return
     if devices[0].platform == "cpu":
         free //= len(devices)  # which share it
-    else:
-        free = min(memory.available_bytes(device) or free for device in devices)
-    if mesh is not None and jax.process_count() > 1:
-        free = int(process_allgather(np.float32(free)).min())  # all processes load, or none
     need = params_bytes(config, dtype, weights, shardings)
     if need <= free:
         return
