@@ -42,6 +42,7 @@ from benchmarks.kills import (
     unfinished,
 )
 from janus_jax import checkpoint
+from janus_jax.messages import print_any_text
 from janus_jax.sharding import make_mesh
 from janus_jax.torch_weights import abstract_params, read_now
 from tests.tiny_run import write_checkpoint, write_data
@@ -311,6 +312,7 @@ def chaos(folder: pathlib.Path, kills: int, steps: int, workers: int = 0, seed: 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 where both runs came to the same, else 1 and a line."""
+    print_any_text()
     parser = argparse.ArgumentParser(prog="python -m benchmarks.chaos", description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20, help="3 or more")
     parser.add_argument("--steps", type=int, default=240, help="of each run; ten or more for each kill")

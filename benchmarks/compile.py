@@ -118,6 +118,9 @@ def table(runs: common.Runs) -> common.Table:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints a Markdown table; 1 where a variant failed."""
+    from janus_jax.messages import print_any_text  # late: JAX comes with it
+
+    print_any_text()
     arguments = sys.argv[1:] if argv is None else argv
     parser = common.make_parser("compile", __doc__)
     args = parser.parse_args(arguments)

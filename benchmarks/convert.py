@@ -21,6 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from janus_jax.config import PRESETS, JanusConfig, get_preset, original_config
+from janus_jax.messages import print_any_text
 from janus_jax.safetensors_files import TensorToWrite, write_sharded
 from janus_jax.torch_names import carried_shapes, slots
 
@@ -63,6 +64,7 @@ def run(command: list[str]) -> tuple[float, float]:
 
 
 def main() -> int:
+    print_any_text()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="janus_pro_7b", choices=sorted(PRESETS))
     parser.add_argument("--verify", action="store_true", help="have the converter compare its result with the source")

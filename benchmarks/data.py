@@ -22,6 +22,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
+from janus_jax.messages import print_any_text
 from janus_jax.processing import Processor
 from tests.tiny_tokenizer import write_tokenizer
 from train.batches import TASKS, Assembler
@@ -55,6 +56,7 @@ _WORDS = (
 
 
 def main() -> None:
+    print_any_text()
     config = load_config("7b_stage3")
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)

@@ -21,6 +21,7 @@ import numpy as np
 import janus_jax
 from janus_jax import sampling
 from janus_jax.images import ImageSettings, understanding_pixels_uint8
+from janus_jax.messages import print_any_text
 from janus_jax.processing import format_conversation
 
 TOLERANCE = 1e-4
@@ -197,6 +198,7 @@ def check(folder: pathlib.Path) -> list[Row]:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the table; 0 when all is well, 1 when something is missing or off, 2 for a folder that cannot be read."""
+    print_any_text()
     parser = argparse.ArgumentParser(prog="python -m benchmarks.golden", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=pathlib.Path, metavar="DIR")
     args = parser.parse_args(argv)

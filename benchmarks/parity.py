@@ -28,6 +28,7 @@ import numpy as np
 
 from janus_jax import sampling
 from janus_jax.config import PRESETS, JanusConfig, get_preset
+from janus_jax.messages import print_any_text
 from janus_jax.model import Janus
 from janus_jax.torch_weights import read_params
 
@@ -193,6 +194,7 @@ def table(rows: list[Row], command: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    print_any_text()
     parser = argparse.ArgumentParser(prog="python -m benchmarks.parity", description=__doc__.split("\n\n")[0])
     parser.add_argument("--preset", default="janus_tiny", choices=PRESETS)
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the inputs")

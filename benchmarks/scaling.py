@@ -20,6 +20,7 @@ from typing import Any
 from benchmarks import _common as common
 from benchmarks import _device
 from janus_jax.config import PRESETS, JanusConfig
+from janus_jax.messages import print_any_text
 
 BATCHES = (1, 2, 4, 8, 16, 32)
 CONTEXTS = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -165,6 +166,7 @@ def plot(found: Figures, title: str, path: pathlib.Path, context: int):
 
 def main(argv: list[str] | None = None) -> int:
     """Prints a Markdown table and writes the plot; 1 where the measurement failed."""
+    print_any_text()
     arguments = sys.argv[1:] if argv is None else argv
     parser = common.make_parser("scaling", __doc__)
     parser.add_argument("--layers", type=common.count, help="of the decoder (default: all)")

@@ -22,6 +22,7 @@ import numpy as np
 from benchmarks import _common as common
 from benchmarks import _device
 from janus_jax.config import PRESETS
+from janus_jax.messages import print_any_text
 
 STAGE = "1b_stage3"
 _REMATS = ("none", "dots", "full")
@@ -203,6 +204,7 @@ def table(runs: common.Runs) -> common.Table:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints a Markdown table; 1 where a variant failed."""
+    print_any_text()
     arguments = sys.argv[1:] if argv is None else argv
     parser = common.make_parser("training", __doc__)
     parser.add_argument("--layers", type=common.count, help="of decoder and SigLIP (default: all)")

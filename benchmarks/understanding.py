@@ -172,6 +172,9 @@ def table(runs: common.Runs, batches: list[int]) -> common.Table:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints a Markdown table of all variants with their ratios; 1 where a variant failed."""
+    from janus_jax.messages import print_any_text  # late: JAX comes with it
+
+    print_any_text()
     arguments = sys.argv[1:] if argv is None else argv
     parser = common.make_parser("understanding", __doc__)
     parser.add_argument("--vs", choices=["torch"], help="measure transformers' port beside ours")

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from janus_jax.messages import print_error
+from janus_jax.messages import print_any_text, print_error
 
 _SIGNALED = 128  # and the number of the signal, as shells count
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -26,6 +26,7 @@ def run(work: Callable[[], Any]) -> int:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _end)
     _quiet()
+    print_any_text()
     try:
         work()
     except (ValueError, OSError) as error:

@@ -59,7 +59,7 @@ OPTIONS = {"shard_size": 6, "batch_size": 4, "max_bad_share": 0.1, "context": 10
 
 def run(source, out, processor, kind="generation", **options):
     extra = {"encode": encode} if kind == "generation" else {}
-    return prepare(open_source(source), out, kind, processor, **extra, **(OPTIONS | options))
+    return prepare(open_source(source), out, kind, processor, **(extra | OPTIONS | options))
 
 
 def content(folder):
@@ -158,6 +158,24 @@ def test_other_settings_into_the_same_folder_are_refused(captions, processor, tm
         run(captions, tmp_path / "mine", processor)
     with pytest.raises(ValueError, match=r"thesis.tex is a file"):
         run(captions, tmp_path / "mine" / "thesis.tex", processor)
+
+
+def test_the_platform_of_the_codes_is_recorded(captions, processor, tmp_path, capsys):
+    """Begun on one platform, gone on with on another: noted, and no error."""
+    run(captions, tmp_path / "out", processor)
+    path = tmp_path / "out" / "prepared.json"
+    meta = json.loads(path.read_text())
+    assert meta["settings"]["encoded_on"] == {"platform": "cpu", "precision": "float32"}
+    assert "was begun on" not in capsys.readouterr().err
+    meta["settings"]["encoded_on"]["platform"], meta["finished"] = "tpu", False
+    path.write_text(json.dumps(meta))
+    run(captions, tmp_path / "out", processor)
+    assert "was begun on tpu; codes of the rest are made on cpu" in capsys.readouterr().err
+
+
+def test_codes_of_damaged_weights_are_refused(captions, processor, tmp_path):
+    with pytest.raises(ValueError, match="the VQ encoder's numbers are not finite"):
+        run(captions, tmp_path / "out", processor, encode=lambda images: np.full((len(images), CODES), -1, np.int32))
 
 
 def test_too_many_bad_samples(captions, processor, tmp_path):

@@ -32,7 +32,7 @@ from janus_jax import sampling
 from janus_jax.fusion import fuse
 from janus_jax.images import ImageSettings
 from janus_jax.loading import layout
-from janus_jax.messages import print_error
+from janus_jax.messages import print_any_text, print_error
 from janus_jax.model import Janus
 from janus_jax.quantise import quantise
 from janus_jax.sharding import make_mesh, param_shardings
@@ -321,6 +321,7 @@ def table(compiled: Sequence[Compiled]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when everything compiles and fits, 1 when something does not, 2 for bad input."""
+    print_any_text()
     parser = argparse.ArgumentParser(prog="python -m train.compile", description=__doc__.split("\n")[0])
     parser.add_argument("--config", help="name of a configuration, or path of its file")
     parser.add_argument(

@@ -20,7 +20,7 @@ import tokenizers
 
 from janus_jax.files import read_text
 from janus_jax.images import open_image
-from janus_jax.messages import one_line, print_error
+from janus_jax.messages import one_line, print_any_text, print_error
 from train.prepared import SPECIAL_IDS, TOKENIZER, Prepared, open_prepared
 from train.samples import Sample
 
@@ -205,6 +205,7 @@ def picture(image: bytes) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """0 when all samples were shown, 2 for bad input or a damaged sample, one line on standard error each."""
+    print_any_text()
     parser = argparse.ArgumentParser(prog="python -m train.inspect", description="Shows samples of prepared data.")
     parser.add_argument("folder", help="what train.prepare wrote")
     parser.add_argument("--n", type=int, default=5, help="how many samples (default 5)")

@@ -10,7 +10,7 @@ import jax
 
 from janus_jax import compilation_cache
 from janus_jax.memory import OutOfMemory
-from janus_jax.messages import error_text, print_line
+from janus_jax.messages import error_text, print_any_text, print_line
 from train import distributed, faults
 from train.config import TrainConfig
 from train.overrides import parse_args
@@ -18,6 +18,7 @@ from train.overrides import parse_args
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one configuration; 0 when it is done, else one of the codes of `train.faults` and one line."""
+    print_any_text()
     config, processes = parse_args(argv)
     steal = processes.pop("steal")
     compilation_cache.enable()

@@ -27,7 +27,7 @@ from janus_jax.checkpoint import open_checkpoint, write_json
 from janus_jax.config import read_config
 from janus_jax.loading import resolve
 from janus_jax.memory import OutOfMemory
-from janus_jax.messages import print_error
+from janus_jax.messages import print_any_text, print_error, print_line
 from janus_jax.model import Janus
 from janus_jax.processing import SYSTEM_PROMPT, Processor
 from janus_jax.progress import shown, step_bar
@@ -124,6 +124,9 @@ def prepare(
         "patches": processor.config.vision.num_patches,
         "source": getattr(source, "description", {"samples": len(source)}) | {"probe": _probe(source)},
     }
+    if kind == "generation":
+        # Codes are decided in full precision, and still by sums that each platform takes in an order of its own.
+        settings["encoded_on"] = {"platform": jax.default_backend(), "precision": "float32"}
     meta = _begin(out, settings)
     work = ShardWriter(source, out, tokeniser, encode, batch_size, max_bad_share)
     if meta["finished"]:
@@ -190,11 +193,19 @@ def _begin(out: pathlib.Path, settings: dict[str, Any]) -> dict[str, Any]:
         return meta
     ours, theirs = _flat(settings), _flat(meta.get("settings", {}))
     # The same data may be reached by another path.
-    other = [key for key in ours | theirs if key != "source.path" and ours.get(key) != theirs.get(key)]
+    free = ("source.path", "encoded_on")
+    other = [key for key in ours | theirs if key not in free and ours.get(key) != theirs.get(key)]
     if other:
         told = ", ".join(f"{key} {theirs.get(key)!r:.60}, now {ours.get(key)!r:.60}" for key in other)
         raise ValueError(f"{out} was begun with other settings ({told}); choose another folder, or delete this one")
+    here, there = ours.get("encoded_on"), theirs.get("encoded_on")
+    if here != there and not meta["finished"]:
+        print_line(f"note: {out} was begun on {_platform(there)}; codes of the rest are made on {_platform(here)}")
     return meta
+
+
+def _platform(encoded_on: Any) -> str:
+    return str(encoded_on.get("platform")) if isinstance(encoded_on, dict) else "a platform that it does not name"
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
@@ -263,6 +274,7 @@ def vq_encoder(folder: str | os.PathLike) -> tuple[Encode, str]:
 
 def main(argv: list[str] | None = None) -> int:
     """0 when it worked, 2 for bad input (one line on standard error), 130 when interrupted."""
+    print_any_text()
     args = _parser().parse_args(argv)
     try:
         source = open_source(args.source, args.format, args.images, args.names, args.allow_outside)

@@ -137,6 +137,8 @@ class ShardWriter:
         expected = (self.batch_size, self.tokeniser.processor.config.gen_vision.num_tokens)
         if codes.shape != expected or not np.issubdtype(codes.dtype, np.integer):
             raise ValueError(f"encode gave {codes.dtype} {list(codes.shape)}, expected integers {list(expected)}")
+        if codes[: len(waiting)].min() < 0:  # what `VQModel.encode` says of an image that it has no codes for
+            raise ValueError("the VQ encoder's numbers are not finite: its weights are damaged, get them again")
         for (sample, _), own in zip(waiting, codes.astype(np.int32), strict=False):
             yield dataclasses.replace(sample, codes=own)
 

@@ -31,7 +31,7 @@ from orbax.checkpoint import v1 as ocp
 from janus_jax import checkpoint
 from janus_jax.config import IMAGE_CHANNELS, JanusConfig, LlamaConfig, SiglipConfig, VQConfig
 from janus_jax.files import read_json_object
-from janus_jax.messages import one_line, print_error
+from janus_jax.messages import one_line, print_any_text, print_error
 from janus_jax.progress import shown, step_bar
 from janus_jax.torch_weights import abstract_params
 from janus_jax.vq import VQModel
@@ -330,6 +330,7 @@ def save_vq(folder: pathlib.Path, config: VQConfig, params: dict[str, Any]) -> N
 
 def main(argv: list[str] | None = None) -> int:
     """0 when it is done, else a code of `train.faults`, and one line on standard error."""
+    print_any_text()
     parser = argparse.ArgumentParser(prog="python -m train.vq", description="Train a VQ image tokenizer.")
     parser.add_argument("--images", type=pathlib.Path, required=True, help="folder of image files")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="checkpoint folder to write")
