@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 from janus_jax.attention import takes
 from janus_jax.config import original_config
 from train.config import KINDS, TRAINED, TrainConfig
+
+# Counts beyond what any run has, at which arrays of them would no longer be made, or 32-bit counters wrap.
+_COUNT = 2**31 - 1
+_MOST = dict.fromkeys(("steps", "log_every", "save_every", "keep", "max_skipped", "export_every"), _COUNT)
+_MOST |= dict.fromkeys(("profile_start", "profile_steps", "optimizer.warmup_steps", "data.early_steps"), _COUNT)
+_MOST |= {"evaluation.every": _COUNT, "evaluation.batches": _COUNT, "samples.every": _COUNT, "samples.images": 1024}
+_MOST |= {"batch_size": 2**20, "accumulate": 2**20, "data.images_per_row": 4096, "data.workers": 1024}
+_MOST |= {"samples.guidance": 1e6, "samples.temperature": 1e6, "watchdog": 1e9}
 
 
 def validate(config: TrainConfig) -> list[str]:
@@ -25,6 +34,10 @@ def validate(config: TrainConfig) -> list[str]:
         _require(getattr(c, key) >= 1, f"{key}={getattr(c, key)}: it is a whole number from 1")
     for key in ("export_every", "profile_start", "profile_steps"):
         _require(getattr(c, key) >= 0, f"{key}={getattr(c, key)}: it is not negative")
+    for key, most in _MOST.items():
+        value = functools.reduce(getattr, key.split("."), c)
+        _require(value <= most, f"{key}={value}: it is at most {most:,}")
+    _require(0 <= c.seed < 2**32, f"seed={c.seed}: it is a whole number from 0 to {2**32 - 1}")
     _require("://" not in c.workdir, f"workdir={c.workdir}: it is a folder; mount the bucket, and name its folder")
     _require(c.watchdog >= 0, f"watchdog={c.watchdog}: it is not negative (0 for never)")
     language = c.model.language
