@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+import os
 import pathlib
 
 import hypothesis
@@ -246,6 +247,68 @@ REMOVED = ...
 def test_bad_configs(base, path, value, message):
     with pytest.raises(ValueError, match=message):
         parse_config(changed(base, path, value))
+
+
+@pytest.mark.parametrize("base, block", [(ORIGINAL, "language_config"), (TRANSFORMERS, "text_config")])
+@pytest.mark.parametrize(
+    "key", ["num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size", "intermediate_size"]
+)
+def test_counts_beyond_any_model(base, block, key):
+    """They used to be worked on for hours."""
+    for value in (10**9, 10**30):
+        with pytest.raises(ValueError, match=rf"{block}\.{key} is {value}, not a whole number from 1 to"):
+            parse_config(changed(base, f"{block}.{key}", value))
+
+
+@pytest.mark.parametrize(
+    "base, path, value, message",
+    [
+        (ORIGINAL, "model_type", [], r"model_type is \[\]; a Janus config has"),
+        (ORIGINAL, "model_type", {"a": 1}, "model_type is {'a': 1}; a Janus config has"),
+        (TRANSFORMERS, "text_config", None, "text_config has the wrong type: null, not an object"),
+        (ORIGINAL, "vision_config.params", 3, "vision_config.params has the wrong type: a number, not an object"),
+        (ORIGINAL, "language_config.rope_scaling", "x", "rope_scaling has the wrong type: a string, not an object"),
+        (ORIGINAL, "language_config.attention_bias", "no", "attention_bias is 'no', not true or false"),
+        (ORIGINAL, "language_config.head_dim", True, "head_dim is True, not a whole number from 1 to 4,096"),
+        (ORIGINAL, "gen_vision_config.params.ch_mult", [1] * 9, "ch_mult is .*, not 1 to 8 whole numbers from 1 to 64"),
+        (ORIGINAL, "gen_vision_config.params.ch_mult", {}, "ch_mult is {}, not 1 to 8 whole numbers"),
+        (ORIGINAL, "vision_config.params.model_name", [], r"model_name is \[\], not a text"),
+        (
+            ORIGINAL,
+            "vision_config.params.image_size",
+            8192 * 2,
+            "image_size is 16384, not a whole number from 1 to 8,192",
+        ),
+        (ORIGINAL, "torch_dtype", 16, "torch_dtype is 16, not a text"),
+        (
+            TRANSFORMERS,
+            "vision_config.projection_dim",
+            {"a": "b" * 9000},
+            "projection_dim {'a': .{0,90} is not the decoder",
+        ),
+        (TRANSFORMERS, "vision_config.hidden_act", "a\n\x1b[31m", r"hidden_act 'a\\n\\x1b\[31m' is not 'gelu'"),
+    ],
+)
+def test_wrong_types_name_the_key_and_what_is_expected(base, path, value, message):
+    with pytest.raises(ValueError, match=message) as error:
+        parse_config(changed(base, path, value))
+    assert str(error.value).isprintable() and len(str(error.value)) < 300
+
+
+def test_config_files_within_bounds(tmp_path):
+    path = tmp_path / "config.json"
+    for text, told in [
+        ("[" * 3000, "nested|not valid"),
+        ('{"a": 1e999}', "beyond float64"),
+        ('{"a": NaN}', "NaN is not"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(ValueError, match=rf"config\.json.*({told})"):
+            read_config(tmp_path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match=r"config\.json is a FIFO"):
+        read_config(tmp_path)
 
 
 def leaves(raw: dict, prefix: str = ""):

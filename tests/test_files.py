@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from janus_jax import files
-from janus_jax.messages import one_line, print_error
+from janus_jax.messages import did_you_mean, nearest, one_line, print_error
 
 
 def test_reads_what_it_should(tmp_path):
@@ -94,3 +94,14 @@ def test_print_error_where_the_terminal_knows_less(monkeypatch, tmp_path):
         monkeypatch.setattr(sys, "stderr", log)
         print_error(ValueError("猫 is no file"))
     assert (tmp_path / "log").read_text(encoding="cp1252") == "error: \\u732b is no file\n"
+
+
+def test_nearest_is_never_the_very_same_name():
+    assert nearest("steps", ["steps", "stepz", "seed"]) == ["stepz"]
+    assert nearest("steps", ["steps"]) == [] and did_you_mean("steps", ["steps"]) == ""
+    assert did_you_mean("stps", ["steps", "seed", "step"], 2) in (
+        "; did you mean steps or step?",
+        "; did you mean step or steps?",
+    )
+    assert did_you_mean("a.txt", ["a\n.txt"]) == "; did you mean a\\n.txt?"
+    assert len(nearest("x" * 10_000_000, ["x" * 300, "y"])) == 1  # of long names the beginnings are compared

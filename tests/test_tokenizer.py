@@ -1,6 +1,7 @@
 """Tokenizer and streaming: special tokens by name, one BOS, whole characters, and what damaged files get."""
 
 import json
+import os
 import pathlib
 import shutil
 
@@ -219,3 +220,65 @@ def test_streams_are_independent(tokenizer):
     assert first.push(token_id) == "x"
     assert second.push(token_id) == "x"
     assert first.finish() == second.finish() == ""
+
+
+PANICS = {
+    "normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"},  # while it is read
+    "pre_tokenizer": {"type": "FixedLength", "length": 0},  # with the first text
+    "decoder": {"type": "Strip", "content": "Ċ", "start": 50, "stop": 50},  # with the first ids
+}
+
+
+@pytest.mark.parametrize("part", PANICS)
+def test_panics_of_rust_are_value_errors(tmp_path, part, capfd):
+    """They derive from BaseException, and print a backtrace of their own first."""
+    folder = write_tokenizer(tmp_path)
+    raw = json.loads((folder / "tokenizer.json").read_text()) | {part: PANICS[part]}
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match=r"tokenizer\.json.*copy tokenizer\.json again") as error:
+        Tokenizer.from_folder(folder)
+    assert "\n" not in str(error.value) and capfd.readouterr().err == ""
+
+
+def test_what_others_print_meanwhile_is_kept(capfd):
+    from janus_jax.tokenizer import _quietly
+
+    with _quietly():
+        os.write(2, b"from elsewhere\n")
+    assert capfd.readouterr().err == "from elsewhere\n"
+    with pytest.raises(ValueError, match="bad"), _quietly():
+        os.write(2, b"a backtrace\n")
+        raise ValueError("bad")
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "told"),
+    [
+        ("tokenizer_config.json", '{"bos_token": 3}', "bos_token is 3, not a token"),
+        ("tokenizer_config.json", '{"eos_token": {"content": []}}', r"eos_token is \[\], not a token"),
+        ("special_tokens_map.json", '{"eos_token": true}', "eos_token is True, not a token"),
+        ("processor_config.json", '{"image_tag": []}', r"image_tag is \[\], not a text"),
+        ("tokenizer_config.json", "[" * 3000 + "]" * 3000, "nested"),
+        ("special_tokens_map.json", '{"a": 1e999}', "beyond float64"),
+        ("tokenizer.json", '{"a": ' * 3000, "not a readable tokenizer"),
+        ("processor_config.json", "[]", "holds a list, not a JSON object"),
+    ],
+)
+def test_side_files_of_others(tmp_path, name, raw, told):
+    folder = write_tokenizer(tmp_path)
+    for other in ("tokenizer_config.json", "special_tokens_map.json"):
+        (folder / other).unlink(missing_ok=True)
+    (folder / name).write_text(raw)
+    with pytest.raises(ValueError, match=rf"{name}.*{told}") as error:
+        Tokenizer.from_folder(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_special_files_are_no_tokenizers(tmp_path):
+    folder = write_tokenizer(tmp_path)
+    for name in ("processor_config.json", "tokenizer.json"):
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+        with pytest.raises(ValueError, match=f"{name} is a FIFO"):
+            Tokenizer.from_folder(folder)
