@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import errno
 import functools
 import io
 import os
@@ -74,7 +75,7 @@ def open_image(source: ImageSource, memory: int | None = None) -> Image.Image:
         del image
         return _turn(rgb, turned)
     except MemoryError:
-        raise ValueError(f"{name}: there is not enough memory to decode the image") from None
+        raise OSError(errno.ENOMEM, "there is not enough memory to decode the image", name) from None
     except Exception as error:
         raise ValueError(f"{name}: the image cannot be decoded ({one_line(error)})") from None
 
@@ -119,7 +120,7 @@ def _open(source: ImageSource, memory: int) -> tuple[str, Image.Image, int | Non
         cure = "; PIL.Image.MAX_IMAGE_PIXELS is Pillow's own limit"
         raise ValueError(f"{name}: the image is too large ({one_line(error)}){cure}") from None
     except MemoryError:
-        raise ValueError(f"{name}: there is not enough memory to open the image") from None
+        raise OSError(errno.ENOMEM, "there is not enough memory to open the image", name) from None
     except Exception as error:
         raise ValueError(f"{name}: the image cannot be opened ({one_line(error)})") from None
 
@@ -142,7 +143,7 @@ def _from_path(source: str | bytes, memory: int) -> tuple[str, bytes]:
     except FileNotFoundError:
         raise FileNotFoundError(f"{name}: there is no such image file") from None
     except MemoryError:
-        raise ValueError(f"{name}: there is not enough memory to read the file") from None
+        raise OSError(errno.ENOMEM, "there is not enough memory to read the file", name) from None
 
 
 def _from_data_uri(uri: str, memory: int) -> bytes:

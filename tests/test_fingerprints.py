@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -80,3 +81,12 @@ def test_a_run_refuses_codes_of_another_model_before_its_first_step(tmp_path):
     with pytest.raises(ValueError, match="codes was encoded by another VQ model"):
         train(config)
     assert not list((tmp_path / "run").glob("checkpoints/*")), "refused before the first step"
+
+
+def test_pictures_resized_for_other_settings_are_refused(tmp_path):
+    folders = write_data(tmp_path / "data", count=4)
+    path = tmp_path / "data" / "understanding" / "prepared.json"
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps(meta | {"settings": meta["settings"] | {"resized": [32, 14, 0, 0, 0]}}))
+    with pytest.raises(ValueError, match=r"resized for other image settings \(\[32, 14, 0, 0, 0\], the model's are"):
+        train(tiny_config(folders, tmp_path / "run"))

@@ -9,10 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from janus_jax import checkpoint
 from janus_jax.config import get_preset
-from janus_jax.images import generation_pixels
+from janus_jax.images import generation_pixels, open_image, understanding_pixels_uint8
 from janus_jax.model import Janus
 from janus_jax.processing import Processor
 from janus_jax.torch_weights import abstract_params
@@ -287,6 +288,33 @@ def test_a_full_disk_is_noticed(captions, processor, tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "ArrayRecordWriter", Forgetful)
     with pytest.raises(OSError, match="is the disk full"):
         run(captions, tmp_path / "out", processor)
+
+
+def test_pictures_stored_as_the_model_sees_them(processor, tmp_path):
+    """Bit for bit the pixels of the originals, whatever their size, colors and orientation."""
+    folder, rng = tmp_path / "data", np.random.default_rng(0)
+    folder.mkdir()
+    shapes = {"a.jpg": (300, 200, 3), "b.png": (40, 700, 4), "c.png": (20, 30), "d.webp": (64, 64, 3)}
+    for name, shape in shapes.items():
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(folder / name)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(rng.integers(0, 256, (90, 160, 3), dtype=np.uint8)).save(folder / "e.jpg", exif=turned)
+    names = [*shapes, "e.jpg"]
+    path = lines(folder / "c.jsonl", *({"image": name, "caption": f"Cat {name}."} for name in names))
+    run(path, tmp_path / "out", processor, "understanding", store="resized")
+    data, settings = open_prepared(tmp_path / "out"), processor.settings
+    for index, name in enumerate(names):
+        (stored,) = data[index].images
+        assert stored.startswith(b"\x89PNG")
+        assert open_image(stored).size == (settings.image_size, settings.image_size)
+        expected = understanding_pixels_uint8(folder / name, settings)
+        np.testing.assert_array_equal(understanding_pixels_uint8(stored, settings), expected)
+    assert data.meta["settings"]["resized"] == [settings.image_size, settings.min_size, 127, 127, 127]
+    with pytest.raises(ValueError, match=r"begun with other settings \(resized"):
+        run(path, tmp_path / "out", processor, "understanding")
+    with pytest.raises(ValueError, match="unknown store 'tiny'; known: original, resized"):
+        run(path, tmp_path / "new", processor, "understanding", store="tiny")
 
 
 # ---------------------------------------------------------------- reading

@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import io
 import json
 import os
 import pathlib
@@ -14,18 +15,24 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from janus_jax.images import ImageSettings
+from janus_jax.images import ImageSettings, open_image
+from janus_jax.processing import Processor
+from tests.tiny_run import MODEL
+from tests.tiny_tokenizer import write_tokenizer
 from train import records, storage
 from train.batches import Assembler, load_batches
 from train.config import DataConfig
 from train.faults import STORAGE, Stopped
 from train.loop import _next
 from train.mixture import Mixture
+from train.prepare import prepare
 from train.prepared import FORMAT_VERSION, open_prepared
 from train.records import ArrayRecordReader, Records
 from train.samples import Sample
 from train.shards import ArrayRecordWriter, data_file
+from train.sources import RawSample
 
 PER_SHARD = 2
 
@@ -184,6 +191,48 @@ def test_want_of_memory_is_not_damage(folder, few, monkeypatch):
     with pytest.raises(OSError) as caught:
         made(0)
     assert caught.value.errno == errno.ENOMEM
+
+
+def test_want_of_memory_while_decoding_is_not_damage(monkeypatch):
+    """Nor is it a bad picture, in preparing or in training."""
+
+    def failing(*_):
+        raise MemoryError
+
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "PNG")
+    monkeypatch.setattr("janus_jax.image_files._to_rgb", failing)
+    with pytest.raises(OSError, match="not enough memory to decode") as caught:
+        open_image(file.getvalue())
+    assert storage.machine_error(caught.value)
+
+
+class Unreliable(list):
+    """A source whose reads fail `times` times."""
+
+    times, error = 0, OSError(errno.EMFILE, os.strerror(errno.EMFILE), "a.png")
+
+    def __getitem__(self, index: int) -> RawSample:
+        if self.times:
+            self.times -= 1
+            raise self.error
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "Too many open files"), OSError(errno.EIO, ""), MemoryError()])
+def test_a_preparation_ends_resumably_and_drops_nothing_that_is_good(tmp_path, monkeypatch, error):
+    monkeypatch.setattr(storage, "WAITS", (0, 0))
+    folder = write_tokenizer(tmp_path / "tokenizer", image_size=32, num_image_tokens=16)
+    processor = Processor.from_folder(folder, MODEL)
+    source = Unreliable(RawSample(f"{i}", text=f"The quick brown fox {i}.") for i in range(6))
+    source.error, source.times = error, 10**6
+    options = {"context": 64, "progress": False, "workers": 1, "shard_size": 2}
+    with pytest.raises(OSError) as caught:
+        prepare(source, tmp_path / "out", "text", processor, **options)
+    assert caught.value.errno in (errno.EMFILE, errno.EIO, errno.ENOMEM)
+    source.times = 2
+    report = prepare(source, tmp_path / "out", "text", processor, **options)
+    assert (report.kept, report.dropped, source.times) == (6, {}, 0)
 
 
 def test_the_loop_ends_resumably_when_the_data_cannot_be_read(folder, few, monkeypatch):

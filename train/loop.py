@@ -28,7 +28,7 @@ from train.mixture import Mixture
 from train.overrides import flat
 from train.state import Params, TrainState, abstract_state, batch_sharding, first_state, local_rows, put_rows
 from train.step import make_train_step
-from train.tokenise import tokenizer_fingerprint
+from train.tokenise import resized_by, tokenizer_fingerprint
 from train.topologies import settle
 from train.validate import validate
 from train.window import NotFinite, Profile, Window
@@ -178,6 +178,12 @@ def _check_folders(mixture: Mixture, processor: Processor):
         patches, expected = settings["patches"], processor.config.vision.num_patches
         if folder.kind == "understanding" and patches != expected:
             raise ValueError(f"{folder.folder} was prepared for {patches} patches an image, the model has {expected}")
+        resized, expected = settings.get("resized"), list(resized_by(processor.settings))
+        if resized and resized != expected:
+            raise ValueError(
+                f"{folder.folder} stores pictures resized for other image settings ({resized}, the model's are "
+                f"{expected}); prepare it again with this model"
+            )
         codes, expected = len(folder[0].codes), processor.config.gen_vision.num_tokens
         if folder.kind == "generation" and codes != expected:
             raise ValueError(f"{folder.folder} was prepared for {codes} codes an image, the model has {expected}")

@@ -37,7 +37,8 @@ from train.fingerprints import VQ, params_fingerprint
 from train.prepared import DROPPED, FORMAT_VERSION, IMAGES, LENGTHS, META, SPECIAL_IDS, TOKENIZER, read_meta
 from train.shards import Encode, ShardWriter, data_file, index_file, read_index, replace_file
 from train.sources import FORMATS, BadSample, RawSample, open_source
-from train.tokenise import Tokeniser, tokenizer_fingerprint
+from train.storage import patiently
+from train.tokenise import STORES, Tokeniser, resized_by, tokenizer_fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +85,7 @@ def prepare(
     batch_size: int = 32,
     max_bad_share: float = 0.01,
     system_prompt: str = SYSTEM_PROMPT,
+    store: str = "original",
     workers: int | None = None,
     progress: bool | None = None,
 ) -> Report:
@@ -100,6 +102,8 @@ def prepare(
       shard_size: samples of the source a file.
       max_bad_share: more bad samples than this share stop the preparation.
       system_prompt: of conversations that bring none.
+      store: what is kept of pictures to understand: 'original', their files; or 'resized', the very pixels that the
+        model sees, as PNG, which is small and fast to read where the originals are large.
       workers: threads that read, decode and tokenise; None for one a core.
     Raises: ValueError with the counts by reason for too many bad samples, and for what does not fit together.
     """
@@ -112,7 +116,7 @@ def prepare(
     if not len(source):
         raise ValueError("the source is empty")
     out = pathlib.Path(out)
-    tokeniser = Tokeniser(processor, kind, context, system_prompt)
+    tokeniser = Tokeniser(processor, kind, context, system_prompt, store)
     settings = {
         "kind": kind,
         "context": context,
@@ -127,6 +131,8 @@ def prepare(
     if kind == "generation":
         # Codes are decided in full precision, and still by sums that each platform takes in an order of its own.
         settings["encoded_on"] = {"platform": jax.default_backend(), "precision": "float32"}
+    if store == "resized" and kind == "understanding":
+        settings["resized"] = list(resized_by(processor.settings))
     meta = _begin(out, settings)
     work = ShardWriter(source, out, tokeniser, encode, batch_size, max_bad_share)
     if meta["finished"]:
@@ -168,7 +174,7 @@ def _probe(source: Sequence[RawSample]) -> str:
     read = getattr(source, "anywhere", source.__getitem__)
     for item in np.unique(np.linspace(0, len(source) - 1, 16).astype(int)):
         try:
-            raw = read(int(item))
+            raw = patiently(lambda item=int(item): read(item))
             images = [hashlib.sha256(image).hexdigest() for image in raw.images if isinstance(image, bytes)]
             parts = (raw.messages, raw.text, raw.caption, images, *([raw.untrained] if raw.untrained else []))
             digest.update(repr(parts).encode(errors="replace"))
@@ -294,6 +300,7 @@ def main(argv: list[str] | None = None) -> int:
             batch_size=args.batch_size,
             max_bad_share=args.max_bad_share,
             system_prompt=args.system_prompt,
+            store=args.store,
             workers=args.workers,
         )
     except (OSError, ValueError) as error:
@@ -303,6 +310,9 @@ def main(argv: list[str] | None = None) -> int:
         if not OutOfMemory.says(error):
             raise
         print_error(f"{args.batch_size} images at a time do not fit the memory; lower --batch-size")
+        return 2
+    except MemoryError:
+        print_error("the memory does not suffice; lower --workers or --batch-size, and the same command goes on")
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
@@ -334,6 +344,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-bad-share", type=float, default=0.01, help="more bad samples stop it (default 0.01)")
     parser.add_argument("--batch-size", type=int, default=32, help="images encoded at a time (default 32)")
     parser.add_argument("--system-prompt", default=SYSTEM_PROMPT, help="of conversations without one; empty for none")
+    parser.add_argument(
+        "--store",
+        choices=STORES,
+        default="original",
+        help="keep the files of pictures to understand, or the pixels that the model sees, as PNG (default original)",
+    )
     parser.add_argument("--workers", type=int, help="threads that read and decode (default: one a core)")
     return parser
 

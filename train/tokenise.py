@@ -13,9 +13,10 @@ import os
 import re
 
 import numpy as np
+from PIL import Image
 
 from janus_jax.files import read_bytes
-from janus_jax.images import ImageSource, generation_pixels, open_image
+from janus_jax.images import ImageSettings, ImageSource, generation_pixels, open_image, understanding_pixels_uint8
 from janus_jax.messages import one_line
 from janus_jax.processing import ROLES, SYSTEM_PROMPT, Processor
 from train.config import KINDS
@@ -24,6 +25,8 @@ from train.samples import Sample
 from train.sources import BadSample, RawSample
 from train.storage import machine_error
 
+# What a prepared folder keeps of a picture to understand: its file, or the pixels that the encoder sees, as PNG.
+STORES = ("original", "resized")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])\s*")
 _WANTED = {
     "understanding": "a conversation, or a caption with its image",
@@ -45,14 +48,24 @@ class Tokeniser:
     are refused, since they could end a turn or claim an image.
     """
 
-    def __init__(self, processor: Processor, kind: str, context: int, system_prompt: str = SYSTEM_PROMPT):
+    def __init__(
+        self,
+        processor: Processor,
+        kind: str,
+        context: int,
+        system_prompt: str = SYSTEM_PROMPT,
+        store: str = "original",
+    ):
         if kind not in KINDS:
             raise ValueError(f"unknown kind {kind!r}; known: {', '.join(KINDS)}")
         fixed = {"understanding": processor.config.vision.num_patches, "text": 0}
         least = fixed.get(kind, processor.config.gen_vision.num_tokens) + 4
         if context < least:
             raise ValueError(f"context {context} is too short: {kind} samples take at least {least} tokens")
+        if store not in STORES:
+            raise ValueError(f"unknown store {store!r}; known: {', '.join(STORES)}")
         self.processor, self.kind, self.context, self.system_prompt = processor, kind, context, system_prompt
+        self.store = store
         tokenizer = processor.tokenizer
         tags = [tag for tag in ROLES[processor.roles] if tokenizer.is_added_token(tag)]
         special = {*tokenizer.special_tokens(), *tags}
@@ -149,7 +162,7 @@ class Tokeniser:
         ids = np.concatenate([_ids(piece) for piece, _ in pieces])
         answers = np.concatenate([np.full(len(piece), answer) for piece, answer in pieces])
         self._check_length(len(ids) - 1, raw)
-        return Sample(self.kind, ids, answers, tuple(_image_file(image, raw.place) for image in raw.images))
+        return Sample(self.kind, ids, answers, tuple(self._stored(image, raw.place) for image in raw.images))
 
     def _clean(self, text: str, raw: RawSample, allow_empty: bool = False) -> str:
         """`text`, stripped unless it is part of one; refused where it is blank, no Unicode, or holds special tokens."""
@@ -169,6 +182,17 @@ class Tokeniser:
         if length > self.context:
             raise BadSample("too_long", raw.place, f"{length} tokens, context {self.context}")
 
+    def _stored(self, image: ImageSource, place: str) -> bytes:
+        if self.store == "original":
+            return _image_file(image, place)
+        with _reading(place):
+            if isinstance(image, os.PathLike):
+                image = read_bytes(image, MAX_PICTURE)
+            file = io.BytesIO()
+            # Of the encoder's own size already, so that nothing is done to these pixels when they are read again.
+            Image.fromarray(understanding_pixels_uint8(image, self.processor.settings)).save(file, "PNG")
+            return file.getvalue()
+
     def _pixels(self, raw: RawSample) -> np.ndarray:
         with _reading(raw.place):
             return generation_pixels(raw.images[0], self.processor.config.gen_vision.image_size)
@@ -178,6 +202,11 @@ def tokenizer_fingerprint(processor: Processor) -> str:
     """A hash of all that decides which ids a conversation gets; prepared data fits models for which it is equal."""
     state = f"{processor.tokenizer.state()}\n{processor.roles}\n{processor.config.vision.num_patches}"
     return hashlib.sha256(state.encode()).hexdigest()[:16]
+
+
+def resized_by(settings: ImageSettings) -> tuple:
+    """What decides the pixels of `understanding_pixels_uint8`: size, least side, and color of the borders."""
+    return (settings.image_size, settings.min_size, *settings.background_color)
 
 
 def _ids(ids: list[int] | np.ndarray) -> np.ndarray:
