@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import collections
 import os
 import pathlib
@@ -76,35 +77,37 @@ class Records:
     """
 
     def __init__(self, folder: pathlib.Path, files: Sequence[str], counts: Sequence[int]):
-        self._folder, self._files = str(folder), tuple(files)
-        self._ends = np.cumsum(np.asarray(counts, np.int64))
+        self._paths = [os.path.join(folder, file) for file in files]
+        self._begins = [0, *map(int, np.cumsum(np.asarray(counts, np.int64)))]
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return self._begins[-1]
 
     def __getitem__(self, index: int) -> bytes:
-        if not 0 <= index < len(self):
+        if not 0 <= index < self._begins[-1]:
             raise IndexError(f"record {index} of {len(self)}")
-        shard = int(np.searchsorted(self._ends, index, side="right"))
-        position = index - (int(self._ends[shard - 1]) if shard else 0)
-        path = os.path.join(self._folder, self._files[shard])
-        return patiently(lambda: _read(path, position), path)
+        shard = bisect.bisect_right(self._begins, index) - 1
+        path, position = self._paths[shard], index - self._begins[shard]
+        try:
+            return _open.get(path).read([position])[0]
+        except (RuntimeError, ValueError, IndexError, OSError, MemoryError) as error:
+            met = [error]
+        # The first try has failed: what it met is looked at first, and then the file.
+        return patiently(lambda: _read_again(path, position, met.pop() if met else None), path)
 
     def counted(self) -> int:
         """How many records the files hold, all of which it opens, a few at a time; raises as indexing."""
-        paths = [os.path.join(self._folder, file) for file in self._files]
-        with ThreadPoolExecutor(min(_CHECKED_AT_ONCE, len(paths) or 1)) as pool:
-            return sum(pool.map(lambda path: patiently(lambda: _count(path), path), paths))
+        with ThreadPoolExecutor(min(_CHECKED_AT_ONCE, len(self._paths) or 1)) as pool:
+            return sum(pool.map(lambda path: patiently(lambda: _count(path), path), self._paths))
 
 
-def _read(path: str, position: int) -> bytes:
-    try:
-        return _open.get(path).read([position])[0]
-    except (RuntimeError, ValueError, IndexError) as error:
-        # Once it has failed, a reader fails for ever.
-        _open.drop(path)
+def _read_again(path: str, position: int, error: Exception | None = None) -> bytes:
+    """The record, by a reader of its own; `error` is what the usual one has met."""
+    # Once it has failed, a reader fails for ever.
+    _open.drop(path)
+    if error is not None:
         _give_way(error, path)
-    # A second look with a reader of its own before anything is called damaged.
+    # A second look before anything is called damaged.
     return _of_new_reader(path, lambda reader: reader.read([position])[0])
 
 
