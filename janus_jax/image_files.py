@@ -25,8 +25,6 @@ from janus_jax.messages import one_line
 ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TIFF", "WEBP")
-SUFFIXES = (".avif", ".bmp", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm")
-SUFFIXES += (".qoi", ".tif", ".tiff", ".webp")
 MEMORY_VARIABLE = "JANUS_JAX_IMAGE_BYTES"
 DEFAULT_MEMORY = 1 << 30  # bytes that opening one picture may take; 134 megapixels of most kinds
 _MAX_NAME = 4096  # characters of a path
