@@ -73,7 +73,7 @@ def test_quantizer_against_autograd(rng):
     out, codes, codebook_loss, commitment_loss = torch_quantize(theirs_z, theirs_e, beta)
     ((out**2 * torch.tensor(weights)).sum() + 100 * (codebook_loss + commitment_loss)).backward()
 
-    quantizer = Quantizer(TINY, jnp.float32, jnp.float32)
+    quantizer = Quantizer(TINY, jnp.float32)
 
     def loss_fn(z, embedding):
         q = quantizer.apply({"params": {"embedding": embedding}}, z, method="quantize")
