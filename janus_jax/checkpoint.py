@@ -7,18 +7,19 @@ A converted folder holds
     carried.safetensors   tensors of the original dialect that Janus never uses, where they were read
     tokenizer.json, ...   the source's tokenizer and processor files
 
-`orbax.checkpoint.v1.load(folder / "params")` reads the parameters like any other orbax checkpoint.
+`orbax.checkpoint.v1.load(folder / "params")` reads the parameters like any other orbax checkpoint. Each chunk of them
+carries a checksum, which is compared whenever the chunk is read; folders of orbax's own savers, and those that were
+converted before there were checksums, are read without.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
 import json
 import math
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -27,17 +28,20 @@ import tensorstore as ts
 from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
+from janus_jax import orbax_layouts
 from janus_jax.config import JanusConfig, dialect_of, original_config, parse_config
+from janus_jax.messages import one_line
+from janus_jax.mismatch import Problem, summary
 from janus_jax.progress import byte_bar
 from janus_jax.stored_tensor import Tensor
 from janus_jax.torch_files import open_file, weight_file
 from janus_jax.torch_names import Path
 from janus_jax.torch_weights import (
-    DTYPES,
     Index,
     LazyArray,
     LazyParams,
     abstract_params,
+    compare,
     lazy_params,
     place,
     read_now,
@@ -49,6 +53,8 @@ PARAMS, CARRIED = "params", "carried.safetensors"
 _LARGE_BYTES = 16 << 20  # what is written piece by piece
 _PIECE_BYTES = 128 << 20  # what is read, transposed and written at once
 _CHUNK_BYTES = 1 << 20  # what a reader has to fetch whole
+# Parameters that `load` arranged, which no checkpoint holds.
+_FOR_SAMPLING = re.compile(r"kernel_scale$|\.(qkv|gate_up)_proj\.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +75,7 @@ def kind_of(folder: str | pathlib.Path) -> str:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder: expected a Janus checkpoint there")
     dialect = dialect_of(read_raw_config(folder))
-    if _state(folder / PARAMS) is not None:
+    if has_arrays(folder / PARAMS):
         return "converted"
     if weight_file(folder) is None:
         raise FileNotFoundError(
@@ -125,10 +131,25 @@ def saving_context() -> ocp.Context:
 def save_params(folder: str | pathlib.Path, params: Any) -> None:
     """Writes arrays in canonical (stacked) layout as the orbax checkpoint `folder`; every process of a run calls it.
 
+    A process alone writes a checksum with every chunk. Several write together as orbax does, without.
+
     Raises ValueError where `folder` exists already.
     """
+    if jax.process_count() == 1:
+        flat = traverse_util.flatten_dict(params)
+        write_lazy(pathlib.Path(folder), {path: _lazy(array) for path, array in flat.items()})
+    else:
+        _save_by_orbax(pathlib.Path(folder), params)
+
+
+def _lazy(array: Any) -> LazyArray:
+    # A part at a time: an array keeps the copy in host memory that was once made of the whole of it.
+    return LazyArray(array.shape, np.dtype(array.dtype), lambda index: np.asarray(array[index]))
+
+
+def _save_by_orbax(folder: pathlib.Path, params: Any) -> None:
     with saving_context():
-        ocp.save(pathlib.Path(folder).absolute(), params)
+        ocp.save(folder.absolute(), params)
 
 
 def save(folder: str | pathlib.Path, config: JanusConfig, params: Any) -> None:
@@ -152,103 +173,114 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 def has_arrays(folder: pathlib.Path) -> bool:
     """Whether `folder` is an orbax checkpoint that `array_leaves` reads."""
-    return _state(folder) is not None
-
-
-def _state(params: pathlib.Path) -> pathlib.Path | None:
-    """The folder inside the orbax checkpoint `params` that holds the arrays, None where there is none."""
-    # The names that orbax has had for it; it is the folder itself where several trees are saved together.
-    folders = (params / name for name in ("state", "pytree", "default", ""))
-    return next((folder for folder in folders if (folder / "manifest.ocdbt").is_file()), None)
-
-
-def _open_array(state: pathlib.Path, path: Iterable[str], **options: Any) -> ts.TensorStore:
-    kvstore = {
-        "driver": "ocdbt",
-        "base": {"driver": "file", "path": f"{state.absolute()}/"},
-        "path": f"{'.'.join(path)}/",
-    }
-    # An absent chunk is a lost one, to orbax as to us, so that chunks of zeros have to be there too.
-    policy = {"store_data_equal_to_fill_value": True, "fill_missing_data_reads": False}
-    spec = {"driver": "zarr3", "kvstore": kvstore, **policy, **options.pop("spec", {})}
-    return ts.open(spec, **options).result()
+    return orbax_layouts.find(folder) is not None
 
 
 def array_leaves(folder: pathlib.Path, wanted: Mapping[str, Any]) -> LazyParams:
     """The arrays of the orbax checkpoint `folder` that `wanted`, nested dicts of things with a `shape`, asks for.
 
+    Any of orbax's savers may have written it; decoder layers may stand apart in it, and all of it under `params`.
+
     Raises ValueError where they are others, all of them in one message.
     """
-    state = _state(folder)
+    state = orbax_layouts.find(folder)
+    if state is None:
+        raise ValueError(f"{one_line(folder)} holds no arrays as orbax's savers write them")
     wanted = traverse_util.flatten_dict(wanted)
-    suffix = b"/zarr.json"
-    with _named(folder):
-        kvstore = ts.KvStore.open({"driver": "ocdbt", "base": {"driver": "file", "path": f"{state.absolute()}/"}})
-        found = {key.removesuffix(suffix).decode() for key in kvstore.result().list().result() if key.endswith(suffix)}
-    names = {".".join(path): path for path in wanted}
-    problems = [f"missing: {name} {list(wanted[names[name]].shape)}" for name in names if name not in found]
-    problems += [f"unexpected: {name}" for name in sorted(found - names.keys())]
-    leaves: LazyParams = {}
-    for name, path in names.items():
-        if name not in found:
-            continue
-        with _named(folder):
-            store = _open_array(state, path)
-        dtype = store.dtype.numpy_dtype
-        if store.shape != wanted[path].shape:
-            problems.append(f"misshapen: {name} is {list(store.shape)}, expected {list(wanted[path].shape)}")
-        elif dtype not in DTYPES.values():
-            problems.append(f"unsupported: {name} is {dtype}, expected {', '.join(DTYPES)}")
-        leaves[path] = LazyArray(store.shape, dtype, functools.partial(_read_array, folder, store))
+    with orbax_layouts.named(folder):
+        store = orbax_layouts.open_store(state)
+    if for_sampling := [name for name in store.drivers if _FOR_SAMPLING.search(name)]:
+        raise ValueError(
+            f"{one_line(folder)} holds kernels that were fused or quantised for sampling, such as "
+            f"{one_line(for_sampling[0])}; save the parameters of janus_jax.load(..., fused=False) without weights="
+        )
+    top = "params." if store.drivers and all(name.startswith("params.") for name in store.drivers) else ""
+    parts = {path: _stored_names(path, leaf.shape, store.drivers, top) for path, leaf in wanted.items()}
+    expected = {name: shape for names in parts.values() for name, shape in names.items()}
+    opened: dict[str, ts.TensorStore] = {}
+    for name in expected:
+        if name in store.drivers:
+            with orbax_layouts.named(folder):
+                opened[name] = store.open(name)
+    found = {name: jax.ShapeDtypeStruct(array.shape, array.dtype.numpy_dtype) for name, array in opened.items()}
+    problems = compare(found, expected, {}, lambda name: False)
+    problems += [Problem("unexpected", name) for name in sorted(store.drivers.keys() - expected.keys())]
     if problems:
-        listed = "\n  ".join(problems)
-        raise ValueError(f"{folder}: the arrays do not fit config.json:\n  {listed}")
-    return leaves
+        raise ValueError(f"{one_line(folder)}: the arrays do not fit config.json: {summary(problems)}")
+    return {path: _leaf(folder, leaf.shape, [opened[name] for name in parts[path]]) for path, leaf in wanted.items()}
 
 
-def _read_array(folder: pathlib.Path, store: ts.TensorStore, index: Index) -> np.ndarray:
-    with _named(folder):
-        return store[index].read().result()
+def _stored_names(path: Path, shape: tuple[int, ...], there: Container[str], top: str) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of the arrays that make up the one of `shape` at `path`: one, or one of each layer."""
+    stacked = top + ".".join(path)
+    layers = [top + ".".join((path[0], f"layers_{i}", *path[2:])) for i in range(shape[0] if shape else 0)]
+    if stacked in there or path[:2] != ("language_model", "layers") or not any(name in there for name in layers):
+        return {stacked: shape}
+    return dict.fromkeys(layers, shape[1:])
 
 
-@contextlib.contextmanager
-def _named(params: pathlib.Path) -> Iterator[None]:
-    """Says of tensorstore's errors what they mean."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{params} is damaged ({error}); convert the checkpoint again") from None
+def _leaf(folder: pathlib.Path, shape: tuple[int, ...], arrays: list[ts.TensorStore]) -> LazyArray:
+    dtypes = {array.dtype.numpy_dtype for array in arrays}
+    dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+
+    def read(index: Index) -> np.ndarray:
+        with orbax_layouts.named(folder):
+            if arrays[0].shape == shape:
+                return arrays[0][index].read().result()
+            layers = [array[index[1:]].read() for array in arrays[index[0]]]
+            return np.stack([layer.result().astype(dtype, copy=False) for layer in layers])
+
+    return LazyArray(shape, dtype, read)
 
 
 def write_lazy(folder: pathlib.Path, leaves: LazyParams, progress: bool = False) -> None:
     """Writes `leaves` as the orbax checkpoint `folder`, holding a few pieces of `_PIECE_BYTES` at a time.
 
-    Orbax wants whole arrays in memory, three gigabytes each for a 7B model, and holds several. So of the large ones it
-    is given a scalar each, for its metadata, and tensorstore then puts the arrays in their places, piece by piece.
+    Orbax wants whole arrays in memory, three gigabytes each for a 7B model, holds several, and has no checksums. So it
+    is given a scalar for each, for its metadata, and tensorstore then puts the arrays in their places, piece by piece.
     """
-    large = {path: leaf for path, leaf in leaves.items() if leaf.num_bytes > _LARGE_BYTES}
-    tree = {path: np.zeros((), leaf.dtype) for path, leaf in large.items()}
-    tree |= {path: read_now(leaf) for path, leaf in leaves.items() if path not in large}
+    scalars = {path: np.zeros((), leaf.dtype) for path, leaf in leaves.items()}
     with byte_bar("writing", total_bytes(leaves), progress) as bar:
-        save_params(folder, traverse_util.unflatten_dict(tree))
-        bar.update(total_bytes(leaves) - total_bytes(large))
-        tree.clear()
-        for path, leaf in large.items():
-            _write_array(_state(folder), path, leaf, bar.update)
+        _save_by_orbax(folder, traverse_util.unflatten_dict(scalars))
+        state = orbax_layouts.find(folder)
+        small = [path for path, leaf in leaves.items() if leaf.num_bytes <= _LARGE_BYTES]
+        while small:
+            batch, num_bytes = [], 0
+            while small and num_bytes < _PIECE_BYTES:
+                batch.append(small.pop())
+                num_bytes += leaves[batch[-1]].num_bytes
+            _write_together(state, {path: leaves[path] for path in batch})
+            bar.update(num_bytes)
+        for path, leaf in leaves.items():
+            if leaf.num_bytes > _LARGE_BYTES:
+                _write_in_pieces(state, path, leaf, bar.update)
 
 
-def _write_array(state: pathlib.Path, path: Path, leaf: LazyArray, on_bytes: Callable[[int], Any]) -> None:
-    codecs = [{"name": "bytes", "configuration": {"endian": "little"}}]  # uncompressed, as `save_params` leaves them
-    store = _open_array(
+def _create(state: pathlib.Path, path: Path, leaf: LazyArray, context: ts.Context) -> ts.Future:
+    # Uncompressed, as orbax is told to leave them, and each chunk with its checksum, which every reader compares.
+    codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+    return orbax_layouts.create_array(
         state,
-        path,
-        spec={"metadata": {"codecs": codecs}},
-        create=True,
-        delete_existing=True,
+        ".".join(path),
+        codecs,
         dtype=ts.dtype(leaf.dtype),
         shape=leaf.shape,
         chunk_layout=ts.ChunkLayout(chunk_shape=chunk_shape(leaf)),
+        context=context,
     )
+
+
+def _write_together(state: pathlib.Path, leaves: LazyParams) -> None:
+    # Side by side and in one context they share commits, of which each costs more than a small array.
+    context = ts.Context()
+    stores = {path: _create(state, path, leaf, context) for path, leaf in leaves.items()}
+    writing = [stores[path].result().write(read_now(leaf)) for path, leaf in leaves.items()]
+    for written in writing:
+        written.result()
+
+
+def _write_in_pieces(state: pathlib.Path, path: Path, leaf: LazyArray, on_bytes: Callable[[int], Any]) -> None:
+    store = _create(state, path, leaf, ts.Context()).result()
     writing = None
     for piece in pieces(leaf):
         array = leaf.read(piece)  # while the last piece is being written
