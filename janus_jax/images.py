@@ -28,6 +28,9 @@ _FAR = 1e6  # means, deviations and factors beyond it, or below its inverse, mak
 # ---------------------------------------------------------------- settings
 
 
+_BICUBIC = int(Image.Resampling.BICUBIC)
+
+
 @dataclass(frozen=True)
 class ImageSettings:
     """How an understanding image becomes pixels (reference: VLMImageProcessorConfig in image_processing_vlm.py).
@@ -64,9 +67,15 @@ class ImageSettings:
     def parse(cls, raw: dict[str, Any], image_size: int = 384) -> ImageSettings:
         """Settings of a parsed preprocessor_config.json; `image_size` and the defaults stand in for what it leaves out.
 
-        Knows the reference's `image_size` and the `size` of transformers' port. ValueError when a value does not fit.
+        Knows the reference's `image_size` and the `size` of transformers' port. ValueError when a value does not fit,
+        and for steps left out or done in another way, which would be other pixels than the model was trained on.
         """
         fields = Fields(raw)
+        for step in ("do_resize", "do_rescale", "do_pad", "do_convert_rgb"):
+            if not fields.flag(step, True, null=True):
+                raise ValueError(f"{step} is false; pictures without that step are not supported")
+        if fields.whole("resample", 0, 5, _BICUBIC, null=True) != _BICUBIC:
+            raise ValueError(f"resample is {raw['resample']}; only {_BICUBIC} (bicubic) is supported")
         size, key = fields, "image_size" if raw.get("image_size") is not None else "size"
         if isinstance(raw.get(key), dict):
             size, key = fields.block(key), "height"
