@@ -95,7 +95,8 @@ def _only(block: Fields, key: str, known: str):
     require(value == known, f"{block.name(key)} {shown(value)} is not {known!r}, which alone is supported")
 
 
-def _parse_language(block: Fields) -> LlamaConfig:
+def parse_language(block: Fields) -> LlamaConfig:
+    """The decoder that a LLaMA's own config.json, or the block of a Janus's, describes; ValueError for another one."""
     model_type = block.get("model_type", "llama")
     require(model_type == "llama", f"the language model is {shown(model_type)}, not 'llama'")
     # What a block leaves out is the LLaMA default of transformers, as in Janus-Pro-7B's config.
@@ -152,7 +153,7 @@ def _same(keys: Mapping[str, Any] | tuple[str, ...]) -> dict[str, str]:
 
 
 def _parse_original(raw: Fields) -> JanusConfig:
-    language = _parse_language(raw.block("language_config"))
+    language = parse_language(raw.block("language_config"))
 
     params = raw.block("vision_config").block("params")
     name = params.text("model_name", "siglip_large_patch16_384")
@@ -224,7 +225,7 @@ def _read_table(cls: type, block: Fields, table: Mapping[str, tuple[str, Any]]) 
 
 def _parse_transformers(raw: Fields) -> JanusConfig:
     text, v, g = (raw.block(key) for key in ("text_config", "vision_config", "vq_config"))
-    language = _parse_language(text)
+    language = parse_language(text)
     _only(v, "hidden_act", "gelu")
     _only(g, "hidden_act", "gelu")
     qk_norm = v.flag("use_qk_norm", False, null=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import re
 from collections.abc import Iterable
@@ -9,6 +10,7 @@ from collections.abc import Iterable
 from janus_jax.messages import one_line
 
 _SHOWN = 12  # patterns in a message
+_FIRST = 4  # of a kind, before the others of it
 _NUMBER = re.compile(r"(?<![0-9A-Za-z])\d{1,9}(?![0-9A-Za-z])|(?<=_)\d{1,9}(?=[./]|$)")
 
 
@@ -28,9 +30,16 @@ def summary(problems: Iterable[Problem]) -> str:
         pattern = _NUMBER.sub("\0", problem.name)
         numbers = [int(text) for text in _NUMBER.findall(problem.name)]
         groups.setdefault((problem.kind, pattern, problem.detail), []).append(numbers)
-    told = [_told(*group, found) for group, found in groups.items()]
-    more = sum(len(found) for found in list(groups.values())[_SHOWN:])
-    return "; ".join(told[:_SHOWN]) + (f"; and {more:,} more" if more else "")
+    # A few of each kind come first, lest what is missing hide what is there instead.
+    seen = collections.Counter()
+    ranks = {}
+    for group in groups:
+        ranks[group] = seen[group[0]] // _FIRST
+        seen[group[0]] += 1
+    order = sorted(groups, key=ranks.get)
+    told = [_told(*group, groups[group]) for group in order[:_SHOWN]]
+    more = sum(len(groups[group]) for group in order[_SHOWN:])
+    return "; ".join(told) + (f"; and {more:,} more" if more else "")
 
 
 def _told(kind: str, pattern: str, detail: str, found: list[list[int]]) -> str:

@@ -8,46 +8,61 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import re
 from typing import Any
 
 import numpy as np
 from flax import traverse_util
 
 from janus_jax.config import JanusConfig
+from janus_jax.messages import one_line
+from janus_jax.mismatch import summary
+from janus_jax.part_configs import check_config
 from janus_jax.safetensors_files import write_safetensors
-from janus_jax.torch_files import open_file, open_tensors
-from janus_jax.torch_names import Slot, slots
-from janus_jax.torch_weights import DTYPES, LazyArray, LazyParams, leaves_of, tensors_of
+from janus_jax.torch_files import WEIGHT_FILES, Note, open_file, open_tensors
+from janus_jax.torch_names import Slot, is_harmless, slots
+from janus_jax.torch_weights import LazyArray, LazyParams, compare, leaves_of, tensors_of
 
 PREFIXES = {
     "vision_model": "vision_model.vision_tower.",
     "gen_vision_model": "gen_vision_model.",
     "language_model": "language_model.",
 }
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
-def open_part(path: pathlib.Path, config: JanusConfig, part: str) -> LazyParams:
+# What parts' own files have beside the part, and this model has no use for.
+_UNUSED = {
+    "vision_model": re.compile(r"(attn_pool|head|fc_norm)\."),
+    "gen_vision_model": re.compile(r"quantize\.codebook_used$"),
+    "language_model": re.compile(r"$^"),
+}
+
+
+def open_part(path: pathlib.Path, config: JanusConfig, part: str, note: Note = lambda text: None) -> LazyParams:
     """The parameters of `part`, a key of PREFIXES, still in their file.
 
     Args:
-      path: a .safetensors, .bin, .pt or .pth file, or a folder with model.safetensors or pytorch_model.bin. Tensors
-        that the part has no use for (pooling heads, optimizer states) are left alone.
-    Raises: FileNotFoundError where there is no such file, ValueError naming all tensors that are missing or misshapen.
+      path: a .safetensors, .bin, .pt or .pth file, or a folder with model.safetensors or pytorch_model.bin. What the
+        folder's config.json says has to be what `config` says. Pooling heads, usage counts and buffers are left alone.
+      note: hears which of several sets of weights a file was read from.
+    Raises: FileNotFoundError where there is no such file, ValueError where config.json describes another model, or for
+      tensors that are missing, misshapen, or of no use to the part, such as biases and further layers.
     """
-    tensors = open_tensors(path) if path.is_dir() else open_file(path)
+    folder = path if path.is_dir() else path.parent
+    is_tied = False
+    if path.is_dir() or path.name in WEIGHT_FILES:  # another name may be that of a file among others
+        is_tied = check_config(folder, config, part)
+    tensors = open_tensors(path, note) if path.is_dir() else open_file(path, note)
     filled = _slots(config, part)
-    problems = []
-    for slot in {slot.name: slot for slot in filled}.values():  # q, k and v share a tensor
-        found = tensors.get(slot.name)
-        if found is None:
-            problems.append(f"missing: {slot.name} {list(slot.tensor_shape)}")
-        elif found.shape != slot.tensor_shape:
-            problems.append(f"misshapen: {slot.name} is {list(found.shape)}, expected {list(slot.tensor_shape)}")
-        elif found.dtype not in DTYPES.values():
-            problems.append(f"unsupported: {slot.name} is {found.dtype}, expected {', '.join(DTYPES)}")
-    if problems:
-        shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
-        raise ValueError(f"{path} does not hold the {part} of this model: {shown}")
+    unused = _UNUSED[part]
+    if is_tied:
+        # As transformers does, whatever stands in the head's place.
+        filled = [dataclasses.replace(s, name=_EMBEDDING) if s.name == _HEAD else s for s in filled]
+        unused = re.compile(re.escape(_HEAD) + "$")
+    expected = {slot.name: slot.tensor_shape for slot in filled}
+    if problems := compare(tensors, expected, {}, lambda name: is_harmless(name) or bool(unused.match(name))):
+        raise ValueError(f"{one_line(path)} does not hold the {part} of this model: {summary(problems)}")
     return leaves_of(filled, tensors)
 
 

@@ -261,7 +261,10 @@ def test_other_sizes_are_told(config, start, tmp_path):
     own = dataclasses.replace(config, model=dataclasses.replace(MODEL, language=language))
     with pytest.raises(ValueError, match=r"init_from: .*language\.mlp_dim is 64, the config's model has 72"):
         open_sources(own)
-    with pytest.raises(ValueError, match=r"language_from: .* holds a language_model of other sizes"):
+    with pytest.raises(
+        ValueError,
+        match=r"language_from: .* holds a language_model of another model: mlp_dim is 64, the config's model has 72",
+    ):
         open_sources(dataclasses.replace(own, init_from="", language_from=start))
     write_part(tmp_path / "l.safetensors", MODEL, "language_model", checkpoint.load_params(start)["language_model"])
     with pytest.raises(ValueError, match=r"language_from: .*does not hold the language_model of this model: missing"):

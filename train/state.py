@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from janus_jax.attention import takes
 from janus_jax.checkpoint import open_checkpoint
 from janus_jax.config import IMAGE_CHANNELS, JanusConfig, dialect_of
 from janus_jax.model import Janus, init_params
+from janus_jax.part_configs import differing_part
 from janus_jax.parts import open_part
 from janus_jax.sharding import RULES, param_shardings
 from janus_jax.torch_weights import LazyParams, abstract_params, place, read_raw_config
@@ -234,13 +234,11 @@ def _open_one(key: str, path: pathlib.Path, config: TrainConfig, part: str) -> L
     try:
         if path.is_dir() and (path / "config.json").exists() and _is_janus(path):
             checkpoint = open_checkpoint(path)
-            leaves = _by_part(checkpoint.leaves)[part]
-            wanted = traverse_util.flatten_dict(abstract_params(config.model))
-            wrong = [p for p in leaves if p not in wanted or wanted[p].shape != leaves[p].shape]
-            if wrong or any(p[0] == part and p not in leaves for p in wanted):
-                raise ValueError(f"{path} holds a {part} of other sizes than the config's model")
-            return leaves
-        return open_part(path, config.model, part)
+            if differing := differing_part(checkpoint.config, config.model, part):
+                told = "; ".join(f"{k} is {theirs}, the config's model has {ours}" for k, theirs, ours in differing[:4])
+                raise ValueError(f"{path} holds a {part} of another model: {told}")
+            return _by_part(checkpoint.leaves)[part]
+        return open_part(path, config.model, part, print if jax.process_index() == 0 else lambda text: None)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{key}: {error}") from None
     except (OSError, ValueError) as error:
