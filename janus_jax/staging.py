@@ -342,12 +342,12 @@ def _remove_of(lock: pathlib.Path, place: pathlib.Path) -> Iterator[str]:
             return
         if aside.exists() and not place.exists():
             aside.rename(place)
-            yield f"put {one_line(place)} back, which a killed conversion had moved aside"
+            yield f"put {one_line(place)} back, which a killed process had moved aside"
         for path in (folder, aside):
             if path.exists():
                 size = _size(path)
                 remove(path)
-                yield f"removed {one_line(path)} ({size / 1e9:.3g} GB), which a killed conversion left"
+                yield f"removed {one_line(path)} ({size / 1e9:.3g} GB), which a killed process left"
         lock.unlink(missing_ok=True)
     except OSError:  # its maker lives, or the storage has no locks
         return

@@ -7,6 +7,7 @@ import errno
 import os
 import pathlib
 import shutil
+import socket
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from janus_jax import checkpoint
+from janus_jax.staging import MARK
 from janus_jax.torch_weights import abstract_params, read_now
 from tests.tiny_run import MODEL, compiled_once, tiny_config, write_checkpoint, write_data
 from train import aside, faults, loop
@@ -114,6 +116,31 @@ def test_a_death_after_the_checkpoint_costs_nothing(config_of, monkeypatch, tmp_
     for path, leaf in checkpoint.array_leaves(folder / "checkpoints" / "2" / "trained", trained).items():
         np.testing.assert_array_equal(read_now(exported[path]), read_now(leaf).astype("bfloat16"), err_msg=str(path))
     assert not (folder / "tries.json").exists() and not (folder / "lease.json").exists()
+
+
+def test_an_export_is_whole_or_not_there(config_of, monkeypatch, tmp_path, capsys):
+    """A disk that fills up within it, what a kill left beside it, and one begun before exports were staged."""
+    config = config_of(tmp_path, steps=2, export_every=0, samples=SampleConfig(), evaluation=EvalConfig())
+    folder = tmp_path / "run" / "export"
+
+    def full(params, _):
+        params.mkdir()
+        raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_params", full)
+        with pytest.raises(Stopped, match=r"the export could not be written .*No space left on device"):
+            loop.train(config)
+    assert not folder.exists()
+    folder.mkdir()
+    (folder / ".2.0123abcd.lock").write_text(socket.gethostname())
+    for left in (".2.0123abcd.partial/params", "2/params.orbax-checkpoint-tmp-1"):
+        (folder / left).mkdir(parents=True)
+    (folder / "2" / "config.json").touch()
+    exported = loop.train(config)
+    assert [path.name for path in folder.iterdir()] == ["2"]
+    assert ".2.0123abcd.partial (0 GB), which a killed process left" in capsys.readouterr().out
+    assert {"config.json", "params", MARK} <= {path.name for path in exported.iterdir()}
 
 
 @pytest.mark.slow

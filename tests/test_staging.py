@@ -232,7 +232,7 @@ def test_a_killed_conversion_is_found_by_the_next_one(tmp_path):
     notes = []
     with staged(tmp_path / "out", note=notes.append) as folder:
         write_some(folder)
-    assert len(notes) == 1 and left in notes[0] and "GB), which a killed conversion left" in notes[0]
+    assert len(notes) == 1 and left in notes[0] and "GB), which a killed process left" in notes[0]
     assert names(tmp_path) == {"out", ".out.notes.partial"}
 
 
@@ -246,7 +246,7 @@ def test_what_a_killed_conversion_moved_aside_is_put_back(tmp_path):
     with refused, staged(tmp_path / "out", note=notes.append) as folder:
         write_some(folder)
     assert (tmp_path / "out" / "config.json").read_text() == "old"
-    assert len(notes) == 1 and "which a killed conversion had moved aside" in notes[0]
+    assert len(notes) == 1 and "which a killed process had moved aside" in notes[0]
     assert names(tmp_path) == {"out"}
 
 

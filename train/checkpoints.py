@@ -21,6 +21,7 @@ import logging
 import pathlib
 import re
 import secrets
+import shutil
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,7 @@ from janus_jax.config import JanusConfig, original_config
 from janus_jax.memory import OutOfMemory
 from janus_jax.messages import one_line
 from janus_jax.processor_files import PROCESSOR_FILES, TOKENIZER_FILES, copy_files
+from janus_jax.staging import Staging
 from janus_jax.torch_weights import LazyParams, abstract_params
 from train import lease
 from train.config import TrainConfig
@@ -271,18 +273,48 @@ class Workdir:
         """Writes a checkpoint folder in bfloat16 with the files of the run's tokenizer; returns it."""
         folder = self.folder / _EXPORT / str(step)
         self.check()
-        with self._storing("the export"), together():
-            if jax.process_index() == 0:
-                folder.mkdir(parents=True, exist_ok=True)
-                tokenizer = pathlib.Path(self.config.tokenizer or self.config.init_from)
-                copy_files(tokenizer, folder, TOKENIZER_FILES + PROCESSOR_FILES)
-                checkpoint.write_json(folder / "config.json", exported_config(self.config))
-        # The arrays come into being last and at once: where they are, an earlier start was done with this folder.
-        if not from_first(checkpoint.has_arrays(folder / checkpoint.PARAMS)):
+        # It comes to its place whole: where it is, an earlier start was done with it.
+        if from_first(checkpoint.has_arrays(folder / checkpoint.PARAMS)):
+            return folder
+        num_bytes = 2 * sum(leaf.size for leaf in jax.tree.leaves((trained, frozen)))
+        with self._storing("the export"), _staged(folder, num_bytes) as beside:
+            with together():
+                if jax.process_index() == 0:
+                    tokenizer = pathlib.Path(self.config.tokenizer or self.config.init_from)
+                    copy_files(tokenizer, beside, TOKENIZER_FILES + PROCESSOR_FILES)
+                    checkpoint.write_json(beside / "config.json", exported_config(self.config))
             cast = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype("bfloat16"), tree))
-            with self._storing("the export"):
-                checkpoint.save_params(folder / checkpoint.PARAMS, cast({**trained, **frozen}))
+            checkpoint.save_params(beside / checkpoint.PARAMS, cast({**trained, **frozen}))
         return folder
+
+
+@contextlib.contextmanager
+def _staged(folder: pathlib.Path, num_bytes: int) -> Iterator[pathlib.Path]:
+    """As `staging.staged`, for all processes alike: process 0 makes the folder and puts it in its place."""
+    staging = None
+    try:
+        with together():
+            if jax.process_index() == 0:
+                _clear(folder)
+                staging = Staging(folder, num_bytes=num_bytes, note=say)
+        yield pathlib.Path(from_first(str(staging.folder) if staging else ""))
+        with together():
+            if staging:
+                staging.finish()
+    except BaseException:
+        if staging:
+            staging.discard()
+        raise
+
+
+def _clear(folder: pathlib.Path):
+    """Removes the files of an export that was killed in the making, from before exports were staged."""
+    names = {"config.json", *TOKENIZER_FILES, *PROCESSOR_FILES}
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name in names:
+            path.unlink()
+        elif path.name.startswith(f"{checkpoint.PARAMS}.orbax-checkpoint-tmp"):
+            shutil.rmtree(path)
 
 
 def exported_config(config: TrainConfig) -> dict[str, Any]:
