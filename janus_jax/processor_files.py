@@ -19,7 +19,8 @@ from tokenizers import processors
 from janus_jax.config import JanusConfig
 from janus_jax.files import read_json_object, read_text
 from janus_jax.messages import one_line
-from janus_jax.processing import ROLES, Processor
+from janus_jax.processing import Processor
+from janus_jax.roles import ROLES
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -128,8 +128,7 @@ def assert_reference_files(folder: pathlib.Path, **changed):
     assert json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
 
 
-# "old" comes with the roles that a chat template tells.
-@pytest.mark.parametrize("roles", ["pro"])
+@pytest.mark.parametrize("roles", ["pro", "old"])
 def test_the_reference_finds_every_field(get_case, tmp_path, roles):
     """From a folder that transformers wrote, with nothing of the reference's in it."""
     from transformers import AutoProcessor
