@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 import re
 import shutil
@@ -25,6 +24,7 @@ from janus_jax.checkpoint import (
     write_lazy,
 )
 from janus_jax.config import dialect_of, original_config, transformers_config
+from janus_jax.files import read_json_object
 from janus_jax.messages import one_line
 from janus_jax.processor_files import (
     PROCESSOR_FILES,
@@ -180,7 +180,7 @@ def _image_token_id(folder: pathlib.Path, note: Callable[[str], Any]) -> int:
         note(f"{folder} has no tokenizer.json: image_token_id is written as {_USUAL_PLACEHOLDER_ID}, Janus-Pro-1B's")
         return _USUAL_PLACEHOLDER_ID
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_json_object(path)
         added = {token["content"]: token["id"] for token in raw.get("added_tokens") or ()}
         return added[_PLACEHOLDER] if _PLACEHOLDER in added else raw["model"]["vocab"][_PLACEHOLDER]
     except (ValueError, KeyError, TypeError, AttributeError):

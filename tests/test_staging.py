@@ -210,7 +210,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def begin(out: pathlib.Path, script: str = "from_torch.py", *arguments: str, prelude: str = SLOW) -> subprocess.Popen:
     command = [sys.executable, "-c", prelude, str(ROOT / "convert" / script), "--src", str(GOLDEN), "--out", str(out)]
-    environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "", "JAX_PLATFORMS": "cpu"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([*command, *arguments], text=True, env=environment, **pipes)
 
