@@ -19,6 +19,8 @@ MODEL = JanusConfig(
     gen_head_width=128,
     dtype="float32",
 )
+# Chosen on the validation split: with less guidance another digit is drawn more often, and with more of it too.
+GUIDANCE, TEMPERATURE = 2.25, 0.8
 
 
 def get_config() -> DigitsConfig:
@@ -28,6 +30,9 @@ def get_config() -> DigitsConfig:
         workdir="runs/digits",
         vq=VQTrainConfig(model=VQ, steps=900, batch_size=32, learning_rate=3e-3, reseed_every=50, reseed_until=500),
         stages=stages,
+        guidance=GUIDANCE,
+        temperature=TEMPERATURE,
+        images_per_class=100,
     )
 
 
@@ -63,7 +68,9 @@ def _stage(stage: int, steps: int, ratio: tuple[int, int, int], sample: bool = F
             every=0,
             batches=2,
         ),
-        samples=SampleConfig(every=steps, prompts=prompts, images=8, guidance=3.0) if sample else SampleConfig(),
+        samples=SampleConfig(every=steps, prompts=prompts, images=8, guidance=GUIDANCE, temperature=TEMPERATURE)
+        if sample
+        else SampleConfig(),
         log_every=20,
         save_every=steps,
         keep=1,

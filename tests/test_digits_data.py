@@ -2,6 +2,11 @@
 
 import dataclasses
 import json
+import os
+import pathlib
+import re
+import statistics
+import subprocess
 import sys
 
 import numpy as np
@@ -26,6 +31,7 @@ from train.digits_data import (
     write_tokenizer,
 )
 from train.digits_judge import Judge
+from train.digits_spread import main as spread
 from train.overrides import load_config
 from train.prepare import prepare
 from train.prepared import open_prepared
@@ -34,6 +40,7 @@ from train.validate import validate
 
 CONFIG = load_config("digits")
 MODEL = CONFIG.stages[0].model
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -252,3 +259,99 @@ def test_model_can_be_written_and_read():
     assert parse_config(original_config(MODEL)) == MODEL
     assert MODEL.language.width < get_preset("janus_pro_1b").language.width
     assert isinstance(CONFIG, DigitsConfig)
+
+
+# ---------------------------------------------------------------- several seeds
+
+
+FIGURES = {
+    "split": "held_out",
+    "questions": 8,
+    "images_per_class": 5,
+    "guidance": 2.5,
+    "temperature": 0.8,
+    "judge": 1.0,
+    "reconstruction": 0.99,
+    "generation": 0.96,
+    "lowest_class": 0.8,
+    "distinct": 50,
+    "seconds": {"data": 60.0, "stage1": 120.0},
+    "cpu_seconds": 300.0,
+}
+
+
+def write_runs(folder, *changes):
+    for index, changed in enumerate(changes):
+        path = folder / str(index) / "results.json"
+        path.parent.mkdir()
+        path.write_text(json.dumps(FIGURES | changed))
+    return [str(folder / str(index)) for index in range(len(changes))]
+
+
+def test_spread(tmp_path, capsys):
+    changes = [
+        {"seed": 2, "understanding": 0.97},
+        {"seed": 0, "understanding": 0.99},
+        {"seed": 1, "understanding": 0.95},
+    ]
+    assert spread(write_runs(tmp_path, *changes)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| | seed 0 | seed 1 | seed 2 | mean | standard deviation | range |"
+    assert "| understanding, 8 questions | 99.0% | 95.0% | 97.0% | 97.0% | 2.0 | 95.0% to 99.0% |" in lines
+    assert any(line.startswith("| generation, 50 images, guidance 2.5, temperature 0.8 | 96.0% |") for line in lines)
+    assert "| minutes, the whole command | 3.0 | 3.0 | 3.0 | 3.0 | 0.0 | 3.0 to 3.0 |" in lines
+    assert "| minutes of two cores' work | 2.5 | 2.5 | 2.5 | 2.5 | 0.0 | 2.5 to 2.5 |" in lines
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"guidance": 3.0}, "guidance is 3.0 in .*, 2.5 in the first run: they cannot be averaged"),
+        ({"split": "validation"}, "split is validation in .*, held_out in the first run"),
+        ({"seed": 0}, "is of seed 0, as is another one"),
+        ({"understanding": "98%"}, "does not hold the figures of `train.main --config digits`"),
+        ({"seconds": [1, 2]}, "does not hold the figures"),
+    ],
+)
+def test_runs_that_cannot_be_averaged(changed, told, tmp_path, capsys):
+    right = {"seed": 0, "understanding": 0.97}
+    assert spread(write_runs(tmp_path, right, right | {"seed": 1} | changed)) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and re.search(told, line) and "1/results.json" in line
+
+
+def test_no_run(tmp_path, capsys):
+    assert spread([str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'results.json'}: No such file or directory\n"
+
+
+def test_what_the_readme_says():
+    """The README repeats RESULTS, whose means are those of its five seeds."""
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    rows = {}
+    for line in (ROOT / "benchmarks" / "RESULTS.md").read_text().split("\n## Digits")[1].split("\n## ")[0].splitlines():
+        name, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        rows.setdefault(name.split(",")[0], cells)
+    for kind in ("understanding", "generation"):
+        *values, mean, deviation, extent = rows[kind]
+        values = [float(value.rstrip("%")) for value in values]
+        assert len(values) == 5
+        assert float(mean.rstrip("%")) == pytest.approx(statistics.mean(values), abs=0.1)
+        assert float(deviation) == pytest.approx(statistics.stdev(values), abs=0.1)
+        assert extent == f"{min(values)}% to {max(values)}%"
+        assert float(mean.rstrip("%")) >= 97
+        assert f"{mean} ({extent})" in readme
+    assert f"{rows['lowest class'][-1]}" in readme
+
+
+@pytest.mark.slow
+def test_a_seed_that_no_table_shows(tmp_path):
+    """Ten minutes on two cores; the bounds are some three standard deviations below the means in RESULTS."""
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "train.main", "--config", "digits", "seed=5", f"workdir={tmp_path}"]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    figures = json.loads((tmp_path / "results.json").read_text())
+    assert figures["understanding"] >= 0.96 and figures["generation"] >= 0.97
+    assert figures["distinct"] >= 990
+    assert all((tmp_path / name).stat().st_size for name in ("answers.png", "curves.png", "generated.png"))

@@ -70,10 +70,13 @@ def _finish(config: DigitsConfig, exported: pathlib.Path, clock: _Clock) -> dict
     loss_curves([pathlib.Path(s.workdir) / FILE for s in config.run_stages], folder / "curves.png", "digits")
     clock.lap("evaluation")
     figures |= {"seed": config.seed, "seconds": clock.seconds, "model": str(exported)}
+    # Of all threads of this process: unlike the clock, it says little of what else the machine had to do.
+    figures["cpu_seconds"] = round(time.process_time(), 1)
     write_json(folder / "results.json", figures)
     print(table(figures))
     print(f"pictures: {', '.join(str(path) for path in sorted(folder.glob('*.png')))}")
-    print(f"try: python -m janus_jax generate --model {exported} --prompt 'a handwritten 7' --guidance 3 --out drawn")
+    ask = f"--prompt 'a handwritten 7' --guidance {config.guidance:g} --temperature {config.temperature:g}"
+    print(f"try: python -m janus_jax generate --model {exported} {ask} --out drawn")
     return figures
 
 
