@@ -230,7 +230,7 @@ class Llama(nn.Module):
         self.embed_tokens = Embed(c.vocab_size, c.width, *types, rows="vocab")
         block = Block
         if self.fsdp:
-            gather = functools.partial(gather_layer, "language_model/layers/")
+            gather = functools.partial(gather_layer, "language_model/layers/", self.dtype)
             block = nn.map_variables(block, "params", trans_in_fn=gather)
         block = rematerialised(block, self.remat)
         if self.scan_layers:

@@ -6,6 +6,7 @@ vocabulary split). One table says the logical axes of each parameter path; each 
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -200,39 +201,53 @@ def manual_axes() -> tuple[str, ...]:
     return tuple(name for name, kind in kinds if kind == AxisType.Manual)
 
 
-def gather_layer(prefix: str, variables: Mapping[str, Any]) -> dict[str, Any]:
-    """A layer's `variables` whole, from this device's parts of them along `fsdp`; inside `jax.shard_map`.
+def gather_layer(prefix: str, dtype: Any, variables: Mapping[str, Any]) -> dict[str, Any]:
+    """A layer's `variables` whole and in `dtype`, from this device's parts along `fsdp`; inside `jax.shard_map`.
 
-    The gradient of a gathered parameter is reduce-scattered.
+    Parts are gathered in `dtype`. The gradient of a gathered parameter is reduce-scattered in the dtype of the parts.
 
     Args:
       prefix: of the parameters' paths, as 'language_model/layers/'.
     """
     return {
-        kind: _gather({prefix + path: x for path, x in flatten(tree).items()}, prefix)
+        kind: _gather({prefix + path: x for path, x in flatten(tree).items()}, dtype, prefix)
         for kind, tree in variables.items()
     }
 
 
-def gather_but_layers(params: Mapping[str, Any]) -> dict[str, Any]:
-    """All `params` whole but those of stacked layers, which the layers gather; see `gather_layer`."""
+def gather_but_layers(params: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
+    """All `params` whole and in `dtype` but those of stacked layers, which the layers gather; see `gather_layer`."""
     flat = flatten(params)
     layers = {path: x for path, x in flat.items() if is_stacked(path)}
     others = {path: x for path, x in flat.items() if path not in layers}
-    return unflatten(layers | flatten(_gather(others)))
+    return unflatten(layers | flatten(_gather(others, dtype)))
 
 
-def _gather(flat: Mapping[str, jax.Array], prefix: str = "") -> dict[str, Any]:
+def _gather(flat: Mapping[str, jax.Array], dtype: Any, prefix: str = "") -> dict[str, Any]:
     def whole(path: str, x: jax.Array) -> jax.Array:
         axes = _axes_in_layer(path)
         if "embed" not in axes:
-            return x
-        # Over a first axis of its own: along the last one TPU's compiler makes an all-reduce of the gradient's
-        # reduce-scatter, twice the traffic.
-        parts, axis = jax.lax.all_gather(x, RULES["embed"]), axes.index("embed")
-        return jnp.moveaxis(parts, 0, axis).reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
+            return x.astype(dtype)
+        return _whole(axes.index("embed"), jnp.dtype(dtype), x.dtype, x)
 
     return unflatten({path.removeprefix(prefix): whole(path, x) for path, x in flat.items()})
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _whole(axis: int, dtype: Any, own: Any, x: jax.Array) -> jax.Array:
+    # Over a first axis of its own: along the last one TPU's compiler makes an all-reduce of the gradient's
+    # reduce-scatter, twice the traffic.
+    parts = jax.lax.all_gather(x.astype(dtype), RULES["embed"])
+    return jnp.moveaxis(parts, 0, axis).reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
+
+
+def _scattered(axis: int, dtype: Any, own: Any, _: None, grad: jax.Array) -> tuple[jax.Array]:
+    parts = jax.lax.axis_size(RULES["embed"])
+    grad = grad.astype(own).reshape(*grad.shape[:axis], parts, -1, *grad.shape[axis + 1 :])
+    return (jax.lax.psum_scatter(jnp.moveaxis(grad, axis, 0), RULES["embed"]),)
+
+
+_whole.defvjp(lambda axis, dtype, own, x: (_whole(axis, dtype, own, x), None), _scattered)
 
 
 def activation_spec(shape: Sequence[int], names: Sequence[str | None], mesh_shape: Mapping[str, int]) -> PartitionSpec:

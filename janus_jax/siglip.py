@@ -97,7 +97,7 @@ class Siglip(nn.Module):
         x = constrain(x + pos.astype(self.dtype), "batch", None, None)
         block = Block
         if self.fsdp:
-            gather = functools.partial(gather_layer, "vision_model/blocks/")
+            gather = functools.partial(gather_layer, "vision_model/blocks/", self.dtype)
             block = nn.map_variables(block, "params", trans_in_fn=gather)
         block = rematerialised(block, self.remat)
         blocks = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.layers)

@@ -168,6 +168,7 @@ class TrainConfig:
       accumulate: parts that a step's rows are worked off in, one after the other.
       seed: of initialisation, order, dropout.
       compute_dtype: of activations and of the parameters' copies that products use; trained parameters are float32.
+      reduce_dtype: in which gradients are summed over devices; see `train.step.gradients`.
       frozen_dtype: of parameters that are not trained.
       remat: what the backward pass computes again: 'none', all but matrix products ('dots'), or 'full' layers.
       attention: of the decoder: 'xla', 'splash' (TPU's kernel), 'triton' (a GPU's), or 'auto' for the best that the
@@ -200,6 +201,7 @@ class TrainConfig:
     accumulate: int = 1
     seed: int = 0
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    reduce_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     frozen_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     remat: Literal["none", "dots", "full"] = "full"
     attention: Literal["auto", "xla", "splash", "triton"] = "auto"
