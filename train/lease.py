@@ -26,6 +26,7 @@ FILE = "lease.json"
 RENEW = 10  # seconds between renewals
 LAPSE = 60  # seconds without a renewal after which a run on another machine counts as dead
 _MOVED = ".lapsed"
+_PROC = pathlib.Path("/proc")
 
 
 class Lease:
@@ -166,8 +167,8 @@ def _name(found: dict[str, Any]) -> str:
 def _machine() -> str:
     """Where process numbers mean the same processes: this boot of this machine, this namespace of it."""
     try:
-        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+        boot = (_PROC / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink(_PROC / 'self/ns/pid')}"
     except (OSError, ValueError):
         return f"{platform.node()} {platform.system()}"
 
@@ -175,7 +176,7 @@ def _machine() -> str:
 def _started(pid: int) -> str | None:
     """What tells process `pid` from an earlier one of that number; None where it is dead, or nothing tells."""
     try:
-        state, *fields = pathlib.Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        state, *fields = (_PROC / str(pid) / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         return None if state in "ZX" else fields[18]
     except (OSError, ValueError, IndexError):
         return None
@@ -192,4 +193,4 @@ def _alive(pid: int, started: Any) -> bool:
     now = _started(pid)
     # Without a readable /proc/pid a process that answers is taken for the one that is meant. A killed one answers until
     # its parent has asked for its end.
-    return now == started if now is not None else not pathlib.Path(f"/proc/{pid}/stat").exists()
+    return now == started if now is not None else not (_PROC / str(pid) / "stat").exists()
