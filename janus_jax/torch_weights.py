@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import math
 import pathlib
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -153,7 +154,7 @@ def lazy_params(folder: str | pathlib.Path, config: JanusConfig) -> tuple[LazyPa
     folder = pathlib.Path(folder)
     raw = read_raw_config(folder)
     dialect = dialect_of(raw)
-    tensors = open_tensors(folder)
+    tensors = open_tensors(folder, _say)
     by_path = _by_path(slots(config, dialect))
     if by_path[_LM_HEAD][0].name not in tensors and _is_tied(raw, dialect):
         # The head's slot wants [vocabulary, width], which is what the embedding has.
@@ -168,6 +169,11 @@ def lazy_params(folder: str | pathlib.Path, config: JanusConfig) -> tuple[LazyPa
 
     leaves = leaves_of([slot for filled in by_path.values() for slot in filled], tensors)
     return leaves, {name: tensors[name] for name in carried if name in tensors}
+
+
+def _say(text: str):
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr)
 
 
 def compare(

@@ -96,6 +96,13 @@ def test_safetensors_are_taken_before_bin(config, folder, state, golden):
     assert_same_trees(read_params(folder, config, as_numpy=True)[0], golden)
 
 
+def test_which_parameters_were_taken_is_told(config, folder, state, golden, capsys):
+    other = {name: tensor + 1 for name, tensor in state.items()}
+    torch.save({"model": other, "ema": state, "steps": 3}, folder / "pytorch_model.bin")
+    assert_same_trees(read_params(folder, config, as_numpy=True)[0], golden)
+    assert capsys.readouterr().err == f"{folder / 'pytorch_model.bin'}: it holds ema and model, of which ema is read\n"
+
+
 def test_no_weights(config, folder):
     with pytest.raises(FileNotFoundError, match="holds no weights: expected one of"):
         read_params(folder, config)
