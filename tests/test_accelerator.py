@@ -43,7 +43,7 @@ def config(tmp_path_factory) -> pathlib.Path:
         "from train.config import EvalConfig, MeshConfig, SampleConfig\n"
         "def get_config():\n"
         f"    return tiny_config({folders!r}, 'run', init_from={start!r}, mesh=MeshConfig(fsdp=2), attention='xla',\n"
-        f"        steps=2, batch_size=4, evaluation=EvalConfig(**{kinds!r}, every=2, batches=1),\n"
+        f"        stage=1, steps=2, batch_size=4, evaluation=EvalConfig(**{kinds!r}, every=2, batches=1),\n"
         "        samples=SampleConfig(every=2, prompts=('a red house', 'a tree'), images=1))\n"
     )
     return path
