@@ -9,10 +9,7 @@ import subprocess
 import sys
 import threading
 
-import jax
 import pytest
-
-from train import distributed
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PROGRAM = """
@@ -108,26 +105,3 @@ def test_a_pod_that_does_not_find_itself_is_refused(tmp_path, metadata):
     pytest.importorskip("libtpu")
     done = start(tmp_path, metadata[0], "skipped", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="a,b")
     assert done.returncode == 1 and "alone" not in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("variables", "several"),
-    [
-        ({}, False),
-        ({"SLURM_NTASKS": "4"}, False),  # of a batch script, which is one process
-        ({"SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "a[1-2]"}, True),
-        ({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "a1"}, False),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
-        ({"OMPI_COMM_WORLD_SIZE": ""}, False),
-    ],
-)
-def test_starters_of_several_processes(monkeypatch, variables, several):
-    """SLURM's srun and Open MPI's mpirun: then the processes have to find each other."""
-    for name in ("SLURM_NTASKS", "SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    joined = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *how, **more: joined.append(how))
-    distributed.start()
-    assert joined == ([(None, None, None)] if several else [])
