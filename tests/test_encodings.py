@@ -37,7 +37,7 @@ def test_json_in_every_encoding(tmp_path, codec, mark, as_list, newline):
         assert [s.place.rpartition(":")[2] for s in source] == [str(1 + gap * i) for i in range(15)]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     st.lists(st.dictionaries(st.text(max_size=5), st.text(max_size=20), min_size=1), min_size=1, max_size=5),
     st.sampled_from(["utf-8", *WIDE]),
@@ -48,7 +48,7 @@ def test_json_is_told_without_a_mark(records, codec):
     assert encoding_of(MARKS[codec] + text.encode(codec)) == (codec, len(MARKS[codec]))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.text(st.characters(codec="utf-8", exclude_characters="\0\ufeff")))
 def test_utf8_is_never_taken_for_another(text):
     assert decode_text(text.encode()) == text

@@ -182,7 +182,7 @@ def given(*strategies: st.SearchStrategy, **named: st.SearchStrategy) -> Callabl
     """hypothesis's `given` with as many inputs as FUZZ_EXAMPLES says."""
     examples = os.environ.get("FUZZ_EXAMPLES")
     profile = hypothesis.settings(
-        max_examples=int(examples or 120),
+        max_examples=int(examples or 80),
         derandomize=not examples,
         deadline=None,
         database=None,
