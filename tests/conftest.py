@@ -6,10 +6,15 @@ import dataclasses
 import functools
 import os
 import pathlib
+import signal
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")  # nothing from an earlier session
+
+# Whoever starts tests in the background may have SIGINT ignored, which is inherited; some tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax
 import numpy as np

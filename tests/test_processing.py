@@ -320,7 +320,7 @@ def test_settings_as_transformers_writes_them(own_folder):
         ("preprocessor_config.json", {"do_normalize": "no"}, "do_normalize is 'no', not true or false"),
         ("preprocessor_config.json", {"do_resize": False}, "do_resize is false; pictures without that step"),
         ("preprocessor_config.json", {"do_pad": False}, "do_pad is false; pictures without that step"),
-        ("preprocessor_config.json", {"resample": 2}, "resample is 2; only 3 (bicubic) is supported"),
+        ("preprocessor_config.json", {"resample": 2}, r"resample is 2; only 3 \(bicubic\) is supported"),
         ("preprocessor_config.json", {"image_size": 10**9}, "image_size is 1000000000, not a whole number"),
         ("preprocessor_config.json", {"min_size": 0}, "min_size is 0, not a whole number from 1"),
         ("processor_config.json", {"num_image_tokens": 576}, "num_image_tokens 576 is not the model's 16 patches"),

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from janus_jax.files import read_json_object
-from janus_jax.messages import one_line, print_error
+from janus_jax.messages import one_line, print_any_text, print_error
 
 # What two runs must have in common to be averaged.
 _SETTINGS = ("split", "questions", "images_per_class", "guidance", "temperature")
@@ -75,6 +75,7 @@ def _row(name: str, values: Sequence[float], unit: str, places: int = 1) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    print_any_text()
     parser = argparse.ArgumentParser(prog="python -m train.digits_spread", description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=pathlib.Path, help="workdirs of finished runs, one for each seed")
     try:
