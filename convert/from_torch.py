@@ -5,12 +5,12 @@ python convert/from_torch.py --src Janus-Pro-7B --out janus_pro_7b --verify
 
 import argparse
 import os
-import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the work is the disk's: leave accelerators to others
 
 from janus_jax.commands import leave, run
 from janus_jax.conversion import from_torch
+from janus_jax.messages import print_note
 from janus_jax.torch_weights import DTYPES
 
 
@@ -25,11 +25,8 @@ def main() -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it was converted or exported here")
     args = parser.parse_args()
 
-    def note(text: str):
-        print(f"note: {text}", file=sys.stderr)
-
     def work():
-        from_torch(args.src, args.out, args.dtype, args.verify, args.overwrite, progress=True, note=note)
+        from_torch(args.src, args.out, args.dtype, args.verify, args.overwrite, progress=True, note=print_note)
         print(f"{args.out}: converted{' and verified' if args.verify else ''}")
 
     return run(work)

@@ -5,12 +5,12 @@ python convert/to_torch.py --src janus_pro_7b --out Janus-Pro-7B-hf --dialect tr
 
 import argparse
 import os
-import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the work is the disk's: leave accelerators to others
 
 from janus_jax.commands import leave, run
 from janus_jax.conversion import to_torch
+from janus_jax.messages import print_note
 from janus_jax.torch_names import DIALECTS
 
 
@@ -23,11 +23,8 @@ def main() -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it was converted or exported here")
     args = parser.parse_args()
 
-    def note(text: str):
-        print(f"note: {text}", file=sys.stderr)
-
     def work():
-        to_torch(args.src, args.out, args.dialect, args.max_shard_size, args.overwrite, progress=True, note=note)
+        to_torch(args.src, args.out, args.dialect, args.max_shard_size, args.overwrite, progress=True, note=print_note)
         print(f"{args.out}: written in the {args.dialect} dialect")
 
     return run(work)

@@ -22,11 +22,9 @@ def one_line(text: object, limit: int = 200) -> str:
     if len(text) <= limit and text.isprintable():
         return text
     # Cut before it is cleaned: a value may have millions of characters.
-    if len(text) > 4 * limit:
+    long = len(text) > 4 * limit
+    if long:
         text = text[: 2 * limit] + text[-2 * limit :]
-        long = True
-    else:
-        long = False
     text = "".join(_printable(character) for character in text)
     if not long and len(text) <= limit:
         return text
@@ -83,3 +81,8 @@ def print_line(text: str):
 def print_error(error: BaseException | str):
     """Prints `error` on standard error as the one line `error: ...` that a command ends with."""
     print_line(f"error: {error_text(error)}")
+
+
+def print_note(text: str):
+    """Prints on standard error, as one line, what a person should know though nothing is wrong."""
+    print_line(f"note: {text}")

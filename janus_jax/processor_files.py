@@ -255,26 +255,30 @@ class _Files:
             },
         )
         kept = self._without("tokenizer_config.json", *_IMAGE_TOKENS, *_PORT_KEYS, "chat_template")
-        yield (
-            "tokenizer_config.json",
-            {
-                "clean_up_tokenization_spaces": False,
-                "model_max_length": self.processor.config.language.max_positions,
-                **kept,
-                **self.special_tokens,
-                "add_bos_token": True,
-                "add_eos_token": False,
-                "legacy": True,
-                "processor_class": "VLChatProcessor",
-                "sp_model_kwargs": {},
-                "tokenizer_class": "LlamaTokenizerFast",
-                "unk_token": None,
-                "use_default_system_prompt": False,
-            },
-        )
+        own = {
+            "legacy": True,
+            "processor_class": "VLChatProcessor",
+            "sp_model_kwargs": {},
+            "tokenizer_class": "LlamaTokenizerFast",
+            "unk_token": None,
+            "use_default_system_prompt": False,
+        }
+        yield "tokenizer_config.json", self._tokenizer_config(kept, own)
         kept = self._without("special_tokens_map.json", *_IMAGE_TOKENS, "extra_special_tokens")
         yield "special_tokens_map.json", {**kept, **self.special_tokens}
         yield "generation_config.json", None
+
+    def _tokenizer_config(self, kept: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+        """tokenizer_config.json of either dialect: what the source says, what holds in both, and the dialect's `own`."""
+        return {
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": self.processor.config.language.max_positions,
+            **kept,
+            **self.special_tokens,
+            "add_bos_token": True,
+            "add_eos_token": False,
+            **own,
+        }
 
     # ------------------------------------------------------------ transformers'
 
@@ -292,22 +296,14 @@ class _Files:
         )
         yield "tokenizer.json", self._with_bos()
         kept = self._without("tokenizer_config.json", *_LLAMA_KEYS, "extra_special_tokens")
-        yield (
-            "tokenizer_config.json",
-            {
-                "clean_up_tokenization_spaces": False,
-                "model_max_length": self.processor.config.language.max_positions,
-                **kept,
-                **self.special_tokens,
-                **self.image_tokens,
-                "add_bos_token": True,
-                "add_eos_token": False,
-                "extra_special_tokens": self.image_tokens,
-                "processor_class": "JanusProcessor",
-                # Reads tokenizer.json as it stands; LlamaTokenizer builds one anew, of another kind.
-                "tokenizer_class": "PreTrainedTokenizerFast",
-            },
-        )
+        own = {
+            **self.image_tokens,
+            "extra_special_tokens": self.image_tokens,
+            "processor_class": "JanusProcessor",
+            # Reads tokenizer.json as it stands; LlamaTokenizer builds one anew, of another kind.
+            "tokenizer_class": "PreTrainedTokenizerFast",
+        }
+        yield "tokenizer_config.json", self._tokenizer_config(kept, own)
         kept = self._without("special_tokens_map.json", "extra_special_tokens")
         yield "special_tokens_map.json", {**kept, **self.special_tokens, **self.image_tokens}
         if not any(_is_of(self.src, name, "transformers") for name in _TEMPLATES):
