@@ -269,7 +269,7 @@ class _Files:
         yield "generation_config.json", None
 
     def _tokenizer_config(self, kept: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-        """tokenizer_config.json of either dialect: what the source says, what holds in both, and the dialect's `own`."""
+        """tokenizer_config.json of a dialect: what the source says, what both share, and the dialect's `own`."""
         return {
             "clean_up_tokenization_spaces": False,
             "model_max_length": self.processor.config.language.max_positions,
