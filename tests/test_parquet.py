@@ -1,13 +1,13 @@
 """Many parquet files: memory and handles stay bounded, and the machine's errors are not the rows' damage."""
 
 import errno
-import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
+from tests.handles import open_in
 from train import parquet, storage
 from train.parquet import Parquet
 from train.readers import BadSample
@@ -37,9 +37,8 @@ def held(monkeypatch):
 
 
 def test_reading_many_files_holds_few(paths, held):
-    before = len(os.listdir("/proc/self/fd"))
     readers, allocated = [Parquet(path) for path in paths], []
-    assert len(os.listdir("/proc/self/fd")) <= before + parquet._FILES
+    assert 1 <= open_in(paths[0].parent, ".parquet") <= parquet._FILES
     for number, reader in enumerate(readers):
         for index in range(len(reader)):
             place, row = reader[index]
@@ -47,7 +46,7 @@ def test_reading_many_files_holds_few(paths, held):
             assert place == f"{paths[number]} row {index}"
         allocated.append(pa.total_allocated_bytes())
     assert max(allocated[-5:]) <= max(allocated[:5]) + GROUP * SIZE < FILES * ROWS * SIZE / 4, "flat"
-    assert len(os.listdir("/proc/self/fd")) <= before + parquet._FILES
+    assert 1 <= open_in(paths[0].parent, ".parquet") <= parquet._FILES
 
 
 def test_threads_share_readers(paths, held):
