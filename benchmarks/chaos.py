@@ -30,7 +30,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.kills import (
+from benchmarks.common.kills import (
     MOMENTS,
     Failed,
     Kill,
@@ -41,21 +41,21 @@ from benchmarks.kills import (
     plan_kills,
     unfinished,
 )
-from janus_jax import checkpoint
-from janus_jax.messages import print_any_text
+from examples.tiny.run import write_checkpoint, write_data
+from janus_jax.io.messages import print_any_text
 from janus_jax.sharding import make_mesh
-from janus_jax.torch_weights import abstract_params, read_now
-from tests.tiny_run import write_checkpoint, write_data
-from train.checkpoints import Workdir, open_run
+from janus_jax.weights import checkpoint
+from janus_jax.weights.torch_weights import abstract_params, read_now
 from train.config import TrainConfig
-from train.faults import AGAIN
-from train.metrics import FILE, read_metrics
-from train.mixture import Mixture
+from train.data.mixture import Mixture
 from train.overrides import load_config
-from train.state import abstract_state
+from train.run.checkpoints import Workdir, open_run
+from train.run.faults import AGAIN
+from train.run.metrics import FILE, read_metrics
+from train.step.state import abstract_state
 
 SAVE_EVERY = 2
-CONFIG = """from tests.tiny_run import tiny_config
+CONFIG = """from examples.tiny.run import tiny_config
 from train.config import EvalConfig
 
 

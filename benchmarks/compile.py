@@ -16,8 +16,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks import _common as common
-from benchmarks import _device
+from benchmarks.common import device as _device
+from benchmarks.common import runs as common
 
 PROGRAMS = ("SigLIP", "prefill", "loop", "VQ decode")
 CACHES = ("no cache", "cache filled", "cache found")
@@ -45,14 +45,14 @@ def compile_programs(model: Any, params: Any, names: Sequence[str] = PROGRAMS) -
     import jax
     import jax.numpy as jnp
 
-    from janus_jax import sampling
+    from janus_jax.sampling import loops
 
     config = model.config
     patches, size, codes = config.vision.num_patches, config.vision.image_size, config.gen_vision.num_tokens
     ids = jax.random.randint(jax.random.key(1), (1, 2, _PROMPT), 0, config.language.vocab_size)
     mask, keys = jnp.ones(ids.shape, bool), jax.random.split(jax.random.key(0), 1)
-    drawing = (keys, jnp.float32(5), sampling.make_sampler())
-    question = jnp.zeros((1, sampling.bucket(patches + 2 + _QUESTION)), jnp.int32)
+    drawing = (keys, jnp.float32(5), loops.make_sampler())
+    question = jnp.zeros((1, loops.bucket(patches + 2 + _QUESTION)), jnp.int32)
     arguments = {
         "SigLIP": (question, jnp.arange(question.shape[1])[None] < patches, jnp.ones((1, 1, size, size, 3))),
         "prefill": (ids, mask, *drawing),
@@ -63,18 +63,18 @@ def compile_programs(model: Any, params: Any, names: Sequence[str] = PROGRAMS) -
     def lower(name: str) -> Any:
         own = arguments[name]
         if name == "SigLIP":
-            return sampling.embed_prompt.lower(model, params, *own)
+            return loops.embed_prompt.lower(model, params, *own)
         if name == "prefill":
-            return sampling.start_image.lower(model, params, *own, codes)
+            return loops.start_image.lower(model, params, *own, codes)
         if name == "loop":
-            return sampling.continue_image.lower(model, params, state, *own)
-        return sampling.decode_images.lower(model, params, *own)
+            return loops.continue_image.lower(model, params, state, *own)
+        return loops.decode_images.lower(model, params, *own)
 
     programs, seconds = {}, {}
     for name in names:
         if name == "loop":
             state = jax.eval_shape(
-                lambda p: sampling.start_image(model, p, *arguments["prefill"], num_tokens=codes), params
+                lambda p: loops.start_image(model, p, *arguments["prefill"], num_tokens=codes), params
             )
         began = time.perf_counter()
         lowered = lower(name)
@@ -90,10 +90,10 @@ def measure(preset: str) -> common.Run:
     import jax.numpy as jnp
 
     from janus_jax.config import get_preset
-    from janus_jax.fusion import fuse
     from janus_jax.loading import layout
-    from janus_jax.model import Janus
-    from janus_jax.torch_weights import abstract_params
+    from janus_jax.model.janus import Janus
+    from janus_jax.weights.fuse import fuse
+    from janus_jax.weights.torch_weights import abstract_params
 
     config, dtype = get_preset(preset), _device.default_dtype()
     model = Janus(config, jnp.dtype(dtype), jnp.dtype(dtype), **layout(config, jax.default_backend()))
@@ -118,7 +118,7 @@ def table(runs: common.Runs) -> common.Table:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints a Markdown table; 1 where a variant failed."""
-    from janus_jax.messages import print_any_text  # late: JAX comes with it
+    from janus_jax.io.messages import print_any_text  # late: JAX comes with it
 
     print_any_text()
     arguments = sys.argv[1:] if argv is None else argv

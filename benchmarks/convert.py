@@ -21,9 +21,9 @@ import ml_dtypes
 import numpy as np
 
 from janus_jax.config import PRESETS, JanusConfig, get_preset, original_config
-from janus_jax.messages import print_any_text
-from janus_jax.safetensors_files import TensorToWrite, write_sharded
-from janus_jax.torch_names import carried_shapes, slots
+from janus_jax.io.messages import print_any_text
+from janus_jax.weights.formats.safetensors_files import TensorToWrite, write_sharded
+from janus_jax.weights.torch_names import carried_shapes, slots
 
 BOUND_GIB = 6.0
 ROOT = pathlib.Path(__file__).resolve().parent.parent

@@ -22,15 +22,15 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-from janus_jax.messages import print_any_text
-from janus_jax.processing import Processor
-from tests.tiny_tokenizer import write_tokenizer
-from train.batches import TASKS, Assembler
-from train.flops import peak_flops, step_flops
-from train.mixture import Mixture
+from examples.tiny.tokenizer import write_tokenizer
+from janus_jax.io.messages import print_any_text
+from janus_jax.processing.chat import Processor
+from train.data.batches import TASKS, Assembler
+from train.data.mixture import Mixture
 from train.overrides import load_config
+from train.plan.flops import peak_flops, step_flops
 from train.prepare import prepare
-from train.sources import open_source
+from train.raw.sources import open_source
 
 SAMPLES = 192  # of each kind and format
 CHIPS, HOSTS = 128, 32  # a v5p-256 has 256 cores on 128 chips, four chips a host

@@ -17,8 +17,8 @@ import sys
 import tempfile
 import time
 
-from benchmarks import _common as common
-from benchmarks import _device
+from benchmarks.common import device as _device
+from benchmarks.common import runs as common
 from benchmarks.compile import CACHES, cache_environment, compile_programs
 
 _NAMES = ("prefill", "loop", "VQ decode")
@@ -29,7 +29,7 @@ def write_checkpoint(folder: pathlib.Path, preset: str) -> pathlib.Path:
     """A converted checkpoint of `preset` with random bfloat16 weights, under `folder`; returns where it lies."""
     from benchmarks.convert import write_random_checkpoint
     from janus_jax.config import get_preset
-    from janus_jax.conversion import from_torch
+    from janus_jax.weights.conversion import from_torch
 
     source, converted = folder / "torch", folder / "converted"
     source.mkdir()
@@ -102,7 +102,7 @@ def table(runs: common.Runs, whole: bool) -> common.Table:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints a Markdown table; 1 where a variant failed."""
-    from janus_jax.messages import print_any_text  # late: JAX comes with it
+    from janus_jax.io.messages import print_any_text  # late: JAX comes with it
 
     print_any_text()
     arguments = sys.argv[1:] if argv is None else argv

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import _common as common
-from benchmarks import _device
+from benchmarks.common import device as _device
+from benchmarks.common import runs as common
 
 OURS = (
     *(f"jax float32{how}" for how in ("", " int8", " fused", " apart", " scanned", " unstacked")),
@@ -52,7 +52,7 @@ def step_bytes(model: Any, params: Any, rows: int, context: int) -> int:
     """Bytes that a step has to read of weights, and of a cache filled with `context` tokens in each of `rows`."""
     import jax
 
-    from janus_jax.llama import cache_bytes
+    from janus_jax.model.llama import cache_bytes
 
     language = {k: v for k, v in params["language_model"].items() if k not in ("embed_tokens", "lm_head")}
     weights = jax.tree.leaves((language, params["gen_head"], params["gen_aligner"]))
@@ -60,45 +60,45 @@ def step_bytes(model: Any, params: Any, rows: int, context: int) -> int:
 
 
 def time_jax(args: argparse.Namespace, dtype: str, how: str) -> common.Run:
-    """Times the calls of `janus_jax.sampling` that the pipeline makes."""
+    """Times the calls of `janus_jax.sampling.loops` that the pipeline makes."""
     import jax
     import jax.numpy as jnp
 
-    from janus_jax import sampling
     from janus_jax.config import get_preset
+    from janus_jax.sampling import loops
 
     config = get_preset(args.preset)
     run: common.Run = {"bandwidth": _device.copy_bandwidth(), "dtype": dtype}
     model, params = _device.random_model(config, dtype, how)
     num_tokens = config.gen_vision.num_tokens
-    guidance, sampler = jnp.float32(5), sampling.make_sampler()
+    guidance, sampler = jnp.float32(5), loops.make_sampler()
     first, begin, end = (jnp.int32(i) for i in (1, 2, 2 + args.steps))
 
     def steps(images: int, slots: int, filled: int) -> float:
         """Seconds a step over a cache of so many slots."""
         codes, failed = jnp.zeros((images, num_tokens), jnp.int32), jnp.full((images,), -1, jnp.int32)
-        state = sampling.ImageState(_device.filled_cache(model, 2 * images, slots, filled - 1), codes, failed, None)
+        state = loops.ImageState(_device.filled_cache(model, 2 * images, slots, filled - 1), codes, failed, None)
         rest = (jax.random.split(jax.random.key(0), images), guidance, sampler)
-        state = jax.block_until_ready(sampling.continue_image(model, params, state, *rest, first, begin))
-        return _device.timed(sampling.continue_image, model, params, state, *rest, begin, end)[0] / args.steps
+        state = jax.block_until_ready(loops.continue_image(model, params, state, *rest, first, begin))
+        return _device.timed(loops.continue_image, model, params, state, *rest, begin, end)[0] / args.steps
 
     def whole(*prompts: jax.Array) -> jax.Array:
-        codes, _ = sampling.generate_codes(model, params, *prompts, guidance=5, sampler=sampler)
-        return sampling.decode_images(model, params, codes)[0]
+        codes, _ = loops.generate_codes(model, params, *prompts, guidance=5, sampler=sampler)
+        return loops.decode_images(model, params, codes)[0]
 
     for images in args.images:
         read = step_bytes(model, params, 2 * images, _PROMPT + num_tokens // 2)
-        sizes = sampling.cache_sizes(model, params, 2 * images, _PROMPT, num_tokens)
+        sizes = loops.cache_sizes(model, params, 2 * images, _PROMPT, num_tokens)
         # A smaller size is full when it is left, the last one when the image is done.
         middles = [(sum(pair) - args.steps) // 2 for pair in itertools.pairwise([_PROMPT, *sizes])]
         for number, ids in enumerate(map(jnp.asarray, prompts(args.preset, images, _PROMPT, args.repeats))):
             mask, keys = jnp.ones(ids.shape, bool), jax.random.split(jax.random.key(number), images)
             drawing = (keys, guidance, sampler, num_tokens, False, sizes[0])
-            prefill, state = _device.timed(sampling.start_image, model, params, ids, mask, *drawing)
+            prefill, state = _device.timed(loops.start_image, model, params, ids, mask, *drawing)
             del state
             step = statistics.mean(steps(images, *given) for given in zip(sizes, middles, strict=True))
             codes = jax.random.randint(jax.random.key(number), (images, num_tokens), 0, config.gen_vision.codebook_size)
-            vq, _ = _device.timed(sampling.decode_images, model, params, codes)
+            vq, _ = _device.timed(loops.decode_images, model, params, codes)
             image = prefill + (num_tokens - 1) * step + vq
             if image < _SHORT:
                 image, _ = _device.timed(whole, ids, mask, keys)
@@ -113,7 +113,7 @@ def time_torch(args: argparse.Namespace, dtype: str, how: str) -> common.Run:
     import torch
     import transformers
 
-    from benchmarks import _torch
+    from benchmarks.common import torch as _torch
 
     model = _torch.build(args.preset, dtype)
     head, embed = model.model.generation_head, model.prepare_embeddings_for_image_generation
@@ -214,7 +214,7 @@ def table(runs: common.Runs, batches: list[int]) -> common.Table:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints a Markdown table of all variants with their ratios to torch; 1 where a variant failed."""
-    from janus_jax.messages import print_any_text  # late: JAX comes with it
+    from janus_jax.io.messages import print_any_text  # late: JAX comes with it
 
     print_any_text()
     arguments = sys.argv[1:] if argv is None else argv

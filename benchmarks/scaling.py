@@ -1,6 +1,6 @@
 """Seconds and memory of a decoding step against batch and against context, beside a model of both.
 
-`python -m benchmarks.scaling --preset janus_pro_1b --layers 4` times the text loop (`sampling.continue_text`) over a
+`python -m benchmarks.scaling --preset janus_pro_1b --layers 4` times the text loop (`loops.continue_text`) over a
 cache that is as long as the context and full but for the steps taken: with 1 to 32 rows of one context, and with one
 row of 64 to 4096 tokens. The model beside it: a step reads every weight of the decoder once and the whole cache once,
 and then computes; at the rates that a matrix of 1 GiB by a vector, and square matrices, have on the same device. Memory
@@ -17,10 +17,10 @@ import pathlib
 import sys
 from typing import Any
 
-from benchmarks import _common as common
-from benchmarks import _device
+from benchmarks.common import device as _device
+from benchmarks.common import runs as common
 from janus_jax.config import PRESETS, JanusConfig
-from janus_jax.messages import print_any_text
+from janus_jax.io.messages import print_any_text
 
 BATCHES = (1, 2, 4, 8, 16, 32)
 CONTEXTS = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -48,9 +48,9 @@ def step_bytes(config: JanusConfig, batch: int, context: int, dtype: Any) -> int
     """Bytes that a step has to read: the layers, the final norm and the head once, and the cache once."""
     import jax.numpy as jnp
 
-    from janus_jax.llama import cache_bytes
+    from janus_jax.model.llama import cache_bytes
     from janus_jax.sharding import flatten
-    from janus_jax.torch_weights import abstract_params
+    from janus_jax.weights.torch_weights import abstract_params
 
     leaves = flatten(abstract_params(config)["language_model"])
     read = sum(math.prod(leaf.shape) for path, leaf in leaves.items() if not path.startswith("embed_tokens"))
@@ -69,19 +69,19 @@ def measure(args: argparse.Namespace) -> common.Run:
     import jax
     import jax.numpy as jnp
 
-    from janus_jax import sampling
-    from janus_jax.llama import cache_bytes
-    from janus_jax.memory import available_bytes
+    from janus_jax.model.llama import cache_bytes
+    from janus_jax.sampling import loops
+    from janus_jax.sampling.memory import available_bytes
 
     config, dtype = shortened(args.preset, args.layers), _device.default_dtype()
     run: common.Run = dict(zip(("bandwidth", "rate"), _device.product_rates(dtype), strict=True)) | {"dtype": dtype}
     model, params = _device.random_model(config, dtype, parts=["language_model"])
-    sampler, first, never = sampling.make_sampler(0), jnp.int32(1), jnp.int32(-1)
+    sampler, first, never = loops.make_sampler(0), jnp.int32(1), jnp.int32(-1)
 
-    def state(batch: int, context: int) -> sampling.TextState:
+    def state(batch: int, context: int) -> loops.TextState:
         cache = _device.filled_cache(model, batch, context, context - 2 * args.steps)
         tokens = jax.random.randint(jax.random.key(0), (batch, 2 * args.steps + 1), 0, config.language.vocab_size)
-        return sampling.TextState(cache, tokens, jnp.zeros(batch, bool), jnp.full((batch,), -1, jnp.int32))
+        return loops.TextState(cache, tokens, jnp.zeros(batch, bool), jnp.full((batch,), -1, jnp.int32))
 
     for batch, context in points(args.context):
         # The compiler may keep a second cache.
@@ -91,7 +91,7 @@ def measure(args: argparse.Namespace) -> common.Run:
         now = state(batch, context)
         rest = (jax.random.split(jax.random.key(0), batch), never, sampler)
         half, end = jnp.int32(1 + args.steps), jnp.int32(1 + 2 * args.steps)
-        step = sampling.continue_text.lower(model, params, now, *rest, first, half).compile()
+        step = loops.continue_text.lower(model, params, now, *rest, first, half).compile()
         now = jax.block_until_ready(step(params, now, *rest, first, half))
         seconds, now = _device.timed(step, params, now, *rest, half, end)
         memory, name = step.memory_analysis(), f"{batch} {context}"

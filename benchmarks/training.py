@@ -4,7 +4,7 @@
 the VQ tokenizer trains, with fewer layers of decoder and SigLIP. Rows are packed with random samples of all kinds until
 no more fit; the padded variant has the same samples one a row. Recomputation (`remat`) and the tokens of a row whose
 logits exist at a time (`loss_chunk`) are varied one at a time. Weights are random, samples new in every step. Counted
-are tokens of samples, never padding; FLOPs are those that the model needs (`train.flops`).
+are tokens of samples, never padding; FLOPs are those that the model needs (`train.plan.flops`).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import _common as common
-from benchmarks import _device
+from benchmarks.common import device as _device
+from benchmarks.common import runs as common
 from janus_jax.config import PRESETS
-from janus_jax.messages import print_any_text
+from janus_jax.io.messages import print_any_text
 
 STAGE = "1b_stage3"
 _REMATS = ("none", "dots", "full")
@@ -70,7 +70,7 @@ def draw_lengths(config: Any, rows: int) -> tuple[list[tuple[str, int]], list[li
     prompts of images to be drawn 8 to 64, each at most a fifth of the context.
     """
     from train.config import KINDS
-    from train.packing import pack
+    from train.data.packing import pack
 
     data, model = config.data, config.model
     rng = np.random.default_rng(0)
@@ -92,7 +92,7 @@ def draw_lengths(config: Any, rows: int) -> tuple[list[tuple[str, int]], list[li
 
 def make_sample(config: Any, kind: str, text: int, rng: np.random.Generator) -> Any:
     """A sample of `kind` with `text` random tokens and a random image; what the step reads of it is its length."""
-    from train.samples import Sample
+    from train.data.samples import Sample
 
     model = config.model
     patches, size = model.vision.num_patches, model.vision.image_size
@@ -110,9 +110,9 @@ def make_sample(config: Any, kind: str, text: int, rng: np.random.Generator) -> 
 
 def make_assembler(config: Any, lengths: Sequence[tuple[str, int]], rows: Sequence[Sequence[int]]) -> Any:
     """The trainer's `Assembler` over samples that are made as they are asked for, new ones in every step."""
-    from janus_jax.images import ImageSettings
-    from train.batches import Assembler
-    from train.mixture import Item, Plan
+    from janus_jax.processing.images import ImageSettings
+    from train.data.batches import Assembler
+    from train.data.mixture import Item, Plan
 
     def plan(step: int) -> Plan:
         rng = np.random.default_rng((1, step))
@@ -133,9 +133,9 @@ def measure(args: argparse.Namespace, kind: str, remat: str, chunk: int) -> comm
     import jax.numpy as jnp
 
     from janus_jax.sharding import make_mesh
-    from train.flops import peak_flops, step_flops
-    from train.state import abstract_state, batch_sharding
-    from train.step import make_train_step
+    from train.plan.flops import peak_flops, step_flops
+    from train.step.state import abstract_state, batch_sharding
+    from train.step.step import make_train_step
 
     mesh = make_mesh()
     devices = mesh.size

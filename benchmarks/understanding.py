@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import _common as common
-from benchmarks import _device
+from benchmarks.common import device as _device
+from benchmarks.common import runs as common
 
 OURS = ("jax float32", "jax bfloat16")
 TORCH = ("torch float32 eager", "torch bfloat16 eager", "torch float32 static", "torch bfloat16 static")
@@ -63,33 +63,33 @@ def collect(args: argparse.Namespace, once: Callable[[dict[str, np.ndarray]], di
 
 
 def time_jax(args: argparse.Namespace, dtype: str) -> common.Run:
-    """Times the calls of `janus_jax.sampling` that the pipeline makes."""
+    """Times the calls of `janus_jax.sampling.loops` that the pipeline makes."""
     import jax
     import jax.numpy as jnp
 
-    from janus_jax import sampling
     from janus_jax.config import get_preset
+    from janus_jax.sampling import loops
 
     model, params = _device.random_model(get_preset(args.preset), dtype)
     siglip = jax.jit(lambda params, pixels: model.apply({"params": params}, pixels, method="image_features"))
-    sampler, slots = sampling.make_sampler(0), sampling.bucket(args.tokens + 1)
+    sampler, slots = loops.make_sampler(0), loops.bucket(args.tokens + 1)
     begin, end, never = jnp.int32(1), jnp.int32(1 + args.tokens), jnp.int32(-1)
 
     def once(new: dict[str, np.ndarray]) -> dict[str, float]:
         length = new["ids"].shape[1]
-        padding = ((0, 0), (sampling.bucket(length) - length, 0))
+        padding = ((0, 0), (loops.bucket(length) - length, 0))
         mask = np.pad(np.ones_like(new["ids"], bool), padding)
         ids = np.pad(new["ids"], padding, constant_values=1)
         arrays = (ids, ids == 0, mask, new["pixels"], new["codes"], jax.random.split(jax.random.key(0), len(ids)))
         ids, where, mask, pixels, codes, keys = jax.block_until_ready(jax.device_put(arrays))
         seconds = {"siglip": _device.timed(siglip, params, pixels)[0]}
         if len(ids) in args.vq_batch:
-            seconds["vq"] = _device.timed(sampling.decode_images, model, params, codes)[0]
-        seconds["embed"], x = _device.timed(sampling.embed_prompt, model, params, ids, where, pixels[:, None])
+            seconds["vq"] = _device.timed(loops.decode_images, model, params, codes)[0]
+        seconds["embed"], x = _device.timed(loops.embed_prompt, model, params, ids, where, pixels[:, None])
         rest = (keys, never, sampler)
-        seconds["prefill"], state = _device.timed(sampling.start_text, model, params, x, mask, *rest, slots)
+        seconds["prefill"], state = _device.timed(loops.start_text, model, params, x, mask, *rest, slots)
         seconds["first"] = seconds["embed"] + seconds["prefill"]
-        loop, _ = _device.timed(sampling.continue_text, model, params, state, *rest, begin, end)
+        loop, _ = _device.timed(loops.continue_text, model, params, state, *rest, begin, end)
         return seconds | {"step": loop / args.tokens}
 
     return collect(args, once)
@@ -100,7 +100,7 @@ def time_torch(args: argparse.Namespace, dtype: str, static: bool) -> common.Run
     import torch
     import transformers
 
-    from benchmarks import _torch
+    from benchmarks.common import torch as _torch
 
     model = _torch.build(args.preset, dtype)
     janus, text_config, embed_tokens = model.model, model.config.text_config, model.get_input_embeddings()
@@ -172,7 +172,7 @@ def table(runs: common.Runs, batches: list[int]) -> common.Table:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints a Markdown table of all variants with their ratios; 1 where a variant failed."""
-    from janus_jax.messages import print_any_text  # late: JAX comes with it
+    from janus_jax.io.messages import print_any_text  # late: JAX comes with it
 
     print_any_text()
     arguments = sys.argv[1:] if argv is None else argv

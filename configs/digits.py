@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from examples.digits.config import DigitsConfig
 from janus_jax.config import JanusConfig, LlamaConfig, SiglipConfig, VQConfig
 from train.config import DataConfig, EvalConfig, OptimizerConfig, SampleConfig, TrainConfig
-from train.digits_config import DigitsConfig
 from train.vq import VQTrainConfig
 
 VQ = VQConfig(

@@ -8,10 +8,10 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the work is the disk's: leave accelerators to others
 
-from janus_jax.commands import leave, run
-from janus_jax.conversion import from_torch
-from janus_jax.messages import print_note
-from janus_jax.torch_weights import DTYPES
+from janus_jax.io.commands import leave, run
+from janus_jax.io.messages import print_note
+from janus_jax.weights.conversion import from_torch
+from janus_jax.weights.torch_weights import DTYPES
 
 
 def main() -> int:

@@ -8,10 +8,10 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the work is the disk's: leave accelerators to others
 
-from janus_jax.commands import leave, run
-from janus_jax.conversion import to_torch
-from janus_jax.messages import print_note
-from janus_jax.torch_names import DIALECTS
+from janus_jax.io.commands import leave, run
+from janus_jax.io.messages import print_note
+from janus_jax.weights.conversion import to_torch
+from janus_jax.weights.torch_names import DIALECTS
 
 
 def main() -> int:

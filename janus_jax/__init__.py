@@ -8,7 +8,7 @@ janus.chat("What is this?", images=["bicycle.png"])
 
 from janus_jax.config import PRESETS, JanusConfig
 from janus_jax.loading import load
-from janus_jax.model import Janus
+from janus_jax.model.janus import Janus
 from janus_jax.pipeline import JanusPipeline
 from janus_jax.sharding import make_mesh
 

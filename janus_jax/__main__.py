@@ -14,18 +14,18 @@ import jax
 from PIL import Image
 
 from janus_jax import compilation_cache
-from janus_jax.checkpoint import open_checkpoint
-from janus_jax.images import contact_sheet, open_image
+from janus_jax.io.messages import print_any_text, print_error
+from janus_jax.io.staging import new_folder, write_file
 from janus_jax.loading import hub_id, load, resolve
-from janus_jax.memory import OutOfMemory
-from janus_jax.messages import print_any_text, print_error
 from janus_jax.pipeline import JanusPipeline
-from janus_jax.processing import Processor
-from janus_jax.roles import ROLES
-from janus_jax.sampler import check_guidance, make_sampler
+from janus_jax.processing.chat import Processor
+from janus_jax.processing.images import contact_sheet, open_image
+from janus_jax.processing.roles import ROLES
+from janus_jax.sampling.memory import OutOfMemory
+from janus_jax.sampling.sampler import check_guidance, make_sampler
 from janus_jax.sharding import MESH_AXES, flatten
-from janus_jax.staging import new_folder, write_file
-from janus_jax.torch_weights import DTYPES, abstract_params
+from janus_jax.weights.checkpoint import open_checkpoint
+from janus_jax.weights.torch_weights import DTYPES, abstract_params
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,9 +11,9 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from janus_jax import files
-from janus_jax.fields import Fields, shown
-from janus_jax.messages import one_line
+from janus_jax.io import files
+from janus_jax.io.fields import Fields, shown
+from janus_jax.io.messages import one_line
 from janus_jax.sizes import (
     IMAGE_CHANNELS,
     PRESETS,

@@ -14,18 +14,18 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from janus_jax.checkpoint import open_checkpoint
 from janus_jax.config import JanusConfig
-from janus_jax.footprint import refuse_too_large
-from janus_jax.fusion import fuse, fusible
-from janus_jax.messages import one_line
-from janus_jax.model import Janus
+from janus_jax.io.messages import one_line
+from janus_jax.io.progress import shown
+from janus_jax.model.janus import Janus
 from janus_jax.pipeline import JanusPipeline
-from janus_jax.processing import Processor
-from janus_jax.progress import shown
-from janus_jax.quantise import quantise, quantise_leaf
+from janus_jax.processing.chat import Processor
+from janus_jax.sampling.footprint import refuse_too_large
 from janus_jax.sharding import MESH_AXES, make_mesh, param_shardings
-from janus_jax.torch_weights import abstract_params, parse_dtype, place
+from janus_jax.weights.checkpoint import open_checkpoint
+from janus_jax.weights.fuse import fuse, fusible
+from janus_jax.weights.quantize import quantise, quantise_leaf
+from janus_jax.weights.torch_weights import abstract_params, parse_dtype, place
 
 # No part starts with a dot: ../name is a path.
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")

@@ -15,14 +15,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 from tqdm import tqdm
 
-from janus_jax import sampling
 from janus_jax.config import JanusConfig
-from janus_jax.finite import NotFinite, on_host, refuse_codes, refuse_pixels
-from janus_jax.footprint import bytes_of_pixels, bytes_to_answer, bytes_to_draw
-from janus_jax.memory import OutOfMemory, fitting, fitting_parts, in_parts
-from janus_jax.model import Janus
-from janus_jax.processing import SYSTEM_PROMPT, Processor, normalise_messages
-from janus_jax.sampler import check_guidance
+from janus_jax.model.janus import Janus
+from janus_jax.processing.chat import SYSTEM_PROMPT, Processor, normalise_messages
+from janus_jax.sampling import loops
+from janus_jax.sampling.finite import NotFinite, on_host, refuse_codes, refuse_pixels
+from janus_jax.sampling.footprint import bytes_of_pixels, bytes_to_answer, bytes_to_draw
+from janus_jax.sampling.memory import OutOfMemory, fitting, fitting_parts, in_parts
+from janus_jax.sampling.sampler import check_guidance
 from janus_jax.sharding import activation_spec, batch_shards
 
 Conversation = str | Sequence[dict[str, Any]]
@@ -99,7 +99,7 @@ class JanusPipeline:
         """Image codes [len(prompts) * n, num_tokens] int32; arguments as for `generate_images`."""
         if batch_size is not None:
             _check_count("batch_size", batch_size)
-        sampler = sampling.make_sampler(temperature, top_k, top_p)
+        sampler = loops.make_sampler(temperature, top_k, top_p)
         ids, mask, keys = self._drawing(prompts, n, cfg_weight, seed)
         return self.sample_codes(
             ids, mask, keys, guidance=cfg_weight, sampler=sampler, batch_size=batch_size, progress=progress
@@ -123,7 +123,7 @@ class JanusPipeline:
         self._refuse_mesh("compile_images")
         if batch_size is not None:
             _check_count("batch_size", batch_size)
-        sampler = sampling.make_sampler(temperature, top_k, top_p)
+        sampler = loops.make_sampler(temperature, top_k, top_p)
         ids, mask, keys = self._drawing(prompts, n, cfg_weight, 0)
         total = len(keys)
         (part, *_), size = fitting_parts(total, batch_size or self._fitting(total, self._bytes_to_draw(ids)))
@@ -131,9 +131,9 @@ class JanusPipeline:
             ids, mask = (_pad_rows(x, part, size) for x in (ids, mask))
         given = (self._put(x) for x in (ids, mask, _pad_rows(keys, part, size)))
         try:
-            sampling.compile_codes(self.model, self.params, *given, guidance=cfg_weight, sampler=sampler)
+            loops.compile_codes(self.model, self.params, *given, guidance=cfg_weight, sampler=sampler)
             _, size = fitting_parts(total, self._pictures_at_a_time(total, self.model.dtype))
-            sampling.compile_decoding(self.model, self.params, size)
+            loops.compile_decoding(self.model, self.params, size)
         except jax.errors.JaxRuntimeError as error:
             if not OutOfMemory.says(error):  # which drawing answers with smaller parts
                 raise
@@ -141,7 +141,7 @@ class JanusPipeline:
     def _drawing(
         self, prompts: str | Sequence[str], n: int, cfg_weight: float, seed: int | Sequence[int]
     ) -> tuple[np.ndarray, np.ndarray, jax.Array]:
-        """Ids, mask and keys of `sampling.generate_codes`."""
+        """Ids, mask and keys of `loops.generate_codes`."""
         processor = self._need_processor("draw from a prompt")
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
@@ -151,7 +151,7 @@ class JanusPipeline:
         keys = image_keys(seed, len(prompts), n)
 
         rows = [processor.text_to_image_prompt(prompt) for prompt in prompts]
-        length = sampling.bucket(max(len(row) for row in rows))
+        length = loops.bucket(max(len(row) for row in rows))
         guided = cfg_weight != 1
         times = n if len(rows) > 1 else 1  # one prompt is prefilled once, for all its images
         pairs = [[row, processor.unconditional(row)] if guided else [row] for row in rows for _ in range(times)]
@@ -166,17 +166,17 @@ class JanusPipeline:
         keys: jax.Array,
         *,
         guidance: float,
-        sampler: sampling.Sampler,
+        sampler: loops.Sampler,
         batch_size: int | None = None,
         progress: bool | None = None,
     ) -> np.ndarray:
-        """`sampling.generate_codes` in parts that fit the memory; arguments as there, on the host."""
+        """`loops.generate_codes` in parts that fit the memory; arguments as there, on the host."""
         prompts, steps = len(ids), self.config.gen_vision.num_tokens
 
         def draw(part: slice, size: int, bar: tqdm) -> np.ndarray:
             padded = (ids, mask) if prompts == 1 else [_pad_rows(x, part, size) for x in (ids, mask)]
             with self._mesh(), _rows_of(part):
-                codes, _ = sampling.generate_codes(
+                codes, _ = loops.generate_codes(
                     self.model,
                     self.params,
                     *(self._put(x) for x in padded),
@@ -207,9 +207,7 @@ class JanusPipeline:
 
         def decode(part: slice, size: int, bar: tqdm) -> np.ndarray:
             with self._mesh(), _rows_of(part):
-                images, finite = sampling.decode_images(
-                    self.model, self.params, self._put(_pad_rows(codes, part, size))
-                )
+                images, finite = loops.decode_images(self.model, self.params, self._put(_pad_rows(codes, part, size)))
                 refuse_pixels(self.model, self.params, finite)
                 bar.update()
                 return on_host(images)[: part.stop - part.start]
@@ -222,7 +220,7 @@ class JanusPipeline:
 
         Encoded in float32, whatever the model's dtype, in parts that fit the memory.
         """
-        from janus_jax.images import generation_pixels
+        from janus_jax.processing.images import generation_pixels
 
         vq, images = self.config.gen_vision, list(images)
         if not images:
@@ -342,8 +340,8 @@ class JanusPipeline:
         """Compiles what `chat` and `stream_chat` run for the same arguments; otherwise as `compile_images`."""
         self._refuse_mesh("compile_chat")
         asked, max_new_tokens, sampler = self._asking([messages], [images], *args, **kwargs)
-        room = sampling.bucket(max_new_tokens)
-        sampling.compile_tokens(self.model, self.params, *map(self._put, asked), sampler=sampler, room=room)
+        room = loops.bucket(max_new_tokens)
+        loops.compile_tokens(self.model, self.params, *map(self._put, asked), sampler=sampler, room=room)
 
     def _asking(
         self,
@@ -356,17 +354,17 @@ class JanusPipeline:
         top_k: int | None = None,
         system_prompt: str = SYSTEM_PROMPT,
         seed: int = 0,
-    ) -> tuple[tuple[Any, ...], int, sampling.Sampler]:
+    ) -> tuple[tuple[Any, ...], int, loops.Sampler]:
         """Ids, image placeholders, pixels, mask and keys of `sampling`'s functions; max_new_tokens; and the sampler."""
         processor = self._need_processor("chat")
         _check_count("max_new_tokens", max_new_tokens)
-        sampler = sampling.make_sampler(temperature, top_k, top_p)
+        sampler = loops.make_sampler(temperature, top_k, top_p)
         rows, pixels = [], []
         for messages, own in zip(conversations, images, strict=True):
             turns, sources = normalise_messages(messages, own, processor.tokenizer.image_placeholder)
             rows.append(processor.understanding_prompt(turns, len(sources), system_prompt, max_new_tokens))
             pixels.append(processor.understanding_pixels(sources))
-        ids, mask = processor.left_pad(rows, sampling.bucket(max(len(row) for row in rows)))
+        ids, mask = processor.left_pad(rows, loops.bucket(max(len(row) for row in rows)))
         mask = mask.astype(bool)
         where = (ids == processor.tokenizer.image_placeholder_id) & mask
         keys = jnp.broadcast_to(jax.random.key(_checked(seed)), (len(rows),))
@@ -379,8 +377,8 @@ class JanusPipeline:
     def _stream(self, asked, max_new_tokens, sampler, piece) -> Iterator[np.ndarray]:
         with self._mesh():
             ids, where, pixels, mask, keys = map(self._put, asked)
-            x = sampling.embed_prompt(self.model, self.params, ids, where, pixels)
-        pieces = sampling.stream_tokens(
+            x = loops.embed_prompt(self.model, self.params, ids, where, pixels)
+        pieces = loops.stream_tokens(
             self.model,
             self.params,
             x,
@@ -390,7 +388,7 @@ class JanusPipeline:
             max_new_tokens=max_new_tokens,
             sampler=sampler,
             piece=piece,
-            room=sampling.bucket(max_new_tokens),
+            room=loops.bucket(max_new_tokens),
         )
         while True:
             # The mesh is set only while we compute, never across a yield: it would leak into the caller's code.
@@ -431,7 +429,7 @@ class JanusPipeline:
     def _bytes_to_answer(self, asked: tuple[Any, ...], max_new_tokens: int) -> int:
         ids, _, pixels, *_ = asked
         images = 0 if pixels is None else pixels.shape[1]
-        return bytes_to_answer(self.model, ids.shape[1], images, sampling.bucket(max_new_tokens))
+        return bytes_to_answer(self.model, ids.shape[1], images, loops.bucket(max_new_tokens))
 
     def _pictures_at_a_time(self, total: int, dtype: Any) -> int:
         # More at a time is no faster, and every other size is one more program to compile.

@@ -130,7 +130,7 @@ def logical_axes(path: str, ndim: int) -> tuple[str | None, ...]:
 
 
 def _axes_in_layer(path: str) -> tuple[str | None, ...]:
-    if path.endswith("/kernel_scale"):  # of `janus_jax.quantise`
+    if path.endswith("/kernel_scale"):  # of `janus_jax.weights.quantize`
         kernel = path.removesuffix("_scale")
         return _axes_in_layer(kernel)[: output_axes(kernel)]
     rows = [axes for pattern, axes in PARAMETER_AXES if re.fullmatch(pattern, path)]

@@ -8,8 +8,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from janus_jax import fields
-from janus_jax.fields import shown
+from janus_jax.io import fields
+from janus_jax.io.fields import shown
 
 IMAGE_CHANNELS = 3
 DTYPES = ("bfloat16", "float16", "float32")

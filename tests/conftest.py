@@ -27,7 +27,7 @@ jax.config.update("jax_disable_most_optimizations", True)
 
 # After the settings above, which hold only if no backend has started.
 from janus_jax.config import PRESETS, JanusConfig, LlamaConfig, SiglipConfig, VQConfig  # noqa: E402
-from janus_jax.model import Janus  # noqa: E402
+from janus_jax.model.janus import Janus  # noqa: E402
 
 # Sizes that tell apart what the presets leave equal: heads and key/value heads, head_dim and width / heads, the two
 # image sizes, the two adapters' depths, one and four resolutions; and an eps large enough to be felt.
@@ -81,7 +81,7 @@ class Case:
     @functools.cached_property
     def unstacked(self) -> Case:
         """The same case with the decoder's layers apart (`scan_layers=False`)."""
-        from janus_jax.torch_weights import read_params
+        from janus_jax.weights.torch_weights import read_params
 
         params, _ = read_params(self.folder, self.config, scan_layers=False)
         return dataclasses.replace(self, model=Janus(self.config, scan_layers=False), params=params)
@@ -91,8 +91,8 @@ class Case:
 def get_case(tmp_path_factory):
     """Case of a key of SIZES, built once."""
     # Late, since torch and transformers take seconds to import and not every test needs them.
-    from janus_jax.torch_weights import read_params
-    from tests import oracle
+    from benchmarks.common import oracle
+    from janus_jax.weights.torch_weights import read_params
 
     @functools.cache
     def get(name: str) -> Case:

@@ -28,23 +28,23 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from janus_jax import sampling
-from janus_jax.fusion import fuse
-from janus_jax.images import ImageSettings
+from janus_jax.io.messages import print_any_text, print_error
 from janus_jax.loading import layout
-from janus_jax.messages import print_any_text, print_error
-from janus_jax.model import Janus
-from janus_jax.quantise import quantise
+from janus_jax.model.janus import Janus
+from janus_jax.processing.images import ImageSettings
+from janus_jax.sampling import loops
 from janus_jax.sharding import make_mesh, param_shardings
-from janus_jax.torch_weights import abstract_params
-from train import hlo
+from janus_jax.weights.fuse import fuse
+from janus_jax.weights.quantize import quantise
+from janus_jax.weights.torch_weights import abstract_params
 from train.config import MeshConfig, TrainConfig
-from train.flops import peak_flops, typical_flops
-from train.loop import check_mesh
 from train.overrides import config_names, load_config
-from train.state import abstract_batch, abstract_state
-from train.step import make_train_step
-from train.topologies import GIB, GPUS, KNOWN, Topology, at_home, topology
+from train.plan import hlo
+from train.plan.flops import peak_flops, typical_flops
+from train.plan.topologies import GIB, GPUS, KNOWN, Topology, at_home, topology
+from train.run.loop import check_mesh
+from train.step.state import abstract_batch, abstract_state
+from train.step.step import make_train_step
 
 SPARE = 0.05  # of a chip's memory, that a program should leave
 _PROMPT = 64  # tokens of a sampled prompt
@@ -188,16 +188,16 @@ def compile_sampling(
     mask = jax.ShapeDtypeStruct(ids.shape, bool)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))
     scalar, count = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
-    sampler = sampling.Sampler(scalar, count, scalar)
-    sizes = sampling.cache_sizes(model, params, 2 * images, _PROMPT, g.num_tokens)
+    sampler = loops.Sampler(scalar, count, scalar)
+    sizes = loops.cache_sizes(model, params, 2 * images, _PROMPT, g.num_tokens)
     with jax.set_mesh(mesh):
         given = (params, ids, mask, keys, scalar, sampler, g.num_tokens, False)
-        start = _compile(sampling.start_image.lower(model, *given, sizes[0]))
-        state = on(sampling.start_image.eval_shape(model, *given, sizes[-1]), start.compiled.output_shardings)
-        loop = _compile(sampling.continue_image.lower(model, params, state, keys, scalar, sampler, count, count))
+        start = _compile(loops.start_image.lower(model, *given, sizes[0]))
+        state = on(loops.start_image.eval_shape(model, *given, sizes[-1]), start.compiled.output_shardings)
+        loop = _compile(loops.continue_image.lower(model, params, state, keys, scalar, sampler, count, count))
         codes = jax.ShapeDtypeStruct((images, g.num_tokens), jnp.int32)
         vq = {"gen_vision_model": params["gen_vision_model"]}
-        decode = _compile(sampling.decode_images.lower(model, vq, codes)) if decoder else None
+        decode = _compile(loops.decode_images.lower(model, vq, codes)) if decoder else None
     cache = _shard_bytes(state.cache)
     decoder = {k: v for k, v in params.items() if k in ("language_model", "gen_aligner", "gen_embed", "gen_head")}
     read = dict(decoder, language_model={k: v for k, v in decoder["language_model"].items() if k.startswith("layers")})

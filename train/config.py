@@ -138,7 +138,7 @@ class Home:
     """Devices that a run is meant for, and how it is laid out there.
 
     Attributes:
-      topology: a TPU slice, as v5e-256 or v5p:4x4x4; see `train.topologies`.
+      topology: a TPU slice, as v5e-256 or v5p:4x4x4; see `train.plan.topologies`.
       mesh, accumulate, remat: in place of the run's.
     """
 
@@ -168,7 +168,7 @@ class TrainConfig:
       accumulate: parts that a step's rows are worked off in, one after the other.
       seed: of initialisation, order, dropout.
       compute_dtype: of activations and of the parameters' copies that products use; trained parameters are float32.
-      reduce_dtype: in which gradients are summed over devices; see `train.step.gradients`.
+      reduce_dtype: in which gradients are summed over devices; see `train.step.step.gradients`.
       frozen_dtype: of parameters that are not trained.
       remat: what the backward pass computes again: 'none', all but matrix products ('dots'), or 'full' layers.
       attention: of the decoder: 'xla', 'splash' (TPU's kernel), 'triton' (a GPU's), or 'auto' for the best that the

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from janus_jax.files import read_text
-from janus_jax.images import open_image
-from janus_jax.messages import one_line, print_any_text, print_error
-from train.prepared import SPECIAL_IDS, TOKENIZER, Prepared, open_prepared
-from train.samples import Sample
+from janus_jax.io.files import read_text
+from janus_jax.io.messages import one_line, print_any_text, print_error
+from janus_jax.processing.images import open_image
+from train.data.prepared import SPECIAL_IDS, TOKENIZER, Prepared, open_prepared
+from train.data.samples import Sample
 
 IMAGE_MARK, CODES_MARK = "<image>", "<codes>"
 _LINE = 2000  # characters of a line in the terminal
@@ -160,8 +160,8 @@ def _kept(folder: Prepared) -> tuple[tokenizers.Tokenizer, dict[str, int]]:
 
 def _of_model(folder: Prepared, model: pathlib.Path) -> tuple[tokenizers.Tokenizer, dict[str, int]]:
     from janus_jax.config import read_config
-    from janus_jax.processing import Processor
-    from train.tokenise import tokenizer_fingerprint
+    from janus_jax.processing.chat import Processor
+    from train.data.tokenize import tokenizer_fingerprint
 
     processor = Processor.from_folder(model, read_config(model))
     if tokenizer_fingerprint(processor) != folder.meta["settings"]["tokenizer"]:

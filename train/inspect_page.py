@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from janus_jax.images import open_image
-from janus_jax.messages import one_line
+from janus_jax.io.messages import one_line
+from janus_jax.processing.images import open_image
+from train.data.prepared import Prepared
 from train.inspect import View
-from train.prepared import Prepared
 
 _SIDE = 320  # pixels of a picture on the page
 _STYLE = """

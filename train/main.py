@@ -9,15 +9,15 @@ from collections.abc import Sequence
 import jax
 
 from janus_jax import compilation_cache
-from janus_jax.memory import OutOfMemory
-from janus_jax.messages import error_text, print_any_text, print_line
-from train import distributed, faults
+from janus_jax.io.messages import error_text, print_any_text, print_line
+from janus_jax.sampling.memory import OutOfMemory
 from train.config import TrainConfig
 from train.overrides import parse_args
+from train.run import distributed, faults
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one configuration; 0 when it is done, else one of the codes of `train.faults` and one line."""
+    """Runs one configuration; 0 when it is done, else one of the codes of `train.run.faults` and one line."""
     print_any_text()
     config, processes = parse_args(argv)
     steal = processes.pop("steal")
@@ -25,11 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         distributed.start(**processes)
         if isinstance(config, TrainConfig):
-            from train.loop import train
+            from train.run.loop import train
 
             train(config, steal)
         else:
-            from train.digits import run
+            from examples.digits.run import run
 
             run(config, steal)
     except faults.Stopped as error:

@@ -20,9 +20,9 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from janus_jax import files
-from janus_jax.fields import shown
-from janus_jax.messages import did_you_mean, nearest, one_line, print_error
+from janus_jax.io import files
+from janus_jax.io.fields import shown
+from janus_jax.io.messages import did_you_mean, nearest, one_line, print_error
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
 _LONGEST_KEY = 200
@@ -376,7 +376,7 @@ class _Parser(argparse.ArgumentParser):
 def parse_args(
     argv: Sequence[str] | None = None, prog: str = "python -m train.main"
 ) -> tuple[Any, dict[str, str | int | None]]:
-    """The config that `--config NAME [key=value ...]` asks for, `train.distributed.start`'s arguments, and `steal`.
+    """The config that `--config NAME [key=value ...]` asks for, `train.run.distributed.start`'s arguments, and `steal`.
 
     `--help` (with a config: all its fields) and `--print-config` print and exit with 0; bad input prints one line,
     `error: ...`, on standard error and exits with 2.

@@ -1,8 +1,8 @@
 """Prepares training data: `python -m train.prepare --kind generation --source captions.jsonl --model DIR --out DIR`.
 
-Reads any format of `train.sources`, checks and tokenises every sample, encodes generation images to codes, and writes
-a folder for `train.prepared.open_prepared`. Each shard covers a fixed range of the source and appears when it is
-complete, so that a run which was stopped goes on with the missing ones and ends with the same bytes.
+Reads any format of `train.raw.sources`, checks and tokenises every sample, encodes generation images to codes, and
+writes a folder for `train.data.prepared.open_prepared`. Each shard covers a fixed range of the source and appears when
+it is complete, so that a run which was stopped goes on with the missing ones and ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from janus_jax.checkpoint import open_checkpoint, write_json
 from janus_jax.config import read_config
+from janus_jax.io.messages import print_any_text, print_error, print_line
+from janus_jax.io.progress import shown, step_bar
 from janus_jax.loading import resolve
-from janus_jax.memory import OutOfMemory
-from janus_jax.messages import print_any_text, print_error, print_line
-from janus_jax.model import Janus
-from janus_jax.processing import SYSTEM_PROMPT, Processor
-from janus_jax.progress import shown, step_bar
-from janus_jax.torch_weights import place
+from janus_jax.model.janus import Janus
+from janus_jax.processing.chat import SYSTEM_PROMPT, Processor
+from janus_jax.sampling.memory import OutOfMemory
+from janus_jax.weights.checkpoint import open_checkpoint, write_json
+from janus_jax.weights.torch_weights import place
 from train.config import KINDS
-from train.fingerprints import VQ, params_fingerprint
-from train.prepared import DROPPED, FORMAT_VERSION, IMAGES, LENGTHS, META, SPECIAL_IDS, TOKENIZER, read_meta
-from train.shards import Encode, ShardWriter, data_file, index_file, read_index, replace_file
-from train.sources import FORMATS, BadSample, RawSample, open_source
-from train.storage import patiently
-from train.tokenise import STORES, Tokeniser, resized_by, tokenizer_fingerprint
+from train.data.fingerprints import VQ, params_fingerprint
+from train.data.prepared import DROPPED, FORMAT_VERSION, IMAGES, LENGTHS, META, SPECIAL_IDS, TOKENIZER, read_meta
+from train.data.shards import Encode, ShardWriter, data_file, index_file, read_index, replace_file
+from train.data.tokenize import STORES, Tokeniser, resized_by, tokenizer_fingerprint
+from train.raw.sources import FORMATS, BadSample, RawSample, open_source
+from train.raw.storage import patiently
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,7 @@ def prepare(
     """Writes the prepared folder `out`, or what is missing of it; the bytes do not depend on `workers`.
 
     Args:
-      source: of `train.sources.open_source`, or any sequence of `RawSample`.
+      source: of `train.raw.sources.open_source`, or any sequence of `RawSample`.
       out: the folder to write; a folder that was begun with other settings is refused.
       kind: 'understanding', 'text' or 'generation'.
       processor: of the checkpoint that is to be trained.

@@ -6,8 +6,8 @@ import dataclasses
 import functools
 import math
 
-from janus_jax.attention import takes
 from janus_jax.config import original_config
+from janus_jax.model.attention import takes
 from train.config import KINDS, TRAINED, TrainConfig
 
 # Counts beyond what any run has, at which arrays of them would no longer be made, or 32-bit counters wrap.

@@ -28,15 +28,15 @@ import numpy as np
 import optax
 from orbax.checkpoint import v1 as ocp
 
-from janus_jax import checkpoint
 from janus_jax.config import IMAGE_CHANNELS, JanusConfig, LlamaConfig, SiglipConfig, VQConfig
-from janus_jax.files import read_json_object
-from janus_jax.messages import one_line, print_any_text, print_error
-from janus_jax.progress import shown, step_bar
-from janus_jax.torch_weights import abstract_params
-from janus_jax.vq import VQModel
-from train.faults import AGAIN, BAD_INPUT, INTERRUPTED, Notice, Stopped
-from train.shards import replace_file
+from janus_jax.io.files import read_json_object
+from janus_jax.io.messages import one_line, print_any_text, print_error
+from janus_jax.io.progress import shown, step_bar
+from janus_jax.model.vq import VQModel
+from janus_jax.weights import checkpoint
+from janus_jax.weights.torch_weights import abstract_params
+from train.data.shards import replace_file
+from train.run.faults import AGAIN, BAD_INPUT, INTERRUPTED, Notice, Stopped
 from train.vq_images import ImageFiles, read_ahead
 
 REPORTED = ("reconstruction", "codebook", "commitment", "usage", "perplexity")
@@ -329,7 +329,7 @@ def save_vq(folder: pathlib.Path, config: VQConfig, params: dict[str, Any]) -> N
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 when it is done, else a code of `train.faults`, and one line on standard error."""
+    """0 when it is done, else a code of `train.run.faults`, and one line on standard error."""
     print_any_text()
     parser = argparse.ArgumentParser(prog="python -m train.vq", description="Train a VQ image tokenizer.")
     parser.add_argument("--images", type=pathlib.Path, required=True, help="folder of image files")

@@ -13,10 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from janus_jax.images import generation_pixels
-from janus_jax.messages import one_line
-from train.folders import is_picture
-from train.storage import machine_error, patiently
+from janus_jax.io.messages import one_line
+from janus_jax.processing.images import generation_pixels
+from train.raw.folders import is_picture
+from train.raw.storage import machine_error, patiently
 
 _AHEAD = 3  # batches
 _MAX_BAD_SHARE = 0.01

@@ -9,10 +9,10 @@ import tempfile
 
 from hypothesis import strategies as st
 
+from examples.tiny.tokenizer import write_tokenizer
 from janus_jax.config import get_preset, original_config, parse_config, read_config, transformers_config
-from janus_jax.processing import Processor
+from janus_jax.processing.chat import Processor
 from tests.fuzz.bounded import given, mutated
-from tests.tiny_tokenizer import write_tokenizer
 from train.overrides import load_config
 from train.validate import validate
 

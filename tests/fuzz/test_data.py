@@ -13,15 +13,15 @@ import tempfile
 
 from hypothesis import strategies as st
 
+from examples.tiny.tokenizer import write_tokenizer
 from janus_jax.config import get_preset
-from janus_jax.processing import Processor
+from janus_jax.processing.chat import Processor
 from tests.fuzz.bounded import given, mutated
-from tests.test_sources import png
-from tests.test_tars import member, pax
-from tests.tiny_tokenizer import write_tokenizer
-from train.folders import read_names
-from train.sources import BadSample, open_source
-from train.tokenise import Tokeniser
+from tests.raw.test_sources import png
+from tests.raw.test_tars import member, pax
+from train.data.tokenize import Tokeniser
+from train.raw.folders import read_names
+from train.raw.sources import BadSample, open_source
 
 PICTURE = png(size=(6, 4))
 MOST = 40  # samples read of a source

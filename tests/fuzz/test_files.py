@@ -1,4 +1,4 @@
-"""JSON of every kind through `janus_jax.files`, and the harness itself, which has to find what it looks for."""
+"""JSON of every kind through `janus_jax.io.files`, and the harness itself, which has to find what it looks for."""
 
 import json
 import os
@@ -8,8 +8,8 @@ import unicodedata
 import pytest
 from hypothesis import strategies as st
 
-from janus_jax.files import read_json, read_json_object
-from janus_jax.messages import one_line
+from janus_jax.io.files import read_json, read_json_object
+from janus_jax.io.messages import one_line
 from tests.fuzz.bounded import Bounded, given, mutated
 
 _SIMPLE = st.none() | st.booleans() | st.integers() | st.floats() | st.text()

@@ -10,9 +10,9 @@ import numpy as np
 from hypothesis import strategies as st
 from PIL import Image
 
-from janus_jax.image_files import open_image
-from janus_jax.image_metadata import bare, orientation
-from janus_jax.images import ImageSettings, generation_pixels, understanding_pixels_uint8
+from janus_jax.processing.image_files import open_image
+from janus_jax.processing.image_metadata import bare, orientation
+from janus_jax.processing.images import ImageSettings, generation_pixels, understanding_pixels_uint8
 from tests.fuzz.bounded import given, mutated
 
 _MEMORY = 128 << 20  # less than the harness allows, so that a header within our bound is no finding

@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
-from janus_jax import checkpoint
-from janus_jax.part_configs import check_config
-from janus_jax.pickle_files import open_pickle
-from janus_jax.safetensors_files import open_safetensors
-from janus_jax.torch_files import open_tensors
+from examples.tiny.run import MODEL
+from janus_jax.weights import checkpoint
+from janus_jax.weights.formats.pickle_files import open_pickle
+from janus_jax.weights.formats.safetensors_files import open_safetensors
+from janus_jax.weights.formats.torch_files import open_tensors
+from janus_jax.weights.part_configs import check_config
 from tests.fuzz.bounded import given, mutated
-from tests.tiny_run import MODEL
 
 # ---------------------------------------------------------------- nothing is run
 

@@ -1,0 +1,182 @@
+"""Scaled dot-product attention: one function for caches and encoders, one for packed sequences."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from janus_jax.model.precision import einsum, exact, precision_of
+from janus_jax.sharding import activation_spec, automatic_axes
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """Attention with grouped key/value heads; scores and softmax in float32.
+
+    Args:
+      q: [B, T, N, H].
+      k, v: [B, K, S, H], heads before length as in the KV cache; N is a multiple of K.
+      mask: boolean [B or 1, T or 1, S], True where a query may look; None looks everywhere.
+    Returns: [B, T, N, H] in q's dtype. A query that may look nowhere gets the mean of the values.
+    """
+    batch, length, heads, head_dim = q.shape
+    q = q.reshape(batch, length, k.shape[1], -1, head_dim)
+    scores = einsum("BTKGH,BKSH->BKGTS", q, k, jnp.float32) * head_dim**-0.5
+    if mask is not None:
+        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return einsum("BKGTS,BKSH->BTKGH", weights, v).reshape(batch, length, heads, head_dim)
+
+
+def attend_by_head(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """`attend`, one row's key/value head after the other.
+
+    XLA:CPU multiplies matrices two to three times as fast as batches of them, and one head's scores stay in its caches.
+    """
+    batch, length, heads, head_dim = q.shape
+    kv_heads, slots = k.shape[1:3]
+    q = q.reshape(batch, length, kv_heads, -1, head_dim).transpose(0, 2, 1, 3, 4)
+
+    def one(q: jax.Array, k: jax.Array, v: jax.Array, row: jax.Array) -> jax.Array:
+        scores = einsum("TH,SH->TS", q.reshape(-1, head_dim), k, jnp.float32)
+        scores = scores.reshape(length, -1, slots) * head_dim**-0.5
+        if mask is not None:
+            own = mask[row % len(mask)]
+            scores = jnp.where(own[:, None], scores, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        return einsum("TS,SH->TH", weights.reshape(-1, slots), v).reshape(q.shape)
+
+    flat = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
+    y = jax.lax.map(lambda given: one(*given), (*flat, jnp.repeat(jnp.arange(batch), kv_heads)))
+    return y.reshape(batch, kv_heads, length, -1, head_dim).transpose(0, 2, 1, 3, 4).reshape(batch, length, heads, -1)
+
+
+def causal_mask(segment_ids: jax.Array) -> jax.Array:
+    """Boolean [B, T, T]: each token looks at itself and at earlier ones of its own segment.
+
+    Args:
+      segment_ids: [B, T]; padding is a segment of its own (0 by convention), so it never leaks into others.
+    """
+    length = segment_ids.shape[1]
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    return same & jnp.tril(jnp.ones((length, length), bool))
+
+
+def attend_segments(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, implementation: str = "xla"
+) -> jax.Array:
+    """Causal attention in which tokens look at their own segment only.
+
+    Args:
+      q: [B, T, N, H].
+      k, v: [B, K, T, H]; N is a multiple of K.
+      segment_ids: [B, T], see `causal_mask`.
+      implementation: 'xla', which holds the scores of all pairs; 'heads', which holds one head's, for CPU (see
+        `attend_by_head`); or a kernel that never does: 'splash' (TPU) or 'triton' (GPU), see `takes` for their shapes.
+    Returns: [B, T, N, H] in q's dtype.
+    """
+    if implementation in ("xla", "heads"):
+        how = attend if implementation == "xla" else attend_by_head
+        return how(q, k, v, causal_mask(segment_ids))
+    kernel = {"splash": _splash, "triton": functools.partial(_triton, causal=True)}[implementation]
+    return _by_shard(kernel, q.swapaxes(1, 2), k, v, segment_ids.astype(jnp.int32)).swapaxes(1, 2)
+
+
+def attend_all(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str = "xla") -> jax.Array:
+    """Attention in which every token looks at every other, as in an encoder.
+
+    Shapes and implementations as in `attend_segments`. Where a kernel does not take them, 'xla' does it.
+    """
+    if implementation == "heads":
+        return attend_by_head(q, k, v)
+    length, heads, head_dim = q.shape[1:]
+    if implementation == "triton" and takes("triton", length, heads, k.shape[1], head_dim, _SMALL_BLOCK):
+        return _by_shard(functools.partial(_triton, causal=False), q.swapaxes(1, 2), k, v, None).swapaxes(1, 2)
+    return attend(q, k, v)
+
+
+_LANES = 128  # of a TPU's vector registers
+_BLOCK = 128  # tokens that the kernels take at least at a time
+_LARGEST_BLOCK = 512
+# Hopper's matrix units take 64 rows at least. Larger blocks spill registers backward, by ptxas's account.
+_SMALL_BLOCK = 64
+_INTERPRET = False  # set by tests, to run the kernels elsewhere
+
+
+def takes(implementation: str, length: int, heads: int, kv_heads: int, head_dim: int, block: int = _BLOCK) -> bool:
+    """Whether an implementation of `attend_segments` works on rows of `length` tokens: blocks divide its sizes."""
+    blocks = length % block == 0
+    return {
+        "xla": True,
+        "splash": blocks and head_dim % _LANES == 0,
+        "triton": blocks and head_dim >= 16 and heads == kv_heads,
+    }[implementation]
+
+
+def _by_shard(kernel, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    """`kernel` on each device's rows and heads: the compiler cannot split a kernel by itself."""
+    if precision_of(q.dtype) is not None:
+        kernel = _exactly(kernel)
+    mesh = automatic_axes()
+    if not mesh:
+        return kernel(q, k, v, segment_ids)
+    of_q = activation_spec(q.shape, ("batch", "heads", None, None), mesh)
+    of_kv = activation_spec(k.shape, ("batch", "kv_heads", None, None), mesh)
+    if of_q[1] != of_kv[1]:  # fewer key/value heads than shards
+        of_q = of_kv
+    of_ids = None if segment_ids is None else activation_spec(segment_ids.shape, ("batch", None), mesh)
+    specs = (of_q, of_kv, of_kv, of_ids)
+    sharded = jax.shard_map(kernel, in_specs=specs, out_specs=of_q, axis_names=set(mesh), check_vma=False)
+    return sharded(q, k, v, segment_ids)
+
+
+def _exactly(kernel):
+    """`kernel` with exact float32 products, also in its gradient, which is traced later than the kernel itself."""
+
+    def forward(*args):
+        with exact(jnp.float32):
+            return jax.vjp(kernel, *args)
+
+    def backward(of_kernel, grad):
+        with exact(jnp.float32):
+            return of_kernel(grad)
+
+    exactly = jax.custom_vjp(lambda *args: forward(*args)[0])
+    exactly.defvjp(forward, backward)
+    return exactly
+
+
+def _splash(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    # Imported where it is used: it takes a second, and only TPUs have the kernel.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    _, heads, length, head_dim = q.shape
+    block = math.gcd(length, _LARGEST_BLOCK)
+    sizes = {f"block_{name}": block for name in ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute")}
+    kernel = splash.make_splash_mha(
+        masks.MultiHeadMask([masks.CausalMask((length, length))] * heads),
+        block_sizes=splash.BlockSizes(**sizes, block_q_dq=block, block_kv_dq=block),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=_INTERPRET,
+    )
+
+    def one_row(q, k, v, segment_ids):
+        return kernel(q, k, v, splash.SegmentIds(segment_ids, segment_ids))
+
+    return jax.vmap(one_row)(q * jnp.asarray(head_dim**-0.5, q.dtype), k, v, segment_ids)
+
+
+def _triton(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, causal: bool) -> jax.Array:
+    from jax.experimental.pallas.ops.gpu.attention import BlockSizes, mha
+
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    forward = math.gcd(q.shape[1], _BLOCK)
+    # JAX's default backward, 32, is below what Hopper's matrix units take.
+    sizes = BlockSizes(forward, forward, *(_SMALL_BLOCK,) * 4)
+    scale = q.shape[-1] ** -0.5
+    y = mha(q, k, v, segment_ids, sm_scale=scale, causal=causal, block_sizes=sizes, interpret=_INTERPRET)
+    return y.swapaxes(1, 2)

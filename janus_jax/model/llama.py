@@ -1,0 +1,305 @@
+"""Decoder: LLaMA-type transformer with an explicit key/value cache (reference: transformers LlamaForCausalLM)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from janus_jax.config import LlamaConfig
+from janus_jax.model.attention import attend, attend_segments
+from janus_jax.model.layers import Einsum, Embed, RMSNorm, apply_rope, rematerialised, rope
+from janus_jax.sharding import constrain, gather_layer
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of all layers, with static length S slots.
+
+    Attributes:
+      keys, values: tuples of arrays: one [layers, B, K, S, H] when layers are scanned, else one [B, K, S, H] a layer.
+        Heads come before length, so that one query reads each head's keys in one piece. One row may be kept twice, see
+        `init_cache`.
+      mask: [B, S] bool, the slots that may be attended to.
+      length: int32 scalar, the slots filled so far (the same in every row: prompts are padded on the left).
+      positions: [B] int32, the position of each row's next token.
+    """
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+    mask: jax.Array
+    length: jax.Array
+    positions: jax.Array
+
+
+def init_cache(
+    config: LlamaConfig, batch: int, slots: int, dtype: Any, scan_layers: bool = True, pad_row: bool = False
+) -> KVCache:
+    """An empty cache for `batch` rows of `slots` tokens.
+
+    `pad_row` keeps one row twice where layers are apart: XLA:CPU would copy a single one several times a step.
+    """
+    shape, rows = (config.kv_heads, slots, config.head_dim), max(batch, 2) if pad_row else batch
+    shapes = [(config.layers, batch, *shape)] if scan_layers else [(rows, *shape)] * config.layers
+
+    def empty() -> tuple[jax.Array, ...]:
+        return tuple(_constrain_kv(jnp.zeros(shape, dtype)) for shape in shapes)
+
+    return KVCache(
+        keys=empty(),
+        values=empty(),
+        mask=constrain(jnp.zeros((batch, slots), bool), "batch", None),
+        length=jnp.zeros((), jnp.int32),
+        positions=constrain(jnp.zeros((batch,), jnp.int32), "batch"),
+    )
+
+
+def tile_cache(cache: KVCache, times: int) -> KVCache:
+    """`cache` with all its rows `times` times over, one round after the other."""
+
+    rows = len(cache.positions)
+
+    def tile(x: jax.Array) -> jax.Array:
+        return _constrain_kv(jnp.tile(x[..., :rows, :, :, :], (times, 1, 1, 1)))
+
+    return dataclasses.replace(
+        cache,
+        keys=tuple(map(tile, cache.keys)),
+        values=tuple(map(tile, cache.values)),
+        mask=constrain(jnp.tile(cache.mask, (times, 1)), "batch", None),
+        positions=constrain(jnp.tile(cache.positions, times), "batch"),
+    )
+
+
+def grow_cache(cache: KVCache, slots: int) -> KVCache:
+    """`cache` with `slots` slots. Its arrays are deleted one after the other, so that no two whole caches are held."""
+    if cache.mask.shape[1] == slots:
+        return cache
+
+    def grow(x: jax.Array, axis: int) -> jax.Array:
+        grown = _grow(x, slots, axis)
+        x.delete()
+        return grown
+
+    return dataclasses.replace(
+        cache,
+        keys=tuple(grow(x, -2) for x in cache.keys),
+        values=tuple(grow(x, -2) for x in cache.values),
+        mask=grow(cache.mask, 1),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("slots", "axis"))
+def _grow(x: jax.Array, slots: int, axis: int) -> jax.Array:
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, slots - x.shape[axis])
+    grown = jnp.pad(x, padding)
+    return constrain(grown, "batch", None) if x.ndim == 2 else _constrain_kv(grown)
+
+
+def cache_bytes(config: LlamaConfig, rows: int, slots: int, dtype: Any) -> int:
+    """Bytes of the keys and values of a cache."""
+    per_slot = 2 * config.layers * config.kv_heads * config.head_dim
+    return per_slot * rows * slots * jnp.dtype(dtype).itemsize
+
+
+def _constrain_kv(x: jax.Array) -> jax.Array:
+    return constrain(x, *(None,) * (x.ndim - 4), "batch", "kv_heads", None, None)
+
+
+def _store(cached: jax.Array, new: jax.Array, layer: jax.Array | None, slot: jax.Array | int) -> jax.Array:
+    """`cached` with new keys or values [B, K, T, H] from `slot` on, in place of what the layer had there."""
+    start, new = (0, 0, slot, 0), _rows(new, cached.shape[-4]).astype(cached.dtype)
+    if layer is not None:
+        start, new = (layer, *start), new[None]
+    return _constrain_kv(jax.lax.dynamic_update_slice(cached, new, start))
+
+
+def _rows(x: jax.Array, rows: int) -> jax.Array:
+    """`x`, or its one row as often as the cache has it."""
+    return x if len(x) == rows else jnp.broadcast_to(x, (rows, *x.shape[1:]))
+
+
+class Attention(nn.Module):
+    config: LlamaConfig
+    dtype: Any
+    param_dtype: Any
+    attention: str
+    fused: bool
+
+    @nn.compact
+    def __call__(self, x, cos_sin, where, kv, layer, slot):
+        """See Block; returns the attention output [B, T, D] and the updated `kv`."""
+        c, types = self.config, (False, self.dtype, self.param_dtype, None, self.attention == "heads")
+        if self.fused:
+            qkv = Einsum("BTD,CNHD->BTCNH", (3, c.heads, c.head_dim, c.width), *types, name="qkv_proj")(x)
+            q, k, v = (qkv[:, :, i] for i in range(3))
+        else:
+            q = Einsum("BTD,NHD->BTNH", (c.heads, c.head_dim, c.width), *types, name="q_proj")(x)
+            k = Einsum("BTD,KHD->BTKH", (c.kv_heads, c.head_dim, c.width), *types, name="k_proj")(x)
+            v = Einsum("BTD,KHD->BTKH", (c.kv_heads, c.head_dim, c.width), *types, name="v_proj")(x)
+        q = constrain(apply_rope(q, cos_sin), "batch", None, "heads", None)
+        k, v = apply_rope(k, cos_sin).swapaxes(1, 2), v.swapaxes(1, 2)
+        if kv is not None:
+            start = 0 if slot is None else slot
+            kv = (_store(kv[0], k, layer, start), _store(kv[1], v, layer, start))
+        if slot is None:
+            y = attend_segments(q, k, v, where, self.attention)
+        else:
+            k, v = kv if layer is None else (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in kv)
+            y = attend(_rows(q, len(k)), k, v, where)[: len(q)]
+        return Einsum("BTNH,DNH->BTD", (c.width, c.heads, c.head_dim), *types, name="o_proj")(y), kv
+
+
+class Mlp(nn.Module):
+    config: LlamaConfig
+    dtype: Any
+    param_dtype: Any
+    fused: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c, types = self.config, (False, self.dtype, self.param_dtype)
+        if self.fused:
+            both = Einsum("BTD,CFD->BTCF", (2, c.mlp_dim, c.width), *types, name="gate_up_proj")(x)
+            gate, up = both[:, :, 0], both[:, :, 1]
+        else:
+            gate = Einsum("BTD,FD->BTF", (c.mlp_dim, c.width), *types, name="gate_proj")(x)
+            up = Einsum("BTD,FD->BTF", (c.mlp_dim, c.width), *types, name="up_proj")(x)
+        h = constrain(nn.silu(gate) * up, "batch", None, "mlp")
+        return Einsum("BTF,DF->BTD", (c.width, c.mlp_dim), *types, name="down_proj")(h)
+
+
+class Block(nn.Module):
+    config: LlamaConfig
+    dtype: Any
+    param_dtype: Any
+    attention: str
+    fused: bool
+
+    @nn.compact
+    def __call__(self, carry, cos_sin, where, slot):
+        """One layer.
+
+        Args:
+          carry: (x [B, T, D], kv, layer): kv is None or (keys, values), of all layers [layers, B, K, S, H] with this
+            one at index `layer`, or of this layer alone [B, K, S, H] with `layer` None.
+          where: what is attended to: segment ids [B, T] where `slot` is None, else a mask [B, T, keys] of the cache.
+          slot: where the cache takes the new keys and from which on it is read; None writes at 0 and attends to the
+            new keys alone.
+        Returns: (carry, None), as nn.scan wants it.
+        """
+        x, kv, layer = carry
+        args = (self.config, self.dtype, self.param_dtype)
+        norm = (self.config.norm_eps, self.dtype, self.param_dtype)
+        with jax.named_scope("attention"):
+            h, kv = Attention(*args, self.attention, self.fused, name="self_attn")(
+                RMSNorm(*norm, name="input_layernorm")(x), cos_sin, where, kv, layer, slot
+            )
+        x = constrain(x + h, "batch", None, None)
+        with jax.named_scope("mlp"):
+            h = Mlp(*args, self.fused, name="mlp")(RMSNorm(*norm, name="post_attention_layernorm")(x))
+        return (constrain(x + h, "batch", None, None), kv, None if layer is None else layer + 1), None
+
+
+class Llama(nn.Module):
+    """Embedding, layers, final norm and text head.
+
+    `scan_layers` says how parameters are laid out: `layers` stacked on a first axis (training, conversion), or
+    `layers_0`, `layers_1`, ... apart (decoding: on CPU and GPU slicing the stack costs a copy of the weights a step).
+    `remat`: see `layers.rematerialised`. `attention`: see `attention.attend_segments`.
+    `fsdp`, `fused`: see `Janus`.
+    """
+
+    config: LlamaConfig
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    scan_layers: bool = True
+    remat: str = "none"
+    attention: str = "xla"
+    fsdp: bool = False
+    fused: bool = False
+
+    def setup(self):
+        c, types = self.config, (self.dtype, self.param_dtype)
+        self.embed_tokens = Embed(c.vocab_size, c.width, *types, rows="vocab")
+        block = Block
+        if self.fsdp:
+            gather = functools.partial(gather_layer, "language_model/layers/", self.dtype)
+            block = nn.map_variables(block, "params", trans_in_fn=gather)
+        block = rematerialised(block, self.remat)
+        if self.scan_layers:
+            scanned = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(nn.broadcast,) * 3,
+                length=c.layers,
+            )
+            self.layers = scanned(c, *types, self.attention, self.fused)
+        else:
+            self.layers = [block(c, *types, self.attention, self.fused) for _ in range(c.layers)]
+        self.norm = RMSNorm(c.norm_eps, *types)
+        self.lm_head = Einsum("BTD,VD->BTV", (c.vocab_size, c.width), False, *types, jnp.float32)
+
+    def __call__(self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
+        """Hidden states [B, T, D] after the final norm of embeddings x [B, T, D].
+
+        Args:
+          positions: [B, T] int32, counted from 0 in each segment.
+          segment_ids: [B, T] int32; tokens attend within their segment only.
+        """
+        hidden, _ = self._run(x, positions, segment_ids, None, None)
+        return hidden
+
+    def prefill(self, x: jax.Array, mask: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """Fills an empty cache from left-padded prompts.
+
+        Args:
+          x: embeddings [B, T, D].
+          mask: [B, T] bool, False on padding.
+        Returns: hidden states [B, T, D] (undefined on padding), and the cache.
+        """
+        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+        hidden, kv = self._run(x, positions, mask, cache, None)
+        cache = dataclasses.replace(
+            kv,
+            mask=jax.lax.dynamic_update_slice(cache.mask, mask.astype(bool), (0, 0)),
+            length=jnp.asarray(x.shape[1], jnp.int32),
+            positions=mask.sum(axis=1, dtype=jnp.int32),
+        )
+        return hidden, cache
+
+    def decode(self, x: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """Appends T new tokens, embedded as x [B, T, D], to every row; returns their hidden states and the cache."""
+        batch, length, _ = x.shape
+        positions = cache.positions[:, None] + jnp.arange(length)
+        valid = jax.lax.dynamic_update_slice(cache.mask, jnp.ones((batch, length), bool), (0, cache.length))
+        mask = valid[:, None, :]
+        if length > 1:
+            mask &= jnp.arange(valid.shape[1]) <= cache.length + jnp.arange(length)[:, None]
+        hidden, kv = self._run(x, positions, mask, cache, cache.length)
+        return hidden, dataclasses.replace(
+            kv, mask=valid, length=cache.length + length, positions=cache.positions + length
+        )
+
+    def _run(self, x, positions, where, cache, slot):
+        c = self.config
+        cos_sin = rope(positions, c.head_dim, c.rope_theta)
+        groups = [None] if cache is None else list(zip(cache.keys, cache.values, strict=True))
+        x = constrain(x, "batch", None, None)
+        if self.scan_layers:
+            (x, groups[0], _), _ = self.layers((x, groups[0], jnp.zeros((), jnp.int32)), cos_sin, where, slot)
+        else:
+            groups = groups * c.layers if cache is None else groups
+            for i, block in enumerate(self.layers):
+                (x, groups[i], _), _ = block((x, groups[i], None), cos_sin, where, slot)
+        if cache is not None:
+            keys, values = zip(*groups, strict=True)
+            cache = dataclasses.replace(cache, keys=keys, values=values)
+        return self.norm(x), cache

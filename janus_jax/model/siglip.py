@@ -1,0 +1,105 @@
+"""Understanding encoder: the SigLIP vision transformer (reference: janus/models/siglip_vit.py)."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from janus_jax.config import SiglipConfig
+from janus_jax.model.attention import attend_all
+from janus_jax.model.layers import Einsum, gelu, rematerialised
+from janus_jax.model.precision import precision_of
+from janus_jax.sharding import constrain, gather_layer
+
+
+def _layer_norm(module: nn.Module, name: str) -> nn.LayerNorm:
+    return nn.LayerNorm(
+        epsilon=module.config.norm_eps,
+        dtype=module.dtype,
+        param_dtype=module.param_dtype,
+        use_fast_variance=False,
+        name=name,
+    )
+
+
+class Attention(nn.Module):
+    config: SiglipConfig
+    dtype: Any
+    param_dtype: Any
+    attention: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.config
+        split = (c.heads, c.head_dim, c.width)
+        types = (True, self.dtype, self.param_dtype, None, self.attention == "heads")
+        q, k, v = (Einsum("BTD,NHD->BTNH", split, *types, name=n)(x) for n in "qkv")
+        q = constrain(q, "batch", None, "heads", None)
+        y = attend_all(q, k.swapaxes(1, 2), v.swapaxes(1, 2), self.attention)
+        return Einsum("BTNH,DNH->BTD", (c.width, c.heads, c.head_dim), *types, name="proj")(y)
+
+
+class Mlp(nn.Module):
+    config: SiglipConfig
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c, types = self.config, (True, self.dtype, self.param_dtype)
+        h = Einsum("BTD,FD->BTF", (c.mlp_dim, c.width), *types, name="fc1")(x)
+        h = gelu(constrain(h, "batch", None, "mlp"))
+        return Einsum("BTF,DF->BTD", (c.width, c.mlp_dim), *types, name="fc2")(h)
+
+
+class Block(nn.Module):
+    config: SiglipConfig
+    dtype: Any
+    param_dtype: Any
+    attention: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array, _) -> tuple[jax.Array, None]:
+        args = (self.config, self.dtype, self.param_dtype)
+        x = x + Attention(*args, self.attention, name="attn")(_layer_norm(self, "norm1")(x))
+        x = x + Mlp(*args, name="mlp")(_layer_norm(self, "norm2")(x))
+        return constrain(x, "batch", None, None), None
+
+
+class Siglip(nn.Module):
+    """Pixels [B, image_size, image_size, 3], normalised, to patch features [B, num_patches, width].
+
+    The final LayerNorm is applied; there is no class token and no pooling, as the reference uses the tower.
+    `remat`: see `layers.rematerialised`. `fsdp`: see `Janus`. `attention`: see `attention.attend_all`.
+    """
+
+    config: SiglipConfig
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    remat: str = "none"
+    fsdp: bool = False
+    attention: str = "xla"
+
+    @nn.compact
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        c = self.config
+        patch = (c.patch_size, c.patch_size)
+        x = nn.Conv(
+            c.width, patch, strides=patch, padding="VALID", dtype=self.dtype, param_dtype=self.param_dtype,
+            precision=precision_of(self.dtype), name="patch_embed",
+        )(pixels.astype(self.dtype))  # fmt: skip
+        x = x.reshape(x.shape[0], c.num_patches, c.width)
+        pos = self.param("pos_embed", nn.initializers.normal(0.02), (c.num_patches, c.width), self.param_dtype)
+        x = constrain(x + pos.astype(self.dtype), "batch", None, None)
+        block = Block
+        if self.fsdp:
+            gather = functools.partial(gather_layer, "vision_model/blocks/", self.dtype)
+            block = nn.map_variables(block, "params", trans_in_fn=gather)
+        block = rematerialised(block, self.remat)
+        blocks = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.layers)
+        x, _ = blocks(c, self.dtype, self.param_dtype, self.attention, name="blocks")(x, None)
+        return _layer_norm(self, "norm")(x)

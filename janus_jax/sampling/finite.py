@@ -1,0 +1,101 @@
+"""Numbers that are not finite (NaN or infinite): found where something would be drawn from them, and explained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.multihost_utils import process_allgather
+
+from janus_jax.model.janus import Janus
+from janus_jax.sharding import flatten
+
+
+class NotFinite(ValueError):
+    """The model's numbers for some rows of a batch are not finite, so that anything drawn from them would be noise.
+
+    It ends the whole call: nothing of the batch is returned. The rows that are not named were fine, and come out the
+    same without the others beside them.
+
+    Attributes:
+      rows: indices of the rows, in the order of the call.
+      unit: what a row is: 'image', 'conversation'.
+      reason: what is wrong, and the cure.
+    """
+
+    def __init__(self, unit: str, rows: Sequence[int], reason: str):
+        self.unit, self.rows, self.reason = unit, list(rows), reason
+        others = f" and {len(self.rows) - 1} more" if len(self.rows) > 1 else ""
+        super().__init__(f"{unit} {self.rows[0]}{others}: {reason}")
+
+    def of_part(self, part: slice) -> NotFinite:
+        """The same where the batch was a part of a larger one, padded behind its last row."""
+        rows = [part.start + row for row in self.rows if part.start + row < part.stop]
+        return NotFinite(self.unit, rows or [part.start], self.reason)
+
+
+def on_host(x: jax.Array) -> np.ndarray:
+    """All of `x`, also of the parts that lie on other processes' devices."""
+    return np.asarray(x) if jax.process_count() == 1 or x.is_fully_replicated else process_allgather(x, tiled=True)
+
+
+def note_failure(failed: jax.Array, logits: jax.Array, step: jax.Array | int) -> jax.Array:
+    """`failed` [B] int32, the step at which a row's logits were not finite first or -1, after `logits` [B, V]."""
+    return jnp.where((failed < 0) & ~jnp.isfinite(logits).all(-1), step, failed).astype(jnp.int32)
+
+
+def refuse_failed(model: Janus, params: Any, failed: jax.Array, unit: str, drawn: str, guidance: float = 1):
+    """Raises NotFinite where a row of `failed` (see `note_failure`) has failed.
+
+    Args:
+      unit, drawn: what a row is, and what is drawn in a step.
+      guidance: of the logits, which a large one overflows.
+    """
+    if not bool(_any_failed(failed)):
+        return
+    steps = on_host(failed)
+    rows = np.flatnonzero(steps >= 0)
+    first = steps[rows[0]]
+    where = f"after {drawn} {first - 1}" if first else "after the prompt"
+    reason = f"the logits are not finite {where} (computed in {jnp.dtype(model.dtype)})"
+    raise NotFinite(unit, rows.tolist(), f"{reason}: {_cure(model, params, guidance)}")
+
+
+@jax.jit
+def _any_failed(failed: jax.Array) -> jax.Array:
+    return (failed >= 0).any()
+
+
+def refuse_pixels(model: Janus, params: Any, finite: jax.Array):
+    """Raises NotFinite where the VQ decoder's numbers for an image are not finite; `finite` [B] bool."""
+    rows = np.flatnonzero(~on_host(finite))
+    if len(rows):
+        reason = f"the VQ decoder's pixels are not finite (computed in {jnp.dtype(model.dtype)})"
+        raise NotFinite("image", rows.tolist(), f"{reason}: {_cure(model, params)}")
+
+
+def refuse_codes(model: Janus, params: Any, codes: np.ndarray):
+    """Raises NotFinite where the VQ encoder says of an image, by a code of -1 in codes [B, T], that it has none."""
+    rows = np.flatnonzero((codes < 0).any(axis=1))
+    if len(rows):
+        reason = "the VQ encoder's numbers are not finite (computed in float32)"
+        raise NotFinite("image", rows.tolist(), f"{reason}: {_cure(model, params)}")
+
+
+def _cure(model: Janus, params: Any, guidance: float = 1) -> str:
+    damaged = [path for path, x in flatten(params).items() if not _all_finite(x)]
+    if jnp.dtype(model.dtype) == jnp.float16:
+        return "load with dtype=float32 or bfloat16" + (f", or lower cfg_weight {guidance:g}" if guidance > 100 else "")
+    if damaged:
+        more = f" and {len(damaged) - 1} more parameters" if len(damaged) > 1 else ""
+        return f"{damaged[0]}{more} hold values that are not finite; the checkpoint is damaged, get or convert it again"
+    if guidance > 100:
+        return f"lower cfg_weight {guidance:g}"
+    return "the parameters are finite but overflow together, as those of no trained model; check the checkpoint"
+
+
+def _all_finite(x: jax.Array) -> bool:
+    return not jnp.issubdtype(x.dtype, jnp.floating) or bool(jnp.isfinite(x).all())

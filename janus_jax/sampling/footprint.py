@@ -1,0 +1,114 @@
+"""How much memory a model and what it is asked for take, estimated before anything is allocated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from janus_jax.config import JanusConfig, LlamaConfig, SiglipConfig, VQConfig
+from janus_jax.io.messages import one_line
+from janus_jax.model.janus import Janus
+from janus_jax.model.llama import cache_bytes
+from janus_jax.sampling import memory
+from janus_jax.sharding import flatten, is_stacked, output_axes
+from janus_jax.weights.quantize import is_quantised
+from janus_jax.weights.torch_weights import abstract_params
+
+
+def bytes_to_draw(model: Janus, pair: int, length: int) -> int:
+    """Of memory an image, while the codes of prompts [pair, length] are drawn."""
+    c = model.config
+    cache = cache_bytes(c.language, pair, length + c.gen_vision.num_tokens, model.dtype)
+    return cache + _prefill_bytes(c.language, pair, length)
+
+
+def bytes_to_answer(model: Janus, length: int, images: int, new_tokens: int) -> int:
+    """Of memory a conversation of `length` tokens with `images` images, while so many tokens are drawn."""
+    c = model.config
+    cache = cache_bytes(c.language, 1, length + new_tokens, model.dtype)
+    return cache + max(_prefill_bytes(c.language, 1, length), images * _image_bytes(c.vision))
+
+
+def bytes_of_pixels(config: VQConfig, dtype: Any) -> int:
+    """Of memory an image, while the VQ model decodes or encodes it in `dtype`."""
+    # Convolutions at full resolution hold a handful of activations, and im2col copies of some, at a time.
+    return 16 * config.image_size**2 * config.ch * max(config.ch_mult[:2]) * jnp.dtype(dtype).itemsize
+
+
+def _prefill_bytes(c: LlamaConfig, rows: int, length: int) -> int:
+    return rows * length * (4 * c.heads * length + (3 * c.mlp_dim + 6 * c.width) * 4)
+
+
+def _image_bytes(c: SiglipConfig) -> int:
+    pixels = c.image_size**2 * 3 * 4
+    return pixels + c.num_patches * (4 * c.heads * c.num_patches + (3 * c.mlp_dim + 6 * c.width) * 4)
+
+
+def params_bytes(
+    config: JanusConfig, dtype: Any, weights: str | None = None, shardings: Mapping[str, Any] | None = None
+) -> int:
+    """Bytes of a model's parameters; see `load` for `dtype` and `weights`; with `shardings` those on one device."""
+    spread = flatten(shardings) if shardings else {}
+    total = 0
+    apart = any(path.startswith("language_model/layers_0/") for path in spread)
+    for path, x in flatten(abstract_params(config, scan_layers=not apart)).items():
+        shape = spread[path].shard_shape(x.shape) if spread else x.shape
+        size = math.prod(shape)
+        if weights == "int8" and is_quantised(path):
+            total += size + 4 * math.prod(shape[: output_axes(path) + is_stacked(path)])
+        else:
+            total += size * np.dtype(dtype).itemsize
+    return total
+
+
+def refuse_too_large(
+    name: Any,
+    config: JanusConfig,
+    dtype: Any,
+    weights: str | None,
+    shardings: Mapping[str, Any] | None,
+    mesh: Mesh | None,
+) -> None:
+    """Raises OutOfMemory where the parameters of `load`'s arguments do not fit the memory that is free now.
+
+    On a CPU that is what the system says is available, files' pages in memory included. Nothing is refused where nobody
+    tells.
+    """
+    devices = jax.devices()[:1] if mesh is None else list(mesh.local_devices)
+    free = memory.least_available_bytes(mesh)
+    if free is None:
+        return
+    if devices[0].platform == "cpu":
+        free //= len(devices)  # which share it
+    need = params_bytes(config, dtype, weights, shardings)
+    if need <= free:
+        return
+    narrow = jnp.bfloat16 if np.dtype(dtype).itemsize > 2 else dtype
+    options = {
+        "dtype='bfloat16'": (narrow, weights),
+        "weights='int8'": (dtype, "int8"),
+        "dtype='bfloat16', weights='int8'": (narrow, "int8"),
+    }
+    sizes = {option: params_bytes(config, *how, shardings) for option, how in options.items()}
+    sizes = {option: size for option, size in sizes.items() if size <= free}
+    count = len(jax.devices()) if mesh is None and devices[0].platform != "cpu" else 1
+    if not sizes and need <= free * count:
+        sizes = {f"a mesh, as mesh={{'tensor': {count}}}": need // count}
+    cure = next((f"load with {option} ({gib(size)})" for option, size in sizes.items()), None)
+    where = f"each {devices[0].platform} device has" if mesh else f"the {devices[0].platform} has"
+    raise memory.OutOfMemory(
+        f"{one_line(name)}: the parameters take {gib(need)} in {weights or np.dtype(dtype)}, "
+        f"but {where} {gib(free)} free; "
+        + (cure or "neither bfloat16 nor int8 nor a mesh of the devices here would fit, so free memory")
+    )
+
+
+def gib(size: float) -> str:
+    """`size` bytes in GiB, for messages."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.2f} MiB"

@@ -1,0 +1,325 @@
+"""Checkpoint folders of every kind, and the *converted* kind in particular.
+
+A converted folder holds
+
+    config.json           the source checkpoint's own, in whichever dialect that was
+    params/               the parameters in canonical layout, as orbax writes and reads them
+    carried.safetensors   tensors of the original dialect that Janus never uses, where they were read
+    tokenizer.json, ...   the source's tokenizer and processor files
+
+`orbax.checkpoint.v1.load(folder / "params")` reads the parameters like any other orbax checkpoint. Each chunk of them
+carries a checksum, which is compared whenever the chunk is read; folders of orbax's own savers, and those that were
+converted before there were checksums, are read without.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+import re
+from collections.abc import Callable, Container, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import tensorstore as ts
+from flax import traverse_util
+from orbax.checkpoint import v1 as ocp
+
+from janus_jax.config import JanusConfig, dialect_of, original_config, parse_config
+from janus_jax.io.messages import one_line
+from janus_jax.io.progress import byte_bar
+from janus_jax.weights import orbax_layouts
+from janus_jax.weights.formats.stored_tensor import Tensor
+from janus_jax.weights.formats.torch_files import open_file, weight_file
+from janus_jax.weights.mismatch import Problem, summary
+from janus_jax.weights.torch_names import Path
+from janus_jax.weights.torch_weights import (
+    Index,
+    LazyArray,
+    LazyParams,
+    abstract_params,
+    compare,
+    lazy_params,
+    place,
+    read_now,
+    read_raw_config,
+    total_bytes,
+)
+
+PARAMS, CARRIED = "params", "carried.safetensors"
+_LARGE_BYTES = 16 << 20  # what is written piece by piece
+_PIECE_BYTES = 128 << 20  # what is read, transposed and written at once
+_CHUNK_BYTES = 1 << 20  # what a reader has to fetch whole
+# Parameters that `load` arranged, which no checkpoint holds.
+_FOR_SAMPLING = re.compile(r"kernel_scale$|\.(qkv|gate_up)_proj\.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint folder of any kind; nothing but headers has been read."""
+
+    folder: pathlib.Path
+    kind: str
+    config: JanusConfig
+    raw_config: dict[str, Any]
+    leaves: LazyParams
+    carried: dict[str, Tensor]
+
+
+def kind_of(folder: str | pathlib.Path) -> str:
+    """'converted', 'original' or 'transformers'; FileNotFoundError or ValueError where `folder` is none of them."""
+    folder = pathlib.Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder: expected a Janus checkpoint there")
+    dialect = dialect_of(read_raw_config(folder))
+    if has_arrays(folder / PARAMS):
+        return "converted"
+    if weight_file(folder) is None:
+        raise FileNotFoundError(
+            f"{folder} holds a config.json but no weights: expected {PARAMS}/ (converted), "
+            "model.safetensors or pytorch_model.bin (whole or in shards)"
+        )
+    return dialect
+
+
+def open_checkpoint(folder: str | pathlib.Path, config: JanusConfig | None = None) -> Checkpoint:
+    """Opens a folder of any kind; `config` None means the folder's own. Errors as in `kind_of` and `read_params`."""
+    folder = pathlib.Path(folder)
+    kind = kind_of(folder)
+    raw = read_raw_config(folder)
+    try:
+        config = config or parse_config(raw)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from None
+    if kind == "converted":
+        carried = open_file(folder / CARRIED) if (folder / CARRIED).is_file() else {}
+        return Checkpoint(folder, kind, config, raw, array_leaves(folder / PARAMS, abstract_params(config)), carried)
+    return Checkpoint(folder, kind, config, raw, *lazy_params(folder, config))
+
+
+def load_params(
+    folder: str | pathlib.Path,
+    config: JanusConfig | None = None,
+    dtype: Any = None,
+    shardings: Any = None,
+    scan_layers: bool = True,
+    as_numpy: bool = False,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Parameters of a checkpoint folder of any kind as nested dicts of arrays; see `torch_weights.read_params`.
+
+    With `shardings` every device's part is read straight onto it.
+    """
+    leaves = open_checkpoint(folder, config).leaves
+    return place(leaves, dtype, shardings, scan_layers, as_numpy, progress)
+
+
+# ---------------------------------------------------------------- the orbax folder
+
+
+def saving_context() -> ocp.Context:
+    """Orbax's settings under which `array_leaves` reads what is saved."""
+    context = ocp.Context()
+    context.array.saving.use_ocdbt = context.array.saving.use_zarr3 = True
+    context.array.saving.use_compression = False  # weights hardly shrink, and load faster so
+    return context
+
+
+def save_params(folder: str | pathlib.Path, params: Any) -> None:
+    """Writes arrays in canonical (stacked) layout as the orbax checkpoint `folder`; every process of a run calls it.
+
+    A process alone writes a checksum with every chunk. Several write together as orbax does, without.
+
+    Raises ValueError where `folder` exists already.
+    """
+    if jax.process_count() == 1:
+        flat = traverse_util.flatten_dict(params)
+        write_lazy(pathlib.Path(folder), {path: _lazy(array) for path, array in flat.items()})
+    else:
+        _save_by_orbax(pathlib.Path(folder), params)
+
+
+def _lazy(array: Any) -> LazyArray:
+    # A part at a time: an array keeps the copy in host memory that was once made of the whole of it.
+    return LazyArray(array.shape, np.dtype(array.dtype), lambda index: np.asarray(array[index]))
+
+
+def _save_by_orbax(folder: pathlib.Path, params: Any) -> None:
+    with saving_context():
+        ocp.save(folder.absolute(), params)
+
+
+def save(folder: str | pathlib.Path, config: JanusConfig, params: Any) -> None:
+    """Writes a converted folder of `config` and `params`; adding tokenizer files is the caller's affair.
+
+    Every process of a run calls it, with numpy arrays that all of them have, or with arrays of all their devices.
+
+    Raises ValueError where the folder has parameters already, or where the original dialect cannot say `config`.
+    """
+    folder = pathlib.Path(folder)
+    raw = original_config(config)
+    save_params(folder / PARAMS, params)
+    if jax.process_index() == 0:
+        write_json(folder / "config.json", raw)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes `value` as indented UTF-8 JSON."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def has_arrays(folder: pathlib.Path) -> bool:
+    """Whether `folder` is an orbax checkpoint that `array_leaves` reads."""
+    return orbax_layouts.find(folder) is not None
+
+
+def array_leaves(folder: pathlib.Path, wanted: Mapping[str, Any]) -> LazyParams:
+    """The arrays of the orbax checkpoint `folder` that `wanted`, nested dicts of things with a `shape`, asks for.
+
+    Any of orbax's savers may have written it; decoder layers may stand apart in it, and all of it under `params`.
+
+    Raises ValueError where they are others, all of them in one message.
+    """
+    state = orbax_layouts.find(folder)
+    if state is None:
+        raise ValueError(f"{one_line(folder)} holds no arrays as orbax's savers write them")
+    wanted = traverse_util.flatten_dict(wanted)
+    with orbax_layouts.named(folder):
+        store = orbax_layouts.open_store(state)
+    if for_sampling := [name for name in store.drivers if _FOR_SAMPLING.search(name)]:
+        raise ValueError(
+            f"{one_line(folder)} holds kernels that were fused or quantised for sampling, such as "
+            f"{one_line(for_sampling[0])}; save the parameters of janus_jax.load(..., fused=False) without weights="
+        )
+    top = "params." if store.drivers and all(name.startswith("params.") for name in store.drivers) else ""
+    parts = {path: _stored_names(path, leaf.shape, store.drivers, top) for path, leaf in wanted.items()}
+    expected = {name: shape for names in parts.values() for name, shape in names.items()}
+    opened: dict[str, ts.TensorStore] = {}
+    for name in expected:
+        if name in store.drivers:
+            with orbax_layouts.named(folder):
+                opened[name] = store.open(name)
+    found = {name: jax.ShapeDtypeStruct(array.shape, array.dtype.numpy_dtype) for name, array in opened.items()}
+    problems = compare(found, expected, {}, lambda name: False)
+    problems += [Problem("unexpected", name) for name in sorted(store.drivers.keys() - expected.keys())]
+    if problems:
+        raise ValueError(f"{one_line(folder)}: the arrays do not fit config.json: {summary(problems)}")
+    return {path: _leaf(folder, leaf.shape, [opened[name] for name in parts[path]]) for path, leaf in wanted.items()}
+
+
+def _stored_names(path: Path, shape: tuple[int, ...], there: Container[str], top: str) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of the arrays that make up the one of `shape` at `path`: one, or one of each layer."""
+    stacked = top + ".".join(path)
+    layers = [top + ".".join((path[0], f"layers_{i}", *path[2:])) for i in range(shape[0] if shape else 0)]
+    if stacked in there or path[:2] != ("language_model", "layers") or not any(name in there for name in layers):
+        return {stacked: shape}
+    return dict.fromkeys(layers, shape[1:])
+
+
+def _leaf(folder: pathlib.Path, shape: tuple[int, ...], arrays: list[ts.TensorStore]) -> LazyArray:
+    dtypes = {array.dtype.numpy_dtype for array in arrays}
+    dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+
+    def read(index: Index) -> np.ndarray:
+        with orbax_layouts.named(folder):
+            if arrays[0].shape == shape:
+                return arrays[0][index].read().result()
+            layers = [array[index[1:]].read() for array in arrays[index[0]]]
+            return np.stack([layer.result().astype(dtype, copy=False) for layer in layers])
+
+    return LazyArray(shape, dtype, read)
+
+
+def write_lazy(folder: pathlib.Path, leaves: LazyParams, progress: bool = False) -> None:
+    """Writes `leaves` as the orbax checkpoint `folder`, holding a few pieces of `_PIECE_BYTES` at a time.
+
+    Orbax wants whole arrays in memory, three gigabytes each for a 7B model, holds several, and has no checksums. So it
+    is given a scalar for each, for its metadata, and tensorstore then puts the arrays in their places, piece by piece.
+    """
+    scalars = {path: np.zeros((), leaf.dtype) for path, leaf in leaves.items()}
+    with byte_bar("writing", total_bytes(leaves), progress) as bar:
+        _save_by_orbax(folder, traverse_util.unflatten_dict(scalars))
+        state = orbax_layouts.find(folder)
+        small = [path for path, leaf in leaves.items() if leaf.num_bytes <= _LARGE_BYTES]
+        while small:
+            batch, num_bytes = [], 0
+            while small and num_bytes < _PIECE_BYTES:
+                batch.append(small.pop())
+                num_bytes += leaves[batch[-1]].num_bytes
+            _write_together(state, {path: leaves[path] for path in batch})
+            bar.update(num_bytes)
+        for path, leaf in leaves.items():
+            if leaf.num_bytes > _LARGE_BYTES:
+                _write_in_pieces(state, path, leaf, bar.update)
+
+
+def _create(state: pathlib.Path, path: Path, leaf: LazyArray, context: ts.Context) -> ts.Future:
+    # Uncompressed, as orbax is told to leave them, and each chunk with its checksum, which every reader compares.
+    codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+    return orbax_layouts.create_array(
+        state,
+        ".".join(path),
+        codecs,
+        dtype=ts.dtype(leaf.dtype),
+        shape=leaf.shape,
+        chunk_layout=ts.ChunkLayout(chunk_shape=chunk_shape(leaf)),
+        context=context,
+    )
+
+
+def _write_together(state: pathlib.Path, leaves: LazyParams) -> None:
+    # Side by side and in one context they share commits, of which each costs more than a small array.
+    context = ts.Context()
+    stores = {path: _create(state, path, leaf, context) for path, leaf in leaves.items()}
+    writing = [stores[path].result().write(read_now(leaf)) for path, leaf in leaves.items()]
+    for written in writing:
+        written.result()
+
+
+def _write_in_pieces(state: pathlib.Path, path: Path, leaf: LazyArray, on_bytes: Callable[[int], Any]) -> None:
+    store = _create(state, path, leaf, ts.Context()).result()
+    writing = None
+    for piece in pieces(leaf):
+        array = leaf.read(piece)  # while the last piece is being written
+        if writing:
+            writing.result()
+        writing = store[piece].write(array)
+        on_bytes(array.nbytes)
+    writing.result()
+
+
+def chunk_shape(leaf: LazyArray) -> tuple[int, ...]:
+    """The stored chunks of `leaf`: of `_CHUNK_BYTES` at most, cut in as many parts along one axis as along another.
+
+    A device's slice along any axis then takes little more than itself to read. Layers never share a chunk, unless the
+    whole array fits into one.
+    """
+    shape = list(leaf.shape)
+    cuts = [0] * len(shape)
+    if leaf.num_bytes > _CHUNK_BYTES and len(shape) > 2:
+        cuts[0] = shape[0].bit_length()
+        shape[0] = 1
+    while math.prod(shape) * leaf.dtype.itemsize > _CHUNK_BYTES:
+        axis = min((a for a in range(len(shape)) if shape[a] > 1), key=lambda a: cuts[a])
+        shape[axis] = -(-shape[axis] // 2)
+        cuts[axis] += 1
+    return tuple(shape)
+
+
+def pieces(leaf: LazyArray) -> Iterator[Index]:
+    """Indices that cover `leaf`: whole chunks, and not much more than `_PIECE_BYTES` at a time.
+
+    They run over the layers, where an array has them, and else over its longest axis.
+    """
+    chunk = chunk_shape(leaf)
+    axis = 0 if len(chunk) > 2 else leaf.shape.index(max(leaf.shape))
+    size = leaf.shape[axis]
+    slab_bytes = leaf.num_bytes * chunk[axis] // size
+    step = chunk[axis] * max(1, _PIECE_BYTES // slab_bytes)
+    for begin in range(0, size, step):
+        index = [slice(0, n) for n in leaf.shape]
+        index[axis] = slice(begin, min(begin + step, size))
+        yield tuple(index)

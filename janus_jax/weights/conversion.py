@@ -1,0 +1,210 @@
+"""From torch checkpoints to converted folders and back, a few tensors at a time.
+
+`convert/from_torch.py` and `convert/to_torch.py` are its command lines.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from janus_jax.config import dialect_of, original_config, transformers_config
+from janus_jax.io.files import read_json_object
+from janus_jax.io.messages import one_line
+from janus_jax.io.progress import byte_bar
+from janus_jax.io.staging import destination, staged
+from janus_jax.processing.processor_files import (
+    PROCESSOR_FILES,
+    TOKENIZER_FILES,
+    copy_files,
+    token_ids,
+    write_processor_files,
+)
+from janus_jax.weights.checkpoint import (
+    CARRIED,
+    PARAMS,
+    Checkpoint,
+    has_arrays,
+    open_checkpoint,
+    pieces,
+    write_json,
+    write_lazy,
+)
+from janus_jax.weights.formats.safetensors_files import TensorToWrite, write_safetensors, write_sharded
+from janus_jax.weights.torch_names import DIALECTS
+from janus_jax.weights.torch_weights import LazyArray, LazyParams, parse_dtype, tensors_to_write, total_bytes
+
+# What folders converted here held before they were marked.
+_UNMARKED = frozenset({"config.json", PARAMS, CARRIED, *TOKENIZER_FILES, *PROCESSOR_FILES})
+_PLACEHOLDER, _USUAL_PLACEHOLDER_ID = "<image_placeholder>", 100581
+
+
+def from_torch(
+    src: str | pathlib.Path,
+    out: str | pathlib.Path,
+    dtype: Any = None,
+    verify: bool = False,
+    overwrite: bool = False,
+    progress: bool = False,
+    note: Callable[[str], Any] = print,
+) -> None:
+    """Converts the torch checkpoint folder `src`, of either dialect, to the converted folder `out`.
+
+    Args:
+        dtype: what to cast the parameters to; None keeps theirs.
+        verify: compare what was written with the source, bit for bit.
+        overwrite: replace `out`, where it is a folder that was converted or exported here.
+        progress: show bars on stderr.
+        note: hears, a sentence each, what killed conversions left beside `out` and was removed.
+
+    Raises OSError and ValueError; `out` is then as it was before.
+    """
+    source = open_checkpoint(src)
+    if source.kind == "converted":
+        raise ValueError(f"{source.folder} is converted already")
+    dtype = parse_dtype(dtype)
+    leaves = {p: leaf.astype(dtype or leaf.dtype, "/".join(p)) for p, leaf in source.leaves.items()}
+    num_bytes = total_bytes(leaves) + sum(_carried(source, name, dtype).num_bytes for name in source.carried)
+    with _staged(source, out, num_bytes, overwrite=overwrite, note=note) as folder:
+        write_lazy(folder / PARAMS, leaves, progress)
+        if source.carried:
+            write_safetensors(folder / CARRIED, [_carried(source, name, dtype) for name in source.carried])
+        copy_files(source.folder, folder, TOKENIZER_FILES + PROCESSOR_FILES)
+        if dtype is None:
+            shutil.copyfile(source.folder / "config.json", folder / "config.json")
+        else:
+            write_json(folder / "config.json", _with_dtype(source.raw_config, dtype.name))
+        if verify:
+            _verify(leaves, open_checkpoint(folder, source.config).leaves, progress)
+
+
+def to_torch(
+    src: str | pathlib.Path,
+    out: str | pathlib.Path,
+    dialect: str,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+    progress: bool = False,
+    note: Callable[[str], Any] = print,
+) -> None:
+    """Writes the checkpoint folder `src`, of any kind, as a torch checkpoint of `dialect` into the folder `out`.
+
+    Args:
+        dialect: 'original' or 'transformers'.
+        max_shard_size: bytes, or a text as '5GB'; what is larger becomes several safetensors files and an index.
+        overwrite: replace `out`, where it is a folder that was converted or exported here.
+        progress: show a bar on stderr.
+        note: hears, a sentence each, what the result lacks or assumes.
+
+    Raises OSError and ValueError; `out` is then as it was before.
+    """
+    max_shard_bytes = parse_size(max_shard_size)
+    if dialect not in DIALECTS:
+        raise ValueError(f"unknown dialect {dialect!r}; known: {', '.join(DIALECTS)}")
+    source = open_checkpoint(src)
+    same = dialect_of(source.raw_config) == dialect
+    raw = source.raw_config if same else _translated(source, dialect, note)
+    tensors = tensors_to_write(source.leaves, source.carried, source.config, dialect)
+    num_bytes = sum(tensor.num_bytes for tensor in tensors)
+    with _staged(source, out, num_bytes, overwrite=overwrite, note=note) as folder:
+        with byte_bar("writing", num_bytes, progress) as bar:
+            write_sharded(folder, tensors, max_shard_bytes, bar.update)
+        copy_files(source.folder, folder, TOKENIZER_FILES)
+        write_processor_files(source.folder, folder, source.config, dialect, note)
+        if same and _untied(raw) is raw:
+            shutil.copyfile(source.folder / "config.json", folder / "config.json")
+        else:
+            write_json(folder / "config.json", _untied(raw))
+
+
+def _carried(source: Checkpoint, name: str, dtype: np.dtype | None) -> TensorToWrite:
+    tensor = source.carried[name]
+    cast = dtype or tensor.dtype
+    return TensorToWrite(name, tensor.shape, cast, lambda: tensor.view().astype(cast))
+
+
+def _verify(leaves: LazyParams, written: LazyParams, progress: bool) -> None:
+    with byte_bar("verifying", total_bytes(leaves), progress) as bar:
+        for path, leaf in leaves.items():
+            for piece in pieces(leaf):
+                if not _same_bits(leaf, written[path], piece):
+                    raise ValueError(f"{'/'.join(path)} was not written as it was read; the disk may be failing")
+            bar.update(leaf.num_bytes)
+
+
+def _same_bits(one: LazyArray, other: LazyArray, index: tuple[slice, ...]) -> bool:
+    unsigned = f"u{one.dtype.itemsize}"  # NaNs are unequal to themselves, zeros equal to their negatives
+    return one.dtype == other.dtype and np.array_equal(one.read(index).view(unsigned), other.read(index).view(unsigned))
+
+
+# ---------------------------------------------------------------- config.json
+
+
+def _with_dtype(raw: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """`raw` with every dtype in it changed; there is one afterwards."""
+    keys = ("dtype", "torch_dtype")
+
+    def change(value: Any, key: str | None = None) -> Any:
+        if isinstance(value, dict):
+            return {k: change(v, k) for k, v in value.items()}
+        return dtype if key in keys and value is not None else value
+
+    changed = change(raw)
+    return changed if any(changed.get(key) for key in keys) else {**changed, "torch_dtype": dtype}
+
+
+def _untied(raw: dict[str, Any]) -> dict[str, Any]:
+    """`raw` for a checkpoint with a head of its own, as all that are written here; the same object if it says so."""
+    top_default = dialect_of(raw) == "transformers"  # where an absent key ties
+    blocks = [key for key in ("language_config", "text_config") if raw.get(key, {}).get("tie_word_embeddings")]
+    if not blocks and not raw.get("tie_word_embeddings", top_default):
+        return raw
+    return {**raw, **{key: {**raw[key], "tie_word_embeddings": False} for key in blocks}, "tie_word_embeddings": False}
+
+
+def _translated(source: Checkpoint, dialect: str, note: Callable[[str], Any]) -> dict[str, Any]:
+    if dialect == "original":
+        return original_config(source.config)
+    raw = transformers_config(source.config, _image_token_id(source.folder, note))
+    return {**raw, "text_config": {**raw["text_config"], **token_ids(source.folder, source.config)}}
+
+
+def _image_token_id(folder: pathlib.Path, note: Callable[[str], Any]) -> int:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        note(f"{folder} has no tokenizer.json: image_token_id is written as {_USUAL_PLACEHOLDER_ID}, Janus-Pro-1B's")
+        return _USUAL_PLACEHOLDER_ID
+    try:
+        raw = read_json_object(path)
+        added = {token["content"]: token["id"] for token in raw.get("added_tokens") or ()}
+        return added[_PLACEHOLDER] if _PLACEHOLDER in added else raw["model"]["vocab"][_PLACEHOLDER]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path} has no token {_PLACEHOLDER}; a Janus tokenizer is needed here") from None
+
+
+# ---------------------------------------------------------------- folders
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of a number or of a text as '500MB', '5GB' or '4GiB'; ValueError where it is neither or not positive."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(size), re.IGNORECASE)
+    num_bytes = 0
+    if match:
+        base = 1024 if match[3] else 1000
+        num_bytes = int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
+    if num_bytes <= 0:
+        raise ValueError(f"{size!r} is no size; write it like 5GB, 500MB or 4GiB")
+    return num_bytes
+
+
+def _staged(source: Checkpoint, out: str | pathlib.Path, num_bytes: int, **options: Any):
+    place = destination(out)
+    if place in (source.folder.resolve(), *source.folder.resolve().parents):
+        raise ValueError(f"{one_line(out)} holds the source {one_line(source.folder)}; choose another folder")
+    known = _UNMARKED if (place / "config.json").is_file() and has_arrays(place / PARAMS) else frozenset()
+    return staged(place, known=known, num_bytes=num_bytes, **options)

@@ -1,0 +1,103 @@
+"""A tensor that still lies in its file, whichever format the file has."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import mmap
+import pathlib
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from janus_jax.io.files import open_regular
+from janus_jax.io.messages import one_line
+
+_BLOCK_BYTES = 16 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """`size` bytes from byte `start` of a file, whose CRC-32 is `crc` (None: it was not computed)."""
+
+    start: int
+    size: int
+    crc: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor inside a file: `strides` count elements, `offset` bytes from the file's start.
+
+    `record` is the part of the file whose checksum covers it, where the format has one.
+    """
+
+    file: pathlib.Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+    record: Record | None = None
+
+    def view(self, verify: bool = True) -> np.ndarray:
+        """The tensor as a read-only array over mapped pages of the file.
+
+        Args:
+          verify: compare the record's checksum first, if this process has not done so yet.
+        Raises: ValueError where the file does not hold what its checksum says, or no longer all of it.
+        """
+        if 0 in self.shape:
+            return np.zeros(self.shape, self.dtype)
+        num_bytes = extent(self.shape, self.strides) * self.dtype.itemsize
+        if verify and self.record is not None:
+            _verify(self.file, self.record)
+        flat = np.frombuffer(_mapped(self.file, self.offset, num_bytes), np.uint8)[-num_bytes:].view(self.dtype)
+        strides = [stride * self.dtype.itemsize for stride in self.strides]
+        return np.lib.stride_tricks.as_strided(flat, self.shape, strides, writeable=False)
+
+
+def extent(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """Elements from the first to past the last one of a strided tensor."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if 0 not in shape else 0
+
+
+def row_major(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides, in elements, of a contiguous tensor."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+def _mapped(path: pathlib.Path, offset: int, num_bytes: int) -> mmap.mmap:
+    """Pages of `path` that end with the `num_bytes` bytes from `offset`."""
+    start = offset - offset % mmap.ALLOCATIONGRANULARITY
+    with open_regular(path) as file:
+        try:
+            mapped = mmap.mmap(file.fileno(), offset - start + num_bytes, access=mmap.ACCESS_READ, offset=start)
+        except ValueError:
+            raise ValueError(f"{one_line(path)} has become shorter since it was opened") from None
+    if hasattr(mmap, "MADV_WILLNEED"):  # transposing reads would otherwise fault in one page after another
+        mapped.madvise(mmap.MADV_WILLNEED)
+    return mapped
+
+
+_verified: set[tuple[pathlib.Path, int, int, Record]] = set()
+
+
+def _verify(path: pathlib.Path, record: Record):
+    if record.crc is None:
+        return
+    status = path.stat()
+    # A file that was written anew is another one.
+    key = (path, status.st_size, status.st_mtime_ns, record)
+    if key in _verified:
+        return
+    pages = memoryview(_mapped(path, record.start, record.size))[-record.size :]
+    crc = 0
+    for begin in range(0, record.size, _BLOCK_BYTES):
+        crc = zlib.crc32(pages[begin : begin + _BLOCK_BYTES], crc)
+    if crc != record.crc:
+        raise ValueError(
+            f"{one_line(path)} is damaged: the {record.size:,} bytes from byte {record.start:,} are not those that "
+            "were written; download it again"
+        )
+    _verified.add(key)

@@ -1,0 +1,126 @@
+"""Where the arrays of an orbax checkpoint lie, in each of the layouts that orbax's savers leave.
+
+Arrays are zarr or zarr3, in folders of their own or in one OCDBT store, at the top or under the name of an item:
+`orbax.checkpoint.v1.save`, PyTreeCheckpointer, StandardCheckpointer, AsyncCheckpointer and CheckpointManager differ in
+that and in nothing else that matters here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import stat
+from collections.abc import Iterator
+from typing import Any
+
+import tensorstore as ts
+
+from janus_jax.io.messages import one_line
+
+_OCDBT = "manifest.ocdbt"
+_METADATA = {".zarray": "zarr", "zarr.json": "zarr3"}  # the file that each driver describes an array in
+# Names that orbax has had for the item that is the only one; it is the folder itself where several are saved together.
+_ITEMS = ("state", "pytree", "default", "params", "")
+_MAX_FILES = 1_000_000
+# An absent chunk is a lost one, to orbax as to us, so that chunks of zeros have to be there too.
+_POLICY = {"store_data_equal_to_fill_value": True, "fill_missing_data_reads": False}
+
+
+def find(folder: pathlib.Path) -> pathlib.Path | None:
+    """The folder inside the orbax checkpoint `folder` that holds the arrays, None where there is none."""
+    return next((path for path in (folder / name for name in _ITEMS) if _holds_arrays(path)), None)
+
+
+def _holds_arrays(folder: pathlib.Path) -> bool:
+    if (folder / _OCDBT).is_file():
+        return True
+    if not folder.is_dir():
+        return False
+    with os.scandir(folder) as entries:
+        return any(_plain_driver(pathlib.Path(entry.path)) for entry in entries if entry.is_dir())
+
+
+def _plain_driver(folder: pathlib.Path) -> str | None:
+    return next((driver for name, driver in _METADATA.items() if (folder / name).is_file()), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """The arrays under one folder: `drivers` has the zarr driver of each by its name, path entries joined by dots."""
+
+    folder: pathlib.Path
+    ocdbt: bool
+    drivers: dict[str, str]
+
+    def open(self, name: str) -> ts.TensorStore:
+        """The array called `name`; ValueError where it is damaged."""
+        array = open_array(self.folder, name, self.drivers[name], self.ocdbt)
+        # What is read at once is bounded by this; orbax's chunks are never larger than the array.
+        if any(size > most for size, most in zip(array.chunk_layout.read_chunk.shape, array.shape, strict=True)):
+            chunk = list(array.chunk_layout.read_chunk.shape)
+            raise ValueError(f"{one_line(name)} has chunks of {one_line(chunk)}, larger than itself")
+        return array
+
+
+def open_store(folder: pathlib.Path) -> Store:
+    """What lies in `folder`, found by `find`; ValueError where it is damaged."""
+    _refuse_special_files(folder)
+    ocdbt = (folder / _OCDBT).is_file()
+    drivers: dict[str, str] = {}
+    if ocdbt:
+        keys = ts.KvStore.open(_kvstore(folder)).result().list().result()
+        for key in keys:
+            name, _, file = key.decode("utf-8", "surrogateescape").rpartition("/")
+            if file in _METADATA:
+                drivers[name] = _METADATA[file]
+    else:
+        for path in folder.iterdir():
+            if path.is_dir() and (driver := _plain_driver(path)):
+                drivers[path.name] = driver
+    return Store(folder, ocdbt, drivers)
+
+
+def open_array(folder: pathlib.Path, name: str, driver: str, ocdbt: bool) -> ts.TensorStore:
+    """The array called `name` below `folder`, to be read."""
+    kvstore = _kvstore(folder) | {"path": f"{name}/"} if ocdbt else _files(folder / name)
+    return ts.open({"driver": driver, "kvstore": kvstore, **_POLICY}).result()
+
+
+def create_array(folder: pathlib.Path, name: str, codecs: list[dict[str, Any]], **options: Any) -> ts.Future:
+    """A zarr3 array in the OCDBT store `folder`, in the place of one of that name, by tensorstore's `options`."""
+    kvstore = _kvstore(folder) | {"path": f"{name}/"}
+    spec = {"driver": "zarr3", "kvstore": kvstore, "metadata": {"codecs": codecs}, **_POLICY}
+    return ts.open(spec, create=True, delete_existing=True, **options)
+
+
+def _files(folder: pathlib.Path) -> dict[str, str]:
+    return {"driver": "file", "path": f"{folder.absolute()}/"}
+
+
+def _kvstore(folder: pathlib.Path) -> dict[str, Any]:
+    return {"driver": "ocdbt", "base": _files(folder)}
+
+
+def _refuse_special_files(folder: pathlib.Path):
+    """ValueError for a FIFO or a device below `folder`, which tensorstore would open."""
+    count = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(parent, name)
+            count += 1
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                raise ValueError(f"{one_line(path)} is not a regular file")
+    if count > _MAX_FILES:
+        raise ValueError(f"it has more than {_MAX_FILES:,} files")
+
+
+@contextlib.contextmanager
+def named(folder: pathlib.Path) -> Iterator[None]:
+    """Says of tensorstore's errors what they mean."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        told = one_line(str(error).partition(" [")[0], 300)  # what follows are places in tensorstore's source
+        raise ValueError(f"{one_line(folder)} is damaged ({told}); convert the checkpoint again") from None

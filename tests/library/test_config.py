@@ -1,0 +1,391 @@
+"""Configurations: both dialects there and back, what bad ones get, and the sizes they stand for."""
+
+import copy
+import dataclasses
+import json
+import math
+import os
+import pathlib
+
+import hypothesis
+import jax
+import pytest
+import transformers
+from hypothesis import strategies as st
+
+from janus_jax.config import (
+    PRESETS,
+    JanusConfig,
+    LlamaConfig,
+    SiglipConfig,
+    VQConfig,
+    dialect_of,
+    get_preset,
+    original_config,
+    parse_config,
+    read_config,
+    transformers_config,
+)
+from janus_jax.model.janus import Janus, init_params
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "janus_tiny"
+
+
+def to_transformers(config: JanusConfig) -> dict:
+    return transformers_config(config, image_token_id=7)
+
+
+DIALECTS = {"original": original_config, "transformers": to_transformers}
+
+
+@st.composite
+def configs(draw, dialect: str) -> JanusConfig:
+    """Any configuration that `dialect` can say."""
+    size = st.integers(1, 9)
+    heads, kv_heads = draw(size), draw(size)
+    grid, patch = draw(size), draw(st.integers(1, 20))
+    vision_heads = draw(size)
+    width = heads * kv_heads * draw(size)
+    only = dialect == "original"
+    vision = SiglipConfig(
+        image_size=grid * patch + draw(st.integers(0, patch - 1)),
+        patch_size=patch,
+        width=vision_heads * draw(size),
+        layers=draw(size),
+        heads=vision_heads,
+        mlp_ratio=draw(st.floats(0.5, 8)),
+        norm_eps=1e-6 if only else draw(st.floats(1e-8, 1e-3)),
+    )
+    norm_groups = draw(size) if only else 32
+    gen_vision = VQConfig(
+        ch=norm_groups * draw(size),
+        ch_mult=tuple(draw(st.lists(size, min_size=1, max_size=5))),
+        num_res_blocks=draw(size),
+        norm_groups=norm_groups,
+        z_channels=draw(size),
+        codebook_size=draw(st.integers(1, 10**5)),
+        codebook_dim=draw(size),
+        grid=draw(size) if only else grid,
+    )
+    language = LlamaConfig(
+        vocab_size=draw(st.integers(1, 10**6)),
+        width=width,
+        mlp_dim=draw(st.integers(1, 999)),
+        layers=draw(size),
+        heads=heads * kv_heads,
+        kv_heads=kv_heads,
+        head_dim=2 * draw(size),
+        norm_eps=draw(st.floats(1e-8, 1e-3)),
+        rope_theta=draw(st.floats(1, 1e7)),
+        max_positions=draw(st.integers(1, 10**6)),
+    )
+    return JanusConfig(
+        vision=vision,
+        gen_vision=gen_vision,
+        language=language,
+        aligner_depth=draw(size),
+        gen_aligner_depth=draw(size),
+        gen_head_width=draw(st.integers(1, 300)) if only else width,
+        dtype=draw(st.sampled_from(["bfloat16", "float16", "float32"])),
+    )
+
+
+@pytest.mark.parametrize("write", DIALECTS.values(), ids=DIALECTS)
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_round_trip(name, write):
+    assert parse_config(json.loads(json.dumps(write(PRESETS[name])))) == PRESETS[name]
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@hypothesis.given(st.data())
+def test_round_trip(dialect, data):
+    config = data.draw(configs(dialect))
+    raw = json.loads(json.dumps(DIALECTS[dialect](config)))
+    assert dialect_of(raw) == dialect
+    assert parse_config(raw) == config
+
+
+@hypothesis.settings(max_examples=30, deadline=None)
+@hypothesis.given(configs("transformers"))
+def test_transformers_reads_what_we_write(config):
+    """Through transformers' own classes and back, as when it saves a checkpoint of ours."""
+    theirs = transformers.JanusConfig.from_dict(to_transformers(config))
+    assert theirs.image_token_id == 7 and not theirs.tie_word_embeddings
+    assert parse_config(json.loads(theirs.to_json_string(use_diff=False))) == config
+
+
+def test_golden_config():
+    config = read_config(GOLDEN)
+    assert config == read_config(GOLDEN / "config.json") == PRESETS["janus_tiny"]
+
+
+def test_pro_7b_leaves_out_what_llama_defaults_to():
+    """The language block of Janus-Pro-7B names three sizes; the rest are LlamaConfig's defaults."""
+    raw = original_config(PRESETS["janus_pro_7b"])
+    sizes = {"num_hidden_layers": 30, "vocab_size": 102400, "max_position_embeddings": 16384}
+    raw["language_config"] = {"model_type": "llama", "torch_dtype": "bfloat16", **sizes}
+    assert parse_config(raw) == PRESETS["janus_pro_7b"]
+
+
+@pytest.mark.parametrize("select, layers", [(-1, 24), (-2, 23), (0, 24), (5, 5), (40, 24)])
+def test_select_layer(select, layers):
+    """As in the reference's create_siglip_vit: counted from the end when not positive, never more than there are."""
+    raw = original_config(PRESETS["janus_pro_1b"])
+    raw["vision_config"]["params"]["select_layer"] = select
+    assert parse_config(raw).vision.layers == layers
+
+
+def test_vq_norm_groups_and_res_blocks():
+    """Our own extension of the original dialect: said only where they differ from VQ-16's, and in a custom block."""
+    tiny = PRESETS["janus_tiny"]
+    plain = original_config(tiny)["gen_vision_config"]
+    assert plain["cls"] == "custom" and not {"norm_groups", "num_res_blocks"} & plain["params"].keys()
+    small = dataclasses.replace(tiny.gen_vision, ch=16, norm_groups=16, num_res_blocks=1)
+    config = dataclasses.replace(tiny, gen_vision=small)
+    raw = json.loads(json.dumps(original_config(config)))
+    assert raw["gen_vision_config"]["params"].items() >= {"norm_groups": 16, "num_res_blocks": 1}.items()
+    assert parse_config(raw) == config
+    with pytest.raises(ValueError, match=r"params\.norm_groups is '16', not a whole number from 1 to"):
+        parse_config(changed(raw, "gen_vision_config.params.norm_groups", "16"))
+    # A VQ-16 that differs in these alone is no VQ-16.
+    large = dataclasses.replace(PRESETS["janus_pro_1b"], gen_vision=VQConfig(norm_groups=16))
+    assert original_config(large)["gen_vision_config"]["cls"] == "custom"
+    assert parse_config(original_config(large)) == large
+
+
+# What the original checkpoints hold and the model does not use: SigLIP's attention-pool head (a probe, q, kv and proj,
+# a LayerNorm, an MLP) and the VQ model's usage counters.
+UNUSED = 1024 + 4 * (1024 * 1024 + 1024) + 2 * 1024 + (1024 * 4096 + 4096) + (4096 * 1024 + 1024) + 65536
+
+
+@pytest.mark.parametrize("name, in_checkpoint", [("janus_pro_1b", 2_089_297_547), ("janus_pro_7b", 7_420_434_059)])
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_element_counts(name, in_checkpoint, scan_layers):
+    model = Janus(PRESETS[name], scan_layers=scan_layers)
+    params = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    assert count == in_checkpoint - UNUSED == {"janus_pro_1b": 2_076_636_811, "janus_pro_7b": 7_407_773_323}[name]
+
+
+def test_get_preset():
+    assert get_preset("janus_tiny") is PRESETS["janus_tiny"]
+    with pytest.raises(ValueError, match="unknown preset 'janus_2b'; known: janus_1_3b, janus_pro_1b"):
+        get_preset("janus_2b")
+
+
+# ---------------------------------------------------------------- what bad configurations get
+
+
+def changed(raw: dict, path: str, value=...) -> dict:
+    """`raw` with the entry at the dotted `path` replaced, or taken out."""
+    raw = copy.deepcopy(raw)
+    *parents, last = path.split(".")
+    node = raw
+    for key in parents:
+        node = node[key]
+    if value is ...:
+        del node[last]
+    else:
+        node[last] = value
+    return raw
+
+
+ORIGINAL, TRANSFORMERS = (write(PRESETS["janus_tiny"]) for write in DIALECTS.values())
+REMOVED = ...
+
+
+@pytest.mark.parametrize(
+    "base, path, value, message",
+    [
+        (ORIGINAL, "model_type", "llama", "model_type is 'llama'"),
+        (ORIGINAL, "model_type", REMOVED, "model_type is None"),
+        (ORIGINAL, "language_config", REMOVED, "'language_config' is missing"),
+        (ORIGINAL, "vision_config.params", REMOVED, "'params' is missing"),
+        (ORIGINAL, "vision_config.params.width", REMOVED, "'width' is missing"),
+        (ORIGINAL, "gen_vision_config.params.ch_mult", REMOVED, "'ch_mult' is missing"),
+        (ORIGINAL, "gen_head_config.params.image_token_embed", REMOVED, "'image_token_embed' is missing"),
+        (ORIGINAL, "vision_config.params.model_name", "clip_large", "'clip_large' is unknown; known: custom, siglip"),
+        (ORIGINAL, "gen_vision_config.cls", "VQ-8", "'VQ-8' is unknown; known: VQ-16, custom"),
+        (ORIGINAL, "vision_config.params.select_feature", "cls_patch", "select_feature 'cls_patch' is not supported"),
+        (ORIGINAL, "aligner_config.params.projector_type", "linear", "aligner: projector_type 'linear' is not"),
+        (ORIGINAL, "aligner_config.params.input_dim", 65, "aligner: input_dim 65 is not its encoder's 64"),
+        (ORIGINAL, "gen_aligner_config.params.n_embed", 97, "gen_aligner: n_embed 97 is not the decoder's width 96"),
+        (ORIGINAL, "gen_head_config.params.image_token_size", 9, "image_token_size 9 is not the codebook's 256"),
+        (ORIGINAL, "gen_head_config.params.n_embed", 9, "gen_head: n_embed 9 is not the decoder's 96"),
+        (ORIGINAL, "language_config", [], "wrong type"),
+        (ORIGINAL, "language_config", "llama", "wrong type"),
+        (ORIGINAL, "language_config.model_type", "qwen2", "'qwen2', not 'llama'"),
+        (ORIGINAL, "language_config.hidden_act", "gelu", "hidden_act 'gelu'"),
+        (ORIGINAL, "language_config.attention_bias", True, "attention_bias is set"),
+        (ORIGINAL, "language_config.mlp_bias", True, "mlp_bias is set"),
+        (ORIGINAL, "language_config.rope_scaling", {"type": "linear", "factor": 2.0}, "rope type 'linear' is not"),
+        (ORIGINAL, "language_config.rope_theta", "1e4", r"language_config\.rope_theta is '1e4', not a number above 0"),
+        (
+            ORIGINAL,
+            "language_config.vocab_size",
+            "512",
+            r"config\.vocab_size is '512', not a whole number",
+        ),
+        (ORIGINAL, "torch_dtype", "int8", "dtype is 'int8'; known: bfloat16, float16, float32"),
+        (ORIGINAL, "language_config.num_key_value_heads", 3, "4 attention heads are not a multiple of 3"),
+        (ORIGINAL, "language_config.head_dim", 25, "head_dim 25 is odd"),
+        (ORIGINAL, "vision_config.params.heads", 5, "width 64 is not a multiple of its 5 heads"),
+        (ORIGINAL, "vision_config.params.image_size", 8, "image_size 8 is under its patch_size 16"),
+        (ORIGINAL, "gen_vision_config.params.ch", 48, "channels 48 x 1 are not a multiple of 32"),
+        (TRANSFORMERS, "text_config", REMOVED, "'text_config' is missing"),
+        (TRANSFORMERS, "vq_config", REMOVED, "'vq_config' is missing"),
+        (TRANSFORMERS, "text_config.rope_parameters", {"rope_type": "yarn"}, "rope type 'yarn' is not supported"),
+        (TRANSFORMERS, "vision_config.use_qk_norm", True, "use_qk_norm is set"),
+        (TRANSFORMERS, "vision_config.attention_bias", False, "attention_bias is off"),
+        (TRANSFORMERS, "vision_config.hidden_act", "gelu_pytorch_tanh", "'gelu_pytorch_tanh' is not 'gelu'"),
+        (TRANSFORMERS, "vq_config.double_latent", True, "double_latent is set"),
+        (TRANSFORMERS, "vision_config.projection_dim", 95, "vision projection_dim 95 is not the decoder's width 96"),
+        (TRANSFORMERS, "vq_config.projection_dim", REMOVED, "vq projection_dim 2048 is not the decoder's width 96"),
+        (TRANSFORMERS, "vision_config", None, "wrong type"),
+    ],
+)
+def test_bad_configs(base, path, value, message):
+    with pytest.raises(ValueError, match=message):
+        parse_config(changed(base, path, value))
+
+
+@pytest.mark.parametrize("base, block", [(ORIGINAL, "language_config"), (TRANSFORMERS, "text_config")])
+@pytest.mark.parametrize(
+    "key", ["num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size", "intermediate_size"]
+)
+def test_counts_beyond_any_model(base, block, key):
+    """They used to be worked on for hours."""
+    for value in (10**9, 10**30):
+        with pytest.raises(ValueError, match=rf"{block}\.{key} is {value}, not a whole number from 1 to"):
+            parse_config(changed(base, f"{block}.{key}", value))
+
+
+@pytest.mark.parametrize(
+    "base, path, value, message",
+    [
+        (ORIGINAL, "model_type", [], r"model_type is \[\]; a Janus config has"),
+        (ORIGINAL, "model_type", {"a": 1}, "model_type is {'a': 1}; a Janus config has"),
+        (TRANSFORMERS, "text_config", None, "text_config has the wrong type: null, not an object"),
+        (ORIGINAL, "vision_config.params", 3, "vision_config.params has the wrong type: a number, not an object"),
+        (ORIGINAL, "language_config.rope_scaling", "x", "rope_scaling has the wrong type: a string, not an object"),
+        (ORIGINAL, "language_config.attention_bias", "no", "attention_bias is 'no', not true or false"),
+        (ORIGINAL, "language_config.head_dim", True, "head_dim is True, not a whole number from 1 to 4,096"),
+        (ORIGINAL, "gen_vision_config.params.ch_mult", [1] * 9, "ch_mult is .*, not 1 to 8 whole numbers from 1 to 64"),
+        (ORIGINAL, "gen_vision_config.params.ch_mult", {}, "ch_mult is {}, not 1 to 8 whole numbers"),
+        (ORIGINAL, "vision_config.params.model_name", [], r"model_name is \[\], not a text"),
+        (
+            ORIGINAL,
+            "vision_config.params.image_size",
+            8192 * 2,
+            "image_size is 16384, not a whole number from 1 to 8,192",
+        ),
+        (ORIGINAL, "torch_dtype", 16, "torch_dtype is 16, not a text"),
+        (
+            TRANSFORMERS,
+            "vision_config.projection_dim",
+            {"a": "b" * 9000},
+            "projection_dim {'a': .{0,90} is not the decoder",
+        ),
+        (TRANSFORMERS, "vision_config.hidden_act", "a\n\x1b[31m", r"hidden_act 'a\\n\\x1b\[31m' is not 'gelu'"),
+    ],
+)
+def test_wrong_types_name_the_key_and_what_is_expected(base, path, value, message):
+    with pytest.raises(ValueError, match=message) as error:
+        parse_config(changed(base, path, value))
+    assert str(error.value).isprintable() and len(str(error.value)) < 300
+
+
+def test_config_files_within_bounds(tmp_path):
+    path = tmp_path / "config.json"
+    for text, told in [
+        ("[" * 3000, "nested|not valid"),
+        ('{"a": 1e999}', "beyond float64"),
+        ('{"a": NaN}', "NaN is not"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(ValueError, match=rf"config\.json.*({told})"):
+            read_config(tmp_path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match=r"config\.json is a FIFO"):
+        read_config(tmp_path)
+
+
+def leaves(raw: dict, prefix: str = ""):
+    """(dotted path, value) of every entry that is not a dict."""
+    for key, value in raw.items():
+        yield from leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+
+
+# For transformers alone: we derive them.
+UNREAD = ("architectures", "image_token_id", "num_image_tokens", "num_patches", "image_token_embed_dim")
+NUMBERS = [
+    pytest.param(raw, path, id=f"{dialect}-{path}")
+    for dialect, raw in (("original", ORIGINAL), ("transformers", TRANSFORMERS))
+    for path, value in leaves(raw)
+    if type(value) in (int, float, list) and path.split(".")[-1] not in UNREAD
+]
+
+
+@pytest.mark.parametrize("base, path", NUMBERS)
+def test_numbers_of_the_wrong_type(base, path):
+    """Words, lists, fractions, zero and less where a size belongs: a ValueError, never a configuration."""
+    values = ["many", [1.5], {}, True, float("nan"), -9]
+    if path.split(".")[-1] not in ("mlp_ratio", "rms_norm_eps", "layer_norm_eps", "rope_theta"):
+        values.append(2.5)
+    if not path.endswith("select_layer"):  # which counts from the end
+        values.append(0)
+    for value in values:
+        try:
+            config = parse_config(changed(base, path, value))
+        except ValueError:
+            continue
+        pytest.fail(f"{path} = {value!r} was taken: {config}")
+
+
+def test_zero_heads():
+    """With no head_dim beside them, which would be the width over them."""
+    raw = changed(changed(ORIGINAL, "language_config.head_dim"), "language_config.num_attention_heads", 0)
+    with pytest.raises(ValueError, match=r"language_config\.num_attention_heads is 0"):
+        parse_config(raw)
+
+
+@pytest.mark.parametrize("raw", [None, [], "multi_modality", 3, {}], ids=str)
+def test_not_a_config(raw):
+    with pytest.raises(ValueError, match="model_type is None"):
+        parse_config(raw)
+
+
+def test_read_config_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.json of a Janus checkpoint"):
+        read_config(tmp_path)
+    path = tmp_path / "config.json"
+    for content in (b"{", b"\xff\xfe{}", b""):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"not valid JSON|not UTF-8"):
+            read_config(tmp_path)
+    path.write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match=r"config\.json: model_type is 'llama'"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "write, change, message",
+    [
+        (original_config, {"vision": {"norm_eps": 1e-5}}, "original dialect cannot say a vision norm eps"),
+        (original_config, {"gen_vision": {"norm_eps": 1e-5}}, "no dialect can say a VQ norm eps of 1e-05"),
+        (to_transformers, {"gen_head_width": 64}, "image head as wide as the decoder"),
+        (to_transformers, {"gen_vision": {"grid": 5}}, "generated grid 5 to equal the patch grid 4"),
+        (to_transformers, {"gen_vision": {"norm_groups": 16}}, "transformers dialect cannot say 16 VQ norm groups"),
+        (to_transformers, {"gen_vision": {"norm_eps": 1e-5}}, "no dialect can say a VQ norm eps of 1e-05"),
+        (to_transformers, {"language": {"heads": 5, "kv_heads": 5}}, r"width \(96\) that its 5 heads divide"),
+    ],
+)
+def test_what_a_dialect_cannot_say(write, change, message):
+    """Refused, not dropped in silence."""
+    config = PRESETS["janus_tiny"]
+    for name, value in change.items():
+        value = dataclasses.replace(getattr(config, name), **value) if isinstance(value, dict) else value
+        config = dataclasses.replace(config, **{name: value})
+    with pytest.raises(ValueError, match=message):
+        write(config)

@@ -1,0 +1,336 @@
+"""load(): every layout, dtype and mesh, and the hub without a network."""
+
+import json
+import pathlib
+import shutil
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+from examples.tiny.tokenizer import edit_json
+from janus_jax import JanusPipeline, load, make_mesh
+from janus_jax.loading import resolve, weight_patterns
+from janus_jax.sampling.footprint import gib, params_bytes
+from janus_jax.sampling.memory import OutOfMemory
+from janus_jax.sharding import flatten
+from janus_jax.weights import conversion
+from tests.library.test_pipeline import SHORT, codes, folder, janus, quick_compilation, raises_one_line  # noqa: F401
+
+# ruff: noqa: F811
+
+
+@pytest.fixture(scope="module")
+def folders(folder, tmp_path_factory) -> dict[str, pathlib.Path]:
+    """The same checkpoint in every layout."""
+    parent = tmp_path_factory.mktemp("layouts")
+    conversion.from_torch(folder, parent / "converted")
+    conversion.to_torch(folder, parent / "transformers", "transformers", note=lambda text: None)
+    return {"original": folder, "converted": parent / "converted", "transformers": parent / "transformers"}
+
+
+@pytest.mark.parametrize("kind", ["converted", "transformers"])
+def test_layouts_are_one_model(folders, janus, codes, kind):
+    other = load(str(folders[kind]))
+    ours, theirs = flatten(janus.params), flatten(other.params)
+    assert ours.keys() == theirs.keys()
+    for path, array in ours.items():
+        assert array.dtype == theirs[path].dtype == np.float32
+        np.testing.assert_array_equal(theirs[path], array, err_msg=path)
+    np.testing.assert_array_equal(other.generate_codes(SHORT, n=2), codes[:2])
+
+
+def test_defaults(folder, janus):
+    assert isinstance(janus, JanusPipeline) and janus.mesh is None and janus.source == str(folder)
+    assert janus.model.dtype == janus.model.param_dtype == np.float32  # on CPU, whatever the checkpoint's
+    assert not janus.model.scan_layers and "layers_0" in janus.params["language_model"]
+    assert janus.model.config == janus.config and janus.processor.roles == "pro"
+
+
+def test_stacked_layers(folder, codes):
+    stacked = load(folder, scan_layers=True)
+    assert "layers" in stacked.params["language_model"]
+    np.testing.assert_array_equal(stacked.generate_codes(SHORT, n=2), codes[:2])
+
+
+def test_bfloat16(folder, janus):
+    half = load(folder, dtype="bfloat16")
+    assert {array.dtype for array in flatten(half.params).values()} == {jnp.dtype("bfloat16")}
+    assert half.model.dtype == half.model.param_dtype == jnp.bfloat16
+    drawn = half.generate_codes(SHORT, n=2, cfg_weight=3)
+    assert drawn.shape == (2, 16) and drawn.min() >= 0 and drawn.max() < 256
+    # The first code is drawn before small differences add up.
+    np.testing.assert_array_equal(drawn[:, 0], janus.generate_codes(SHORT, n=2, cfg_weight=3)[:, 0])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16, np.dtype("float32")], ids=str)
+def test_dtype_objects(folder, dtype):
+    assert {array.dtype for array in flatten(load(folder, dtype).params).values()} == {jnp.dtype(dtype)}
+
+
+@pytest.mark.parametrize("dtype", ["float8", "int32", np.int8])
+def test_unknown_dtype(folder, dtype):
+    with raises_one_line("dtype .* not supported; known: bfloat16, float16, float32"):
+        load(folder, dtype)
+
+
+def test_roles(folder, tmp_path):
+    assert load(folder, roles="old").processor.roles == "old"
+    with raises_one_line("unknown roles 'robot'; known: pro, old"):
+        load(folder, roles="robot")
+    assert load(folder, roles="old").processor.roles_from == "chosen by hand"
+    # What a folder is called is the user's affair, and says nothing of what lies in it.
+    named = tmp_path / "not-janus-1.3b" / "Janus-1.3B"
+    shutil.copytree(folder, named)
+    loaded = load(named).processor
+    assert (loaded.roles, loaded.roles_from) == ("pro", "<|User|> is a token")
+
+
+def test_progress(folder, capfd):
+    load(folder, progress=True)
+    shown = capfd.readouterr()
+    assert "loading: 100%" in shown.err and shown.out == ""
+    load(folder, progress=False)
+    load(folder)
+    assert capfd.readouterr() == ("", "")
+
+
+# ---------------------------------------------------------------- meshes
+
+
+def test_mesh(folder):
+    spread = load(folder, mesh={"tensor": 4, "fsdp": -1})
+    assert dict(spread.mesh.shape) == {"data": 1, "fsdp": 2, "tensor": 4}
+    kernel = spread.params["language_model"]["layers_0"]["mlp"]["gate_proj"]["kernel"]
+    assert {shard.data.size for shard in kernel.addressable_shards} == {kernel.size // 8}
+    assert load(folder, mesh=make_mesh({"data": 2}, jax.devices()[:2])).mesh.size == 2
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        ({"tensor": 8}, r"does not divide the model: vision_model/blocks/attn/q/.*heads 4 over tensor=8"),
+        ({"fsdp": 3}, "a mesh of data=1 x fsdp=3 x tensor=1 does not make up the 8 devices"),
+        ({"fsdp": 0}, "fsdp=0"),
+        ({"rows": 8}, "mesh axis 'rows' is unknown; the axes are data, fsdp, tensor"),
+        (jax.sharding.Mesh(np.array(jax.devices()), ("rows",)), "the mesh has the axes .*rows"),
+    ],
+    ids=["heads", "devices", "zero", "axis", "foreign"],
+)
+def test_bad_meshes(folder, mesh, message):
+    with raises_one_line(message):
+        load(folder, mesh=mesh)
+
+
+# ---------------------------------------------------------------- folders that are none
+
+
+@pytest.mark.parametrize("name", ["absent", "./absent/model", "../absent", "/absent/model", "a/b/c", "config.json", ""])
+def test_no_folder(folder, name, monkeypatch):
+    """No network is asked for what can only be a path."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: pytest.fail("the hub was asked"))
+    if name:
+        with raises_one_line("neither a folder nor a hub id of the form owner/name", FileNotFoundError):
+            load(name)
+    else:
+        assert load(name).processor is not None  # the working directory
+
+
+def test_incomplete_folders(folder, tmp_path):
+    with raises_one_line(r"config\.json does not exist", FileNotFoundError):
+        load(tmp_path)
+    shutil.copy(folder / "config.json", tmp_path)
+    with raises_one_line("config.json but no weights", FileNotFoundError):
+        load(tmp_path)
+
+
+def test_damaged_folders(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy" / "tokenizer.json").write_text("{}")
+    with raises_one_line(r"tokenizer\.json is not a readable tokenizer"):
+        load(tmp_path / "copy")
+    (tmp_path / "copy" / "config.json").write_text("{")
+    with raises_one_line(r"config\.json is not valid JSON"):
+        load(tmp_path / "copy")
+
+
+def test_processor_of_another_checkpoint(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    edit_json(tmp_path / "copy" / "processor_config.json", num_image_tokens=576)
+    with raises_one_line("num_image_tokens 576 is not the model's 16"):
+        load(tmp_path / "copy")
+
+
+# ---------------------------------------------------------------- the hub
+
+
+class Hub:
+    """Stands for the hub: the files of a repository, or an error, and what was fetched of it."""
+
+    def __init__(self, folder: pathlib.Path, files=(), error=None, broken=None, cached=False):
+        self.folder, self.files, self.error, self.broken, self.cached = folder, files, error, broken, cached
+        self.calls = []
+
+    def install(self, monkeypatch):
+        hub = self
+
+        class Api:
+            def model_info(self, repo, revision=None, timeout=None):
+                if hub.error is not None:
+                    raise hub.error
+                names = [type("File", (), {"rfilename": name}) for name in hub.files]
+                return type("Info", (), {"siblings": names})
+
+        monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", self.snapshot_download)
+        return self
+
+    def snapshot_download(self, repo, revision=None, local_files_only=False, allow_patterns=None):
+        self.calls.append((repo, revision, local_files_only, allow_patterns))
+        if local_files_only and not self.cached:
+            raise LocalEntryNotFoundError("nothing there")
+        if self.broken is not None and not local_files_only:
+            raise self.broken
+        return str(self.folder)
+
+
+def http_error(kind):
+    """An error of the hub's client, of several lines as it makes them."""
+    error = kind.__new__(kind)
+    Exception.__init__(error, "404 Client Error. (Request ID: 1)\n\nNot found for url: ...")
+    return error
+
+
+def test_loaded_from_the_hub(folder, monkeypatch):
+    hub = Hub(folder, ["config.json", "model.safetensors"]).install(monkeypatch)
+    janus = load("owner/name", revision="main")
+    assert janus.source == "owner/name" and janus.processor is not None
+    assert janus.processor.roles == "pro"
+    ((repo, revision, offline, patterns),) = hub.calls
+    assert (repo, revision, offline) == ("owner/name", "main", False)
+    assert set(patterns) == {"*.json", "*.jinja", "*.model", "model*.safetensors"}
+
+
+def test_the_hub_id_says_the_roles(folder, monkeypatch):
+    Hub(folder, ["config.json", "model.safetensors"]).install(monkeypatch)
+    for name, roles in (
+        ("deepseek-ai/Janus-1.3B", "old"),
+        ("me/janus-1.3b-charts", "old"),
+        ("me/after-janus-1.3b", "pro"),
+    ):
+        assert load(name).processor.roles == roles
+    assert load("deepseek-ai/Janus-1.3B").processor.roles_from == "the hub id is deepseek-ai/Janus-1.3B"
+
+
+def test_downloads_need_a_home(monkeypatch):
+    """Without HOME and a name for the user, the hub's library would make a folder called ~ here."""
+    for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    with raises_one_line("no home to download it to; set HF_HOME to a folder", OSError):
+        resolve("owner/name")
+
+
+def test_what_cannot_fit_is_refused_before_reading(folder, janus, monkeypatch):
+    """Sizes, and the first option that would fit."""
+    monkeypatch.setattr("janus_jax.loading.place", lambda *args, **kwargs: pytest.fail("weights were read"))
+    sizes = {
+        (dtype, weights): params_bytes(janus.config, dtype, weights)
+        for dtype in ("float32", jnp.bfloat16) for weights in (None, "int8")
+    }  # fmt: skip
+    full, half = sizes["float32", None], sizes[jnp.bfloat16, None]
+    assert full == sum(x.nbytes for x in jax.tree.leaves(janus.params)) == 2 * half
+    assert half < sizes["float32", "int8"] < full and sizes[jnp.bfloat16, "int8"] < half
+    for free, cure in (
+        (full - 1, "load with dtype='bfloat16'"),
+        (half, "load with dtype='bfloat16'"),
+        (sizes[jnp.bfloat16, "int8"], "load with dtype='bfloat16', weights='int8'"),
+        (1000, "so free memory"),
+    ):
+        monkeypatch.setattr("janus_jax.sampling.memory.available_bytes", lambda device, free=free: free)
+        message = f"the parameters take {gib(full)} in float32, but the cpu has .* free; .*{cure}"
+        with raises_one_line(message, OutOfMemory):
+            load(folder)
+        with raises_one_line("each cpu device has", OutOfMemory):
+            load(folder, mesh={"data": 8})
+
+
+def test_what_fits_is_loaded(folder, janus, monkeypatch):
+    """To the byte; where nobody tells, always; int8 needs no room for what it is made of."""
+    for free in (params_bytes(janus.config, "float32"), None):
+        monkeypatch.setattr("janus_jax.sampling.memory.available_bytes", lambda device, free=free: free)
+        assert load(folder).config == janus.config
+    small = params_bytes(janus.config, "float32", "int8")
+    monkeypatch.setattr("janus_jax.sampling.memory.available_bytes", lambda device: small)
+    loaded = load(folder, weights="int8")
+    assert sum(x.nbytes for x in jax.tree.leaves(loaded.params)) == small
+
+
+@pytest.mark.parametrize(
+    ("files", "weights"),
+    [
+        (["model.safetensors", "pytorch_model.bin"], ["model*.safetensors"]),
+        (["model-00001-of-00002.safetensors", "model.safetensors.index.json"], ["model*.safetensors"]),
+        (["pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"], ["pytorch_model*.bin"]),
+        (["pytorch_model.bin", "adapter.safetensors"], ["pytorch_model*.bin"]),
+        (["pytorch_model.bin", "other/model.safetensors"], ["pytorch_model*.bin"]),
+        (["params/state/manifest.ocdbt", "carried.safetensors"], ["params/**", "carried.safetensors"]),
+    ],
+)
+def test_one_kind_of_weights_is_fetched(folder, monkeypatch, files, weights):
+    hub = Hub(folder, ["config.json", "README.md", *files]).install(monkeypatch)
+    assert resolve("deepseek-ai/Janus-Pro-1B") == folder
+    assert weight_patterns(files) == weights
+    patterns = hub.calls[0][3]
+    assert patterns[-len(weights) :] == weights and len(patterns) == 3 + len(weights)
+
+
+@pytest.mark.parametrize("error", [ConnectionError("no route\nto host"), TimeoutError(), OSError("offline")], ids=repr)
+def test_without_network(folder, monkeypatch, error):
+    hub = Hub(folder, error=error).install(monkeypatch)
+    reason = str(error).splitlines()[0] if str(error) else "TimeoutError"
+    with raises_one_line(rf"owner/name is not a folder here.*cannot be reached \({reason}\)", OSError):
+        load("owner/name")
+    assert hub.calls == [("owner/name", None, True, None)]
+    # With the files in the cache, that is no error.
+    hub.cached = True
+    assert resolve("owner/name") == folder
+
+
+def test_without_network_and_with_the_real_cache(tmp_path, monkeypatch):
+    class Api:
+        def model_info(self, *args, **kwargs):
+            raise ConnectionError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    original = huggingface_hub.snapshot_download
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: original(*a, cache_dir=tmp_path, **k))
+    with raises_one_line(r"not in the hub's cache, and the hub cannot be reached \(no network\)", OSError):
+        load("owner/name")
+
+
+def test_unknown_repository_and_revision(folder, monkeypatch):
+    Hub(folder, error=http_error(RepositoryNotFoundError)).install(monkeypatch)
+    with raises_one_line("owner/name is neither a folder here nor a repository on the hub", FileNotFoundError):
+        load("owner/name")
+    Hub(folder, error=http_error(RevisionNotFoundError)).install(monkeypatch)
+    with raises_one_line("owner/name has no revision 'v9' on the hub", FileNotFoundError):
+        load("owner/name", revision="v9")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broken\npipe"), LocalEntryNotFoundError("broken"), ConnectionError()])
+def test_download_that_breaks_off(folder, monkeypatch, error):
+    Hub(folder, ["model.safetensors"], broken=error).install(monkeypatch)
+    with raises_one_line(r"owner/name: the download broke off \((broken|ConnectionError)\); call again", OSError):
+        load("owner/name")
+
+
+def test_folder_comes_before_the_hub(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: pytest.fail("the hub was asked"))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder, tmp_path / "owner" / "name")
+    assert json.loads((resolve("owner/name") / "config.json").read_text())["model_type"] == "multi_modality"

@@ -1,0 +1,161 @@
+"""What says float32 computes in float32 on every platform, and narrower models ask for nothing that would cost them."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from janus_jax.config import PRESETS
+from janus_jax.model import attention
+from janus_jax.model.janus import Janus
+from janus_jax.model.vq import VQModel
+from janus_jax.sampling import loops
+from janus_jax.weights.quantize import quantise
+from janus_jax.weights.torch_weights import abstract_params
+
+CONFIG = PRESETS["janus_tiny"]
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+@pytest.fixture(autouse=True)
+def no_default():
+    """The tests' own default, which would hide what the model leaves unsaid."""
+    with jax.default_matmul_precision(None):
+        yield
+
+
+def products(jaxpr) -> list:
+    """All products and convolutions of a jaxpr, in whatever it calls."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+            found.append(equation)
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            inner = getattr(value, "jaxpr", value)
+            found += products(inner) if hasattr(inner, "eqns") else []
+    return found
+
+
+def precisions(f, *args) -> dict[str, set]:
+    """The precisions that products of each operand dtype ask for."""
+    seen: dict[str, set] = {}
+    for equation in products(jax.make_jaxpr(f)(*args).jaxpr):
+        for x, asked in zip(equation.invars, equation.params["precision"] or (None, None), strict=True):
+            seen.setdefault(str(x.aval.dtype), set()).add(asked)
+    return seen
+
+
+def shape(*sizes: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def programs(dtype: str, attention: str = "xla", weights: str | None = None) -> dict[str, tuple]:
+    """Everything that runs at inference: name -> (function, its arguments)."""
+    model = Janus(CONFIG, jnp.dtype(dtype), jnp.dtype(dtype), scan_layers=False, attention=attention)
+    params = abstract_params(CONFIG, False, dtype)
+    params = jax.eval_shape(quantise, params) if weights else params
+    v, g = CONFIG.vision, CONFIG.gen_vision
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
+    one, sampler = jnp.int32(1), loops.make_sampler()
+    drawing = (keys, jnp.float32(5), sampler)
+    ids, mask = shape(2, 2, 32, dtype=jnp.int32), shape(2, 2, 32, dtype=bool)
+    where, row = shape(2, 32, dtype=bool), shape(2, 32, dtype=jnp.int32)
+    image = loops.start_image.eval_shape(model, params, ids, mask, *drawing, g.num_tokens)
+    x = loops.embed_prompt.eval_shape(model, params, row, where, None)
+    text = loops.start_text.eval_shape(model, params, x, where, keys, one, sampler, 8)
+    bind, ones = functools.partial, jnp.ones((2, 8), int)
+    return {
+        "start_image": (
+            lambda params, ids, mask, *rest: loops.start_image(model, params, ids, mask, *rest, g.num_tokens),
+            (params, ids, mask, *drawing),
+        ),
+        "continue_image": (bind(loops.continue_image, model), (params, image, *drawing, one, one)),
+        "decode_images": (bind(loops.decode_images, model), (params, shape(2, g.num_tokens, dtype=jnp.int32))),
+        "embed_prompt": (
+            bind(loops.embed_prompt, model),
+            (params, row, where, shape(2, 1, v.image_size, v.image_size, 3)),
+        ),
+        "start_text": (
+            lambda params, *rest: loops.start_text(model, params, *rest, 8),
+            (params, x, where, keys, one, sampler),
+        ),
+        "continue_text": (bind(loops.continue_text, model), (params, text, keys, one, sampler, one, one)),
+        "encode_codes": (
+            lambda params, images: model.apply({"params": params}, images, method="encode_codes"),
+            (params, shape(2, g.image_size, g.image_size, 3)),
+        ),
+        "hidden": (
+            lambda params, x: model.apply({"params": params}, x, ones, ones, method="hidden"),
+            (params, shape(2, 8, CONFIG.language.width)),
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("attention", ["xla", "heads"])
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_every_float32_product_is_exact(attention, weights):
+    for name, (f, args) in programs("float32", attention, weights).items():
+        assert precisions(f, *args) == {"float32": {HIGHEST}}, name
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_models_ask_for_nothing_but_where_codes_are_decided(dtype):
+    for name, (f, args) in programs(dtype).items():
+        seen = precisions(f, *args)
+        if name == "encode_codes":
+            assert seen == {"float32": {HIGHEST}}, "a code is an argmin of float32 distances"
+        else:
+            assert seen == {dtype: {None}}, name
+
+
+@pytest.mark.parametrize(("default", "platform"), [("bfloat16", "tpu"), ("tensorfloat32", "cuda")])
+def test_a_float32_model_is_the_same_whatever_the_default(default, platform):
+    def lowered(f, args) -> str:
+        return jax.jit(f).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+
+    for name, given in programs("float32").items():
+        plain = lowered(*given)
+        with jax.default_matmul_precision(default):
+            assert lowered(*given) == plain, name
+
+
+def test_gradients_are_exact():
+    model = Janus(CONFIG)
+    params = abstract_params(CONFIG)
+
+    def loss(params, x):
+        ones = jnp.ones(x.shape[:2], int)
+        hidden = model.apply({"params": params}, x, ones, ones, method="hidden")
+        return sum(model.apply({"params": params}, hidden, method=f"{kind}_logits").sum() for kind in ("text", "image"))
+
+    assert precisions(jax.grad(loss), params, shape(2, 8, CONFIG.language.width)) == {"float32": {HIGHEST}}
+    vq = VQModel(CONFIG.gen_vision)
+
+    def vq_loss(params, images):
+        return vq.apply({"params": params}, images, method="reconstruct")[0].sum()
+
+    size = CONFIG.gen_vision.image_size
+    assert precisions(jax.grad(vq_loss), params["gen_vision_model"], shape(1, size, size, 3)) == {"float32": {HIGHEST}}
+
+
+@pytest.mark.parametrize(("dtype", "asked"), [("float32", {HIGHEST}), ("bfloat16", {None})])
+def test_kernels_of_others_follow_the_dtype(dtype, asked):
+    """Their float32 products inside are theirs to choose for bfloat16, and exact both ways for float32."""
+
+    def loss(q, k, v):
+        return attention.attend_segments(q, k, v, jnp.ones((1, 128), jnp.int32), "splash").astype(jnp.float32).sum()
+
+    heads = shape(1, 2, 128, 128, dtype=dtype)
+    seen = precisions(jax.grad(loss, (0, 1, 2)), shape(1, 128, 2, 128, dtype=dtype), heads, heads)
+    assert seen[dtype] == asked
+
+
+def test_a_model_of_bfloat16_encodes_the_codes_of_float32(tiny, rng):
+    size = tiny.config.gen_vision.image_size
+    images = rng.uniform(-1, 1, (2, size, size, 3)).astype(np.float32)
+    narrow = tiny.model.clone(dtype=jnp.bfloat16)
+    ours = dataclasses.replace(tiny, model=narrow).run("encode_codes", images)
+    np.testing.assert_array_equal(ours, tiny.run("encode_codes", images))

@@ -1,0 +1,175 @@
+"""TPU slices, the layouts that the configs name for them, and compilation without a TPU."""
+
+import dataclasses
+import importlib.util
+import os
+import pathlib
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from train import compile as ahead
+from train.config import Home, MeshConfig, TrainConfig
+from train.overrides import config_names, load_config
+from train.plan.topologies import KNOWN, settle, topology
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is for Linux on x86")
+cuda = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
+needs_cuda = pytest.mark.skipif(not cuda, reason="JAX's CUDA plugin is not installed")
+SHIPPED = [name for name in config_names() if name.split("_")[0] in ("janus", "1b", "7b")]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "chips"),
+    [
+        ("v5e-256", "v5e:16x16", 256),
+        ("v5p-128", "v5p:4x4x4", 64),
+        ("v6e-1", "v6e:1x1", 1),
+        ("v5p:4x8x8", "v5p:4x8x8", 256),
+        ("h100-1", "h100:1x1", 1),
+        ("h200-16", "h200:2x8", 16),
+    ],
+)
+def test_topologies_by_either_name(name, shape, chips):
+    found = topology(name)
+    assert (found.name, found.chips) == (shape, chips)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("v5p_128", "did you mean v5p-128"),
+        ("v5e:3x3", r"Known: v5e-1 \(v5e:1x1\)"),
+        ("tpu", r"v4-8 .*v6e-256.*h100-8"),
+        ("h100-3", r"Known: h100-1 \(h100:1x1\)"),
+    ],
+)
+def test_unknown_topologies_list_the_known_ones(name, told):
+    with pytest.raises(ValueError, match=told) as error:
+        topology(name)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_configs_divide_their_homes(name):
+    config = load_config(name)
+    assert {home.topology for home in config.homes} >= {"v5e-256", "v5p-128", "v6e-256"}
+    for home in config.homes:
+        place = topology(home.topology)
+        devices = [SimpleNamespace(device_kind=place.device_kind)] * place.chips
+        settled = settle(config, devices)
+        assert (settled.mesh, settled.accumulate) == (home.mesh, home.accumulate)
+        fixed = {axis: size for axis, size in dataclasses.asdict(home.mesh).items() if size != -1}
+        shards = place.chips // fixed["tensor"]
+        assert shards % fixed["fsdp"] == 0 and config.batch_size % (home.accumulate * shards) == 0
+        assert config.model.language.width % (128 * fixed["fsdp"]) == 0
+    if name.endswith("3"):
+        assert [home.topology for home in config.sampling_homes] == ["v5e-8", "v6e-1", "v5p-8"]
+
+
+def test_a_mesh_that_is_given_stays():
+    config = load_config("7b_stage3", ["mesh.fsdp=64", "mesh.data=4"])
+    place = KNOWN["v5e-256"]
+    devices = [SimpleNamespace(device_kind=place.device_kind)] * place.chips
+    assert settle(config, devices) is config
+    assert settle(load_config("7b_stage3"), jax.devices()).mesh == MeshConfig()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "give --config NAME, or --all"),
+        (["--config", "7b_stage9"], "unknown config '7b_stage9'"),
+        (["--config", "7b_stage3", "--topology", "v5x-8"], "unknown topology 'v5x-8'"),
+        (["--config", "debug"], "debug names no topology; give --topology"),
+        (["--config", "debug", "--int8"], "--images and --int8 are for --sampling"),
+        (["--config", "debug", "--sampling", "--images", "0"], "--images 0 is out of range"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, told, capsys):
+    assert ahead.main(arguments) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and told in lines[0]
+
+
+@pytest.mark.parametrize(("place", "extra"), [("v5e-256", "tpu"), ("h100-8", "cuda")])
+def test_a_missing_compiler_is_one_line(monkeypatch, capsys, place, extra):
+    monkeypatch.setattr(ahead.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(ahead, "_environment", lambda: None)
+    assert ahead.main(["--config", "7b_stage3", "--topology", place]) == 2
+    assert f"pip install 'janus_jax[{extra}]'" in capsys.readouterr().err
+
+
+SMALL = [
+    "model.language.width=256",
+    "model.language.heads=2",
+    "model.language.kv_heads=2",
+    "model.language.head_dim=128",
+    "data.context=256",
+    "loss_chunk=128",
+    "compute_dtype=bfloat16",
+    "frozen_dtype=bfloat16",
+    "remat=full",
+]
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["mesh.fsdp=3"], "a mesh of data=1 x fsdp=3 x tensor=1 does not make up the 4 devices"),
+        pytest.param(["batch_size=6", "mesh.fsdp=4"], "batch_size=6 does not divide", marks=pytest.mark.slow),
+        pytest.param(["model.language.width=250", "mesh.fsdp=4"], "does not divide the model", marks=pytest.mark.slow),
+    ],
+)
+def test_layouts_that_do_not_fit_are_refused_before_compiling(overrides, told, capfd):
+    done = _command("--config", "debug", "--topology", "v5e-4", *SMALL, *overrides)
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if told in line] and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("place", [pytest.param("v5e-4", marks=needs_libtpu), pytest.param("h100-4", marks=needs_cuda)])
+def test_a_small_step_compiles(place):
+    """With the accelerator's own compiler: what it asks of a chip, and no collective but those of the sharding."""
+    done = _command("--config", "debug", "--topology", place, *SMALL, "mesh.data=2", "mesh.fsdp=2")
+    assert done.returncode == 0, done.stderr
+    lines = {line.split()[0]: line for line in done.stdout.splitlines() if line.startswith("  ")}
+    assert {"parameters", "optimizer", "batch", "temporaries", "peak", "all-gather", "reduce-scatter"} <= set(lines)
+    assert not {"collective-permute", "all-to-all"} & set(lines)
+
+
+@needs_cuda
+@pytest.mark.parametrize("more", [(), ("--images", "4", "--int8")])
+def test_sampling_on_a_gpu_reads_weights_and_cache_once(more):
+    """A loop over stacked layers would move three times as much: XLA copies each of them out."""
+    fitting = ["model.language.layers=4", "model.language.width=1024", "model.language.mlp_dim=2816"]
+    heads = ["model.language.heads=8", "model.language.kv_heads=8", "model.language.head_dim=128"]
+    done = _command("--config", "debug", "--topology", "h100-1", "--sampling", *more, *fitting, *heads)
+    assert done.returncode == 0, done.stderr
+    moved, least = map(
+        float, re.search(r"a step moves (\S+) GiB; parameters and cache are (\S+) GiB", done.stdout).groups()
+    )
+    assert least <= moved < 1.3 * least
+    assert "copies of cache or weights in the loop: 0" in done.stdout
+
+
+def _command(*arguments: str) -> subprocess.CompletedProcess:
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "XLA_"))}
+    return subprocess.run(
+        [sys.executable, "-m", "train.compile", *arguments],
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=400, check=False,
+    )  # fmt: skip
+
+
+def test_a_home_is_part_of_a_config():
+    home = Home("v5e-8", MeshConfig(fsdp=4, tensor=2), accumulate=2, remat="dots")
+    config = dataclasses.replace(load_config("debug"), homes=(home,))
+    assert isinstance(config, TrainConfig)
+    (made, place), *others = ahead.jobs(config, None, sample=False)
+    assert not others and place == KNOWN["v5e-8"]
+    assert (made.mesh, made.accumulate, made.remat) == (home.mesh, 2, "dots")

@@ -1,0 +1,86 @@
+"""What is read from compiled programs, against programs whose collectives are known."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from janus_jax.sharding import make_mesh
+from train.plan import hlo
+
+LENGTH, TURNS = 256, 5
+
+
+@pytest.fixture(scope="module")
+def program() -> str:
+    """Five turns of an all-gather and a reduce-scatter over four of eight devices, then one sum over all."""
+    mesh = make_mesh({"data": 2, "fsdp": 4})
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=P("fsdp"), out_specs=P(), check_vma=False)
+    def run(x):
+        def turn(x, _):
+            whole = jax.lax.all_gather(x, "fsdp", tiled=True)
+            return jax.lax.psum_scatter(jnp.sin(whole), "fsdp", tiled=True), None
+
+        x, _ = jax.lax.scan(turn, x, length=TURNS)
+        return jax.lax.psum(x.sum(), ("data", "fsdp"))
+
+    return jax.jit(run).lower(jax.ShapeDtypeStruct((LENGTH,), jnp.float32)).compile().as_text()
+
+
+def test_collectives_are_counted_through_loops(program):
+    found = hlo.collectives(program)
+    assert found == {
+        "all-gather": hlo.Traffic(TURNS, TURNS * LENGTH * 4, LENGTH * 4),
+        "all-reduce": hlo.Traffic(1, 4, 4),
+        "reduce-scatter": hlo.Traffic(TURNS, TURNS * LENGTH * 4, LENGTH * 4),
+    }
+
+
+# As TPU's compiler writes loops and reduce-scatters, shortened.
+TPU = """HloModule jit_step, is_scheduled=true
+
+%all-reduce-scatter (input: bf16[64,128]) -> bf16[16,128] {
+  %input = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %all-reduce.1 = bf16[64,128]{1,0:T(8,128)(2,1)} all-reduce(%input), replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %dynamic-slice.1 = bf16[16,128]{1,0:T(8,128)(2,1)S(1)} dynamic-slice(%all-reduce.1, %i), dynamic_slice_sizes={16,128}
+}
+
+%body (p: (s32[], bf16[64,128], bf16[32,128])) -> (s32[], bf16[64,128], bf16[32,128]) {
+  %p = (s32[]{:T(128)}, bf16[64,128]{1,0:T(8,128)(2,1)}, bf16[32,128]{1,0:T(8,128)(2,1)}) parameter(0)
+  %weights = bf16[64,128]{1,0:T(8,128)(2,1)} get-tuple-element(%p), index=1
+  %cache = bf16[32,128]{1,0:T(8,128)(2,1)} get-tuple-element(%p), index=2
+  %copy-start.1 = (bf16[64,128]{1,0:T(8,128)(2,1)S(1)}, bf16[64,128]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) copy-start(%weights)
+  %copy-done.1 = bf16[64,128]{1,0:T(8,128)(2,1)S(1)} copy-done(%copy-start.1)
+  %updated = bf16[32,128]{1,0:T(8,128)(2,1)} fusion(%cache, %row), kind=kLoop, calls=%update
+  %scattered = bf16[16,128]{1,0:T(8,128)(2,1)S(1)} fusion(%copy-done.1), kind=kCustom, calls=%all-reduce-scatter
+  %read = f32[128]{0:T(128)S(1)} fusion(%updated, %scattered), kind=kLoop, calls=%attend
+  %copy.1 = bf16[32,128]{1,0:T(8,128)(2,1)} copy(%updated)
+  %gathered = (bf16[16,128]{1,0:T(8,128)(2,1)S(1)}, bf16[64,128]{1,0:T(8,128)(2,1)}) all-gather-start(%scattered), replica_groups=[2,4]<=[8]
+  %ready = bf16[64,128]{1,0:T(8,128)(2,1)} all-gather-done(%gathered)
+  ROOT %t = (s32[]{:T(128)}, bf16[64,128]{1,0:T(8,128)(2,1)}, bf16[32,128]{1,0:T(8,128)(2,1)}) tuple(%i, %ready, %copy.1)
+}
+
+%condition (p: (s32[], bf16[64,128], bf16[32,128])) -> pred[] {
+  %turns = s32[]{:T(128)} constant(7)
+  ROOT %lt = pred[]{:T(512)} compare(%i, %turns), direction=LT
+}
+
+ENTRY %main (a: bf16[64,128]) -> bf16[64,128] {
+  %while.1 = (s32[]{:T(128)}, bf16[64,128]{1,0:T(8,128)(2,1)}, bf16[32,128]{1,0:T(8,128)(2,1)}) while(%start), condition=%condition, body=%body
+}
+"""  # noqa: E501
+
+
+def test_tpu_programs():
+    large, small = 64 * 128 * 2, 32 * 128 * 2
+    assert hlo.collectives(TPU) == {
+        "all-gather": hlo.Traffic(7, 7 * large, large),
+        "reduce-scatter": hlo.Traffic(7, 7 * large, large),
+    }
+    assert [one.line.split(" ")[0] for one in hlo.copies(TPU, small)] == ["%copy.1"]
+    assert hlo.copies(TPU, small + 1) == []
+    # The weights come over once, the cache is read, then copied: read and written. Its update in place is free.
+    assert hlo.loop_bytes(TPU) == large + small + 2 * small + large

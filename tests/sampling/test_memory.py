@@ -1,0 +1,256 @@
+"""Cutting work into parts that fit: the arithmetic, and what the pipeline does when memory runs out."""
+
+import math
+from typing import ClassVar
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from janus_jax import JanusPipeline
+from janus_jax.config import PRESETS
+from janus_jax.model.janus import Janus
+from janus_jax.sampling import loops, memory
+from janus_jax.sampling.memory import OutOfMemory, available_bytes, fitting, fitting_parts, least_available_bytes
+from janus_jax.sharding import make_mesh
+from tests.library.test_pipeline import SHORT, codes, folder, janus, quick_compilation  # noqa: F401
+
+EXHAUSTED = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1234 bytes.\nBuffers:\n  ..."
+
+
+@given(total=st.integers(1, 300), size=st.integers(0, 400), multiple=st.integers(1, 16))
+def test_parts_cover_everything_once(total, size, multiple):
+    parts, padded = fitting_parts(total, size, multiple)
+    assert [i for part in parts for i in range(part.start, part.stop)] == list(range(total))
+    assert all(part.stop - part.start == padded for part in parts[:-1])
+    assert 0 < parts[-1].stop - parts[-1].start <= padded
+
+
+@given(total=st.integers(1, 300), size=st.integers(0, 400), multiple=st.integers(1, 16))
+def test_parts_are_few_and_fit(total, size, multiple):
+    parts, padded = fitting_parts(total, size, multiple)
+    assert padded % multiple == 0
+    assert padded <= max(size, multiple), "larger than asked for"
+    most = max(size // multiple, 1) * multiple
+    assert len(parts) == math.ceil(total / most), "more parts than needed"
+    # Equal: no smaller size would do with as many parts.
+    assert padded == multiple or (padded - multiple) * len(parts) < total
+
+
+def test_available_bytes():
+    free = available_bytes(jax.devices()[0])
+    assert isinstance(free, int) and 2**20 < free < 2**50
+
+
+def test_available_bytes_in_a_container(tmp_path, monkeypatch):
+    """A container's limit counts where it is tighter than the machine's memory."""
+    monkeypatch.setattr("janus_jax.sampling.memory._CGROUP", tmp_path)
+    device = jax.devices()[0]
+    assert available_bytes(device) > 2**20  # no limit told
+    (tmp_path / "memory.current").write_text("300\n")
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert available_bytes(device) == 700
+    (tmp_path / "memory.max").write_text("200\n")
+    assert available_bytes(device) == 0
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_bytes(device) > 2**20
+
+
+@pytest.mark.parametrize("meminfo", [None, "", "MemTotal: 1024 kB\n", "MemAvailable:\n", "?\nMemAvailable: x kB\n"])
+def test_available_bytes_where_the_machine_does_not_tell(tmp_path, monkeypatch, meminfo):
+    """As in gVisor and in old kernels: no figure, unless the container's limit is one."""
+    monkeypatch.setattr("janus_jax.sampling.memory._MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr("janus_jax.sampling.memory._CGROUP", tmp_path)
+    if meminfo is not None:
+        (tmp_path / "meminfo").write_text(meminfo)
+    assert available_bytes(jax.devices()[0]) is None
+    assert fitting(5, 1000, None, {}) == 5
+    (tmp_path / "memory.current").write_text("300\n")
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert available_bytes(jax.devices()[0]) == 700
+
+
+class Device:
+    """An accelerator of this process, or (stats None) of another one, which does not let itself be asked."""
+
+    platform = "gpu"
+
+    def __init__(self, stats, mine: bool = True):
+        self._stats, self._mine = stats, mine
+
+    def memory_stats(self):
+        if not self._mine:
+            raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: MemoryStats is only supported for addressable devices")
+        return self._stats
+
+
+def test_pages_of_files_count_as_free(tmp_path, monkeypatch):
+    """A container that has read a large checkpoint once has its limit full of pages that it would give back."""
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    for name, text in (("max", "1000"), ("current", "900"), ("stat", "anon 100\nactive_file 200\ninactive_file 500\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert available_bytes(jax.devices()[0]) == 800
+
+
+def test_available_bytes_of_an_accelerator():
+    assert available_bytes(Device({"bytes_limit": 100, "bytes_in_use": 30})) == 70
+    assert available_bytes(Device(None)) is None
+    assert available_bytes(Device({"bytes_in_use": 30})) is None
+
+
+class TwoProcesses:
+    """A mesh whose first devices are another process's, seen from the second one."""
+
+    is_multi_process = True
+    shape: ClassVar = {"data": 1, "fsdp": 4}
+
+    def __init__(self, *mine: Device):
+        self.local_devices = mine
+        self.devices = np.array([Device(None, mine=False), *mine])
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "least"),
+    [
+        ([{"bytes_limit": 9 << 20}, {"bytes_limit": 7 << 20}], 8, 7 << 20),
+        ([{"bytes_limit": 9 << 20}, {"bytes_limit": 7 << 20}], 3, 3 << 20),
+        ([{"bytes_limit": 80 << 30}, None], -1, 80 << 30),
+        ([None], 5, 5 << 20),
+        ([None], -1, None),
+        ([{"bytes_limit": 1 << 20, "bytes_in_use": 3 << 20}], 8, 0),
+    ],
+)
+def test_the_least_of_all_processes(monkeypatch, mine, theirs, least):
+    monkeypatch.setattr("janus_jax.sampling.memory.process_allgather", lambda own: np.array([theirs, int(own)]))
+    mesh = TwoProcesses(*map(Device, mine))
+    assert least_available_bytes(mesh) == least
+    assert fitting(10, 1000, mesh, {}) == (12 if least is None else max(1, least * 8 // 10 // 250))
+
+
+def test_whether_an_error_is_about_memory():
+    assert OutOfMemory.says(jax.errors.JaxRuntimeError(EXHAUSTED))
+    assert not OutOfMemory.says(jax.errors.JaxRuntimeError("INVALID_ARGUMENT: shapes differ"))
+
+
+# ---------------------------------------------------------------- in the pipeline
+
+
+class Drawing:
+    """Stands for `loops.generate_codes`: codes that say which image they are of, and a memory of so many images."""
+
+    def __init__(self, most: float = math.inf):
+        self.most, self.sizes = most, []
+
+    def __call__(self, model, params, ids, mask, keys, *, guidance, sampler, progress):
+        self.sizes.append(len(ids))
+        if len(ids) > self.most:
+            raise jax.errors.JaxRuntimeError(EXHAUSTED)
+        for _ in range(model.config.gen_vision.num_tokens):
+            if progress is not None:
+                progress(1)
+        assert len(ids) == len(mask) == len(keys)
+        return np.asarray(jax.random.key_data(keys))[:, :1] + np.asarray(ids)[:, 0], None
+
+
+TOTAL = 13
+
+
+def draw(mesh=None, **settings) -> np.ndarray:
+    """Which images came out, for a total of 13."""
+    config = PRESETS["janus_tiny"]
+    pipeline = JanusPipeline(config, {}, Janus(config), mesh=None if mesh is None else make_mesh(mesh))
+    ids = np.arange(TOTAL, dtype=np.int32)[:, None, None].repeat(8, axis=2)
+    keys = jax.random.wrap_key_data(np.zeros((TOTAL, 2), np.uint32))
+    settings = {"guidance": 1.0, "sampler": loops.make_sampler(0)} | settings
+    return pipeline.sample_codes(ids, ids >= 0, keys, **settings)[:, 0]
+
+
+@pytest.fixture
+def drawing(monkeypatch):
+    def replace(most: float = math.inf, free: int | None = None) -> Drawing:
+        stub = Drawing(most)
+        monkeypatch.setattr(loops, "generate_codes", stub)
+        monkeypatch.setattr("janus_jax.sampling.memory.available_bytes", lambda device: free)
+        return stub
+
+    return replace
+
+
+@pytest.mark.parametrize(
+    ("most", "batch_size", "sizes"),
+    [
+        (math.inf, None, [13]),
+        (math.inf, 5, [5, 5, 5]),
+        (math.inf, 100, [13]),
+        (6, None, [13, 5, 5, 5]),
+        (2, None, [13, 5, *[2] * 7]),
+        (1, 4, [4, 2, *[1] * 13]),
+    ],
+)
+def test_halved_until_it_fits(drawing, most, batch_size, sizes):
+    stub = drawing(most)
+    np.testing.assert_array_equal(draw(batch_size=batch_size), np.arange(TOTAL))
+    assert stub.sizes == sizes
+
+
+@pytest.mark.parametrize(("most", "sizes"), [(math.inf, [16]), (8, [16, 8, 8])])
+def test_sizes_are_multiples_of_the_shards(drawing, most, sizes):
+    stub = drawing(most)
+    np.testing.assert_array_equal(draw({"data": 2, "fsdp": 4}), np.arange(TOTAL))
+    assert stub.sizes == sizes
+
+
+@pytest.mark.parametrize("mesh", [None, {"fsdp": 8}])
+def test_not_even_one(drawing, mesh):
+    stub = drawing(0)
+    with pytest.raises(OutOfMemory) as caught:
+        draw(mesh)
+    assert str(caught.value) == "drawing one image at a time does not fit the device's memory"
+    assert stub.sizes[-1] == (1 if mesh is None else 8)
+
+
+def test_other_errors_pass(drawing, monkeypatch):
+    def fail(*args, **kwargs):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    monkeypatch.setattr(loops, "generate_codes", fail)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        draw()
+
+
+def test_little_free_memory_cuts_into_parts(drawing):
+    """An image takes at least its cache; eight shards hold eight times as much."""
+    c = PRESETS["janus_tiny"].language
+    cache = 4 * 2 * c.layers * c.kv_heads * c.head_dim * (8 + PRESETS["janus_tiny"].gen_vision.num_tokens)
+    for free, mesh, largest in ((10**12, None, 13), (6 * cache, None, 5), (1, None, 1), (cache, {"fsdp": 8}, 8)):
+        stub = drawing(free=free)
+        np.testing.assert_array_equal(draw(mesh), np.arange(TOTAL))
+        assert set(stub.sizes) == {max(stub.sizes)} and max(stub.sizes) <= largest
+    assert stub.sizes == [8, 8]
+    # Asked for by hand, the size is taken as it is.
+    stub = drawing(free=1)
+    draw(batch_size=7)
+    assert stub.sizes == [7, 7]
+
+
+def test_progress_starts_anew(drawing, capfd):
+    drawing(most=6)
+    draw(progress=True)
+    steps = PRESETS["janus_tiny"].gen_vision.num_tokens
+    assert f"{3 * steps}/{3 * steps}" in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_real_draws_after_running_out(janus, codes, monkeypatch):  # noqa: F811
+    original, sizes = loops.generate_codes, []
+
+    def limited(model, params, ids, mask, keys, **kwargs):
+        sizes.append(len(keys))
+        if len(keys) > 2:
+            raise jax.errors.JaxRuntimeError(EXHAUSTED)
+        return original(model, params, ids, mask, keys, **kwargs)
+
+    monkeypatch.setattr(loops, "generate_codes", limited)
+    np.testing.assert_array_equal(janus.generate_codes(SHORT, n=5), codes)
+    assert sizes == [5, 2, 2, 2]

@@ -1,0 +1,192 @@
+"""From the plan of a step to arrays: rows of packed samples, assembled ahead by worker processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from janus_jax.config import IMAGE_CHANNELS
+from janus_jax.processing.images import ImageSettings, understanding_pixels_uint8
+from train.config import KINDS
+from train.data.mixture import Item, Mixture
+from train.data.samples import Sample
+from train.raw.storage import patiently
+
+# What a position is trained to predict: nothing, or the next element of a sample of that kind.
+TASKS = {kind: number for number, kind in enumerate(KINDS, 1)}
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Assembler:
+    """Makes the arrays of any rows of any step.
+
+    The report of a step tells of all its rows the `tokens`, `samples`, understanding `images`, and groups `left_out`
+    (see `Mixture`), and of the rows asked for the `problems`, one line for each damaged sample.
+
+    The arrays of a batch, T the context and Q the images a row:
+
+      ids          int32 [B, T]  token ids, or image codes where `is_code`
+      is_code      bool  [B, T]
+      is_image     bool  [B, T]  placeholders, which understanding images take the place of
+      targets      int32 [B, T]  the next token id or image code
+      tasks        int8  [B, T]  whose loss a position counts for: 0 nobody's, else TASKS
+      segment_ids  int32 [B, T]  samples counted from 1, 0 on padding
+      positions    int32 [B, T]  from 0 in each sample
+      images       uint8 [B, Q, S, S, 3]  understanding images in the order of their placeholders, then zeros
+      damaged      int32 [B]  samples that could not be read
+
+    Attributes:
+      mixture: plans the rows.
+      settings: how an image file becomes pixels.
+      pad_id, placeholder_id: the tokenizer's.
+    """
+
+    mixture: Mixture
+    settings: ImageSettings
+    pad_id: int
+    placeholder_id: int
+
+    def __call__(self, step: int, rows: Sequence[int] | None = None) -> tuple[Batch, dict[str, Any]]:
+        """The arrays of `rows` (default: all) of `step`, and a report.
+
+        A sample that is damaged leaves its place in the row empty and is named in the report.
+
+        Raises OSError where the machine cannot read a sample, which may well be good, even after several tries.
+        """
+        plan = self.mixture.plan(step)
+        rows = range(len(plan.rows)) if rows is None else rows
+        problems: list[str] = []
+        made = [self._row(plan.rows[row], problems) for row in rows]
+        batch = {name: np.stack([row[name] for row in made]) for name in made[0]}
+        lengths = np.array([item.length for row in plan.rows for item in row], np.int64)
+        report = {
+            "tokens": int(lengths.sum()),
+            "samples": len(lengths),
+            "images": sum(item.images for row in plan.rows for item in row),
+            # The length of the sample that a token stands in, on average: what attention costs.
+            "sample_length": float((lengths**2).sum() / max(lengths.sum(), 1)),
+            "left_out": plan.left_out,
+            "problems": problems,
+        }
+        return batch, report
+
+    def _row(self, items: Sequence[Item], problems: list[str]) -> Batch:
+        data = self.mixture.data
+        length, size = data.context, self.settings.image_size
+        most = data.images_per_row if "understanding" in self.mixture.ratio else 0
+        row = {
+            "ids": np.full(length, self.pad_id, np.int32),
+            "is_code": np.zeros(length, bool),
+            "is_image": np.zeros(length, bool),
+            "targets": np.zeros(length, np.int32),
+            "tasks": np.zeros(length, np.int8),
+            "segment_ids": np.zeros(length, np.int32),
+            "positions": np.zeros(length, np.int32),
+            "images": np.zeros((most, size, size, IMAGE_CHANNELS), np.uint8),
+            "damaged": np.zeros((), np.int32),
+        }
+        start = placed = 0
+        for segment, item in enumerate(items, 1):
+            try:
+                sample = item.folder[item.index]
+                pixels = patiently(functools.partial(self._pixels, sample))
+            except ValueError as error:
+                problems.append(f"{item.folder.folder}, sample {item.index}: {error}")
+                row["damaged"] += 1
+                start += item.length
+                continue
+            arrays = self._elements(sample, item)
+            stop = start + len(arrays["ids"])
+            for name, values in arrays.items():
+                row[name][start:stop] = values
+            row["segment_ids"][start:stop] = segment
+            row["positions"][start:stop] = np.arange(stop - start)
+            row["images"][placed : placed + len(pixels)] = np.reshape(pixels, (-1, size, size, IMAGE_CHANNELS))
+            placed += len(pixels)
+            start += item.length
+        return row
+
+    def _pixels(self, sample: Sample) -> list[np.ndarray]:
+        return [understanding_pixels_uint8(image, self.settings) for image in sample.images]
+
+    def _elements(self, sample: Sample, item: Item) -> Batch:
+        """What the model reads of a sample, and what it has to predict there."""
+        ids, answers = sample.ids, sample.answers
+        if sample.kind == "generation":
+            ids = sample.short_ids if item.cut and len(sample.short_ids) else ids
+            answers = np.zeros(len(ids), bool)
+            if item.unconditional:
+                # As in sampling (Processor.unconditional): all but BOS and begin_of_image, and attended to.
+                ids = np.concatenate([ids[:1], np.full(len(ids) - 2, self.pad_id, np.int32), ids[-1:]])
+        elif sample.kind == "text" and self.mixture.data.text_loss == "all":
+            answers = np.ones(len(ids), bool)
+        sequence = np.concatenate([ids, sample.codes])
+        is_code = np.arange(len(sequence)) >= len(ids)
+        learnt = np.concatenate([answers, np.ones(len(sample.codes), bool)])[1:]
+        return {
+            "ids": sequence[:-1],
+            "is_code": is_code[:-1],
+            "is_image": (sequence == self.placeholder_id)[:-1] & ~is_code[:-1],
+            "targets": sequence[1:],
+            "tasks": np.where(learnt, TASKS[sample.kind], 0).astype(np.int8),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Assemble:
+    """`Assembler` of one step, in a form that travels to worker processes."""
+
+    assembler: Assembler
+    rows: tuple[int, ...]
+
+    def __call__(self, step: int):
+        return int(step), *self.assembler(int(step), self.rows)
+
+
+def load_batches(
+    assembler: Assembler, rows: Sequence[int], first: int, last: int, workers: int
+) -> Iterator[tuple[int, Batch, dict[str, Any]]]:
+    """(step, arrays, report) of `rows` for the steps from `first` to before `last`, in order, made ahead of time.
+
+    Args:
+      rows: the rows that this process holds.
+      workers: processes that make them; 0 for a few threads of this one.
+    """
+    steps = grain.MapDataset.range(first, last).map(_Assemble(assembler, tuple(rows)))
+    if not workers:
+        return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+    _parse_absl_flags()
+    made = steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+    return iter(made.mp_prefetch(options, worker_init_fn=_outlive_the_notice))
+
+
+def _outlive_the_notice(*_):
+    # Who ends a job tells all of its processes; the rows are needed until the run has come to a stop.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with_the_run, daemon=True).start()
+
+
+def _end_with_the_run():
+    # A run that is killed cannot tell its workers.
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _parse_absl_flags():
+    # grain hands absl's flags on to its workers and fails where nobody has parsed them.
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["train"])

@@ -1,0 +1,59 @@
+"""Whether image codes are of the VQ model that a run decodes and trains with."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from janus_jax.sharding import flatten
+from train.data.prepared import Prepared
+
+VQ = "gen_vision_model"
+_COMPARED_FROM = 2  # the first format version that hashes parameters as `params_fingerprint` does
+
+
+def params_fingerprint(params: Any) -> str:
+    """A hash of the values of nested dicts of arrays, rounded to bfloat16: a run may hold them so, or in float32."""
+    digest = hashlib.sha256()
+    for path, leaf in sorted(flatten(params).items()):
+        digest.update(f"{path} {leaf.shape}".encode() + np.asarray(leaf).astype(jnp.bfloat16).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check_codes(folders: Iterable[Prepared], frozen: dict[str, Any], mesh: Mesh) -> list[str]:
+    """Compares the VQ model that each generation folder was encoded with to the run's own, the same on any mesh.
+
+    Every process of a run calls it, and all come to the same answer.
+
+    Args:
+      folders: of any kind.
+      frozen: the run's frozen parameters, laid out on `mesh`.
+    Returns: remarks, a line each, on folders of which it cannot be told.
+    Raises: ValueError in one line for a folder whose codes are of another VQ model.
+    """
+    folders = [folder for folder in folders if folder.kind == "generation"]
+    told, checked = [], []
+    for folder in folders:
+        if folder.meta["version"] >= _COMPARED_FROM and folder.meta.get("settings", {}).get("vq"):
+            checked.append(folder)
+        else:
+            told.append(f"{folder.folder} does not say which VQ model its codes are of, so that this is not checked")
+    if not checked:
+        return told
+    # Whole in every process, whatever the mesh has cut.
+    whole = jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))({VQ: frozen[VQ]})
+    ours = params_fingerprint(jax.tree.map(lambda x: x.addressable_data(0), whole))
+    for folder in checked:
+        theirs = folder.meta["settings"]["vq"]
+        if theirs != ours:
+            raise ValueError(
+                f"{folder.folder} was encoded by another VQ model ({theirs}) than the run's {VQ} ({ours}); prepare it "
+                "again with the model that the run starts from, or give that run the VQ model of the data (vq_from)"
+            )
+    return told

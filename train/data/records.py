@@ -1,0 +1,140 @@
+"""Records of many ArrayRecord files as one list, with a bounded number of files open at a time."""
+
+from __future__ import annotations
+
+import bisect
+import collections
+import os
+import pathlib
+import resource
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader
+
+from janus_jax.io.files import open_regular
+from train.raw.storage import machine_error, patiently
+
+_CHECKED_AT_ONCE = 16  # threads that open files when a folder is opened
+_MOST_OPEN = 1024  # each takes a file handle and up to 0.2 MB
+
+
+class _OpenFiles:
+    """Readers by path, shared by all threads; beyond `limit` the one that was used least recently is let go.
+
+    A reader is closed when its last user drops it, so that none is closed under a thread which reads from it: at most
+    `limit` and one for each thread are open.
+    """
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self.clear()
+
+    def clear(self):
+        self._lock = threading.Lock()
+        self._readers: collections.OrderedDict[str, ArrayRecordReader] = collections.OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._readers)
+
+    def get(self, path: str) -> ArrayRecordReader:
+        with self._lock:
+            if (reader := self._readers.get(path)) is not None:
+                self._readers.move_to_end(path)
+                return reader
+        # Outside the lock, so that threads wait for their own file alone.
+        reader = ArrayRecordReader(path, options="readahead_buffer_size:0", file_reader_buffer_size=32768)
+        dropped = []
+        with self._lock:
+            self._readers[path] = reader
+            while len(self._readers) > self.limit:
+                dropped.append(self._readers.popitem(last=False))
+        return reader
+
+    def drop(self, path: str):
+        with self._lock:
+            self._readers.pop(path, None)
+
+
+def _limit() -> int:
+    """Half of the handles that this process may have; the other half is everybody else's."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return _MOST_OPEN if most == resource.RLIM_INFINITY else max(1, min(_MOST_OPEN, most // 2))
+
+
+_open = _OpenFiles(_limit())
+# A child would share the parent's handles, and perhaps a lock that some thread of the parent held.
+os.register_at_fork(after_in_child=_open.clear)
+
+
+class Records:
+    """The records of `files` in `folder`, `counts` of them in each; shared by threads, pickled without open files.
+
+    Indexing raises IndexError beyond the end; OSError where a file cannot be reached, after several tries; RuntimeError
+    or another error of the library where the file's content is damaged.
+    """
+
+    def __init__(self, folder: pathlib.Path, files: Sequence[str], counts: Sequence[int]):
+        self._paths = [os.path.join(folder, file) for file in files]
+        self._begins = [0, *map(int, np.cumsum(np.asarray(counts, np.int64)))]
+
+    def __len__(self) -> int:
+        return self._begins[-1]
+
+    def __getitem__(self, index: int) -> bytes:
+        if not 0 <= index < self._begins[-1]:
+            raise IndexError(f"record {index} of {len(self)}")
+        shard = bisect.bisect_right(self._begins, index) - 1
+        path, position = self._paths[shard], index - self._begins[shard]
+        try:
+            return _open.get(path).read([position])[0]
+        except (RuntimeError, ValueError, IndexError, OSError, MemoryError) as error:
+            met = [error]
+        # The first try has failed: what it met is looked at first, and then the file.
+        return patiently(lambda: _read_again(path, position, met.pop() if met else None), path)
+
+    def counted(self) -> int:
+        """How many records the files hold, all of which it opens, a few at a time; raises as indexing."""
+        with ThreadPoolExecutor(min(_CHECKED_AT_ONCE, len(self._paths) or 1)) as pool:
+            return sum(pool.map(lambda path: patiently(lambda: _count(path), path), self._paths))
+
+
+def _read_again(path: str, position: int, error: Exception | None = None) -> bytes:
+    """The record, by a reader of its own; `error` is what the usual one has met."""
+    # Once it has failed, a reader fails for ever.
+    _open.drop(path)
+    if error is not None:
+        _give_way(error, path)
+    # A second look before anything is called damaged.
+    return _of_new_reader(path, lambda reader: reader.read([position])[0])
+
+
+def _count(path: str) -> int:
+    return _of_new_reader(path, _whole_count)
+
+
+def _whole_count(reader: ArrayRecordReader) -> int:
+    if reader.ok():
+        return reader.num_records()
+    reader.read([0])  # tells what is wrong
+    raise RuntimeError("the file cannot be read")
+
+
+def _of_new_reader(path: str, use):
+    try:
+        return use(ArrayRecordReader(path, options="readahead_buffer_size:0", file_reader_buffer_size=32768))
+    except (RuntimeError, ValueError, IndexError) as error:
+        _give_way(error, path)
+        raise
+
+
+def _give_way(error: Exception, path: str):
+    """Raises the OSError behind `error`, if the machine is at fault."""
+    if (found := machine_error(error, path)) is not None:
+        _open.clear()  # the handles that are missing may be ours
+        raise found from None
+    # The library does not always tell what the system said; opening the file does.
+    with open_regular(path) as file:
+        file.read(1)

@@ -1,0 +1,195 @@
+"""Shards of a prepared folder, written: each from a fixed range of the source's samples, and there only when complete.
+
+Beside `data-00000.array_record` its index `data-00000.json` (lengths, images, what was dropped) appears last of all,
+and is folded into the folder's own index at the end.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from train.data.samples import Sample
+from train.data.tokenize import Tokeniser
+from train.raw.sources import BadSample
+from train.raw.storage import patiently
+
+# Fewer samples say too little about the share of bad ones.
+_LEAST_READ = 100
+
+Encode = Callable[[np.ndarray], Any]
+
+
+class ShardWriter:
+    """Writes shards, and counts bad samples over all of them."""
+
+    def __init__(self, source, out, tokeniser: Tokeniser, encode, batch_size: int, max_bad_share: float):
+        self.source, self.out, self.tokeniser, self.encode = source, out, tokeniser, encode
+        self.batch_size, self.max_bad_share = batch_size, max_bad_share
+        self.read, self.dropped = 0, collections.Counter()
+        self.first: dict[str, str] = {}
+
+    def add(self, read: int, dropped: Sequence[dict[str, str]]):
+        self.read += read
+        for one in dropped:
+            self.dropped[one["reason"]] += 1
+            self.first.setdefault(one["reason"], f"{one['place']}: {one['detail']}")
+
+    def check(self):
+        """Raises ValueError when too many were bad so far."""
+        bad = self.dropped.total()
+        if bad > self.max_bad_share * self.read:
+            reasons = "; ".join(f"{n} {reason} (first: {self.first[reason]})" for reason, n in self.dropped.items())
+            raise ValueError(
+                f"{bad} of {self.read} samples are bad, more than max_bad_share {self.max_bad_share:g}: {reasons}. "
+                "Mend the data, or allow more with --max-bad-share"
+            )
+
+    def make(self, item: int) -> tuple[list[Sample], np.ndarray | None] | BadSample:
+        """Raises OSError where the machine cannot read or hold the item, even after several tries."""
+        try:
+            return patiently(lambda: self._make(item))
+        except BadSample as error:
+            return error
+
+    def _make(self, item: int) -> tuple[list[Sample], np.ndarray | None]:
+        raw = self.source[item]
+        samples, pixels = self.tokeniser(raw)
+        return [dataclasses.replace(sample, place=_writable(raw.place)) for sample in samples], pixels
+
+    def decides_anew(self, dropped: Sequence[dict[str, Any]]) -> int:
+        """How many samples that were dropped would be kept now, or dropped for another reason: files may have come."""
+        count = 0
+        for one in dropped:
+            made = self.make(one["item"]) if one.get("item", -1) in range(len(self.source)) else None
+            count += not isinstance(made, BadSample) or made.reason != one["reason"]
+        return count
+
+    def write(self, pool: ThreadPoolExecutor, shard: int, items: range, on_read: Callable[[int], Any]) -> dict:
+        """Writes the shard of `items` and then its index, which it returns."""
+        path = self.out / data_file(shard)
+        partial = path.with_name(f"{path.name}.partial")
+        index = {"read": len(items), "lengths": [], "images": [], "dropped": []}
+        digest, waiting = hashlib.sha256(), []
+        writer = ArrayRecordWriter(str(partial), "group_size:1")
+
+        def put(sample: Sample):
+            record = sample.to_bytes()
+            writer.write(record)
+            digest.update(record)
+            index["lengths"].append(sample.length)
+            index["images"].append(len(sample.images))
+
+        try:
+            # As many ahead as keep the threads busy while a batch is being encoded.
+            for item, made in zip(items, _in_order(pool, self.make, items, ahead=2 * self.batch_size), strict=True):
+                bad = [dataclasses.asdict(_Dropped.of(made)) | {"item": item}] if isinstance(made, BadSample) else []
+                index["dropped"] += bad
+                self.add(1, bad)
+                on_read(1)
+                if bad:
+                    if self.read >= _LEAST_READ:
+                        self.check()
+                elif made[1] is None:
+                    for sample in made[0]:
+                        put(sample)
+                else:
+                    waiting.append((made[0][0], made[1]))
+                    if len(waiting) == self.batch_size:
+                        for sample in self.add_codes(waiting):
+                            put(sample)
+                        waiting.clear()
+            for sample in self.add_codes(waiting):
+                put(sample)
+        finally:
+            writer.close()
+        if index["lengths"]:
+            # The writer says nothing when the disk is full.
+            try:
+                written = ArrayRecordReader(str(partial)).num_records()
+            except RuntimeError:
+                written = 0
+            if written != len(index["lengths"]):
+                raise OSError(f"{partial} could not be written whole: is the disk full?")
+            index |= {"bytes": partial.stat().st_size, "sha256": digest.hexdigest()}
+            partial.replace(path)
+        else:
+            partial.unlink()
+        replace_file(self.out / index_file(shard), json.dumps(index, ensure_ascii=False))
+        return index
+
+    def add_codes(self, waiting: list[tuple[Sample, np.ndarray]]) -> Iterator[Sample]:
+        if not waiting:
+            return
+        # One shape, so that it is compiled once.
+        images = np.zeros((self.batch_size, *waiting[0][1].shape), np.float32)
+        images[: len(waiting)] = [pixels for _, pixels in waiting]
+        codes = np.asarray(self.encode(images))
+        expected = (self.batch_size, self.tokeniser.processor.config.gen_vision.num_tokens)
+        if codes.shape != expected or not np.issubdtype(codes.dtype, np.integer):
+            raise ValueError(f"encode gave {codes.dtype} {list(codes.shape)}, expected integers {list(expected)}")
+        if codes[: len(waiting)].min() < 0:  # what `VQModel.encode` says of an image that it has no codes for
+            raise ValueError("the VQ encoder's numbers are not finite: its weights are damaged, get them again")
+        for (sample, _), own in zip(waiting, codes.astype(np.int32), strict=False):
+            yield dataclasses.replace(sample, codes=own)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Dropped:
+    reason: str
+    place: str
+    detail: str
+
+    @classmethod
+    def of(cls, error: BadSample) -> _Dropped:
+        return cls(_writable(error.reason), _writable(error.place), _writable(error.detail))
+
+
+def _writable(text: str) -> str:
+    # Lone surrogates come from the data, and cannot be written.
+    return text.encode(errors="replace").decode()
+
+
+def _in_order(pool: ThreadPoolExecutor, function: Callable, items: range, ahead: int) -> Iterator[Any]:
+    """`function` of each item in order, computed by `pool`, at most `ahead` of them before they are asked for."""
+    waiting = collections.deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) >= ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def data_file(shard: int) -> str:
+    return f"data-{shard:05d}.array_record"
+
+
+def index_file(shard: int) -> str:
+    return f"data-{shard:05d}.json"
+
+
+def replace_file(path: pathlib.Path, text: str):
+    """Writes a file that is there either whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def read_index(out: pathlib.Path, shard: int) -> dict[str, Any] | None:
+    """The index of a complete shard, None of another."""
+    try:
+        index = json.loads((out / index_file(shard)).read_text(encoding="utf-8"))
+        whole = not index["lengths"] or (out / data_file(shard)).stat().st_size == index["bytes"]
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
+    return index if whole else None

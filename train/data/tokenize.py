@@ -1,0 +1,256 @@
+"""From a raw sample to the `Sample`s that are stored.
+
+Conversations are written as `processing.format_conversation` writes them and tokenised in pieces: what the model is
+asked with, up to `<|Assistant|>:`, then ` answer` with its EOS, then the next turn. So the ids that a prompt has at
+inference are exactly the ones that its answer follows here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+
+import numpy as np
+from PIL import Image
+
+from janus_jax.io.files import read_bytes
+from janus_jax.io.messages import one_line
+from janus_jax.processing.chat import ROLES, SYSTEM_PROMPT, Processor
+from janus_jax.processing.images import (
+    ImageSettings,
+    ImageSource,
+    generation_pixels,
+    open_image,
+    understanding_pixels_uint8,
+)
+from train.config import KINDS
+from train.data.samples import Sample
+from train.raw.readers import MAX_PICTURE
+from train.raw.sources import BadSample, RawSample
+from train.raw.storage import machine_error
+
+# What a prepared folder keeps of a picture to understand: its file, or the pixels that the encoder sees, as PNG.
+STORES = ("original", "resized")
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])\s*")
+_WANTED = {
+    "understanding": "a conversation, or a caption with its image",
+    "text": "a text or a conversation without images",
+    "generation": "a caption with its image",
+}
+
+
+class Tokeniser:
+    """Makes `Sample`s of one kind.
+
+    - understanding: a conversation, with images or without; or a caption, as BOS, image, caption, EOS. Answers that
+      `RawSample.untrained` names are read and not learned.
+    - text: a conversation without images; or a text, as BOS, text, EOS. A text longer than the context becomes several
+      samples of about equal length, each with a BOS of its own.
+    - generation: a caption as the prompt of its image; the codes are the caller's to add.
+
+    `system_prompt` opens conversations that bring none of their own; '' for nothing. Texts that hold a special token
+    are refused, since they could end a turn or claim an image.
+    """
+
+    def __init__(
+        self,
+        processor: Processor,
+        kind: str,
+        context: int,
+        system_prompt: str = SYSTEM_PROMPT,
+        store: str = "original",
+    ):
+        if kind not in KINDS:
+            raise ValueError(f"unknown kind {kind!r}; known: {', '.join(KINDS)}")
+        fixed = {"understanding": processor.config.vision.num_patches, "text": 0}
+        least = fixed.get(kind, processor.config.gen_vision.num_tokens) + 4
+        if context < least:
+            raise ValueError(f"context {context} is too short: {kind} samples take at least {least} tokens")
+        if store not in STORES:
+            raise ValueError(f"unknown store {store!r}; known: {', '.join(STORES)}")
+        self.processor, self.kind, self.context, self.system_prompt = processor, kind, context, system_prompt
+        self.store = store
+        tokenizer = processor.tokenizer
+        tags = [tag for tag in ROLES[processor.roles] if tokenizer.is_added_token(tag)]
+        special = {*tokenizer.special_tokens(), *tags}
+        self._special = re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)))
+        slots = [tokenizer.image_placeholder_id] * processor.config.vision.num_patches
+        self._image = [tokenizer.begin_of_image_id, *slots, tokenizer.end_of_image_id]
+
+    def __call__(self, raw: RawSample) -> tuple[list[Sample], np.ndarray | None]:
+        """The samples of `raw`, and of a generation sample its pixels, float32 [h, w, 3] in [-1, 1].
+
+        Raises BadSample.
+        """
+        if self.kind == "generation" and raw.caption is not None:
+            samples = [self._prompt(raw)]
+            return samples, self._pixels(raw)
+        if self.kind == "understanding" and raw.caption is not None:
+            return [self._caption(raw)], None
+        if self.kind == "text" and raw.text is not None:
+            return self._text(raw), None
+        if self.kind != "generation" and raw.messages is not None:
+            return [self._conversation(raw)], None
+        raise BadSample("missing_field", raw.place, f"{self.kind} needs {_WANTED[self.kind]}")
+
+    # ------------------------------------------------------------ kinds
+
+    def _prompt(self, raw: RawSample) -> Sample:
+        caption, short = self._clean(raw.caption, raw), []
+        try:
+            ids = self.processor.text_to_image_prompt(caption)
+            first, *more = _SENTENCE_END.split(caption, maxsplit=1)
+            if more and more[0]:
+                short = self.processor.text_to_image_prompt(first)
+        except ValueError as error:  # longer than the model's positions
+            raise BadSample("too_long", raw.place, str(error)) from None
+        sample = Sample("generation", _ids(ids), np.zeros(len(ids), bool), short_ids=_ids(short))
+        self._check_length(sample.length + self.processor.config.gen_vision.num_tokens, raw)
+        return sample
+
+    def _caption(self, raw: RawSample) -> Sample:
+        tokenizer = self.processor.tokenizer
+        answer = [*tokenizer.encode(self._clean(raw.caption, raw), add_bos=False), tokenizer.eos_id]
+        return self._sample([([tokenizer.bos_id, *self._image], False), (answer, True)], raw)
+
+    def _text(self, raw: RawSample) -> list[Sample]:
+        tokenizer = self.processor.tokenizer
+        ids = [*tokenizer.encode(self._clean(raw.text, raw), add_bos=False), tokenizer.eos_id]
+        parts = np.array_split(_ids(ids), -(-len(ids) // self.context))
+        return [self._sample([([tokenizer.bos_id], False), (part, True)], raw) for part in parts]
+
+    def _conversation(self, raw: RawSample) -> Sample:
+        turns, system = self._turns(raw)
+        before = len(raw.messages) - len(turns)
+        if all(before + index in raw.untrained for index in range(1, len(turns), 2)):
+            raise BadSample("not_trained", raw.place, "no answer is to be trained on")
+        full = self.processor.format(turns, system)
+        tokenizer, pieces, end = self.processor.tokenizer, [], 0
+        for index in range(1, len(turns), 2):
+            asked = self.processor.format([*turns[:index], ("assistant", "")], system)
+            answered = self.processor.format(turns[: index + 1], system)
+            if not (full.startswith(answered) and answered.startswith(asked)):
+                raise AssertionError("a conversation's first turns are no prefix of it")
+            question = tokenizer.encode(asked[end:], add_bos=end == 0)
+            expanded = [i for t in question for i in (self._image if t == tokenizer.image_placeholder_id else [t])]
+            answer = tokenizer.encode(answered[len(asked) :], add_bos=False)
+            pieces += [(expanded, False), (answer, before + index not in raw.untrained)]
+            end = len(answered)
+        return self._sample(pieces, raw)
+
+    def _turns(self, raw: RawSample) -> tuple[list[tuple[str, str]], str]:
+        messages, system = list(raw.messages), self.system_prompt
+        if messages and messages[0]["role"] == "system":
+            system = self._clean(messages.pop(0)["content"].strip(), raw, allow_empty=True)
+        roles = [message["role"] for message in messages]
+        if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+            said = ", ".join(roles[:6]) or "nothing"
+            raise BadSample("bad_turns", raw.place, f"user and assistant must alternate, an answer last; found {said}")
+        if raw.images and self.kind == "text":
+            raise BadSample("unexpected_image", raw.place, "text samples have no images; prepare it as understanding")
+        turns, places = [], []
+        tag = re.compile("|".join(map(re.escape, raw.image_tags)))
+        for message in messages:
+            parts = tag.split(message["content"])
+            cleaned = [self._clean(part, raw, allow_empty=len(parts) > 1) for part in parts]
+            turns.append((message["role"], self.processor.tokenizer.image_placeholder.join(cleaned)))
+            places.append(len(parts) - 1)
+        if sum(places) != len(raw.images) or any(places[1::2]):
+            found = f"{sum(places[::2])} {raw.image_tags[0]} in questions, {sum(places[1::2])} in answers"
+            raise BadSample("placeholder_mismatch", raw.place, f"{len(raw.images)} images but {found}")
+        return turns, system
+
+    # ------------------------------------------------------------ parts
+
+    def _sample(self, pieces: list[tuple[list[int] | np.ndarray, bool]], raw: RawSample) -> Sample:
+        ids = np.concatenate([_ids(piece) for piece, _ in pieces])
+        answers = np.concatenate([np.full(len(piece), answer) for piece, answer in pieces])
+        self._check_length(len(ids) - 1, raw)
+        return Sample(self.kind, ids, answers, tuple(self._stored(image, raw.place) for image in raw.images))
+
+    def _clean(self, text: str, raw: RawSample, allow_empty: bool = False) -> str:
+        """`text`, stripped unless it is part of one; refused where it is blank, no Unicode, or holds special tokens."""
+        if not allow_empty:
+            text = text.strip()
+            if not text:
+                raise BadSample("empty", raw.place, "there is no text")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise BadSample("bad_unicode", raw.place, f"character {error.start}: {error.reason}") from None
+        if found := self._special.search(text):
+            raise BadSample("special_token_in_text", raw.place, f"the text holds {found[0]}")
+        return text
+
+    def _check_length(self, length: int, raw: RawSample):
+        if length > self.context:
+            raise BadSample("too_long", raw.place, f"{length} tokens, context {self.context}")
+
+    def _stored(self, image: ImageSource, place: str) -> bytes:
+        if self.store == "original":
+            return _image_file(image, place)
+        with _reading(place):
+            if isinstance(image, os.PathLike):
+                image = read_bytes(image, MAX_PICTURE)
+            file = io.BytesIO()
+            # Of the encoder's own size already, so that nothing is done to these pixels when they are read again.
+            Image.fromarray(understanding_pixels_uint8(image, self.processor.settings)).save(file, "PNG")
+            return file.getvalue()
+
+    def _pixels(self, raw: RawSample) -> np.ndarray:
+        with _reading(raw.place):
+            return generation_pixels(raw.images[0], self.processor.config.gen_vision.image_size)
+
+
+def tokenizer_fingerprint(processor: Processor) -> str:
+    """A hash of all that decides which ids a conversation gets; prepared data fits models for which it is equal."""
+    state = f"{processor.tokenizer.state()}\n{processor.roles}\n{processor.config.vision.num_patches}"
+    return hashlib.sha256(state.encode()).hexdigest()[:16]
+
+
+def resized_by(settings: ImageSettings) -> tuple:
+    """What decides the pixels of `understanding_pixels_uint8`: size, least side, and color of the borders."""
+    return (settings.image_size, settings.min_size, *settings.background_color)
+
+
+def _ids(ids: list[int] | np.ndarray) -> np.ndarray:
+    return np.asarray(ids, np.int32)
+
+
+class _reading:
+    """Says of an image's errors what they mean for its sample."""
+
+    def __init__(self, place: str):
+        self.place = place
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if error is not None and machine_error(error):
+            return  # the picture may well be good
+        if isinstance(error, OSError):
+            told = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+            raise BadSample("missing_image", self.place, told) from None
+        if isinstance(error, ValueError):
+            raise BadSample("undecodable_image", self.place, str(error)) from None
+
+
+def _image_file(image: ImageSource, place: str) -> bytes:
+    """The bytes of an image file that decodes: the source's own, or PNG of what is no file."""
+    with _reading(place):
+        if isinstance(image, os.PathLike):
+            data = read_bytes(image, MAX_PICTURE)
+            try:
+                open_image(data)
+            except ValueError as error:
+                raise ValueError(f"{one_line(image)}: {error}") from None
+            return data
+        decoded = open_image(image)
+        if isinstance(image, bytes):
+            return image
+        file = io.BytesIO()
+        decoded.save(file, "PNG")
+        return file.getvalue()

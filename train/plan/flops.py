@@ -1,0 +1,135 @@
+"""Analytic FLOPs of a training step, and what devices can do: for model FLOPs utilisation (PaLM, appendix B).
+
+Counted is what the model needs, 2 FLOPs a multiply-add of every matrix product: nothing for what remat computes again,
+for padding, for empty image slots, or for norms, activations and softmax. XLA's own count will not do: it misses
+kernels, and takes the body of a scan once.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+from janus_jax.config import JanusConfig
+from janus_jax.sharding import flatten
+from janus_jax.weights.torch_weights import abstract_params
+from train.config import TRAINED, TrainConfig
+
+# Dense bfloat16 FLOP/s of one JAX device, by `device_kind` (makers' data sheets).
+_PEAKS: tuple[tuple[str, float], ...] = (
+    (r"TPU v4", 275e12),
+    (r"TPU v5 lite|TPU v5e", 197e12),
+    (r"TPU v5p?", 459e12),
+    (r"TPU v6 lite|TPU v6e", 918e12),
+    # A chip of 2307e12 shows up as two devices.
+    (r"TPU7x", 1153.5e12),
+    (r"(NVIDIA )?A100\b.*", 312e12),
+    # The PCIe and NVL boards are slower than SXM's.
+    (r"(NVIDIA )?H100 PCIe", 756e12),
+    (r"(NVIDIA )?H[12]00 NVL", 835e12),
+    (r"(NVIDIA )?H[12]00\b.*", 989e12),
+)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bfloat16 FLOP/s of a device of that `jax.Device.device_kind`; None where unknown, as on CPU."""
+    return next((peak for pattern, peak in _PEAKS if re.fullmatch(pattern, device_kind.strip())), None)
+
+
+def parameter_counts(config: JanusConfig) -> dict[str, int]:
+    """Parameters of each part of the model (`vision_model`, `aligner`, ...), in its order."""
+    counts: dict[str, int] = {}
+    for path, leaf in flatten(abstract_params(config)).items():
+        part = path.split("/")[0]
+        counts[part] = counts.get(part, 0) + math.prod(leaf.shape)
+    return counts
+
+
+def step_flops(
+    config: TrainConfig,
+    tokens: float,
+    images: float,
+    text_targets: float,
+    image_targets: float,
+    sample_length: float | None = None,
+) -> float:
+    """FLOPs of one training step of `config`'s stage over the whole batch.
+
+    Forward every product counts once; backward once for the gradient of its input where something trained lies
+    upstream, and once for that of its kernel where the kernel is trained.
+
+    Args:
+      tokens: tokens of the decoder, without padding.
+      images: understanding images.
+      text_targets, image_targets: tokens that the text head and the image head are asked for. The codes that go in
+        are as many as the image targets, less the last of every image.
+      sample_length: the length of the sample that a token belongs to, on average over tokens (sum of squared lengths
+        by sum of lengths): causal attention looks at half of it. Default: the whole context, too many where packed.
+    """
+    model, trained = config.model, TRAINED[config.stage]
+    c, v = model.language, model.vision
+    sizes = _kernel_sizes(model)
+    length = config.data.context if sample_length is None else sample_length
+    codes = image_targets * (1 - 1 / model.gen_vision.num_tokens)
+    encoder_trains = "vision_model" in trained
+    patches = images * v.num_patches
+
+    def products(name: str, items: float, upstream: bool) -> float:
+        passes = 1 + upstream + (name.split("/")[0] in trained)
+        return 2 * sizes.get(name, 0) * items * passes
+
+    def attention(width: int, items: float, keys: float, layers: int, differentiated: bool) -> float:
+        # Scores and weighted values; both operands of both are activations.
+        return 2 * 2 * width * items * keys * layers * (3 if differentiated else 1)
+
+    return (
+        # The encoder; nothing is trained below its first product.
+        products("vision_model/patch_embed", patches, upstream=False)
+        + products("vision_model/blocks", patches, upstream=encoder_trains)
+        + attention(v.width, patches, v.num_patches, v.layers, encoder_trains)
+        # Adapters; `gen_embed` below the second one is trained in every stage.
+        + products("aligner/first", patches, upstream=encoder_trains)
+        + products("aligner/others", patches, upstream=True)
+        + products("gen_aligner/first", codes, upstream=True)
+        + products("gen_aligner/others", codes, upstream=True)
+        # Gradients reach the adapters through the whole decoder, frozen or not.
+        + products("language_model/layers", tokens, upstream=True)
+        + attention(c.heads * c.head_dim, tokens, (length + 1) / 2, c.layers, True)
+        + products("language_model/lm_head", text_targets, upstream=True)
+        + products("gen_head", image_targets, upstream=True)
+    )
+
+
+# Tokens of a usual sample of each kind, and how many of an understanding sample's answers.
+_TYPICAL = {"understanding": 900, "text": 600, "generation": 640}
+_ANSWERS = 0.5
+
+
+def typical_flops(config: TrainConfig) -> float:
+    """`step_flops` of a full step of usual samples: 900 tokens one with an image, 600 a text, 64 a prompt to draw."""
+    model = config.model
+    lengths = dict(zip(_TYPICAL, config.data.ratio, strict=True))
+    group = sum(_TYPICAL[kind] * part for kind, part in lengths.items())
+    tokens = config.batch_size * config.data.context
+    samples = {kind: part * tokens / group for kind, part in lengths.items()}
+    answers = samples["understanding"] * max(_TYPICAL["understanding"] - model.vision.num_patches, 0)
+    texts = samples["text"] * _TYPICAL["text"]
+    text_targets = _ANSWERS * answers + (1 if config.data.text_loss == "all" else _ANSWERS) * texts
+    drawn = samples["generation"] * model.gen_vision.num_tokens
+    squares = sum(_TYPICAL[kind] ** 2 * part for kind, part in lengths.items())
+    return step_flops(config, tokens, samples["understanding"], text_targets, drawn, squares / group)
+
+
+def _kernel_sizes(config: JanusConfig) -> dict[str, int]:
+    """Elements of all kernels of a part, all layers together: the multiply-adds of one item that passes through."""
+    sizes: dict[str, int] = {}
+    for path, leaf in flatten(abstract_params(config)).items():
+        part, name, *_ = keys = path.split("/")
+        if keys[-1] != "kernel" or part == "gen_vision_model":
+            continue
+        if part in ("aligner", "gen_aligner"):
+            key = f"{part}/{'first' if name == 'layers_0' else 'others'}"
+        else:
+            key = part if part == "gen_head" else f"{part}/{name}"
+        sizes[key] = sizes.get(key, 0) + math.prod(leaf.shape)
+    return sizes

@@ -1,0 +1,168 @@
+"""TPU slices and hosts of GPUs by name, and how a run is laid out on those that it is meant for."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+
+import jax
+
+from janus_jax.io.messages import did_you_mean, one_line
+from train.config import Home, MeshConfig, TrainConfig
+from train.plan.flops import peak_flops
+
+GIB = 2**30
+# Generation -> (memory of a chip that programs may use in bytes, `jax.Device.device_kind`).
+GENERATIONS: dict[str, tuple[float, str]] = {
+    "v4": (30.75 * GIB, "TPU v4"),
+    "v5e": (15.75 * GIB, "TPU v5 lite"),
+    "v5p": (95.74 * GIB, "TPU v5"),
+    "v6e": (31.25 * GIB, "TPU v6 lite"),
+}
+_HOST = 8  # GPUs
+_HOSTS = (1, 2, 4, 8, 16, 32)
+_SQUARES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """What XLA asks of a GPU that it compiles for (maker's data sheet, and CUDA's guide for its compute capability).
+
+    Attributes:
+      device_kind: `jax.Device.device_kind`.
+      memory, cache: bytes, of HBM and of the second level.
+      bandwidth: bytes/s of HBM.
+      cores, clock: streaming multiprocessors, and their GHz.
+      units: float32 units of a core.
+      capability: the major compute capability.
+      shared, shared_by_block: bytes of shared memory of a core, and of it what a block may have.
+    """
+
+    device_kind: str
+    memory: int
+    bandwidth: float
+    cores: int
+    clock: float
+    units: int
+    cache: int
+    capability: int
+    shared: int
+    shared_by_block: int
+
+    def target(self) -> str:
+        """XLA's GpuTargetConfigProto, as text."""
+        limits = {
+            "threads_per_block_limit": 1024,
+            "threads_per_warp": 32,
+            "shared_memory_per_block": 48 << 10,
+            "shared_memory_per_core": self.shared,
+            "shared_memory_per_block_optin": self.shared_by_block,
+            "threads_per_core_limit": 2048,
+            "core_count": self.cores,
+            "fpus_per_core": self.units,
+            "block_dim_limit_x": 2**31 - 1,
+            "block_dim_limit_y": 2**16 - 1,
+            "block_dim_limit_z": 2**16 - 1,
+            "memory_bandwidth": int(self.bandwidth),
+            "l2_cache_size": self.cache,
+            "clock_rate_ghz": self.clock,
+            "device_memory_size": self.memory,
+            "registers_per_core_limit": 2**16,
+            "registers_per_block_limit": 2**16,
+        }
+        fields = " ".join(f"{name}: {value}" for name, value in limits.items())
+        extension = " feature_extension: ACCELERATED_FEATURES" * (self.capability >= 9)
+        return (
+            f"gpu_device_info {{ {fields} cuda_compute_capability {{ major: {self.capability}{extension} }} }} "
+            'platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } runtime_version { major: 12 minor: 9 } '
+            f'device_description_str: "{self.device_kind}"'
+        )
+
+
+_KIB = 1 << 10
+GPUS = {
+    "a100": Gpu("NVIDIA A100-SXM4-80GB", 85100068864, 2.039e12, 108, 1.41, 64, 40 << 20, 8, 164 * _KIB, 163 * _KIB),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", 84942979072, 3.352e12, 132, 1.98, 128, 50 << 20, 9, 228 * _KIB, 227 * _KIB),
+    "h200": Gpu("NVIDIA H200", 151397597184, 4.8e12, 132, 1.98, 128, 50 << 20, 9, 228 * _KIB, 227 * _KIB),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A slice of TPU chips, or GPUs in hosts of at most eight; one JAX device each.
+
+    Attributes:
+      name: as `v5p:4x4x8`, what libtpu calls it; of GPUs, as `h100:2x8`, hosts and their GPUs.
+      generation: a key of GENERATIONS or GPUS.
+      chips: how many.
+      hbm: bytes of a chip's memory that a program may use.
+    """
+
+    name: str
+    generation: str
+    chips: int
+    hbm: float
+
+    @property
+    def device_kind(self) -> str:
+        """JAX's name of its devices."""
+        return GPUS[self.generation].device_kind if self.generation in GPUS else GENERATIONS[self.generation][1]
+
+
+def _known() -> dict[str, Topology]:
+    known = {}
+    for generation, (hbm, _) in GENERATIONS.items():
+        flat = generation in ("v5e", "v6e")
+        for shape in _SQUARES if flat else _CUBES:
+            chips = math.prod(int(n) for n in shape.split("x"))
+            # Google counts chips of the flat ones, and TensorCores, two a chip, of the others.
+            name = f"{generation}-{chips if flat else 2 * chips}"
+            known[name] = Topology(f"{generation}:{shape}", generation, chips, hbm)
+    for name, gpu in GPUS.items():
+        for hosts, each in (*((1, n) for n in (1, 2, 4)), *((hosts, _HOST) for hosts in _HOSTS)):
+            known[f"{name}-{hosts * each}"] = Topology(f"{name}:{hosts}x{each}", name, hosts * each, gpu.memory)
+    return known
+
+
+KNOWN = _known()
+
+
+def topology(name: str) -> Topology:
+    """What is called `name`: Google's name, as v5e-256, or the shape, as v5p:4x4x8; or so many GPUs, as h100-8.
+
+    Raises: ValueError in one line that lists those known.
+    """
+    if name in KNOWN:
+        return KNOWN[name]
+    for found in KNOWN.values():
+        if found.name == name:
+            return found
+    guess = did_you_mean(name, [*KNOWN, *(found.name for found in KNOWN.values())])
+    generation = next((g for g in (*GENERATIONS, *GPUS) if re.match(rf"{g}\b", name)), None)
+    shown = [f"{key} ({found.name})" for key, found in KNOWN.items() if generation in (None, found.generation)]
+    asked = one_line(repr(name))
+    raise ValueError(f"unknown topology {asked}{guess or '.'} Known: {', '.join(shown)}")
+
+
+def at_home(config: TrainConfig, home: Home) -> TrainConfig:
+    """`config` laid out as on `home`, but for what was changed in it."""
+    usual = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    own = {key for key in ("mesh", "accumulate", "remat") if getattr(config, key) == usual[key]}
+    return dataclasses.replace(config, **{key: getattr(home, key) for key in own})
+
+
+def settle(config: TrainConfig, devices: list[jax.Device] | None = None) -> TrainConfig:
+    """`config` as its home of these devices (default: those at hand) has it.
+
+    A config whose mesh was given, or that has no such home, comes back as it is.
+    """
+    devices = jax.devices() if devices is None else devices
+    if config.mesh != MeshConfig():
+        return config
+    for home in config.homes:
+        place = topology(home.topology)
+        if place.chips == len(devices) and peak_flops(devices[0].device_kind) == peak_flops(place.device_kind):
+            return at_home(config, home)
+    return config

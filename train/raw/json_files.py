@@ -1,0 +1,116 @@
+"""JSON files of records: an object on each line, or one list of objects; in UTF-8, UTF-16 or UTF-32."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from janus_jax.io.files import open_regular
+from janus_jax.io.messages import one_line
+from train.raw.encodings import LOOK, WIDTH, decode_text, encoding_of
+from train.raw.readers import MAX_LINE, BadSample, Record, as_object, object_of, read_span, refuse_compressed
+
+_MAX_LIST = 8 << 30  # bytes of a list, which has to be held in memory
+_AT_ONCE = 1 << 22  # bytes looked through for the ends of lines
+_GLANCE = 64  # bytes of a line that nearly always tell it from a blank one
+_BLANK = 4096  # bytes; whitespace longer than this is not taken for a blank line
+
+
+def json_reader(path: pathlib.Path) -> JsonLines | JsonList:
+    """The reader of a JSON file: a list of objects, or an object on each line."""
+    refuse_compressed(path)
+    start = read_span(path, 0, LOOK)
+    codec, begin = encoding_of(start)
+    text = start[begin:].decode(codec, "replace").lstrip()
+    return JsonList(path) if text.startswith("[") else JsonLines(path)
+
+
+class JsonLines:
+    """An object on each line; blank lines do not count."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        self._codec, begin = encoding_of(read_span(path, 0, LOOK))
+        spans, number = [], 0
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            for end in (*_line_ends(file, begin, self._codec), size):
+                number += 1
+                if end > begin and not self._is_blank(file, begin, end):
+                    spans.append((begin, end - begin, number))
+                begin = max(begin, end)
+        self._spans = np.array(spans, np.int64).reshape(-1, 3)
+
+    def _is_blank(self, file, begin: int, end: int) -> bool:
+        file.seek(begin)
+        if file.read(min(end - begin, _GLANCE)).decode(self._codec, "replace").strip():
+            return False
+        rest = max(end - begin - _GLANCE, 0)
+        return rest <= _BLANK and not file.read(rest).decode(self._codec, "replace").strip()
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def __getitem__(self, index: int) -> Record:
+        begin, size, number = map(int, self._spans[index])
+        place = f"{one_line(self.path, 500)}:{number}"
+        if size > MAX_LINE:
+            raise BadSample("too_large", place, f"a line of {size:,} bytes, more than {MAX_LINE:,}")
+        try:
+            text = decode_text(read_span(self.path, begin, size), self._codec)
+        except ValueError as error:
+            raise BadSample("bad_json", place, str(error)) from None
+        # Files that were joined bring a mark each.
+        return place, object_of(text.removeprefix("\ufeff"), place)
+
+
+def _line_ends(file, begin: int, codec: str) -> Iterator[int]:
+    """Where each line ends, with its newline; not of a last line that has none."""
+    width = WIDTH[codec]
+    units = np.dtype(f"{'>' if codec.endswith('be') else '<'}u{width}")
+    file.seek(begin)
+    while data := file.read(_AT_ONCE):
+        whole = len(data) // width
+        yield from (begin + (np.flatnonzero(np.frombuffer(data, units, whole) == 10) + 1) * width).tolist()
+        begin += whole * width
+
+
+class JsonList:
+    """One JSON list of objects, held in memory."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        place = one_line(path)
+        data = read_span(path, 0, _MAX_LIST + 1)
+        if len(data) > _MAX_LIST:
+            raise ValueError(f"{place} is a list of more than {_MAX_LIST >> 30} GiB: write an object on each line")
+        try:
+            self._records = _list(decode_text(data))
+        except json.JSONDecodeError as error:
+            told = f"{error.msg} at line {error.lineno} column {error.colno}"
+            raise ValueError(f"{place} is not valid JSON: {told}") from None
+        except RecursionError:
+            raise ValueError(f"{place} is not usable JSON: lists and objects nested too deep") from None
+        except ValueError as error:
+            raise ValueError(f"{place} is {error}") from None
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Record:
+        place = f"{one_line(self.path, 500)}[{index}]"
+        return place, as_object(self._records[index], place)
+
+
+def _list(text: str) -> list:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:
+        # An integer of thousands of digits, which is no reason to refuse the other records: no number here counts.
+        return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) <= 4000 else float("nan"))

@@ -1,0 +1,392 @@
+"""A run's workdir: what it holds, how a run goes on from it, and what is exported from it.
+
+run.json          the configuration, and what the data were
+lease.json        the start that writes to the folder, renewed while it runs
+damaged-P.txt     the samples that process P could not read
+failures.txt      tracebacks of what failed beside the steps
+frozen/           the parameters that the stage does not train, written once
+checkpoints/N/    after N steps: `trained` (float32 parameters) and `rest` (optimizer state and counters)
+export/N/         a checkpoint folder in bfloat16 for `janus_jax.load` and `convert/to_torch.py`
+metrics.jsonl, tensorboard/, samples/, profile/
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import functools
+import json
+import logging
+import pathlib
+import re
+import secrets
+import shutil
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from janus_jax.config import JanusConfig, original_config
+from janus_jax.io.messages import one_line
+from janus_jax.io.staging import Staging
+from janus_jax.processing.processor_files import PROCESSOR_FILES, TOKENIZER_FILES, copy_files
+from janus_jax.sampling.memory import OutOfMemory
+from janus_jax.weights import checkpoint
+from janus_jax.weights.torch_weights import LazyParams, abstract_params
+from train.config import TrainConfig
+from train.overrides import diff, to_json
+from train.run import lease
+from train.run.distributed import from_first, say, together
+from train.run.faults import STOPPED, STORAGE, Stopped
+from train.run.lease import Lease
+from train.step.state import Params, TrainState, split
+
+_RUN, _BESIDE, _FROZEN, _CHECKPOINTS, _EXPORT = "run.json", "run.tmp", "frozen", "checkpoints", "export"
+DAMAGED = "damaged-*.txt"
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+_ASK_AGAIN = 2  # seconds between looks at a lease that may lapse
+_SEEN_WITHIN = 30  # seconds in which a shared folder shows a new file everywhere
+# What may change between the starts of one run: how it is computed and watched, not what is computed.
+_FREE = (
+    "workdir", "steps", "accumulate", "remat", "loss_chunk", "mesh.", "evaluation.", "samples.", "log_every",
+    "save_every", "keep", "export_every", "profile_start", "profile_steps", "max_skipped", "watchdog",
+    "attention", "reduce_dtype", "homes.", "sampling_homes.",
+    "data.workers", "data.max_bad_share",
+    "init_from", "language_from", "vision_from", "vq_from",
+)  # fmt: skip
+
+
+class Workdir:
+    """The folder of one run. Every process of the run makes one; process 0 writes the small files, and has the lease.
+
+    Raises: ValueError where the folder holds a run of another configuration or other data, or another start is at it.
+    """
+
+    def __init__(self, config: TrainConfig, data: dict[str, str], steal: bool = False):
+        """`data` are the fingerprints of the prepared folders by path; `steal` as for `Lease.acquire`."""
+        self.config, self.folder = config, pathlib.Path(config.workdir)
+        run = {"config": to_json(config), "data": data}
+        with together():
+            self._check_claim(run)
+        self._lease = Lease(self.folder)
+        _quiet_orbax()
+        try:
+            self._take_lease(steal)
+            self._open(run)
+        except BaseException:
+            self._lease.release()
+            raise
+
+    def _open(self, run: dict[str, Any]):
+        config = self.config
+        with together():
+            self._check_claim(run)  # once more: what there was may have been the beginning of another run
+            if jax.process_index() == 0:
+                # Beside it and then in its place: a kill leaves a whole one.
+                checkpoint.write_json(self.folder / _BESIDE, run)
+                (self.folder / _BESIDE).replace(self.folder / _RUN)
+        if jax.process_count() > 1:
+            self._check_shared()
+        self._context = checkpoint.saving_context()
+        policies = ocp.training.preservation_policies
+        with self._context:
+            self._checkpointer = ocp.training.Checkpointer(
+                (self.folder / _CHECKPOINTS).absolute(),
+                save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),  # the loop decides
+                preservation_policy=policies.LatestN(config.keep),
+                cleanup_tmp_directories=True,
+            )
+
+    def __enter__(self) -> Workdir:
+        return self
+
+    def __exit__(self, *_):
+        try:
+            with self._context:
+                self._checkpointer.close()
+        finally:
+            self._lease.release()
+
+    def _take_lease(self, steal: bool):
+        told = waiting = ""
+        while True:
+            with together():
+                if jax.process_index() == 0:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    waiting = self._lease.acquire(steal)
+            # Agreed upon again and again, since no process may wait for long in a collective.
+            if not (waiting := from_first(waiting)):
+                return
+            if waiting != told:
+                say(f"waiting: {waiting}")
+            told = waiting
+            time.sleep(_ASK_AGAIN)
+
+    def check(self):
+        """Raises Stopped, in every process, where another start has taken the folder over; asked before writing."""
+        told = ""
+        if jax.process_index() == 0:
+            try:
+                self._lease.check()
+            except Stopped as error:
+                told = str(error)
+        if told := from_first(told):
+            raise Stopped(told, STOPPED)
+
+    def _check_claim(self, run: dict[str, Any]):
+        path, data = self.folder / _RUN, run["data"]
+        if path.exists():
+            try:
+                earlier = json.loads(path.read_text(encoding="utf-8"))
+                free = tuple(key for key in _FREE if key != "steps" or self.config.optimizer.schedule != "cosine")
+                differing = [key for key in diff(earlier["config"], run["config"]) if not key.startswith(free)]
+                changed = sorted(name for name in data if earlier["data"].get(name) != data[name])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path} is not a run's description ({error}); choose another workdir") from None
+            cure = "give the run's own settings, or another workdir"
+            if differing:
+                raise ValueError(f"{self.folder} holds a run of another configuration: {'; '.join(differing)}; {cure}")
+            if changed:
+                raise ValueError(f"{self.folder} holds a run on other data: {', '.join(changed)} changed; {cure}")
+        elif self.folder.is_dir() and any(not _is_passing(other.name) for other in self.folder.iterdir()):
+            raise ValueError(f"{self.folder} is not empty and holds no run; choose another workdir")
+
+    def _check_shared(self):
+        """Whether all processes see the folder of process 0, by a file of a name that none of them has seen before."""
+        mark = self.folder / f"shared-{from_first(secrets.token_hex(8))}"
+        with together():
+            if jax.process_index() == 0:
+                mark.touch()
+        try:
+            with together():
+                deadline = time.monotonic() + _SEEN_WITHIN
+                while not mark.exists():
+                    if time.monotonic() > deadline:
+                        raise ValueError(
+                            f"workdir={self.folder} is not the folder that process 0 sees; choose one on storage that "
+                            "all hosts share"
+                        )
+                    time.sleep(0.5)
+        finally:
+            if jax.process_index() == 0:
+                mark.unlink()
+
+    def note_damaged(self, step: int, problems: Sequence[str]):
+        """Keeps the samples of `step` that could not be read; process 0 also tells them."""
+        if not problems or (jax.process_index() == 0 and not self._lease.held):
+            return
+        lines = [f"step {step}: left out {problem}" for problem in problems]
+        with (self.folder / DAMAGED.replace("*", str(jax.process_index()))).open("a", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in lines)
+        if jax.process_index() == 0:
+            say("\n".join(lines))
+
+    # ------------------------------------------------------------ saving
+
+    @property
+    def latest(self) -> int | None:
+        """Steps of the newest complete checkpoint; None where there is none."""
+        found = self._checkpointer.latest
+        return None if found is None else found.step
+
+    def save_frozen(self, frozen: Params):
+        """Writes what no step changes, over that of a start that did not come to its first checkpoint."""
+        self.check()
+        if frozen:
+            with self._storing("the frozen parameters"), checkpoint.saving_context():
+                ocp.save(self.folder.absolute() / _FROZEN, frozen, overwrite=True)
+
+    def save(self, step: int, state: TrainState):
+        """Begins to save `state` in the background, after `step` steps; first waits for the save before it."""
+        self.check()
+        with self._storing(f"the checkpoint of step {step} or the one before it"), self._context:
+            self._checkpointer.save_checkpointables_async(step, _trees(state), overwrite=True)
+
+    def wait(self):
+        """Until the save in the background is complete; raises what it met."""
+        with self._storing("the last checkpoint"), self._context:
+            self._checkpointer.wait()
+
+    @contextlib.contextmanager
+    def storing(self) -> Iterator[None]:
+        """Tells what could not be written to the folder, pictures and metrics too, as the end of the run."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            raise self._no_room("the workdir", error) from error
+
+    @contextlib.contextmanager
+    def _storing(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:  # tensorstore's come as ValueError
+            raise self._no_room(what, error) from error
+
+    def _no_room(self, what: str, error: Exception) -> Stopped:
+        latest = max(_steps(self.folder), default=None)
+        left = f"the checkpoint of step {latest} is whole" if latest else "there is no complete checkpoint"
+        return Stopped(
+            f"{what} could not be written to {self.folder}: {_first_cause(error)}; {left}. Make room there, and the "
+            "same command goes on",
+            STORAGE,
+            alone=True,
+        )
+
+    # ------------------------------------------------------------ going on
+
+    def restore(self, abstract: TrainState, frozen: Params) -> tuple[TrainState, Params]:
+        """The newest checkpoint and the frozen parameters, laid out as the `abstract` ones, on any mesh."""
+        step = self.latest
+        earlier = max((other for other in _steps(self.folder) if other < step), default=None)
+        on = "starts anew" if earlier is None else f"goes on from the one before it, of step {earlier}"
+        cure = f"delete that folder, and the same command {on}"
+        with self._whole(self.folder / _CHECKPOINTS / str(step), cure):
+            found = self._checkpointer.load_checkpointables(step, _trees(abstract))
+        if frozen:
+            cure = "bring it back from a copy of the workdir; without one, start in another workdir, with init_from an "
+            cure += f"export of this run ({self.folder / _EXPORT}) if there is one"
+            with self._whole(self.folder / _FROZEN, cure):
+                frozen = ocp.load(self.folder.absolute() / _FROZEN, frozen)
+        return TrainState(trained=found["trained"], **found["rest"]), frozen
+
+    @contextlib.contextmanager
+    def _whole(self, folder: pathlib.Path, cure: str) -> Iterator[None]:
+        try:
+            with together(Exception), self._context:
+                yield
+        except OutOfMemory:
+            raise
+        except Exception as error:
+            if OutOfMemory.says(error):
+                raise
+            raise ValueError(f"{folder} is damaged ({_first_cause(error)}); {cure}") from None
+
+    # ------------------------------------------------------------ exporting
+
+    def export(self, step: int, trained: Params, frozen: Params) -> pathlib.Path:
+        """Writes a checkpoint folder in bfloat16 with the files of the run's tokenizer; returns it."""
+        folder = self.folder / _EXPORT / str(step)
+        self.check()
+        # It comes to its place whole: where it is, an earlier start was done with it.
+        if from_first(checkpoint.has_arrays(folder / checkpoint.PARAMS)):
+            return folder
+        num_bytes = 2 * sum(leaf.size for leaf in jax.tree.leaves((trained, frozen)))
+        with self._storing("the export"), _staged(folder, num_bytes) as beside:
+            with together():
+                if jax.process_index() == 0:
+                    tokenizer = pathlib.Path(self.config.tokenizer or self.config.init_from)
+                    copy_files(tokenizer, beside, TOKENIZER_FILES + PROCESSOR_FILES)
+                    checkpoint.write_json(beside / "config.json", exported_config(self.config))
+            cast = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype("bfloat16"), tree))
+            checkpoint.save_params(beside / checkpoint.PARAMS, cast({**trained, **frozen}))
+        return folder
+
+
+@contextlib.contextmanager
+def _staged(folder: pathlib.Path, num_bytes: int) -> Iterator[pathlib.Path]:
+    """As `staging.staged`, for all processes alike: process 0 makes the folder and puts it in its place."""
+    staging = None
+    try:
+        with together():
+            if jax.process_index() == 0:
+                _clear(folder)
+                staging = Staging(folder, num_bytes=num_bytes, note=say)
+        yield pathlib.Path(from_first(str(staging.folder) if staging else ""))
+        with together():
+            if staging:
+                staging.finish()
+    except BaseException:
+        if staging:
+            staging.discard()
+        raise
+
+
+def _clear(folder: pathlib.Path):
+    """Removes the files of an export that was killed in the making, from before exports were staged."""
+    names = {"config.json", *TOKENIZER_FILES, *PROCESSOR_FILES}
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name in names:
+            path.unlink()
+        elif path.name.startswith(f"{checkpoint.PARAMS}.orbax-checkpoint-tmp"):
+            shutil.rmtree(path)
+
+
+def exported_config(config: TrainConfig) -> dict[str, Any]:
+    """The config.json of what the run exports; ValueError where the original dialect cannot say the model's sizes."""
+    return original_config(dataclasses.replace(config.model, dtype="bfloat16"))
+
+
+def _first_cause(error: BaseException) -> str:
+    """What went wrong first, without tensorstore's account of all that it was asked."""
+    while cause := error.__cause__ or error.__context__:
+        error = cause
+    return one_line(re.split(r" \[(?:tensorstore_spec|source locations)", str(error))[0], 300)
+
+
+def _is_repeated(record: logging.LogRecord) -> bool:
+    """Whether it is an error that orbax also passes on to us: a traceback from each of its threads."""
+    return record.levelno >= logging.ERROR and "orbax" in pathlib.PurePath(record.pathname).parts
+
+
+@functools.cache
+def _quiet_orbax():
+    # For good: its threads speak up after the run has ended, too.
+    logging.getLogger("absl").addFilter(lambda record: not _is_repeated(record))
+    warnings.filterwarnings("ignore", r"coroutine '\w+\._background_load' was never awaited", RuntimeWarning)
+
+
+def _is_passing(name: str) -> bool:
+    """Whether a start leaves a file of that `name` before there is a run."""
+    return name == _BESIDE or name.startswith(lease.FILE)
+
+
+def _trees(state: TrainState) -> dict[str, Any]:
+    rest = {"step": state.step, "opt_state": state.opt_state, "skipped": state.skipped}
+    return {"trained": state.trained, "rest": rest}
+
+
+# ---------------------------------------------------------------- starting from an earlier run
+
+
+def open_run(folder: pathlib.Path) -> tuple[JanusConfig, LazyParams] | None:
+    """The model and the newest parameters of the run in `folder`, still in their files; None where there is no run.
+
+    Raises: ValueError where the run has no complete checkpoint, or one is damaged.
+    """
+    if not (folder / _RUN).exists():
+        return None
+    try:
+        raw = json.loads((folder / _RUN).read_text(encoding="utf-8"))["config"]
+        config = model_config(raw["model"])
+        trained, frozen = split(abstract_params(config), raw["stage"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / _RUN} is not a run's description ({error})") from None
+    steps = _steps(folder)
+    if not steps:
+        raise ValueError(f"{folder} holds a run without a complete checkpoint; let it save one first")
+    leaves = checkpoint.array_leaves(folder / _CHECKPOINTS / str(max(steps)) / "trained", trained)
+    return config, leaves | checkpoint.array_leaves(folder / _FROZEN, frozen)
+
+
+def _steps(folder: pathlib.Path) -> list[int]:
+    """Of the complete checkpoints of the run in `folder`."""
+    return [int(path.name) for path in (folder / _CHECKPOINTS).glob("*") if path.name.isdigit()]
+
+
+def model_config(raw: dict[str, Any]) -> JanusConfig:
+    """The JanusConfig that `overrides.to_json` wrote."""
+    usual = JanusConfig()
+    parts = {name: value for name, value in raw.items() if not isinstance(value, dict)}
+    for name, values in raw.items():
+        if isinstance(values, dict):
+            cls = type(getattr(usual, name))
+            parts[name] = cls(
+                **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+            )
+    return JanusConfig(**parts)

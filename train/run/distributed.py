@@ -1,0 +1,227 @@
+"""Several processes as one run: how they find each other, agree, and fail together."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import pathlib
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from janus_jax.io.messages import one_line
+from train.run.faults import Stopped
+
+_TPU_FILES = ("/dev/accel0", "/dev/vfio/0")
+TIMEOUT = 300  # seconds to wait for the other processes at the start
+
+
+# ---------------------------------------------------------------- finding each other
+
+
+def start(
+    coordinator: str = "", processes: int | None = None, process: int | None = None, timeout: int = TIMEOUT
+) -> None:
+    """Joins the other processes of this run, where there are any; before anything else touches a device.
+
+    On a TPU pod and under SLURM or Open MPI the processes find each other; elsewhere all three of `coordinator`
+    (host:port of process 0), `processes` (how many) and `process` (which one, from 0) say it.
+
+    Raises: ValueError in one line for flags that do not go together; TimeoutError when the others do not come.
+    """
+    given = [bool(coordinator), processes is not None, process is not None]
+    if any(given) and not all(given):
+        raise ValueError("--coordinator, --processes and --process go together; give all three, or none")
+    maybe_alone = not any(given) and not _started_as_several()
+    if maybe_alone and not _has_tpu():
+        return
+    if coordinator:
+        _check_flags(coordinator, processes, process)
+        if process:
+            _reach(coordinator, timeout)
+    try:
+        jax.distributed.initialize(
+            coordinator or None, processes, process, initialization_timeout=timeout, heartbeat_timeout_seconds=100
+        )
+    except Exception as error:
+        if maybe_alone and _finds_no_pod(error):
+            # As on Colab and Kaggle: a TPU of one host, without the metadata of a pod. Where it is a pod after all, and
+            # its metadata are out of order, the workdir's lease keeps its hosts from working side by side.
+            print(
+                f"note: this host has a TPU, and nothing tells of other hosts ({one_line(error, 150)}); going on in "
+                "one process. If there are others, give --coordinator, --processes and --process",
+                flush=True,
+            )
+            return
+        if not isinstance(error, RuntimeError) or "DEADLINE_EXCEEDED" not in str(error):
+            raise
+        raise TimeoutError(
+            f"the {processes or ''} processes of the run did not all come together within {timeout} seconds "
+            "(--timeout); are all of them started, and with the same coordinator?".replace("the  ", "the ")
+        ) from None
+
+
+def _started_as_several() -> bool:
+    """Whether this process is one of several that SLURM or Open MPI started."""
+    for count in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
+        step = count != "SLURM_NTASKS" or "SLURM_STEP_NODELIST" in os.environ  # else it is not started by srun
+        if step and int(os.environ.get(count) or 1) > 1:
+            return True
+    return False
+
+
+def _has_tpu() -> bool:
+    """Whether JAX will find a TPU here: one host's, or its part of a pod."""
+    if os.environ.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu" or importlib.util.find_spec("libtpu") is None:
+        return False
+    return any(pathlib.Path(device).exists() for device in _TPU_FILES)
+
+
+def _finds_no_pod(error: Exception) -> bool:
+    """Whether JAX says by `error` that it knows of no other hosts, and the environment tells of none."""
+    hosts = (os.environ.get(name, "") for name in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"))
+    if any("," in listed for listed in hosts) or jax.distributed.is_initialized():
+        return False
+    if os.environ.get("MEGASCALE_NUM_SLICES", "1") not in ("", "1"):
+        return False
+    # No metadata, no server for them (requests' errors are OSErrors), no requests; or, in a notebook, devices are in
+    # use already, as they cannot be before the processes of a pod have met.
+    return isinstance(error, ValueError | OSError | ImportError) or "must be called before" in str(error)
+
+
+def _check_flags(coordinator: str, processes: int, process: int):
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError(f"--coordinator {coordinator} is not of the form host:port")
+    if not 0 <= process < processes:
+        raise ValueError(f"--process {process} is not one of the {processes} processes, which count from 0")
+
+
+def _reach(coordinator: str, timeout: int):
+    """Waits for process 0's door, since JAX ends the process with a stack trace when it stays shut."""
+    host, _, port = coordinator.rpartition(":")
+    deadline, told = time.monotonic() + timeout, "no answer"
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            told = error.strerror or str(error)
+            time.sleep(0.5)
+    raise TimeoutError(
+        f"the coordinator {coordinator} cannot be reached within {timeout} seconds (--timeout): {told}; "
+        "is process 0 running there, and does the network let this port through?"
+    )
+
+
+# ---------------------------------------------------------------- agreeing
+
+
+def gather(text: str) -> list[str]:
+    """The `text` of every process, by process."""
+    if jax.process_count() == 1:
+        return [text]
+    from jax.experimental.multihost_utils import process_allgather
+
+    raw = np.frombuffer(text.encode(), np.uint8)
+    sizes = process_allgather(np.int32(len(raw)))
+    padded = process_allgather(np.pad(raw, (0, int(sizes.max()) - len(raw) + 1)))
+    return [bytes(row[:size]).decode() for row, size in zip(padded, sizes, strict=True)]
+
+
+def from_first(value: Any) -> Any:
+    """Process 0's `value`, which JSON can hold, in every process."""
+    return json.loads(gather(json.dumps(value))[0])
+
+
+def barrier():
+    """Until every process is here."""
+    gather("")
+
+
+def say(line: str):
+    """Prints `line`, in process 0 alone; a run outlives whoever read what it prints."""
+    if jax.process_index() == 0:
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        with contextlib.suppress(OSError, ValueError):
+            print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+
+
+class Agreed(ValueError):
+    """What one process met, and all know of."""
+
+
+@contextlib.contextmanager
+def together(*kinds: type[Exception]) -> Iterator[None]:
+    """What one process refuses inside this, in one line, every process refuses; else the others would wait for ever.
+
+    Nothing inside may wait for other processes.
+
+    Args:
+      kinds: of exceptions that count, OSError and ValueError by default.
+    Raises: in one process alone what was raised; else Agreed in all of them.
+    """
+    told, kinds = "", kinds or (OSError, ValueError)
+    try:
+        yield
+    except Stopped:
+        raise
+    except kinds as error:
+        if jax.process_count() == 1:
+            raise
+        told = f"process {jax.process_index()} ({socket.gethostname()}): {one_line(error, 1000)}"
+    for line in gather(told):
+        if line:
+            raise Agreed(line)
+
+
+def check_same(config: dict[str, Any], data: dict[str, str]):
+    """ValueError in every process when one sees another configuration, other data or other code than process 0.
+
+    Args:
+      config: by dotted key.
+      data: fingerprints by folder.
+    """
+    if jax.process_count() == 1:
+        return
+    mine = {"configuration": config, "data": data, "code": code_fingerprint()}
+    first, *others = (json.loads(text) for text in gather(json.dumps([socket.gethostname(), mine])))
+    for number, (host, theirs) in enumerate(others, 1):
+        for kind, ours in first[1].items():
+            names = {**ours, **theirs[kind]}
+            wrong = [name for name in names if ours.get(name) != theirs[kind].get(name)]
+            if wrong:
+                shown = "; ".join(_difference(kind, name, ours.get(name), theirs[kind].get(name)) for name in wrong[:3])
+                more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+                raise ValueError(
+                    f"process {number} ({host}) has other {kind} than process 0 ({first[0]}): {shown}{more}"
+                )
+
+
+def _difference(kind: str, name: str, ours: Any, theirs: Any) -> str:
+    if kind == "configuration":
+        return f"{name} is {theirs} there, {ours} on process 0"
+    return name
+
+
+@functools.cache
+def code_fingerprint() -> dict[str, str]:
+    """What of each module of ours, and which versions of the libraries that decide a step, this process runs."""
+    import flax
+    import optax
+
+    found = {f"{module.__name__} {module.__version__}": module.__version__ for module in (jax, flax, optax, np)}
+    for package in ("janus_jax", "train"):
+        folder = pathlib.Path(importlib.util.find_spec(package).submodule_search_locations[0])
+        for path in sorted(folder.rglob("*.py")):
+            found[f"{package}/{path.relative_to(folder)}"] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return found

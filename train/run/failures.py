@@ -1,0 +1,120 @@
+"""What fails beside the steps, and does not end the run: evaluations, pictures, metrics."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import time
+import traceback
+from collections.abc import Iterator
+
+import jax
+
+from janus_jax.io.files import read_json_object
+from janus_jax.io.messages import one_line
+from janus_jax.weights.checkpoint import write_json
+from train.run.distributed import Agreed, barrier, say
+from train.run.faults import HUNG, Stopped
+
+FILE = "failures.txt"
+_TRIES = "tries.json"
+_WAIT = 60  # seconds in which the other processes fail alike, if they do
+
+
+class Failures:
+    """Reports and counts what fails without need to end the run; tracebacks go to failures.txt.
+
+    Args:
+      folder: the run's, which all processes see.
+
+    Attributes:
+      count: failures of this process since the start.
+    """
+
+    def __init__(self, folder: pathlib.Path):
+        self._folder, self.count = folder, 0
+
+    @contextlib.contextmanager
+    def alone(self, what: str) -> Iterator[None]:
+        """For what this process does by itself: an exception inside is reported and goes no further."""
+        try:
+            yield
+        except Stopped:
+            raise
+        except Exception as error:
+            self.report(what, error)
+
+    @contextlib.contextmanager
+    def alike(self, what: str) -> Iterator[None]:
+        """For what all processes do as one: an exception in all of them is reported and goes no further.
+
+        What one of them may meet alone, on its disk for one, belongs inside `distributed.together(Exception)`. Where
+        one fails alone in the midst of the devices' common work, the others wait for it there and hear nothing: then
+        this process stops, so that the run can be started again.
+        """
+        try:
+            yield
+        except Stopped:
+            raise
+        except Exception as error:
+            if jax.process_count() > 1 and not isinstance(error, Agreed):
+                self._await_others(what, error)
+            self.report(what, error)
+
+    def report(self, what: str, error: Exception):
+        """One line on the console, the traceback in the file."""
+        self.count += 1
+        kind = "" if isinstance(error, Agreed) else f"{type(error).__name__}: "
+        told = one_line(f"{kind}{error}", 400)
+        say(f"failed: {what} ({told}); the run goes on without it, and {FILE} has the traceback")
+        if jax.process_index() == 0:
+            with contextlib.suppress(OSError), (self._folder / FILE).open("a", encoding="utf-8") as file:
+                file.write(f"{what}\n{''.join(traceback.format_exception(error))}\n")
+
+    def _await_others(self, what: str, error: Exception):
+        # Over files: the devices' own way may be blocked by what did not come to its end there.
+        name = "failed-" + "".join(c if c.isalnum() else "-" for c in what)
+        marks = [self._folder / f"{name}.{process}" for process in range(jax.process_count())]
+        mark, deadline = marks[jax.process_index()], time.monotonic() + _WAIT
+        try:
+            mark.touch()
+            while not all(other.exists() for other in marks):
+                if time.monotonic() > deadline:
+                    raise Stopped(
+                        f"{what} failed in process {jax.process_index()} alone ({one_line(error, 300)}); the same "
+                        "command goes on from the last checkpoint",
+                        HUNG,
+                        alone=True,
+                    )
+                time.sleep(0.2)
+            barrier()  # until all have seen it; nobody is left in the midst of other work
+        finally:
+            mark.unlink(missing_ok=True)
+
+
+class Tries:
+    """Remembers across starts how often what follows a step was begun and did not come to its end.
+
+    It is what keeps a picture that kills the process from killing every start after it too.
+    """
+
+    def __init__(self, folder: pathlib.Path):
+        self._path = folder / _TRIES
+
+    def begin(self, step: int) -> int:
+        """Takes down that the work after `step` begins; returns how often it had begun before in vain."""
+        before = 0
+        with contextlib.suppress(OSError, ValueError):
+            earlier = read_json_object(self._path, missing_ok=True)
+            if earlier.get("step") == step and type(earlier.get("begun")) is int:
+                before = earlier["begun"]
+        with contextlib.suppress(OSError):
+            beside = self._path.with_suffix(".tmp")
+            write_json(beside, {"step": step, "begun": before + 1})
+            beside.replace(self._path)
+        return before
+
+    def end(self):
+        """It came to its end."""
+        with contextlib.suppress(OSError):
+            self._path.unlink(missing_ok=True)

@@ -1,0 +1,100 @@
+"""Pictures of a run."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from collections.abc import Sequence
+
+from train.config import KINDS
+from train.run.metrics import read_metrics
+
+_COLOURS = {"understanding": "#2563eb", "text": "#059669", "generation": "#dc2626"}
+
+
+def loss_curves(
+    metrics: str | pathlib.Path | Sequence[str | pathlib.Path], out_png: str | pathlib.Path, title: str = ""
+) -> pathlib.Path:
+    """Draws the training loss of each task over the steps, smoothed over raw, and held-out losses as dots.
+
+    Args:
+      metrics: a metrics.jsonl or workdir; or several, stages drawn one after the other with a line between them.
+      out_png: where the picture goes.
+      title: over the picture.
+    Returns: `out_png`. Raises: FileNotFoundError, or ValueError where there is no loss to draw or no matplotlib.
+    """
+    paths = [metrics] if isinstance(metrics, (str, pathlib.Path)) else list(metrics)
+    runs = [read_metrics(path) for path in paths]
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("drawing the loss curves needs matplotlib: pip install matplotlib") from None
+
+    # A Figure of its own, so that whatever backend the process uses stays as it is.
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    start, drawn, starts = 0, set(), []
+    for run in runs:
+        starts.append(start)
+        for kind in KINDS:
+            steps, losses = _series(run, f"train/loss_{kind}")
+            if steps:
+                label = kind if kind not in drawn else None
+                drawn.add(kind)
+                shifted, colour = [start + step for step in steps], _COLOURS[kind]
+                axes.plot(shifted, losses, color=colour, alpha=0.22, linewidth=0.8)
+                axes.plot(shifted, smooth(losses), color=colour, linewidth=1.8, label=label)
+            steps, losses = _series(run, f"eval/loss_{kind}")
+            if steps:
+                label = f"{kind}, held out" if f"{kind}, held out" not in drawn else None
+                drawn.add(f"{kind}, held out")
+                shifted = [start + step for step in steps]
+                axes.plot(
+                    shifted, losses, "o", color=_COLOURS[kind], markersize=4.5, markeredgecolor="white", label=label
+                )
+        start += max((line["step"] for line in run), default=0)
+    if not drawn:
+        raise ValueError(f"{', '.join(map(str, paths))}: no train/loss_{{{','.join(KINDS)}}} to draw")
+
+    if len(runs) > 1:
+        for number, (left, right) in enumerate(zip(starts, [*starts[1:], start], strict=True), 1):
+            if number > 1:
+                axes.axvline(left, color="0.55", linewidth=1, linestyle=(0, (4, 3)))
+            axes.text(
+                (left + right) / 2, 1.01, f"stage {number}", transform=axes.get_xaxis_transform(), ha="center",
+                va="bottom", color="0.35", fontsize=9,
+            )  # fmt: skip
+    axes.set_xlim(0, max(start, 1))
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("step")
+    axes.set_ylabel("cross entropy a token (nats)")
+    if title:
+        axes.set_title(title, pad=22 if len(runs) > 1 else 8)
+    axes.grid(color="0.92")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    labelled = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    order = [label for held_out in ("", ", held out") for kind in KINDS if (label := kind + held_out) in labelled]
+    axes.legend([labelled[label] for label in order], order, frameon=False)
+    out_png = pathlib.Path(out_png)
+    out_png.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out_png, dpi=150)
+    return out_png
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """Exponential moving average over about a thirtieth of `values`, unbiased at its start."""
+    keep = 1 - 1 / max(len(values) / 30, 1)
+    total = weight = 0.0
+    smoothed = []
+    for value in values:
+        total, weight = keep * total + value, keep * weight + 1
+        smoothed.append(total / weight)
+    return smoothed
+
+
+def _series(run: list[dict], name: str) -> tuple[list[int], list[float]]:
+    points = [(line["step"], line[name]) for line in run if line.get(name) is not None and math.isfinite(line[name])]
+    return [step for step, _ in points], [value for _, value in points]

@@ -1,0 +1,196 @@
+"""Who writes to a workdir: one run at a time, which says so in a file that it renews.
+
+A start that finds a lease which is being renewed is refused. One whose run is dead lapses: at once where its process
+ran on this machine and is no more, else `LAPSE` seconds after it was last renewed, which a start waits for. Only
+changes of the file count, never what its clock says: clocks of hosts differ.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import platform
+import secrets
+import socket
+import threading
+import time
+from typing import Any
+
+from janus_jax.io.files import read_json_object
+from janus_jax.io.messages import one_line
+from train.run.faults import STOPPED, Stopped
+
+FILE = "lease.json"
+RENEW = 10  # seconds between renewals
+LAPSE = 60  # seconds without a renewal after which a run on another machine counts as dead
+_MOVED = ".lapsed"
+_PROC = pathlib.Path("/proc")
+
+
+class Lease:
+    """The lease of the run in `folder`, taken by `acquire` and given back by `release`."""
+
+    def __init__(self, folder: pathlib.Path):
+        self._path = folder / FILE
+        self._mine = {"id": secrets.token_hex(16), "host": socket.gethostname(), "pid": os.getpid()}
+        self._mine |= {"machine": _machine(), "started": _started(os.getpid())}
+        self._seen: tuple[dict[str, Any], float] | None = None
+        self._count, self._held = 0, False
+        self._over = threading.Event()
+
+    # ------------------------------------------------------------ taking it
+
+    def acquire(self, steal: bool = False) -> str:
+        """Tries to take the lease; '' when it is taken, else whose lapse has to be waited for: call it again soon.
+
+        Args:
+          steal: take it whoever has it.
+        Raises: ValueError in one line while another run renews it.
+        """
+        if self._create():
+            self._held = True
+            threading.Thread(target=self._renew, name="lease", daemon=True).start()
+            return ""
+        found = self._read()
+        if found is None:  # given back in this moment
+            return self.acquire(steal)
+        if steal or self._lapsed(found):
+            self._take_away(found)
+            return self.acquire(steal)
+        return (
+            f"{self._path} belongs to {_name(found)}; it lapses when it has not been renewed for {LAPSE} seconds, and "
+            "this start waits until then"
+        )
+
+    def _create(self) -> bool:
+        self._mine["time"] = time.time()
+        try:
+            # Exclusively: of two starts at one time, one gets it.
+            with self._path.open("x", encoding="utf-8") as file:
+                file.write(json.dumps(self._mine))
+        except FileExistsError:
+            return False
+        except OSError:
+            self._path.unlink(missing_ok=True)
+            raise
+        return True
+
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            return read_json_object(self._path)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError):
+            return {}  # half written, or nobody's: it lapses like any other
+
+    def _lapsed(self, found: dict[str, Any]) -> bool:
+        if found.get("machine") == self._mine["machine"] and type(pid := found.get("pid")) is int:
+            if not _alive(pid, found.get("started")):
+                return True
+            self._refuse(found)
+        if self._seen is None:
+            self._seen = found, time.monotonic()
+        elif self._seen[0] != found:
+            self._refuse(found)
+        return time.monotonic() - self._seen[1] > LAPSE
+
+    def _refuse(self, found: dict[str, Any]):
+        raise ValueError(
+            f"{self._path.parent} is being written by {_name(found)}; stop that run first, choose another workdir, or "
+            "take this one from it with --steal"
+        )
+
+    def _take_away(self, found: dict[str, Any]):
+        # Renamed, not deleted: its holder goes on writing to the file that it has open, and not to ours.
+        moved = self._path.with_name(f"{FILE}{_MOVED}-{self._mine['id']}")
+        with contextlib.suppress(FileNotFoundError):
+            self._path.rename(moved)
+            # Another start may have put its own there since we looked.
+            with contextlib.suppress(OSError, ValueError):
+                taken = read_json_object(moved)
+                if taken.get("id") != found.get("id"):
+                    with contextlib.suppress(FileExistsError), self._path.open("x", encoding="utf-8") as file:
+                        file.write(json.dumps(taken))
+            moved.unlink()
+
+    # ------------------------------------------------------------ holding it
+
+    @property
+    def held(self) -> bool:
+        """Whether this run still has it; False for ever once another start took it."""
+        if self._held:
+            with contextlib.suppress(OSError, ValueError):
+                self._held = read_json_object(self._path, missing_ok=True).get("id") == self._mine["id"]
+        return self._held
+
+    def check(self):
+        """Raises Stopped where another start took the lease."""
+        if not self.held:
+            found = self._read() or {}
+            raise Stopped(
+                f"{self._path.parent} was taken over by {_name(found)}; this run writes to it no more and ends",
+                STOPPED,
+            )
+
+    def _renew(self):
+        while not self._over.wait(RENEW):
+            # What the storage refuses for a moment is tried again; who waits for the lapse sees no change meanwhile.
+            with contextlib.suppress(OSError, ValueError), self._path.open("r+", encoding="utf-8") as file:
+                if json.load(file).get("id") != self._mine["id"]:
+                    self._held = False
+                    return
+                self._count += 1
+                file.seek(0)
+                file.write(json.dumps(self._mine | {"time": time.time(), "renewed": self._count}))
+                file.truncate()
+
+    def release(self):
+        """Gives it back, if it is still this run's."""
+        self._over.set()
+        if self.held:
+            self._held = False
+            with contextlib.suppress(OSError):
+                self._path.unlink()
+
+
+def _name(found: dict[str, Any]) -> str:
+    if not isinstance(found.get("host"), str):
+        return "another start"
+    return f"another start (process {one_line(found.get('pid'), 20)} on {one_line(found['host'], 100)})"
+
+
+# ---------------------------------------------------------------- processes of this machine
+
+
+def _machine() -> str:
+    """Where process numbers mean the same processes: this boot of this machine, this namespace of it."""
+    try:
+        boot = (_PROC / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink(_PROC / 'self/ns/pid')}"
+    except (OSError, ValueError):
+        return f"{platform.node()} {platform.system()}"
+
+
+def _started(pid: int) -> str | None:
+    """What tells process `pid` from an earlier one of that number; None where it is dead, or nothing tells."""
+    try:
+        state, *fields = (_PROC / str(pid) / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        return None if state in "ZX" else fields[18]
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _alive(pid: int, started: Any) -> bool:
+    """Whether process `pid` lives and is the one that had `started`."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        pass  # another user's
+    now = _started(pid)
+    # Without a readable /proc/pid a process that answers is taken for the one that is meant. A killed one answers until
+    # its parent has asked for its end.
+    return now == started if now is not None else not (_PROC / str(pid) / "stat").exists()

@@ -1,0 +1,208 @@
+"""What a run reports: metrics.jsonl, TensorBoard, and a line on the console."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import secrets
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from train.run.distributed import say
+from train.run.failures import Failures
+
+FILE = "metrics.jsonl"
+# What a console line shows, in this order, of what is there.
+_SHOWN = ("loss", "loss_understanding", "loss_text", "loss_generation", "grad_norm", "learning_rate", "mfu")
+
+
+class Metrics:
+    """Writes metrics of a run; a context manager.
+
+    Lines of an existing metrics.jsonl after `start_step` are cut off, and so is a torn last one: they belong to a
+    history that is no more. Where other lines are damaged, the file is kept beside it under another name.
+
+    Args:
+      workdir: where metrics.jsonl and the TensorBoard folder `tensorboard` go.
+      total_steps: of the whole run.
+      start_step: the steps done before this process.
+      enabled: False on hosts that report nothing.
+      failures: takes what a writer meets, which then goes no further.
+    """
+
+    def __init__(
+        self,
+        workdir: str | pathlib.Path,
+        total_steps: int,
+        start_step: int = 0,
+        enabled: bool = True,
+        failures: Failures | None = None,
+    ):
+        self.enabled, self.total_steps = enabled, total_steps
+        self._last = (start_step, time.monotonic())
+        self._rate: float | None = None
+        self._compiling = True
+        self._guard = failures.alone if failures else contextlib.nullcontext
+        self._path, self._file, self._board = pathlib.Path(workdir) / FILE, None, None
+        self._pending: list[bytes] = []
+        self._seen: set[tuple[int, str]] = set()
+        if not enabled:
+            return
+        with self._guard(f"opening {FILE}"):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            if self._path.exists():
+                self._seen = _cut(self._path, start_step)
+            self._open()
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError:
+            print("hint: pip install tensorboardX for TensorBoard; metrics go to metrics.jsonl alone", file=sys.stderr)
+            return
+        with self._guard("opening tensorboard"):
+            folder, purge = str(self._path.parent / "tensorboard"), start_step + 1 if start_step else None
+            self._board = SummaryWriter(folder, purge_step=purge)
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        """Writes out what is held back; more than once does no harm."""
+        with self._guard(f"writing {FILE}"):
+            if self._pending:
+                self._append()
+        for writer in (self._file, self._board):
+            if writer is not None:
+                with self._guard("closing the metrics"):
+                    writer.close()
+        self._file = self._board = None
+
+    def has(self, step: int, prefix: str) -> bool:
+        """Whether there is a line of `step` and `prefix`, of this start or an earlier one."""
+        return (step, prefix) in self._seen
+
+    def write(self, step: int, values: Mapping[str, Any], prefix: str = "train"):
+        """Reports scalars after `step` steps; where the prefix is 'train' the console line tells rate and time left.
+
+        A line that could not be written is written with the next one.
+        """
+        if not self.enabled:
+            return
+        named = {f"{prefix}/{name}": float(value) for name, value in values.items()}
+        # JSON has no NaN and no infinities; null is what every reader takes.
+        finite = {name: value if math.isfinite(value) else None for name, value in named.items()}
+        self._pending.append(f"{json.dumps({'step': int(step), **finite})}\n".encode())
+        self._seen.add((int(step), prefix))
+        say(self._line(step, values, prefix))
+        with self._guard(f"writing {FILE}"):
+            self._append()
+        if self._board is not None:
+            with self._guard("writing tensorboard"):
+                for name, value in named.items():
+                    self._board.add_scalar(name, value, int(step))
+
+    def _open(self):
+        self._file = self._path.open("ab", buffering=0)
+
+    def _append(self):
+        if self._file is None:
+            self._open()
+        before = self._file.seek(0, os.SEEK_END)
+        try:
+            left = memoryview(b"".join(self._pending))
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError:
+            # On a full disk a part of it may have come through: the next line must not follow half a one.
+            with contextlib.suppress(OSError):
+                self._file.truncate(before)
+            raise
+        self._pending.clear()
+
+    def _line(self, step: int, values: Mapping[str, Any], prefix: str) -> str:
+        parts = [f"step {step}/{self.total_steps}"]
+        if prefix == "train":
+            now, (last_step, last_time) = time.monotonic(), self._last
+            if step > last_step and now > last_time:
+                rate = (step - last_step) / (now - last_time)
+                # Averaged, so that the time left is calm; the first stretch holds the compilation and is no measure.
+                self._rate = rate if self._rate is None else 0.7 * self._rate + 0.3 * rate
+                left = max(self.total_steps - step, 0) / self._rate
+                if self._compiling:
+                    self._rate, self._compiling = None, False
+                self._last = (step, now)
+                parts += [f"{rate:.3g} steps/s", f"{duration(left)} left"]
+        else:
+            parts.append(prefix)
+        parts += [f"{name} {float(values[name]):.4g}" for name in _SHOWN if name in values]
+        if prefix != "train":
+            parts += [f"{name} {float(value):.4g}" for name, value in values.items() if name not in _SHOWN]
+        return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 42s, 5m10s, 3h05m or 2d07h."""
+    seconds = round(seconds)
+    for unit, part, size, part_size in (("d", "h", 86400, 3600), ("h", "m", 3600, 60), ("m", "s", 60, 1)):
+        if seconds >= size:
+            return f"{seconds // size}{unit}{seconds % size // part_size:02d}{part}"
+    return f"{seconds}s"
+
+
+def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, or of the one in a workdir, in order; None stands for what was not finite.
+
+    A torn last line is left out: the run was cut off, or writes it just now. ValueError names any other bad line.
+    """
+    path = pathlib.Path(path)
+    path = path / FILE if path.is_dir() else path
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: expected the metrics of a run there")
+    return [line for line, _ in _lines(path)]
+
+
+def _lines(path: pathlib.Path, damaged: list[int] | None = None) -> list[tuple[dict[str, Any], bytes]]:
+    """Parsed and raw lines of `path`, without a torn last one.
+
+    Raises: ValueError at the first line that is none of metrics; with a list `damaged`, its number goes there instead.
+    """
+    raw = path.read_bytes().splitlines(keepends=True)
+    if raw and not raw[-1].endswith(b"\n"):
+        raw.pop()
+    lines = []
+    for number, text in enumerate(raw, 1):
+        try:
+            line = json.loads(text)
+            if not isinstance(line, dict) or type(line.get("step")) is not int:
+                raise ValueError
+        except (ValueError, RecursionError):  # of JSON and of UTF-8 too
+            if damaged is None:
+                raise ValueError(f"{path}, line {number} is not a line of metrics with a step") from None
+            damaged.append(number)
+            continue
+        lines.append((line, text))
+    return lines
+
+
+def _cut(path: pathlib.Path, start_step: int) -> set[tuple[int, str]]:
+    """Leaves the lines up to `start_step` in `path`; returns the steps and prefixes of their metrics."""
+    damaged: list[int] = []
+    lines = [(line, text) for line, text in _lines(path, damaged) if line["step"] <= start_step]
+    kept = b"".join(text for _, text in lines)
+    if damaged:
+        aside = path.with_name(f"{path.stem}-damaged-{secrets.token_hex(4)}{path.suffix}")
+        path.rename(aside)
+        say(f"note: {path}, line {damaged[0]} is not a line of metrics; the file is kept as {aside.name}")
+    if damaged or kept != path.read_bytes():
+        # Beside it and then in its place: a run that ends just here keeps one or the other.
+        beside = path.with_suffix(".tmp")
+        beside.write_bytes(kept)
+        beside.replace(path)
+    return {(line["step"], name.partition("/")[0]) for line, _ in lines for name in line if "/" in name}

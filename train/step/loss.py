@@ -1,0 +1,180 @@
+"""The training loss: next-token cross entropy of answers, text and image codes over packed rows (report, section 2.1).
+
+Tasks carry no weights: a step's loss is the sum over all target tokens divided by their number.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from janus_jax.model.janus import Janus, place_images
+from janus_jax.processing.images import ImageSettings
+from janus_jax.sharding import manual_axes
+from train.data.batches import TASKS
+
+Params = dict[str, Any]
+
+
+def embed_batch(model: Janus, params: Params, batch: dict[str, jax.Array], settings: ImageSettings) -> jax.Array:
+    """Embeddings [B, T, D] of a batch of `train.data.batches.Assembler`: text, codes and images in their places."""
+    apply = functools.partial(model.apply, {"params": params})
+    is_code = batch["is_code"]
+    text = apply(jnp.where(is_code, 0, batch["ids"]), method="embed_text")
+    codes = apply(jnp.where(is_code, batch["ids"], 0), method="embed_codes")
+    x = jnp.where(is_code[..., None], codes, text)
+    images = batch["images"]
+    rows, most = images.shape[:2]
+    if not most:
+        return x
+    features = apply(normalise(images.reshape(-1, *images.shape[2:]), settings), method="embed_images")
+    return place_images(x, batch["is_image"], features.reshape(rows, -1, features.shape[-1]))
+
+
+def normalise(images: jax.Array, settings: ImageSettings) -> jax.Array:
+    """uint8 images [..., 3] as SigLIP's input; what `images.understanding_pixels` does on the host."""
+    pixels = images.astype(jnp.float32) * settings.rescale_factor
+    if settings.do_normalize:
+        pixels = (pixels - jnp.asarray(settings.mean)) / jnp.asarray(settings.std)
+    return pixels
+
+
+def token_losses(
+    model: Janus, params: Params, batch: dict[str, jax.Array], settings: ImageSettings, chunk: int
+) -> jax.Array:
+    """Cross entropy [B, T] in float32 of each target token, 0 where a position has no task.
+
+    Args:
+      chunk: tokens of each row whose logits exist at a time.
+    """
+    x = embed_batch(model, params, batch, settings)
+    hidden = model.apply({"params": params}, x, batch["positions"], batch["segment_ids"], method="hidden")
+    is_code = batch["tasks"] == TASKS["generation"]
+    is_text = (batch["tasks"] > 0) & ~is_code
+    heads = (
+        ("text_logits", is_text, {"language_model": {"lm_head": params["language_model"]["lm_head"]}}),
+        ("image_logits", is_code, {"gen_head": params["gen_head"]}),
+    )
+    losses = jnp.zeros(batch["tasks"].shape, jnp.float32)
+    for method, wanted, own in heads:
+
+        def logits(own: Params, hidden: jax.Array, method: str = method) -> jax.Array:
+            return model.apply({"params": own}, hidden, method=method)
+
+        with jax.named_scope(method):
+            losses += cross_entropy(logits, own, hidden, batch["targets"], wanted, chunk)
+    return losses
+
+
+def cross_entropy(
+    logits: Callable[[Params, jax.Array], jax.Array],
+    params: Params,
+    hidden: jax.Array,
+    targets: jax.Array,
+    wanted: jax.Array,
+    chunk: int,
+) -> jax.Array:
+    """-log p [B, T] of `targets` under `logits(params, hidden)` where `wanted`, 0 elsewhere.
+
+    The wanted tokens of each row are moved to its front and worked off in chunks, each of which computes its logits
+    again in the backward pass; a chunk in which no row has a wanted token costs nothing. The gradients of `params` are
+    summed up over the chunks in float32, whatever their dtype.
+
+    Args:
+      logits: (params, hidden states [B, C, D]) to float32 logits [B, C, V].
+      hidden: [B, T, D].
+      targets, wanted: [B, T].
+      chunk: C; it divides T.
+    """
+    batch, length, _ = hidden.shape
+    order = jnp.argsort(~wanted, axis=1, stable=True)
+    # The same number of chunks on all devices, which have to run the same collectives.
+    most = wanted.sum(1).max()
+    if axes := manual_axes():
+        most = jax.lax.pmax(most, axes)
+
+    def chunks(x: jax.Array) -> jax.Array:
+        x = jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1)
+        return x.reshape(batch, length // chunk, chunk, *x.shape[2:]).swapaxes(0, 1)
+
+    losses = _in_chunks(logits, params, chunks(hidden), chunks(targets), chunks(wanted), -(-most // chunk))
+    losses = losses.swapaxes(0, 1).reshape(batch, length)
+    return jnp.take_along_axis(losses, jnp.argsort(order, axis=1), axis=1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_chunks(logits, params, hidden, targets, wanted, count):
+    """Losses [chunks, B, C] of the first `count` chunks, 0 in the others."""
+
+    def one(number, args):
+        skipped = jnp.zeros(args[2].shape)
+        do = functools.partial(_negative_log_likelihood, logits, params)
+        return number + 1, jax.lax.cond(number < count, do, lambda *_: skipped, *args)
+
+    return jax.lax.scan(one, 0, (hidden, targets, wanted))[1]
+
+
+def _negative_log_likelihood(logits, params, hidden, targets, wanted):
+    scores = logits(params, hidden)
+    # By comparison and not by gathering: it stays local where the vocabulary is split over devices.
+    chosen = jnp.where(jnp.arange(scores.shape[-1]) == targets[..., None], scores, 0).sum(-1)
+    return jnp.where(wanted, jax.nn.logsumexp(scores, axis=-1) - chosen, 0)
+
+
+def _in_chunks_forward(logits, *args):
+    return _in_chunks(logits, *args), args
+
+
+def _in_chunks_backward(logits, args, cotangents):
+    params, *arrays, count = args
+
+    def one(carry, args):
+        number, total = carry
+        hidden, targets, wanted, cotangent = args
+
+        def do(total):
+            def loss(params, hidden):
+                return _negative_log_likelihood(logits, params, hidden, targets, wanted)
+
+            of_params, of_hidden = jax.vjp(loss, params, hidden)[1](cotangent)
+            return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, of_params), of_hidden
+
+        total, of_hidden = jax.lax.cond(number < count, do, lambda total: (total, jnp.zeros_like(hidden)), total)
+        return (number + 1, total), of_hidden
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
+    (_, total), of_hidden = jax.lax.scan(one, (0, zeros), (*arrays, cotangents))
+    of_params = jax.tree.map(lambda x, g: g.astype(x.dtype), params, total)
+    return of_params, of_hidden, None, None, None
+
+
+_in_chunks.defvjp(_in_chunks_forward, _in_chunks_backward)
+
+
+def loss_sums(losses: jax.Array, tasks: jax.Array) -> dict[str, jax.Array]:
+    """Sums over a batch, to be added up over batches and divided once.
+
+    Args:
+      losses, tasks: [B, T], as from `token_losses` and in the batch.
+    Returns: 'loss' and 'tokens', and 'loss_<kind>' and 'tokens_<kind>' of each kind, float32 scalars.
+    """
+    sums = {"loss": losses.sum(), "tokens": (tasks > 0).sum(dtype=jnp.float32)}
+    for kind, task in TASKS.items():
+        sums[f"loss_{kind}"] = jnp.where(tasks == task, losses, 0).sum()
+        sums[f"tokens_{kind}"] = (tasks == task).sum(dtype=jnp.float32)
+    return sums
+
+
+def means(sums: dict[str, Any]) -> dict[str, float]:
+    """Mean loss a token, in all and of each kind that has any, and the counts, of summed `loss_sums`."""
+    result = {}
+    for name in ("", *(f"_{kind}" for kind in TASKS)):
+        tokens = float(sums[f"tokens{name}"])
+        result[f"tokens{name}"] = tokens
+        if tokens:
+            result[f"loss{name}"] = float(sums[f"loss{name}"]) / tokens
+    return result

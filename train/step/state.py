@@ -1,0 +1,268 @@
+"""What a run carries from step to step, where it lies on the mesh, and what it starts from."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from janus_jax.config import IMAGE_CHANNELS, JanusConfig, dialect_of
+from janus_jax.model.attention import takes
+from janus_jax.model.janus import Janus, init_params
+from janus_jax.sharding import RULES, param_shardings
+from janus_jax.weights.checkpoint import open_checkpoint
+from janus_jax.weights.part_configs import differing_part
+from janus_jax.weights.parts import open_part
+from janus_jax.weights.torch_weights import LazyParams, abstract_params, place, read_raw_config
+from train.config import TRAINED, OptimizerConfig, TrainConfig
+from train.overrides import flat
+
+Params = dict[str, Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a step changes.
+
+    Attributes:
+      step: int32 scalar, the steps taken; the next batch is that of this step.
+      trained: the float32 parameters of the stage's trained subtrees.
+      opt_state: optax's, of `trained` alone.
+      skipped: int32 scalar, the steps whose update was left out because it was not finite.
+    """
+
+    step: jax.Array
+    trained: Params
+    opt_state: Any
+    skipped: jax.Array
+
+
+def make_model(config: TrainConfig, mesh: Mesh | None = None) -> Janus:
+    """The model with the config's dtype and remat; with a `mesh`, as the step runs it there, inside `jax.shard_map`."""
+    own = {} if mesh is None else {"attention": attention_on(config, mesh), "fsdp": True}
+    return Janus(config.model, dtype=jnp.dtype(config.compute_dtype), remat=config.remat, **own)
+
+
+def attention_on(config: TrainConfig, mesh: Mesh) -> str:
+    """The implementation of the decoder's attention that `config` means on `mesh`."""
+    if config.attention != "auto":
+        return config.attention
+    c, platform = config.model.language, mesh.devices.flat[0].platform
+    best = {"tpu": "splash", "gpu": "triton"}.get(platform, "xla")
+    return best if takes(best, config.data.context, c.heads, c.kv_heads, c.head_dim) else "xla"
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Linear warm-up from 0 over `warmup_steps`, then constant, or a cosine to 0 at `steps`."""
+    rate, warmup = config.learning_rate, config.warmup_steps
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(rate, max(steps - warmup, 1))
+    else:
+        after = optax.constant_schedule(rate)
+    if not warmup:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), after], [warmup])
+
+
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """AdamW after clipping by the global norm; it is only ever given the trained subtrees."""
+    o = config.optimizer
+    # Norms and biases do not decay, as is usual; neither recipe says.
+    decays = functools.partial(
+        jax.tree_util.tree_map_with_path, lambda path, _: path[-1].key in ("kernel", "embedding")
+    )
+    rate = learning_rate(o, config.steps)
+    adamw = optax.adamw(rate, o.b1, o.b2, o.eps, weight_decay=o.weight_decay, mask=decays)
+    return optax.chain(optax.clip_by_global_norm(o.clip), adamw)
+
+
+# ---------------------------------------------------------------- where things lie
+
+
+def split(params: Mapping[str, Any], stage: int) -> tuple[Params, Params]:
+    """`params` (a tree of anything) as the trained and the frozen subtrees of `stage`."""
+    trained = {part: params[part] for part in TRAINED[stage]}
+    return trained, {part: tree for part, tree in params.items() if part not in trained}
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over the `data` and `fsdp` axes."""
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+def local_rows(sharding: NamedSharding, batch_size: int) -> list[int]:
+    """The rows of a batch that this process's devices hold."""
+    spans = {
+        index[0].indices(batch_size)[:2] for index in sharding.addressable_devices_indices_map((batch_size,)).values()
+    }
+    return sorted({row for begin, end in spans for row in range(begin, end)})
+
+
+def put_rows(batch: Mapping[str, np.ndarray], rows: Sequence[int], mesh: Mesh, batch_size: int) -> dict[str, jax.Array]:
+    """Global arrays [batch_size, ...] of this process's `rows`."""
+    place = {row: i for i, row in enumerate(rows)}
+    sharding = batch_sharding(mesh)
+
+    def put(x: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            begin, end, _ = index[0].indices(batch_size)
+            return x[place[begin] : place[end - 1] + 1]
+
+        return jax.make_array_from_callback((batch_size, *x.shape[1:]), sharding, part)
+
+    return {name: put(x) for name, x in batch.items()}
+
+
+def state_shardings(config: TrainConfig, mesh: Mesh) -> tuple[TrainState, Params]:
+    """Shardings of the state and of the frozen parameters; ValueError where the mesh does not divide the model."""
+    trained, frozen = split(param_shardings(abstract_params(config.model), mesh), config.stage)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    optimizer = make_optimizer(config)
+    abstract = jax.eval_shape(optimizer.init, split(abstract_params(config.model, dtype="float32"), config.stage)[0])
+    opt_state = optax.tree_utils.tree_map_params(
+        optimizer, lambda _, sharding: sharding, abstract, trained, transform_non_params=lambda _: replicated
+    )
+    return TrainState(replicated, trained, opt_state, replicated), frozen
+
+
+def abstract_state(config: TrainConfig, mesh: Mesh) -> tuple[TrainState, Params]:
+    """`jax.ShapeDtypeStruct`s with shardings of the state and of the frozen parameters."""
+    trained, frozen = split(abstract_params(config.model, dtype="float32"), config.stage)
+    frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(config.frozen_dtype)), frozen)
+    state = jax.eval_shape(functools.partial(_start, make_optimizer(config)), trained)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        (state, frozen),
+        state_shardings(config, mesh),
+    )
+
+
+def abstract_batch(config: TrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """`jax.ShapeDtypeStruct`s with shardings of a batch; see `train.data.batches.Assembler`."""
+    rows, size = config.batch_size, config.model.vision.image_size
+    images = config.data.images_per_row if config.data.ratio[0] else 0
+    per_token = {"is_code": bool, "is_image": bool, "tasks": jnp.int8}
+    per_token |= dict.fromkeys(("ids", "targets", "segment_ids", "positions"), jnp.int32)
+    shapes = {name: ((rows, config.data.context), dtype) for name, dtype in per_token.items()}
+    shapes["images"] = ((rows, images, size, size, IMAGE_CHANNELS), jnp.uint8)
+    shapes["damaged"] = ((rows,), jnp.int32)
+    sharding = batch_sharding(mesh)
+    return {name: jax.ShapeDtypeStruct(*shape, sharding=sharding) for name, shape in shapes.items()}
+
+
+def _start(optimizer: optax.GradientTransformation, trained: Params) -> TrainState:
+    # A counter each: donating one buffer twice is refused.
+    return TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained), jnp.zeros((), jnp.int32))
+
+
+# ---------------------------------------------------------------- what a run starts from
+
+
+def first_state(config: TrainConfig, mesh: Mesh, progress: bool = False) -> tuple[TrainState, Params]:
+    """The state before the first step and the frozen parameters, on `mesh`.
+
+    Every part is read from where the config says, straight into its shards, and made at random where it says nothing.
+
+    Raises: FileNotFoundError or ValueError, in one line, for sources that are absent or of another model.
+    """
+    shardings, frozen_shardings = state_shardings(config, mesh)
+    sources = open_sources(config)
+    dtypes = dict.fromkeys(shardings.trained, "float32") | dict.fromkeys(frozen_shardings, config.frozen_dtype)
+    of_part = {**shardings.trained, **frozen_shardings}
+    params = _random_parts(config, {part: of_part[part] for part in of_part if part not in sources}, dtypes)
+    for part, leaves in sources.items():
+        params |= place(leaves, dtypes[part], {part: of_part[part]}, progress=progress)
+    trained, frozen = split(params, config.stage)
+    start = functools.partial(_start, make_optimizer(config))
+    return jax.jit(start, out_shardings=shardings, donate_argnums=0)(trained), frozen
+
+
+def _random_parts(config: TrainConfig, shardings: Params, dtypes: Mapping[str, str]) -> Params:
+    if not shardings:
+        return {}
+
+    def make(key: jax.Array) -> Params:
+        made = init_params(Janus(config.model), key)
+        return {part: jax.tree.map(lambda x, part=part: x.astype(dtypes[part]), made[part]) for part in shardings}
+
+    return jax.jit(make, out_shardings=shardings)(jax.random.key(config.seed))
+
+
+def open_sources(config: TrainConfig) -> dict[str, LazyParams]:
+    """The parameters of each part that the config names a source for, still in their files."""
+    parts: dict[str, LazyParams] = {}
+    if config.init_from:
+        from train.run.checkpoints import open_run  # it builds on this module
+
+        folder = pathlib.Path(config.init_from)
+        found, leaves = open_run(folder) or _open_folder(folder)
+        _check_sizes("init_from", folder, found, config.model)
+        parts = _by_part(leaves)
+    for key, part in (
+        ("language_from", "language_model"),
+        ("vision_from", "vision_model"),
+        ("vq_from", "gen_vision_model"),
+    ):
+        if path := getattr(config, key):
+            parts[part] = _open_one(key, pathlib.Path(path), config, part)
+    return parts
+
+
+def _open_folder(folder: pathlib.Path) -> tuple[JanusConfig, LazyParams]:
+    try:
+        checkpoint = open_checkpoint(folder)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"init_from: {error}; it names a Janus checkpoint or an earlier run's workdir"
+        ) from None
+    return checkpoint.config, checkpoint.leaves
+
+
+def _open_one(key: str, path: pathlib.Path, config: TrainConfig, part: str) -> LazyParams:
+    """One part: of a whole Janus checkpoint, or from a file of its own."""
+    if not path.exists():
+        raise FileNotFoundError(f"{key}: {path} does not exist")
+    try:
+        if path.is_dir() and (path / "config.json").exists() and _is_janus(path):
+            checkpoint = open_checkpoint(path)
+            if differing := differing_part(checkpoint.config, config.model, part):
+                told = "; ".join(f"{k} is {theirs}, the config's model has {ours}" for k, theirs, ours in differing[:4])
+                raise ValueError(f"{path} holds a {part} of another model: {told}")
+            return _by_part(checkpoint.leaves)[part]
+        return open_part(path, config.model, part, print if jax.process_index() == 0 else lambda text: None)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{key}: {error}") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{key}: {error}") from None
+
+
+def _is_janus(folder: pathlib.Path) -> bool:
+    try:
+        dialect_of(read_raw_config(folder))
+    except ValueError:
+        return False
+    return True
+
+
+def _by_part(leaves: LazyParams) -> dict[str, LazyParams]:
+    parts: dict[str, LazyParams] = {}
+    for path, leaf in leaves.items():
+        parts.setdefault(path[0], {})[path] = leaf
+    return parts
+
+
+def _check_sizes(key: str, folder: pathlib.Path, found: JanusConfig, wanted: JanusConfig):
+    # The dtype that a checkpoint is stored in is no size of the model.
+    theirs, ours = flat(dataclasses.replace(found, dtype=wanted.dtype)), flat(wanted)
+    differing = [f"{k} is {theirs[k]}, the config's model has {ours[k]}" for k in ours if theirs[k] != ours[k]]
+    if differing:
+        raise ValueError(f"{key}: {folder} holds another model: {'; '.join(differing[:4])}")

@@ -1,0 +1,160 @@
+"""One training step: gradients of the trained subtrees over a batch of packed rows, and the update."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, PartitionSpec
+
+from janus_jax.processing.images import ImageSettings
+from janus_jax.sharding import RULES, gather_but_layers
+from train.config import TrainConfig
+from train.step.loss import loss_sums, token_losses
+from train.step.state import (
+    Params,
+    TrainState,
+    batch_sharding,
+    learning_rate,
+    make_model,
+    make_optimizer,
+    state_shardings,
+)
+
+Batch = dict[str, jax.Array]
+Step = Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def make_train_step(config: TrainConfig, mesh: Mesh, settings: ImageSettings) -> Step:
+    """The compiled step: (state, frozen parameters, batch) to (state, metrics); the state is donated.
+
+    Metrics are float32 scalars: the sums of `loss.loss_sums`, the samples 'damaged', 'grad_norm' before clipping,
+    'learning_rate', and 'finite', 0 where the loss or a gradient is not finite and the update was therefore left out.
+    Call it under `jax.set_mesh(mesh)`.
+    """
+    shardings, frozen = state_shardings(config, mesh)
+    return jax.jit(
+        functools.partial(train_step, config, mesh, settings),
+        in_shardings=(shardings, frozen, batch_sharding(mesh)),
+        out_shardings=(shardings, None),
+        donate_argnums=0,
+    )
+
+
+def make_eval_step(config: TrainConfig, mesh: Mesh, settings: ImageSettings) -> Callable[[Params, Params, Batch], Any]:
+    """(trained parameters, frozen parameters, batch) to the sums of `loss.loss_sums`, compiled."""
+    shardings, frozen = state_shardings(config, mesh)
+    evaluate = _make_sums(config, mesh, settings)
+    return jax.jit(evaluate, in_shardings=(shardings.trained, frozen, batch_sharding(mesh)))
+
+
+def train_step(
+    config: TrainConfig, mesh: Mesh, settings: ImageSettings, state: TrainState, frozen: Params, batch: Batch
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """`make_train_step`'s function, before compilation."""
+    grads, sums = gradients(config, mesh, settings, state.trained, frozen, batch)
+    grad_norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(grad_norm)
+
+    optimizer = make_optimizer(config)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
+    trained = optax.apply_updates(state.trained, updates)
+    trained, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old), (trained, opt_state), (state.trained, state.opt_state)
+    )
+    done = state.step - state.skipped  # updates, which is what the schedule counts
+    metrics = sums | {
+        "damaged": batch["damaged"].sum(dtype=jnp.float32),
+        "grad_norm": grad_norm,
+        "learning_rate": jnp.asarray(learning_rate(config.optimizer, config.steps)(done), jnp.float32),
+        "finite": finite.astype(jnp.float32),
+    }
+    skipped = state.skipped + jnp.where(finite, 0, 1)
+    return TrainState(state.step + 1, trained, opt_state, skipped), metrics
+
+
+def gradients(
+    config: TrainConfig, mesh: Mesh, settings: ImageSettings, trained: Params, frozen: Params, batch: Batch
+) -> tuple[Params, dict[str, jax.Array]]:
+    """Gradients of the mean loss a target token with regard to `trained`, and the batch's `loss_sums`.
+
+    The batch is worked off in `config.accumulate` parts whose sums are added up in float32 and divided once. What is
+    added up is computed in `config.compute_dtype`, each device's share of a part for itself, and then summed over the
+    devices in `config.reduce_dtype`: with 'bfloat16' each share, and the sum on its way, keeps 8 bits of its mantissa;
+    with 'float32' only the products before it are rounded, and twice the bytes travel. A run in float32 sums in
+    float32 always. The gradients returned are float32 arrays either way.
+    """
+    wide = config.reduce_dtype == "float32"
+    cast = trained if wide else _cast(trained, config.compute_dtype)  # once, and not in every part
+    sums_of = _make_sums(config, mesh, settings)
+
+    def loss(trained: Params, part: Batch):
+        sums = sums_of(trained, frozen, part)
+        return sums["loss"], sums
+
+    objective = jax.grad(loss, has_aux=True)
+
+    def add(total, part: Batch):
+        new = objective(cast, part)
+        return jax.tree.map(lambda t, n: t + n.astype(t.dtype), total, new), None
+
+    if config.accumulate == 1:
+        grads, sums = objective(cast, batch)
+    else:
+        parts = jax.tree.map(lambda x: _parts(x, config.accumulate), batch)
+        abstract = jax.eval_shape(objective, cast, jax.tree.map(lambda x: x[0], parts))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), abstract)
+        (grads, sums), _ = jax.lax.scan(add, zeros, parts)
+    count = jnp.maximum(sums["tokens"], 1)
+    return jax.tree.map(lambda g: g.astype(jnp.float32) / count, grads), sums
+
+
+def _parts(x: jax.Array, count: int) -> jax.Array:
+    """[B, ...] as [count, B / count, ...], each device keeping its rows."""
+    return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
+
+
+def _cast(params: Params, dtype: Any) -> Params:
+    return jax.tree.map(lambda x: x.astype(dtype), params)
+
+
+def _make_sums(config: TrainConfig, mesh: Mesh, settings: ImageSettings) -> Callable[[Params, Params, Batch], Any]:
+    """(trained parameters, frozen parameters, batch) to `loss_sums`.
+
+    Each device works on its own rows, and gathers over `fsdp` the parameters that it needs, layer by layer: written out
+    (`jax.shard_map`), since the compiler would reduce the gradients of the heads anew in every chunk of a row, and all
+    others as if each device needed them whole.
+    """
+    model = make_model(config, mesh)
+    # The compiler splits heads, MLP and vocabulary; with nothing to split it has no say.
+    manual = set(RULES["batch"]) if mesh.shape["tensor"] > 1 else set(mesh.axis_names)
+    rows = PartitionSpec(RULES["batch"])
+
+    def local(trained: Params, frozen: Params, batch: Batch):
+        if config.reduce_dtype != "float32":
+            trained = _cast(trained, config.compute_dtype)
+        params = gather_but_layers({**_cast(frozen, config.compute_dtype), **trained}, config.compute_dtype)
+        sums = loss_sums(token_losses(model, params, batch, settings, config.loss_chunk), batch["tasks"])
+        return jax.tree.map(lambda x: x[None], sums)
+
+    def specs(shardings: Params) -> Params:
+        return jax.tree.map(lambda s: _only(s.spec, manual), shardings)
+
+    shardings, frozen_shardings = state_shardings(config, mesh)
+    of_devices = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(specs(shardings.trained), specs(frozen_shardings), rows),
+        out_specs=rows,
+        axis_names=manual,
+        check_vma=False,
+    )
+    return lambda *args: jax.tree.map(lambda x: x.sum(0), of_devices(*args))
+
+
+def _only(spec: PartitionSpec, axes: set[str]) -> PartitionSpec:
+    return PartitionSpec(*(name if name in axes else None for name in spec))
