@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from configs import _homes, _shared
+from configs import _shared
 from janus_jax.config import PRESETS
 from train.config import DataConfig, OptimizerConfig, TrainConfig
 
@@ -33,7 +33,7 @@ def get_config() -> TrainConfig:
         ),
         evaluation=_shared.HELD_OUT,
         samples=_shared.SAMPLES,
-        homes=_homes.homes({"v5e-256": 1, "v5p-128": 1, "v6e-256": 1}, 32, {"v5e-256": 2, "v6e-256": 2}),
-        sampling_homes=_homes.DRAWING,
+        layouts=_shared.layouts({"v5e-256": 1, "v5p-128": 1, "v6e-256": 1}, 32, {"v5e-256": 2, "v6e-256": 2}),
+        sampling_layouts=_shared.DRAWING,
         save_every=1000,
     )

@@ -1,8 +1,8 @@
-"""What several runs have in common: sizes of rows, where data lie by default, held-out losses, sample prompts."""
+"""What several runs have in common: sizes of rows, data folders, held-out losses, sample prompts, layouts."""
 
 from __future__ import annotations
 
-from train.config import EvalConfig, SampleConfig
+from train.config import EvalConfig, Layout, MeshConfig, SampleConfig
 
 CONTEXT = 4096
 
@@ -44,3 +44,22 @@ SAMPLES = SampleConfig(
 )
 # Stage 1 has seen category names and no long prompts.
 CATEGORY_SAMPLES = SampleConfig(every=2000, prompts=("goldfish", "golden retriever", "lighthouse", "volcano"), images=4)
+
+
+def layouts(accumulate: dict[str, int], fsdp: int, tensor: dict[str, int] | None = None) -> tuple[Layout, ...]:
+    """A layout for each TPU slice.
+
+    Args:
+      accumulate: micro-batches of a step, by slice.
+      fsdp: over how many chips parameters are split: the width by it is a multiple of a TPU's 128 lanes.
+      tensor: over how many chips heads are split, where a slice has more chips than a micro-batch has rows.
+    """
+    tensor = tensor or {}
+    return tuple(
+        Layout(name, MeshConfig(data=-1, fsdp=fsdp, tensor=tensor.get(name, 1)), accumulate=count)
+        for name, count in accumulate.items()
+    )
+
+
+# One image at a time: every chip holds a part of each layer.
+DRAWING = tuple(Layout(name, MeshConfig(fsdp=1, tensor=-1)) for name in ("v5e-8", "v6e-1", "v5p-8"))

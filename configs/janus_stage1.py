@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from configs import _homes, _shared
+from configs import _shared
 from janus_jax.config import PRESETS
 from train.config import DataConfig, OptimizerConfig, TrainConfig
 
@@ -36,6 +36,6 @@ def get_config() -> TrainConfig:
         ),
         evaluation=dataclasses.replace(_shared.HELD_OUT, text=()),
         samples=_shared.CATEGORY_SAMPLES,
-        homes=_homes.homes({"v5e-256": 1, "v5p-128": 1, "v6e-256": 1}, 16),
+        layouts=_shared.layouts({"v5e-256": 1, "v5p-128": 1, "v6e-256": 1}, 16),
         save_every=1000,
     )

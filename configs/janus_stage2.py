@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from configs import _homes, _shared
+from configs import _shared
 from janus_jax.config import PRESETS
 from train.config import DataConfig, OptimizerConfig, TrainConfig
 
@@ -37,6 +37,6 @@ def get_config() -> TrainConfig:
         ),
         evaluation=_shared.HELD_OUT,
         samples=_shared.SAMPLES,
-        homes=_homes.homes({"v5e-256": 2, "v5p-128": 2, "v6e-256": 2}, 16),
+        layouts=_shared.layouts({"v5e-256": 2, "v5p-128": 2, "v6e-256": 2}, 16),
         save_every=1000,
     )

@@ -24,7 +24,7 @@ from janus_jax.sampling.footprint import refuse_too_large
 from janus_jax.sharding import MESH_AXES, make_mesh, param_shardings
 from janus_jax.weights.checkpoint import open_checkpoint
 from janus_jax.weights.fuse import fuse, fusible
-from janus_jax.weights.quantize import quantise, quantise_leaf
+from janus_jax.weights.quantize import quantize, quantize_leaf
 from janus_jax.weights.torch_weights import abstract_params, parse_dtype, place
 
 # No part starts with a dot: ../name is a path.
@@ -56,7 +56,7 @@ def load(
       dtype: of parameters and computation; default bfloat16, and float32 on CPU, where bfloat16 is emulated slowly.
       mesh: a mesh with the axes `data`, `fsdp`, `tensor` (or their sizes, as for `sharding.make_mesh`): each shard is
         read straight onto its device. Default: one device.
-      weights: 'int8' keeps the decoder's and the heads' kernels in one byte a weight, see `quantise`; default `dtype`.
+      weights: 'int8' keeps the decoder's and the heads' kernels in one byte a weight, see `quantize`; default `dtype`.
       scan_layers: whether the decoder's layers are stacked; default no: sampling would copy each of them in every step.
       fused: whether q, k and v, and gate and up, are one kernel each in `params`, see `fusion.fuse`; default where they
         can be, but not on CPU, where products of their own are faster.
@@ -98,7 +98,7 @@ def load(
     refuse_too_large(path_or_hub_id, config, dtype, weights, shardings, mesh)
 
     def arranged(params: Any) -> Any:
-        params = quantise(params) if weights == "int8" else params
+        params = quantize(params) if weights == "int8" else params
         return fuse(params) if fused else params
 
     def pipeline(params: Any) -> JanusPipeline:
@@ -109,7 +109,7 @@ def load(
             shapes = jax.eval_shape(arranged, abstract_params(config, scan_layers, dtype))
             compiling = thread.submit(ahead, pipeline(shapes))
         # One at a time: there may be room for the int8 weights, and not for all of them as they are read.
-        made = functools.partial(quantise_leaf, delete=True) if weights == "int8" else None
+        made = functools.partial(quantize_leaf, delete=True) if weights == "int8" else None
         params = place(checkpoint.leaves, dtype, shardings, scan_layers, progress=shown(progress), made=made)
         params = fuse(params, delete=True) if fused else params
     if ahead is not None:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from janus_jax.config import JanusConfig
 from janus_jax.model.janus import Janus
-from janus_jax.processing.chat import SYSTEM_PROMPT, Processor, normalise_messages
+from janus_jax.processing.chat import SYSTEM_PROMPT, Processor, normalize_messages
 from janus_jax.sampling import loops
 from janus_jax.sampling.finite import NotFinite, on_host, refuse_codes, refuse_pixels
 from janus_jax.sampling.footprint import bytes_of_pixels, bytes_to_answer, bytes_to_draw
@@ -361,7 +361,7 @@ class JanusPipeline:
         sampler = loops.make_sampler(temperature, top_k, top_p)
         rows, pixels = [], []
         for messages, own in zip(conversations, images, strict=True):
-            turns, sources = normalise_messages(messages, own, processor.tokenizer.image_placeholder)
+            turns, sources = normalize_messages(messages, own, processor.tokenizer.image_placeholder)
             rows.append(processor.understanding_prompt(turns, len(sources), system_prompt, max_new_tokens))
             pixels.append(processor.understanding_pixels(sources))
         ids, mask = processor.left_pad(rows, loops.bucket(max(len(row) for row in rows)))

@@ -35,13 +35,13 @@ from janus_jax.processing.images import ImageSettings
 from janus_jax.sampling import loops
 from janus_jax.sharding import make_mesh, param_shardings
 from janus_jax.weights.fuse import fuse
-from janus_jax.weights.quantize import quantise
+from janus_jax.weights.quantize import quantize
 from janus_jax.weights.torch_weights import abstract_params
 from train.config import MeshConfig, TrainConfig
 from train.overrides import config_names, load_config
 from train.plan import hlo
 from train.plan.flops import peak_flops, typical_flops
-from train.plan.topologies import GIB, GPUS, KNOWN, Topology, at_home, topology
+from train.plan.topologies import GIB, GPUS, KNOWN, Topology, laid_out, topology
 from train.run.loop import check_mesh
 from train.step.state import abstract_batch, abstract_state
 from train.step.step import make_train_step
@@ -115,7 +115,7 @@ class Compiled:
         yield f"  compiled in {self.seconds:.0f} s"
 
     def step_seconds(self) -> dict[float, float]:
-        """Seconds that a training step takes, by model FLOPs utilisation."""
+        """Seconds that a training step takes, by model FLOPs utilization."""
         return {mfu: self.flops / (mfu * self.place.chips * peak_flops(self.place.device_kind)) for mfu in _MFUS}
 
 
@@ -170,7 +170,7 @@ def compile_sampling(
 ) -> list[Compiled]:
     """`config`'s model for `place` in bfloat16: the image loop with guidance and, with `decoder`, the VQ decoder.
 
-    `int8`: see `quantise`. A cache that grows is taken at its largest.
+    `int8`: see `quantize`. A cache that grows is taken at its largest.
     """
     devices = devices_of(place)
     mesh = make_mesh(dataclasses.asdict(config.mesh), devices)
@@ -181,7 +181,7 @@ def compile_sampling(
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
     params = abstract_params(config.model, model.scan_layers, "bfloat16")
-    params = jax.eval_shape(quantise, params) if int8 else params
+    params = jax.eval_shape(quantize, params) if int8 else params
     params = jax.eval_shape(fuse, params) if model.fused else params
     params = on(params, param_shardings(params, mesh))
     ids = jax.ShapeDtypeStruct((images, 2, _PROMPT), jnp.int32)
@@ -270,13 +270,13 @@ def _shard_bytes(tree: Any) -> int:
 
 
 def jobs(config: TrainConfig, place: Topology | None, sample: bool) -> Iterator[tuple[TrainConfig, Topology]]:
-    """What to compile for `config`: on `place`, as on that home if it is one, else on each of its homes."""
-    homes = config.sampling_homes if sample else config.homes
+    """What to compile for `config`: on `place`, with its layout there if it has one; without `place` on each."""
+    layouts = config.sampling_layouts if sample else config.layouts
     if place is None:
-        yield from ((at_home(config, home), topology(home.topology)) for home in homes)
+        yield from ((laid_out(config, layout), topology(layout.topology)) for layout in layouts)
         return
-    fitting = [home for home in homes if topology(home.topology) == place and config.mesh == MeshConfig()]
-    yield (at_home(config, fitting[0]) if fitting else config), place
+    fitting = [layout for layout in layouts if topology(layout.topology) == place and config.mesh == MeshConfig()]
+    yield (laid_out(config, fitting[0]) if fitting else config), place
 
 
 def compile_job(
@@ -348,7 +348,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError("--images and --int8 are for --sampling")
         names = [args.config] if args.config else config_names()
         configs = [load_config(name, args.overrides) for name in names]
-        configs = [config for config in configs if isinstance(config, TrainConfig) and (args.config or config.homes)]
+        configs = [config for config in configs if isinstance(config, TrainConfig) and (args.config or config.layouts)]
         place = topology(args.topology) if args.topology else None
         kinds = (False, True) if args.all else (args.sampling,)
         todo = [(*job, sample) for sample in kinds for config in configs for job in jobs(config, place, sample)]

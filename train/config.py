@@ -134,7 +134,7 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Home:
+class Layout:
     """Devices that a run is meant for, and how it is laid out there.
 
     Attributes:
@@ -166,7 +166,7 @@ class TrainConfig:
       steps: optimizer updates in all.
       batch_size: packed rows a step, over all hosts.
       accumulate: parts that a step's rows are worked off in, one after the other.
-      seed: of initialisation, order, dropout.
+      seed: of initialization, order, dropout.
       compute_dtype: of activations and of the parameters' copies that products use; trained parameters are float32.
       reduce_dtype: in which gradients are summed over devices; see `train.step.step.gradients`.
       frozen_dtype: of parameters that are not trained.
@@ -174,9 +174,9 @@ class TrainConfig:
       attention: of the decoder: 'xla', 'splash' (TPU's kernel), 'triton' (a GPU's), or 'auto' for the best that the
         devices and the sizes allow.
       loss_chunk: tokens of a row whose logits exist at a time.
-      homes: devices that the run is meant for; it takes their mesh, accumulate and remat where it finds itself on
+      layouts: devices that the run is meant for; it takes their mesh, accumulate and remat where it finds itself on
         them with `mesh` as it is by default.
-      sampling_homes: devices that its model draws on, for `train.compile`.
+      sampling_layouts: devices that its model draws on, for `train.compile`.
       log_every, save_every: in steps.
       keep: checkpoints kept, the newest ones.
       export_every: steps between exported bfloat16 parameters (0: at the end only).
@@ -207,8 +207,8 @@ class TrainConfig:
     attention: Literal["auto", "xla", "splash", "triton"] = "auto"
     loss_chunk: int = 512
     mesh: MeshConfig = MeshConfig()
-    homes: tuple[Home, ...] = ()
-    sampling_homes: tuple[Home, ...] = ()
+    layouts: tuple[Layout, ...] = ()
+    sampling_layouts: tuple[Layout, ...] = ()
     evaluation: EvalConfig = EvalConfig()
     samples: SampleConfig = SampleConfig()
     log_every: int = 10

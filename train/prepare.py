@@ -1,6 +1,6 @@
 """Prepares training data: `python -m train.prepare --kind generation --source captions.jsonl --model DIR --out DIR`.
 
-Reads any format of `train.raw.sources`, checks and tokenises every sample, encodes generation images to codes, and
+Reads any format of `train.raw.sources`, checks and tokenizes every sample, encodes generation images to codes, and
 writes a folder for `train.data.prepared.open_prepared`. Each shard covers a fixed range of the source and appears when
 it is complete, so that a run which was stopped goes on with the missing ones and ends with the same bytes.
 """
@@ -36,7 +36,7 @@ from train.config import KINDS
 from train.data.fingerprints import VQ, params_fingerprint
 from train.data.prepared import DROPPED, FORMAT_VERSION, IMAGES, LENGTHS, META, SPECIAL_IDS, TOKENIZER, read_meta
 from train.data.shards import Encode, ShardWriter, data_file, index_file, read_index, replace_file
-from train.data.tokenize import STORES, Tokeniser, resized_by, tokenizer_fingerprint
+from train.data.tokenize import STORES, SampleTokenizer, resized_by, tokenizer_fingerprint
 from train.raw.sources import FORMATS, BadSample, RawSample, open_source
 from train.raw.storage import patiently
 
@@ -104,7 +104,7 @@ def prepare(
       system_prompt: of conversations that bring none.
       store: what is kept of pictures to understand: 'original', their files; or 'resized', the very pixels that the
         model sees, as PNG, which is small and fast to read where the originals are large.
-      workers: threads that read, decode and tokenise; None for one a core.
+      workers: threads that read, decode and tokenize; None for one a core.
     Raises: ValueError with the counts by reason for too many bad samples, and for what does not fit together.
     """
     if kind == "generation" and encode is None:
@@ -116,7 +116,7 @@ def prepare(
     if not len(source):
         raise ValueError("the source is empty")
     out = pathlib.Path(out)
-    tokeniser = Tokeniser(processor, kind, context, system_prompt, store)
+    tokenize = SampleTokenizer(processor, kind, context, system_prompt, store)
     settings = {
         "kind": kind,
         "context": context,
@@ -134,7 +134,7 @@ def prepare(
     if store == "resized" and kind == "understanding":
         settings["resized"] = list(resized_by(processor.settings))
     meta = _begin(out, settings)
-    work = ShardWriter(source, out, tokeniser, encode, batch_size, max_bad_share)
+    work = ShardWriter(source, out, tokenize, encode, batch_size, max_bad_share)
     if meta["finished"]:
         _drop_indices(out)
         totals = meta["read"], meta["samples"], meta["tokens"], meta["dropped"]

@@ -1,7 +1,7 @@
 """Training of the generation tokenizer, a VQ autoencoder: `python -m train.vq --images FOLDER --out DIR`.
 
 The quantizer and its losses are the reference's (LlamaGen's VectorQuantizer as in janus/models/vq_model.py): codebook
-and commitment loss on L2-normalised vectors, straight-through gradient. The reconstruction loss here is the mean
+and commitment loss on L2-normalized vectors, straight-through gradient. The reconstruction loss here is the mean
 squared error alone: LlamaGen's perceptual and adversarial losses, which sharpen large photographs, are left out.
 
 The images are read while it trains. The state is kept in `DIR/training` every `--save_every` steps, from where the same
@@ -56,7 +56,7 @@ class VQTrainConfig:
       reseed_every: steps after which codes that none of them used are set to encoder outputs. The same steps are the
         window over which usage is counted.
       reseed_until: no code is re-seeded from this step on; from 1 on, all codes start from encoder outputs.
-      seed: of initialisation, batches and re-seeding.
+      seed: of initialization, batches and re-seeding.
     """
 
     model: VQConfig
@@ -97,7 +97,7 @@ def init_vq_state(config: VQTrainConfig) -> VQState:
     model, rng = VQModel(config.model), np.random.default_rng(config.seed)
     abstract = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros(shape))["params"])
 
-    # By numpy: XLA takes half a minute to compile flax's own initialisation on a CPU.
+    # By numpy: XLA takes half a minute to compile flax's own initialization on a CPU.
     def made(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
         name = path[-1].key
         if name in ("bias", "scale"):

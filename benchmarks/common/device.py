@@ -137,7 +137,7 @@ def random_model(
     from janus_jax.loading import layout
     from janus_jax.model.janus import Janus
     from janus_jax.weights.fuse import fuse, fusible
-    from janus_jax.weights.quantize import quantise
+    from janus_jax.weights.quantize import quantize
     from janus_jax.weights.torch_weights import abstract_params
 
     attributes = layout(config, jax.default_backend())
@@ -148,7 +148,7 @@ def random_model(
     abstract = abstract_params(config, attributes["scan_layers"], dtype)
     wanted = {part: abstract[part] for part in parts or abstract}
     params = jax.tree.map(lambda leaf: jnp.asarray(random_array(leaf.shape, leaf.dtype)), wanted)
-    params = quantise(params, delete=True) if how == "int8" else params
+    params = quantize(params, delete=True) if how == "int8" else params
     params = fuse(params, delete=True) if attributes["fused"] else params
     return Janus(config, jnp.dtype(dtype), jnp.dtype(dtype), **attributes), params
 

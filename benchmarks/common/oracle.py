@@ -1,7 +1,7 @@
 """The oracle: transformers' port of Janus in float32 with random weights, on numpy arrays.
 
 Images are NHWC here, as in janus_jax. Where the port is known to differ from the original, the original's way is
-written out: VQ encode normalises before it looks for the nearest code, and text to image takes rows in adjacent
+written out: VQ encode normalizes before it looks for the nearest code, and text to image takes rows in adjacent
 (conditional, unconditional) pairs.
 """
 
@@ -85,7 +85,7 @@ def vq_features(model: TorchJanus, images: np.ndarray, dtype: torch.dtype = torc
 
 @torch.inference_mode()
 def encode_codes(model: TorchJanus, images: np.ndarray) -> np.ndarray:
-    """Codes [B, grid * grid] of the nearest normalised codebook rows."""
+    """Codes [B, grid * grid] of the nearest normalized codebook rows."""
     z = torch.nn.functional.normalize(torch.tensor(vq_features(model, images)), dim=-1)
     codebook = torch.nn.functional.normalize(model.model.vqmodel.quantize.embedding.weight, dim=-1)
     distances = (z**2).sum(-1, keepdim=True) + (codebook**2).sum(-1) - 2 * z @ codebook.T

@@ -32,7 +32,7 @@ class Judge:
         return self._svm.predict(_features(images))
 
     def accuracy(self, split: str) -> float:
-        """Share of a split's own images that are recognised."""
+        """Share of a split's own images that are recognized."""
         images, labels = load_split(split)
         return float(np.mean(self.predict(to_rgb(images)) == labels))
 

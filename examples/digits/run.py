@@ -210,7 +210,7 @@ def table(figures: dict[str, Any]) -> str:
     rows = [
         (f"split {figures['split']}, seed {figures['seed']}", ""),
         ("the judge on real images", f"{figures['judge']:.1%}"),
-        ("reconstructions recognised", f"{figures['reconstruction']:.1%}"),
+        ("reconstructions recognized", f"{figures['reconstruction']:.1%}"),
         (f"understanding, {figures['questions']} questions", f"{figures['understanding']:.1%}"),
         (f"generation, {count} images, guidance {figures['guidance']:g}", f"{figures['generation']:.1%}"),
         ("  lowest class", f"{figures['lowest_class']:.1%}"),

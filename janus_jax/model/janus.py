@@ -43,7 +43,7 @@ class Janus(nn.Module):
       dtype: compute dtype; parameters are cast to it where they are used.
       param_dtype: dtype of parameters that `init` makes.
       scan_layers: layout of the decoder's parameters, see `Llama`.
-      remat: what training computes twice to save memory, see `layers.rematerialised`.
+      remat: what training computes twice to save memory, see `layers.rematerialized`.
       attention: see `attention.attend_segments`, and for SigLIP `attention.attend_all`.
       fsdp: whether the parameters of layers are this device's parts along the mesh axis `fsdp`, to be gathered where
         they are used; inside `jax.shard_map` (training).
@@ -78,11 +78,11 @@ class Janus(nn.Module):
         return self.language_model.embed_tokens(ids)
 
     def image_features(self, pixels: jax.Array) -> jax.Array:
-        """Normalised pixels [B, h, w, 3] to SigLIP features [B, patches, vision width]."""
+        """Normalized pixels [B, h, w, 3] to SigLIP features [B, patches, vision width]."""
         return self.vision_model(pixels)
 
     def embed_images(self, pixels: jax.Array) -> jax.Array:
-        """Normalised pixels [B, h, w, 3] to embeddings [B, patches, D]."""
+        """Normalized pixels [B, h, w, 3] to embeddings [B, patches, D]."""
         return self.aligner(self.vision_model(pixels))
 
     def embed_codes(self, codes: jax.Array) -> jax.Array:
@@ -124,7 +124,7 @@ class Janus(nn.Module):
         return self.gen_vision_model.decode(codes)
 
     def __call__(self, ids: jax.Array, pixels: jax.Array, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Touches every parameter, for initialisation: text [B, T], pixels and images as above."""
+        """Touches every parameter, for initialization: text [B, T], pixels and images as above."""
         codes = self.encode_codes(images)
         parts = [self.embed_text(ids), self.embed_images(pixels), self.embed_codes(codes)]
         self.decode_codes(codes)

@@ -50,8 +50,8 @@ class Einsum(nn.Module):
         added = [i for i, axis in enumerate(kernel_axes) if axis not in inputs]
         init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=contracted, out_axis=added)
         kernel = self.param("kernel", init, self.shape, self.param_dtype)
-        quantised = self.has_variable("params", "kernel_scale")  # see `janus_jax.weights.quantize`
-        out_dtype = jnp.float32 if quantised else self.out_dtype
+        quantized = self.has_variable("params", "kernel_scale")  # see `janus_jax.weights.quantize`
+        out_dtype = jnp.float32 if quantized else self.out_dtype
         x = x.astype(self.dtype)
         leading, out_shape = x.shape[: x.ndim - len(contracted)], tuple(self.shape[i] for i in added)
 
@@ -71,14 +71,14 @@ class Einsum(nn.Module):
 
         def kernel_left(x, kernel):
             rows, matrix = as_matrices(x, kernel)
-            product = _product_in_blocks if quantised and len(matrix) % _BLOCK == 0 else _product
+            product = _product_in_blocks if quantized and len(matrix) % _BLOCK == 0 else _product
             return product(matrix, rows, out_dtype).T.reshape(*leading, *out_shape)
 
         if math.prod(leading) <= _FEW_TOKENS:
             y = jax.lax.platform_dependent(x, kernel, cpu=kernel_left, default=default)
         else:
             y = (kernel_right if self.flat else default)(x, kernel)
-        if quantised:
+        if quantized:
             y = (y * self.get_variable("params", "kernel_scale")).astype(self.out_dtype or self.dtype)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, out_shape, self.param_dtype)
@@ -214,7 +214,7 @@ _REMAT_POLICIES = {
 }
 
 
-def rematerialised(block: type[nn.Module], remat: str) -> type[nn.Module]:
+def rematerialized(block: type[nn.Module], remat: str) -> type[nn.Module]:
     """`block`, whose backward pass computes activations again.
 
     Args:

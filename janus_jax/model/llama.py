@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from janus_jax.config import LlamaConfig
 from janus_jax.model.attention import attend, attend_segments
-from janus_jax.model.layers import Einsum, Embed, RMSNorm, apply_rope, rematerialised, rope
+from janus_jax.model.layers import Einsum, Embed, RMSNorm, apply_rope, rematerialized, rope
 from janus_jax.sharding import constrain, gather_layer
 
 
@@ -212,7 +212,7 @@ class Llama(nn.Module):
 
     `scan_layers` says how parameters are laid out: `layers` stacked on a first axis (training, conversion), or
     `layers_0`, `layers_1`, ... apart (decoding: on CPU and GPU slicing the stack costs a copy of the weights a step).
-    `remat`: see `layers.rematerialised`. `attention`: see `attention.attend_segments`.
+    `remat`: see `layers.rematerialized`. `attention`: see `attention.attend_segments`.
     `fsdp`, `fused`: see `Janus`.
     """
 
@@ -232,7 +232,7 @@ class Llama(nn.Module):
         if self.fsdp:
             gather = functools.partial(gather_layer, "language_model/layers/", self.dtype)
             block = nn.map_variables(block, "params", trans_in_fn=gather)
-        block = rematerialised(block, self.remat)
+        block = rematerialized(block, self.remat)
         if self.scan_layers:
             scanned = nn.scan(
                 block,

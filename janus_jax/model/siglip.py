@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from janus_jax.config import SiglipConfig
 from janus_jax.model.attention import attend_all
-from janus_jax.model.layers import Einsum, gelu, rematerialised
+from janus_jax.model.layers import Einsum, gelu, rematerialized
 from janus_jax.model.precision import precision_of
 from janus_jax.sharding import constrain, gather_layer
 
@@ -71,10 +71,10 @@ class Block(nn.Module):
 
 
 class Siglip(nn.Module):
-    """Pixels [B, image_size, image_size, 3], normalised, to patch features [B, num_patches, width].
+    """Pixels [B, image_size, image_size, 3], normalized, to patch features [B, num_patches, width].
 
     The final LayerNorm is applied; there is no class token and no pooling, as the reference uses the tower.
-    `remat`: see `layers.rematerialised`. `fsdp`: see `Janus`. `attention`: see `attention.attend_all`.
+    `remat`: see `layers.rematerialized`. `fsdp`: see `Janus`. `attention`: see `attention.attend_all`.
     """
 
     config: SiglipConfig
@@ -99,7 +99,7 @@ class Siglip(nn.Module):
         if self.fsdp:
             gather = functools.partial(gather_layer, "vision_model/blocks/", self.dtype)
             block = nn.map_variables(block, "params", trans_in_fn=gather)
-        block = rematerialised(block, self.remat)
+        block = rematerialized(block, self.remat)
         blocks = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.layers)
         x, _ = blocks(c, self.dtype, self.param_dtype, self.attention, name="blocks")(x, None)
         return _layer_norm(self, "norm")(x)

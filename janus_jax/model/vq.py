@@ -163,7 +163,7 @@ def l2_normalize(x: jax.Array) -> jax.Array:
 
 
 class Quantizer(_VQModule):
-    """L2-normalised codebook [codebook_size, codebook_dim]; nearest code by Euclidean distance."""
+    """L2-normalized codebook [codebook_size, codebook_dim]; nearest code by Euclidean distance."""
 
     def setup(self):
         c = self.config

@@ -40,7 +40,7 @@ SYSTEM_PROMPT = (
 
 __all__ = ["BEGIN_OF_IMAGE", "BOS", "END_OF_IMAGE", "EOS", "IMAGE_PLACEHOLDER", "PAD", "ROLES", "SYSTEM_PROMPT"]
 __all__ += ["Messages", "Processor", "StreamDecoder", "Tokenizer", "detect_roles", "format_conversation"]
-__all__ += ["normalise_messages"]
+__all__ += ["normalize_messages"]
 
 Messages = Sequence[tuple[str, str]]
 _SPEAKERS = ("user", "assistant")
@@ -97,7 +97,7 @@ def _parse_message(message: Any, place: str) -> tuple[str, str, list[ImageSource
     return speaker, text or "", _image_list(message.get("images"))
 
 
-def normalise_messages(
+def normalize_messages(
     messages: str | Sequence[Mapping[str, Any]], images: Any = (), image_tag: str = IMAGE_PLACEHOLDER
 ) -> tuple[list[tuple[str, str]], list[ImageSource]]:
     """`messages` as pairs ("user" | "assistant", text) ending with an empty assistant turn, and the images in order.
@@ -205,7 +205,7 @@ class Processor:
     def understanding_prompt(
         self, messages: Messages, num_images: int, system_prompt: str = SYSTEM_PROMPT, max_new_tokens: int = 0
     ) -> list[int]:
-        """Ids of a conversation (from `normalise_messages`) about `num_images` images, for the model to answer.
+        """Ids of a conversation (from `normalize_messages`) about `num_images` images, for the model to answer.
 
         Each placeholder becomes begin_of_image, `config.vision.num_patches` placeholders, end_of_image. ValueError when
         placeholders and images differ in number, or prompt and `max_new_tokens` exceed the model's positions.

@@ -96,7 +96,7 @@ class ImageSettings:
 
 
 def understanding_pixels_uint8(image: ImageSource, settings: ImageSettings) -> np.ndarray:
-    """uint8 [S, S, 3] with S = `settings.image_size`: long side scaled to S, centred on the background colour.
+    """uint8 [S, S, 3] with S = `settings.image_size`: long side scaled to S, centered on the background color.
 
     Bit-exact to `VLMImageProcessor.resize` (transposed): side lengths are truncated, never below `min_size`, and the
     filter is Pillow's antialiased bicubic. (transformers' port rounds the side lengths and differs by a pixel.)

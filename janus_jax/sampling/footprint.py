@@ -17,7 +17,7 @@ from janus_jax.model.janus import Janus
 from janus_jax.model.llama import cache_bytes
 from janus_jax.sampling import memory
 from janus_jax.sharding import flatten, is_stacked, output_axes
-from janus_jax.weights.quantize import is_quantised
+from janus_jax.weights.quantize import is_quantized
 from janus_jax.weights.torch_weights import abstract_params
 
 
@@ -60,7 +60,7 @@ def params_bytes(
     for path, x in flatten(abstract_params(config, scan_layers=not apart)).items():
         shape = spread[path].shard_shape(x.shape) if spread else x.shape
         size = math.prod(shape)
-        if weights == "int8" and is_quantised(path):
+        if weights == "int8" and is_quantized(path):
             total += size + 4 * math.prod(shape[: output_axes(path) + is_stacked(path)])
         else:
             total += size * np.dtype(dtype).itemsize

@@ -152,7 +152,7 @@ def continue_image(
 
     def step(i, state: ImageState) -> ImageState:
         last = jax.lax.dynamic_slice_in_dim(state.codes, i - 1, 1, axis=1)
-        # Both rows of a pair are fed the code that was drawn, and stay neighbours.
+        # Both rows of a pair are fed the code that was drawn, and stay neighbors.
         x = jnp.repeat(_run(model, params, "embed_codes", last), pair, axis=0)
         hidden, cache = _run(model, params, "decode", x, state.cache)
         logits = guide(_image_logits(model, params, hidden, pair), guidance)
@@ -270,7 +270,7 @@ def embed_prompt(model: Janus, params: Params, ids: jax.Array, where: jax.Array,
     Args:
       ids: [B, T] int32.
       where: [B, T] bool, the image placeholders.
-      pixels: [B, M, h, w, 3] normalised, each row's images in order (further ones are ignored), or None.
+      pixels: [B, M, h, w, 3] normalized, each row's images in order (further ones are ignored), or None.
     """
     x = _run(model, params, "embed_text", ids)
     if pixels is None:

@@ -191,7 +191,7 @@ def array_leaves(folder: pathlib.Path, wanted: Mapping[str, Any]) -> LazyParams:
         store = orbax_layouts.open_store(state)
     if for_sampling := [name for name in store.drivers if _FOR_SAMPLING.search(name)]:
         raise ValueError(
-            f"{one_line(folder)} holds kernels that were fused or quantised for sampling, such as "
+            f"{one_line(folder)} holds kernels that were fused or quantized for sampling, such as "
             f"{one_line(for_sampling[0])}; save the parameters of janus_jax.load(..., fused=False) without weights="
         )
     top = "params." if store.drivers and all(name.startswith("params.") for name in store.drivers) else ""

@@ -23,7 +23,7 @@ def fusible(config: LlamaConfig) -> bool:
 
 
 def fuse(params: Mapping[str, Any], delete: bool = False) -> dict[str, Any]:
-    """`params` of `Janus` for `Janus(fused=True)`, quantised or not.
+    """`params` of `Janus` for `Janus(fused=True)`, quantized or not.
 
     Kernels lie beside each other on a new axis, so that a mesh splits the heads of each as before.
 

@@ -21,7 +21,7 @@ _KERNELS = re.compile(
 _LEVELS = 127
 
 
-def quantise(params: Mapping[str, Any], delete: bool = False) -> dict[str, Any]:
+def quantize(params: Mapping[str, Any], delete: bool = False) -> dict[str, Any]:
     """`params` with int8 kernels, each with a `kernel_scale` beside it that `layers.Einsum` multiplies by.
 
     Embeddings, adapters, encoders, norms and biases stay as they are: they are read little, or once an image.
@@ -32,13 +32,13 @@ def quantise(params: Mapping[str, Any], delete: bool = False) -> dict[str, Any]:
     """
     made: dict[str, Any] = {}
     for path, x in flatten(params).items():
-        made |= quantise_leaf(path, x, delete)
+        made |= quantize_leaf(path, x, delete)
     return unflatten(made)
 
 
-def quantise_leaf(path: str, x: jax.Array, delete: bool = False) -> dict[str, jax.Array]:
-    """What `quantise` makes of one parameter, by path: itself, or its int8 form and the scales."""
-    if not is_quantised(path):
+def quantize_leaf(path: str, x: jax.Array, delete: bool = False) -> dict[str, jax.Array]:
+    """What `quantize` makes of one parameter, by path: itself, or its int8 form and the scales."""
+    if not is_quantized(path):
         return {path: x}
     kept = output_axes(path) + is_stacked(path)
     made = jax.block_until_ready(_to_int8(x, kept))
@@ -47,8 +47,8 @@ def quantise_leaf(path: str, x: jax.Array, delete: bool = False) -> dict[str, ja
     return dict(zip((path, f"{path}_scale"), made, strict=True))
 
 
-def is_quantised(path: str) -> bool:
-    """Whether `quantise` makes int8 of a parameter."""
+def is_quantized(path: str) -> bool:
+    """Whether `quantize` makes int8 of a parameter."""
     return _KERNELS.fullmatch(path) is not None
 
 

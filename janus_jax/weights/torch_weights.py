@@ -217,7 +217,7 @@ def leaves_of(filled: list[Slot], tensors: dict[str, Tensor]) -> LazyParams:
 
 def _leaf(filled: list[Slot], tensors: dict[str, Tensor]) -> LazyArray:
     shape = _stacked_shape(filled)
-    # One layer in float32 must not lose it to its bfloat16 neighbours.
+    # One layer in float32 must not lose it to its bfloat16 neighbors.
     dtypes = {tensors[slot.name].dtype for slot in filled}
     dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
 

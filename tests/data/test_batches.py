@@ -134,10 +134,10 @@ def test_generation_rows(processor):
         end = len(ids) + n - 1
         assert row["ids"][:end].tolist() == [*ids, *codes[:-1]], "the last code is no input"
         assert np.flatnonzero(row["is_code"]).tolist() == list(range(len(ids), end))
-        learnt = np.flatnonzero(row["tasks"] == TASKS["generation"])
-        assert learnt.tolist() == list(range(len(ids) - 1, end)), "the first code is predicted at begin_of_image"
-        assert len(learnt) == n
-        assert row["targets"][learnt].tolist() == codes.tolist()
+        learned = np.flatnonzero(row["tasks"] == TASKS["generation"])
+        assert learned.tolist() == list(range(len(ids) - 1, end)), "the first code is predicted at begin_of_image"
+        assert len(learned) == n
+        assert row["targets"][learned].tolist() == codes.tolist()
         assert not row["tasks"][: len(ids) - 1].any()
         assert (row["segment_ids"][:end] == 1).all() and row["positions"][:end].tolist() == list(range(end))
         # A shorter caption leaves its place empty, and what follows stays where it was planned.
@@ -163,7 +163,7 @@ def test_understanding_rows(data, processor):
     assert (row["ids"][row["is_image"]] == processor.tokenizer.image_placeholder_id).all()
     assert (row["images"][: len(images)] == np.stack(images)).all()
     assert not row["images"][len(images) :].any()
-    # Every answer ends with EOS, which is learnt.
+    # Every answer ends with EOS, which is learned.
     assert row["targets"][np.flatnonzero(row["tasks"])[-1]] == processor.tokenizer.eos_id
 
 

@@ -188,7 +188,7 @@ def test_epochs_differ_in_order(use):
 @pytest.mark.parametrize(
     "weights, shares", [((), (1 / 2, 1 / 2)), ((3.0, 1.0), (3 / 4, 1 / 4)), ((0.2, 0.6), (1 / 4, 3 / 4))]
 )
-def test_folder_weights_are_honoured(use, weights, shares):
+def test_folder_weights_are_honored(use, weights, shares):
     use(some_folders("t1", "t2"))
     made = Mixture(config(ratio=(0, 1, 0), text=("t1", "t2"), text_weights=weights), batch_size=4, seed=0)
     counts = collections.Counter(name for step in range(60) for name, _ in drawn(made.plan(step), "text"))

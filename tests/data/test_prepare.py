@@ -46,7 +46,7 @@ def encode(images):
 
 @pytest.fixture
 def captions(tmp_path):
-    """Twenty captions with images of different colours, the fourth damaged, the tenth absent."""
+    """Twenty captions with images of different colors, the fourth damaged, the tenth absent."""
     folder = tmp_path / "data"
     folder.mkdir()
     for i in range(20):

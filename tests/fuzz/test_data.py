@@ -19,7 +19,7 @@ from janus_jax.processing.chat import Processor
 from tests.fuzz.bounded import given, mutated
 from tests.raw.test_sources import png
 from tests.raw.test_tars import member, pax
-from train.data.tokenize import Tokeniser
+from train.data.tokenize import SampleTokenizer
 from train.raw.folders import read_names
 from train.raw.sources import BadSample, open_source
 
@@ -29,11 +29,11 @@ CONFIG = get_preset("janus_tiny")
 
 
 @functools.cache
-def tokenisers() -> list[Tokeniser]:
+def sample_tokenizers() -> list[SampleTokenizer]:
     with tempfile.TemporaryDirectory() as folder:
         write_tokenizer(pathlib.Path(folder), image_size=CONFIG.vision.image_size)
         processor = Processor.from_folder(pathlib.Path(folder), CONFIG)
-    return [Tokeniser(processor, kind, 400) for kind in ("understanding", "text", "generation")]
+    return [SampleTokenizer(processor, kind, 400) for kind in ("understanding", "text", "generation")]
 
 
 def read(path: pathlib.Path, *formats: str | None):
@@ -55,9 +55,9 @@ def read(path: pathlib.Path, *formats: str | None):
                 _check(error)
                 continue
             assert "\n" not in sample.place and len(sample.place) <= 600
-            for tokenise in tokenisers():
+            for tokenize in sample_tokenizers():
                 try:
-                    tokenise(sample)
+                    tokenize(sample)
                 except BadSample as error:
                     _check(error)
     if not opened:

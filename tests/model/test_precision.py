@@ -13,7 +13,7 @@ from janus_jax.model import attention
 from janus_jax.model.janus import Janus
 from janus_jax.model.vq import VQModel
 from janus_jax.sampling import loops
-from janus_jax.weights.quantize import quantise
+from janus_jax.weights.quantize import quantize
 from janus_jax.weights.torch_weights import abstract_params
 
 CONFIG = PRESETS["janus_tiny"]
@@ -56,7 +56,7 @@ def programs(dtype: str, attention: str = "xla", weights: str | None = None) -> 
     """Everything that runs at inference: name -> (function, its arguments)."""
     model = Janus(CONFIG, jnp.dtype(dtype), jnp.dtype(dtype), scan_layers=False, attention=attention)
     params = abstract_params(CONFIG, False, dtype)
-    params = jax.eval_shape(quantise, params) if weights else params
+    params = jax.eval_shape(quantize, params) if weights else params
     v, g = CONFIG.vision, CONFIG.gen_vision
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
     one, sampler = jnp.int32(1), loops.make_sampler()

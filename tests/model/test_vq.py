@@ -70,7 +70,7 @@ def test_embed_codes(case, codes, close):
 
 
 def test_codes_of_the_original(tiny):
-    """transformers' encode leaves the normalisation out; these codes are the original implementation's."""
+    """transformers' encode leaves the normalization out; these codes are the original implementation's."""
     golden = np.load(GOLDEN / "golden.npz")
     config = read_config(GOLDEN)
     assert config == tiny.config

@@ -13,9 +13,9 @@ import jax
 import pytest
 
 from train import compile as ahead
-from train.config import Home, MeshConfig, TrainConfig
+from train.config import Layout, MeshConfig, TrainConfig
 from train.overrides import config_names, load_config
-from train.plan.topologies import KNOWN, settle, topology
+from train.plan.topologies import KNOWN, choose_layout, topology
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is for Linux on x86")
@@ -58,26 +58,26 @@ def test_unknown_topologies_list_the_known_ones(name, told):
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_configs_divide_their_homes(name):
     config = load_config(name)
-    assert {home.topology for home in config.homes} >= {"v5e-256", "v5p-128", "v6e-256"}
-    for home in config.homes:
-        place = topology(home.topology)
+    assert {layout.topology for layout in config.layouts} >= {"v5e-256", "v5p-128", "v6e-256"}
+    for layout in config.layouts:
+        place = topology(layout.topology)
         devices = [SimpleNamespace(device_kind=place.device_kind)] * place.chips
-        settled = settle(config, devices)
-        assert (settled.mesh, settled.accumulate) == (home.mesh, home.accumulate)
-        fixed = {axis: size for axis, size in dataclasses.asdict(home.mesh).items() if size != -1}
+        chosen = choose_layout(config, devices)
+        assert (chosen.mesh, chosen.accumulate) == (layout.mesh, layout.accumulate)
+        fixed = {axis: size for axis, size in dataclasses.asdict(layout.mesh).items() if size != -1}
         shards = place.chips // fixed["tensor"]
-        assert shards % fixed["fsdp"] == 0 and config.batch_size % (home.accumulate * shards) == 0
+        assert shards % fixed["fsdp"] == 0 and config.batch_size % (layout.accumulate * shards) == 0
         assert config.model.language.width % (128 * fixed["fsdp"]) == 0
     if name.endswith("3"):
-        assert [home.topology for home in config.sampling_homes] == ["v5e-8", "v6e-1", "v5p-8"]
+        assert [layout.topology for layout in config.sampling_layouts] == ["v5e-8", "v6e-1", "v5p-8"]
 
 
 def test_a_mesh_that_is_given_stays():
     config = load_config("7b_stage3", ["mesh.fsdp=64", "mesh.data=4"])
     place = KNOWN["v5e-256"]
     devices = [SimpleNamespace(device_kind=place.device_kind)] * place.chips
-    assert settle(config, devices) is config
-    assert settle(load_config("7b_stage3"), jax.devices()).mesh == MeshConfig()
+    assert choose_layout(config, devices) is config
+    assert choose_layout(load_config("7b_stage3"), jax.devices()).mesh == MeshConfig()
 
 
 @pytest.mark.parametrize(
@@ -167,9 +167,9 @@ def _command(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_a_home_is_part_of_a_config():
-    home = Home("v5e-8", MeshConfig(fsdp=4, tensor=2), accumulate=2, remat="dots")
-    config = dataclasses.replace(load_config("debug"), homes=(home,))
+    layout = Layout("v5e-8", MeshConfig(fsdp=4, tensor=2), accumulate=2, remat="dots")
+    config = dataclasses.replace(load_config("debug"), layouts=(layout,))
     assert isinstance(config, TrainConfig)
     (made, place), *others = ahead.jobs(config, None, sample=False)
     assert not others and place == KNOWN["v5e-8"]
-    assert (made.mesh, made.accumulate, made.remat) == (home.mesh, 2, "dots")
+    assert (made.mesh, made.accumulate, made.remat) == (layout.mesh, 2, "dots")

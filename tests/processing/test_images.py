@@ -67,7 +67,7 @@ def test_opaque_modes_look_the_same(mode):
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "YCbCr"])
-def test_colours_of_print_and_video(mode):
+def test_colors_of_print_and_video(mode):
     shown = rgb(open_image(Image.new("RGB", (2, 2), (200, 40, 90)).convert(mode)))[0, 0].astype(int)
     assert np.abs(shown - (200, 40, 90)).max() <= 2
 
@@ -77,7 +77,7 @@ def test_cmyk_jpeg_is_not_inverted():
     assert np.abs(rgb(open_image(data))[8, 8].astype(int) - (200, 40, 90)).max() <= 8
 
 
-def test_palette_keeps_its_colours():
+def test_palette_keeps_its_colors():
     image = Image.fromarray(np.array([[0, 1], [1, 0]], np.uint8), "P")
     image.putpalette([10, 20, 30, 200, 100, 50])
     expected = [[[10, 20, 30], [200, 100, 50]], [[200, 100, 50], [10, 20, 30]]]
@@ -208,9 +208,9 @@ def test_understanding_pixels_equal_the_reference(index):
     pixels = understanding_pixels_uint8(golden[f"image_{index}"], settings)
     assert pixels.dtype == np.uint8
     np.testing.assert_array_equal(pixels, expected)
-    normalised = understanding_pixels(golden[f"image_{index}"], settings)
-    assert normalised.dtype == np.float32
-    np.testing.assert_allclose(normalised, expected / 127.5 - 1, atol=1e-6)
+    normalized = understanding_pixels(golden[f"image_{index}"], settings)
+    assert normalized.dtype == np.float32
+    np.testing.assert_allclose(normalized, expected / 127.5 - 1, atol=1e-6)
 
 
 def test_understanding_pixels_follow_their_settings():
@@ -219,8 +219,8 @@ def test_understanding_pixels_follow_their_settings():
     rows = np.flatnonzero((pixels == 200).all(axis=(1, 2)))
     assert rows.tolist() == [14, 15, 16, 17]
     assert pixels[0, 0].tolist() == [25, 51, 102]
-    normalised = understanding_pixels(np.full((9, 9, 3), 255, np.uint8), settings)
-    np.testing.assert_allclose(normalised[0, 0], [1.8, 0.8, 0.3], rtol=1e-6)
+    normalized = understanding_pixels(np.full((9, 9, 3), 255, np.uint8), settings)
+    np.testing.assert_allclose(normalized[0, 0], [1.8, 0.8, 0.3], rtol=1e-6)
     plain = understanding_pixels(np.full((9, 9, 3), 255, np.uint8), dataclasses.replace(settings, do_normalize=False))
     np.testing.assert_allclose(plain, 1, rtol=1e-6)
 

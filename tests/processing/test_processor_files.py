@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import janus_jax
 from examples.tiny.tokenizer import BOS, EOS, PAD, edit_json, write_tokenizer
 from janus_jax.io.staging import MARK
-from janus_jax.processing.chat import Processor, normalise_messages
+from janus_jax.processing.chat import Processor, normalize_messages
 from janus_jax.processing.images import ImageSettings
 from janus_jax.processing.processor_files import PROCESSOR_FILES, TOKENIZER_FILES, copy_files
 from janus_jax.weights import checkpoint
@@ -204,7 +204,7 @@ def test_transformers_answers_with_our_ids(get_case, tmp_path, name):
     messages = [{"role": "user", "content": question}]
     tokenized = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
     inputs = processor.apply_chat_template(messages, add_generation_prompt=True, **tokenized)
-    turns, images = normalise_messages("What is it?", [picture(0, size)])
+    turns, images = normalize_messages("What is it?", [picture(0, size)])
     assert inputs["input_ids"][0].tolist() == ours.processor.understanding_prompt(turns, 1)
     pixels = ours.processor.understanding_pixels(images)
     np.testing.assert_allclose(inputs["pixel_values"].permute(0, 2, 3, 1), pixels, atol=1e-6)

@@ -9,7 +9,7 @@ from examples.tiny.tokenizer import EOS, write_tokenizer
 from janus_jax.config import get_preset
 from janus_jax.processing.chat import Processor
 from janus_jax.processing.images import open_image
-from train.data.tokenize import Tokeniser
+from train.data.tokenize import SampleTokenizer
 from train.raw.sources import BadSample, open_source
 
 CASES = pathlib.Path(__file__).parents[1] / "cases"
@@ -24,7 +24,7 @@ def processor(tmp_path_factory):
 
 def decoded(processor, raw, kind="understanding"):
     """What the model reads of a sample, and what of it is trained on."""
-    (sample,), _ = Tokeniser(processor, kind, 2000)(raw)
+    (sample,), _ = SampleTokenizer(processor, kind, 2000)(raw)
     decode = processor.tokenizer.decode
     return decode(sample.ids), decode(sample.ids[sample.answers], skip_special_tokens=False)
 

@@ -18,9 +18,9 @@ LLAVA = {
 CHAT = {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}]}
 
 
-def png(colour=(200, 10, 10), size=(20, 12)) -> bytes:
+def png(color=(200, 10, 10), size=(20, 12)) -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", size, colour).save(file, "PNG")
+    Image.new("RGB", size, color).save(file, "PNG")
     return file.getvalue()
 
 

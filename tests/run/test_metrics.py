@@ -113,9 +113,9 @@ def test_curves_of_one_run_and_of_three_stages(tmp_path):
         out = loss_curves(runs, tmp_path / "pictures" / f"{name}.png", title="a title")
         image = Image.open(out)
         assert image.size[0] > 800
-        colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 24)}
-        for colour in ((0x25, 0x63, 0xEB), (0x05, 0x96, 0x69), (0xDC, 0x26, 0x26)):
-            assert colour in colours  # each task's curve is there
+        colors = {color for _, color in image.convert("RGB").getcolors(1 << 24)}
+        for color in ((0x25, 0x63, 0xEB), (0x05, 0x96, 0x69), (0xDC, 0x26, 0x26)):
+            assert color in colors  # each task's curve is there
 
 
 def test_nothing_to_draw(tmp_path):

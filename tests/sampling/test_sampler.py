@@ -38,7 +38,7 @@ LOGITS = np.log(np.array([0.3, 0.02, 0.25, 0.1, 0.05, 0.2, 0.08], np.float32)) +
     ids=str,
 )
 def test_frequencies(settings, expected):
-    """20 000 draws against the renormalised distribution: none outside it, chi-square within its 1 - 1e-6 quantile."""
+    """20 000 draws against the renormalized distribution: none outside it, chi-square within its 1 - 1e-6 quantile."""
     count = 20_000
     sampler = make_sampler(**settings)
     tokens = jax.jit(sampler.__call__)(keys(count), jnp.broadcast_to(LOGITS, (count, len(LOGITS))))

@@ -24,7 +24,7 @@ from train.data.batches import TASKS, Assembler
 from train.data.mixture import Item, Plan
 from train.data.packing import pack
 from train.data.prepared import open_prepared
-from train.step.loss import cross_entropy, means, normalise, token_losses
+from train.step.loss import cross_entropy, means, normalize, token_losses
 from train.step.state import split
 from train.step.step import gradients
 
@@ -171,12 +171,12 @@ def test_loss_and_gradients_of_each_task_and_of_all_are_transformers(run):
                     assert sums[f"tokens_{name}"] == tokens
 
 
-def test_the_first_code_of_an_image_is_learnt_at_begin_of_image(run):
+def test_the_first_code_of_an_image_is_learned_at_begin_of_image(run):
     batch, begin = run.packed, run.items[4].folder[0].ids[-1]
-    learnt = batch["tasks"] == TASKS["generation"]
-    assert learnt.sum() == 3 * CODES
-    first = learnt & (batch["ids"] == begin) & ~batch["is_code"]
-    assert first.sum() == 3 and not (learnt & ~batch["is_code"] & ~first).any()
+    learned = batch["tasks"] == TASKS["generation"]
+    assert learned.sum() == 3 * CODES
+    first = learned & (batch["ids"] == begin) & ~batch["is_code"]
+    assert first.sum() == 3 and not (learned & ~batch["is_code"] & ~first).any()
     losses = run.losses(batch)
     assert (losses[first] > 0).all()
     row, column = np.argwhere(first)[0]
@@ -197,7 +197,7 @@ def test_a_packed_batch_is_the_sum_of_its_samples(run):
 
 
 def test_other_samples_of_a_row_change_nothing(run):
-    """To the last bit, whatever of a neighbour changes: its words, its image, its codes."""
+    """To the last bit, whatever of a neighbor changes: its words, its image, its codes."""
     batch, losses = run.packed, run.losses(run.packed)
     rng = np.random.default_rng(0)
     tried = set()
@@ -310,11 +310,11 @@ def test_chunks_without_a_wanted_token_are_skipped(problem):
     ],
     ids=["janus", "clip", "scaled"],
 )
-def test_normalise_is_what_the_host_does(settings, rng):
+def test_normalize_is_what_the_host_does(settings, rng):
     images = [tiny_run.some_image(rng) for _ in range(3)]
     stacked = np.stack([understanding_pixels_uint8(image, settings) for image in images])
     expected = np.stack([understanding_pixels(image, settings) for image in images])
-    np.testing.assert_allclose(normalise(jnp.asarray(stacked), settings), expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(normalize(jnp.asarray(stacked), settings), expected, rtol=0, atol=1e-6)
 
 
 def test_recomputation_changes_no_gradient(rng):

@@ -281,7 +281,7 @@ def test_parameters_for_sampling_are_told_from_others(golden, tmp_path):
     (tmp_path / "out").mkdir()
     shutil.copyfile(GOLDEN / "config.json", tmp_path / "out" / "config.json")
     _standard(tmp_path / "out" / "params", fuse(jax.tree.map(jax.numpy.asarray, golden)))
-    with pytest.raises(ValueError, match=r"fused or quantised for sampling, such as .*_proj.*; save the parameters"):
+    with pytest.raises(ValueError, match=r"fused or quantized for sampling, such as .*_proj.*; save the parameters"):
         load_params(tmp_path / "out")
 
 

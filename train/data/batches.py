@@ -133,13 +133,13 @@ class Assembler:
             answers = np.ones(len(ids), bool)
         sequence = np.concatenate([ids, sample.codes])
         is_code = np.arange(len(sequence)) >= len(ids)
-        learnt = np.concatenate([answers, np.ones(len(sample.codes), bool)])[1:]
+        learned = np.concatenate([answers, np.ones(len(sample.codes), bool)])[1:]
         return {
             "ids": sequence[:-1],
             "is_code": is_code[:-1],
             "is_image": (sequence == self.placeholder_id)[:-1] & ~is_code[:-1],
             "targets": sequence[1:],
-            "tasks": np.where(learnt, TASKS[sample.kind], 0).astype(np.int8),
+            "tasks": np.where(learned, TASKS[sample.kind], 0).astype(np.int8),
         }
 
 

@@ -178,7 +178,7 @@ class Mixture:
     def _plan(self, streams: dict[str, Stream], groups: int, first: int, step: int, exact: bool = False):
         items = {kind: self._items(stream, kind, groups, first) for kind, stream in streams.items()}
         if "generation" in items:
-            items["generation"] = self._randomised(items["generation"], step)
+            items["generation"] = self._randomized(items["generation"], step)
         for kept in range(groups, 0, -1):
             taken = [item for kind, count in self.ratio.items() for item in items[kind][: kept * count]]
             rows = pack(
@@ -201,7 +201,7 @@ class Mixture:
             items.append(Item(kind, folder, index, int(folder.lengths[index]), int(folder.images[index])))
         return items
 
-    def _randomised(self, items: list[Item], step: int) -> list[Item]:
+    def _randomized(self, items: list[Item], step: int) -> list[Item]:
         draws = np.random.default_rng((self.seed, step)).random((2, len(items)))
         unconditional, cut = draws < [[self.data.guidance_dropout], [self.data.caption_cut]]
         return [

@@ -14,7 +14,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A tokenised sample.
+    """A tokenized sample.
 
     Attributes:
       kind: 'understanding', 'text' or 'generation'.

@@ -19,7 +19,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from train.data.samples import Sample
-from train.data.tokenize import Tokeniser
+from train.data.tokenize import SampleTokenizer
 from train.raw.sources import BadSample
 from train.raw.storage import patiently
 
@@ -32,8 +32,8 @@ Encode = Callable[[np.ndarray], Any]
 class ShardWriter:
     """Writes shards, and counts bad samples over all of them."""
 
-    def __init__(self, source, out, tokeniser: Tokeniser, encode, batch_size: int, max_bad_share: float):
-        self.source, self.out, self.tokeniser, self.encode = source, out, tokeniser, encode
+    def __init__(self, source, out, tokenize: SampleTokenizer, encode, batch_size: int, max_bad_share: float):
+        self.source, self.out, self.tokenize, self.encode = source, out, tokenize, encode
         self.batch_size, self.max_bad_share = batch_size, max_bad_share
         self.read, self.dropped = 0, collections.Counter()
         self.first: dict[str, str] = {}
@@ -63,7 +63,7 @@ class ShardWriter:
 
     def _make(self, item: int) -> tuple[list[Sample], np.ndarray | None]:
         raw = self.source[item]
-        samples, pixels = self.tokeniser(raw)
+        samples, pixels = self.tokenize(raw)
         return [dataclasses.replace(sample, place=_writable(raw.place)) for sample in samples], pixels
 
     def decides_anew(self, dropped: Sequence[dict[str, Any]]) -> int:
@@ -134,7 +134,7 @@ class ShardWriter:
         images = np.zeros((self.batch_size, *waiting[0][1].shape), np.float32)
         images[: len(waiting)] = [pixels for _, pixels in waiting]
         codes = np.asarray(self.encode(images))
-        expected = (self.batch_size, self.tokeniser.processor.config.gen_vision.num_tokens)
+        expected = (self.batch_size, self.tokenize.processor.config.gen_vision.num_tokens)
         if codes.shape != expected or not np.issubdtype(codes.dtype, np.integer):
             raise ValueError(f"encode gave {codes.dtype} {list(codes.shape)}, expected integers {list(expected)}")
         if codes[: len(waiting)].min() < 0:  # what `VQModel.encode` says of an image that it has no codes for

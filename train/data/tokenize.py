@@ -1,6 +1,6 @@
 """From a raw sample to the `Sample`s that are stored.
 
-Conversations are written as `processing.format_conversation` writes them and tokenised in pieces: what the model is
+Conversations are written as `processing.format_conversation` writes them and tokenized in pieces: what the model is
 asked with, up to `<|Assistant|>:`, then ` answer` with its EOS, then the next turn. So the ids that a prompt has at
 inference are exactly the ones that its answer follows here.
 """
@@ -41,7 +41,7 @@ _WANTED = {
 }
 
 
-class Tokeniser:
+class SampleTokenizer:
     """Makes `Sample`s of one kind.
 
     - understanding: a conversation, with images or without; or a caption, as BOS, image, caption, EOS. Answers that

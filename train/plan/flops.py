@@ -1,4 +1,4 @@
-"""Analytic FLOPs of a training step, and what devices can do: for model FLOPs utilisation (PaLM, appendix B).
+"""Analytic FLOPs of a training step, and what devices can do: for model FLOPs utilization (PaLM, appendix B).
 
 Counted is what the model needs, 2 FLOPs a multiply-add of every matrix product: nothing for what remat computes again,
 for padding, for empty image slots, or for norms, activations and softmax. XLA's own count will not do: it misses

@@ -9,7 +9,7 @@ import re
 import jax
 
 from janus_jax.io.messages import did_you_mean, one_line
-from train.config import Home, MeshConfig, TrainConfig
+from train.config import Layout, MeshConfig, TrainConfig
 from train.plan.flops import peak_flops
 
 GIB = 2**30
@@ -146,23 +146,23 @@ def topology(name: str) -> Topology:
     raise ValueError(f"unknown topology {asked}{guess or '.'} Known: {', '.join(shown)}")
 
 
-def at_home(config: TrainConfig, home: Home) -> TrainConfig:
-    """`config` laid out as on `home`, but for what was changed in it."""
+def laid_out(config: TrainConfig, layout: Layout) -> TrainConfig:
+    """`config` with the mesh, accumulation and remat of `layout`, except where it sets its own."""
     usual = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
     own = {key for key in ("mesh", "accumulate", "remat") if getattr(config, key) == usual[key]}
-    return dataclasses.replace(config, **{key: getattr(home, key) for key in own})
+    return dataclasses.replace(config, **{key: getattr(layout, key) for key in own})
 
 
-def settle(config: TrainConfig, devices: list[jax.Device] | None = None) -> TrainConfig:
-    """`config` as its home of these devices (default: those at hand) has it.
+def choose_layout(config: TrainConfig, devices: list[jax.Device] | None = None) -> TrainConfig:
+    """`config` laid out for these devices (default: the present ones), if it has a layout for them.
 
-    A config whose mesh was given, or that has no such home, comes back as it is.
+    A config whose mesh was given, or that has no such layout, comes back as it is.
     """
     devices = jax.devices() if devices is None else devices
     if config.mesh != MeshConfig():
         return config
-    for home in config.homes:
-        place = topology(home.topology)
+    for layout in config.layouts:
+        place = topology(layout.topology)
         if place.chips == len(devices) and peak_flops(devices[0].device_kind) == peak_flops(place.device_kind):
-            return at_home(config, home)
+            return laid_out(config, layout)
     return config

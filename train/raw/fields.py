@@ -272,7 +272,7 @@ def _in_order(
         raise BadSample("placeholder_mismatch", place, f"{tags[0]} in a system prompt")
     everything = shared + tuple(image for within in own for image in within)
     if not any(own) or sum(counts) != len(everything):
-        return everything  # where their number does not fit, the tokeniser refuses the sample
+        return everything  # where their number does not fit, the tokenizer refuses the sample
     images, rest = [], shared
     for index, (count, within) in enumerate(zip(counts, own, strict=True)):
         if within and len(within) != count:

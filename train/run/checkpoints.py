@@ -54,7 +54,7 @@ _SEEN_WITHIN = 30  # seconds in which a shared folder shows a new file everywher
 _FREE = (
     "workdir", "steps", "accumulate", "remat", "loss_chunk", "mesh.", "evaluation.", "samples.", "log_every",
     "save_every", "keep", "export_every", "profile_start", "profile_steps", "max_skipped", "watchdog",
-    "attention", "reduce_dtype", "homes.", "sampling_homes.",
+    "attention", "reduce_dtype", "layouts.", "sampling_layouts.",
     "data.workers", "data.max_bad_share",
     "init_from", "language_from", "vision_from", "vq_from",
 )  # fmt: skip

@@ -43,9 +43,9 @@ def loss_curves(
             if steps:
                 label = kind if kind not in drawn else None
                 drawn.add(kind)
-                shifted, colour = [start + step for step in steps], _COLOURS[kind]
-                axes.plot(shifted, losses, color=colour, alpha=0.22, linewidth=0.8)
-                axes.plot(shifted, smooth(losses), color=colour, linewidth=1.8, label=label)
+                shifted, color = [start + step for step in steps], _COLOURS[kind]
+                axes.plot(shifted, losses, color=color, alpha=0.22, linewidth=0.8)
+                axes.plot(shifted, smooth(losses), color=color, linewidth=1.8, label=label)
             steps, losses = _series(run, f"eval/loss_{kind}")
             if steps:
                 label = f"{kind}, held out" if f"{kind}, held out" not in drawn else None
@@ -75,9 +75,9 @@ def loss_curves(
     axes.grid(color="0.92")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    labelled = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    order = [label for held_out in ("", ", held out") for kind in KINDS if (label := kind + held_out) in labelled]
-    axes.legend([labelled[label] for label in order], order, frameon=False)
+    labeled = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    order = [label for held_out in ("", ", held out") for kind in KINDS if (label := kind + held_out) in labeled]
+    axes.legend([labeled[label] for label in order], order, frameon=False)
     out_png = pathlib.Path(out_png)
     out_png.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out_png, dpi=150)

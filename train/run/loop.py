@@ -20,7 +20,7 @@ from train.data.fingerprints import check_codes
 from train.data.mixture import Mixture
 from train.data.tokenize import resized_by, tokenizer_fingerprint
 from train.overrides import flat
-from train.plan.topologies import settle
+from train.plan.topologies import choose_layout
 from train.run.aside import Aside, get_held_out
 from train.run.checkpoints import Workdir
 from train.run.distributed import check_same, say, together
@@ -48,7 +48,7 @@ def train(config: TrainConfig, steal: bool = False) -> pathlib.Path:
     # ------------------------------------------------------------ what the run is made of
     is_main = jax.process_index() == 0
     with together():
-        config = settle(config)
+        config = choose_layout(config)
         for remark in validate(config):
             say(f"note: {remark}")
         mesh = make_mesh(dataclasses.asdict(config.mesh))

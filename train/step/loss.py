@@ -31,11 +31,11 @@ def embed_batch(model: Janus, params: Params, batch: dict[str, jax.Array], setti
     rows, most = images.shape[:2]
     if not most:
         return x
-    features = apply(normalise(images.reshape(-1, *images.shape[2:]), settings), method="embed_images")
+    features = apply(normalize(images.reshape(-1, *images.shape[2:]), settings), method="embed_images")
     return place_images(x, batch["is_image"], features.reshape(rows, -1, features.shape[-1]))
 
 
-def normalise(images: jax.Array, settings: ImageSettings) -> jax.Array:
+def normalize(images: jax.Array, settings: ImageSettings) -> jax.Array:
     """uint8 images [..., 3] as SigLIP's input; what `images.understanding_pixels` does on the host."""
     pixels = images.astype(jnp.float32) * settings.rescale_factor
     if settings.do_normalize:

@@ -11,7 +11,7 @@ from examples.tiny.run import MODEL, write_checkpoint
 from janus_jax.model.janus import Janus, init_params
 from janus_jax.sharding import flatten, make_mesh, param_shardings
 from janus_jax.weights.fuse import fuse, fusible
-from janus_jax.weights.quantize import quantise
+from janus_jax.weights.quantize import quantize
 from janus_jax.weights.torch_weights import abstract_params
 from tests.conftest import SIZES
 
@@ -54,9 +54,9 @@ def test_parameters_are_those_that_the_model_makes(scan_layers):
     assert jax.tree.map(lambda x: x.shape, ours) == jax.tree.map(lambda x: x.shape, made)
 
 
-def test_fusing_and_quantising_in_either_order(folder):
+def test_fusing_and_quantizing_in_either_order(folder):
     params = janus_jax.load(folder, fused=False, progress=False).params
-    one, other = flatten(fuse(quantise(params))), flatten(quantise(fuse(params)))
+    one, other = flatten(fuse(quantize(params))), flatten(quantize(fuse(params)))
     assert set(one) == set(other)
     for path, x in one.items():
         np.testing.assert_array_equal(x, other[path], err_msg=path)

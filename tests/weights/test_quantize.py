@@ -9,7 +9,7 @@ import janus_jax
 from examples.tiny.run import MODEL, write_checkpoint
 from janus_jax.model.janus import Janus
 from janus_jax.sharding import flatten, make_mesh, param_shardings, unflatten
-from janus_jax.weights.quantize import quantise
+from janus_jax.weights.quantize import quantize
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("scan_layers", [True, False])
 def test_every_kernel_is_within_half_a_level(folder, scan_layers):
     params = janus_jax.load(folder, scan_layers=scan_layers, progress=False).params
-    before, after = flatten(params), flatten(quantise(params))
+    before, after = flatten(params), flatten(quantize(params))
     changed = {path for path in before if after[path].dtype == jnp.int8}
     ends = ("_proj/kernel", "lm_head/kernel", "vision_head/kernel", "output_mlp_projector/kernel")
     assert changed == {path for path in before if path.endswith(ends) and not path.startswith("vision_model")}
@@ -45,7 +45,7 @@ def hidden(model, params, x):
 def test_products_are_those_of_the_rounded_kernels(folder, close):
     """The scales multiply after the product what would multiply the kernels before it."""
     params = janus_jax.load(folder, scan_layers=True, progress=False).params
-    small = quantise(params)
+    small = quantize(params)
     rounded = flatten(small)
     for path in [path for path in rounded if path.endswith("kernel_scale")]:
         scale = rounded.pop(path)

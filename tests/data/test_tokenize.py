@@ -16,7 +16,7 @@ from janus_jax.processing.chat import SYSTEM_PROMPT, Processor
 from janus_jax.processing.images import generation_pixels
 from tests.raw.test_sources import png
 from train.data.samples import Sample
-from train.data.tokenize import Tokeniser, tokenizer_fingerprint
+from train.data.tokenize import SampleTokenizer, tokenizer_fingerprint
 from train.raw.sources import BadSample, RawSample
 
 CONFIG = get_preset("janus_tiny")
@@ -44,13 +44,13 @@ def talk(*texts, system=None, **fields) -> RawSample:
 
 
 def one(processor, raw, kind="understanding", context=400, **options) -> Sample:
-    (sample,), _ = Tokeniser(processor, kind, context, **options)(raw)
+    (sample,), _ = SampleTokenizer(processor, kind, context, **options)(raw)
     return sample
 
 
 def refusal(processor, raw, kind="understanding", context=400) -> BadSample:
     with pytest.raises(BadSample) as caught:
-        Tokeniser(processor, kind, context)(raw)
+        SampleTokenizer(processor, kind, context)(raw)
     assert caught.value.place == "here:1" and "\n" not in str(caught.value)
     return caught.value
 
@@ -200,7 +200,7 @@ def test_long_texts_become_pieces_that_lose_nothing(processor):
     t, text = processor.tokenizer, "The quick brown fox. " * 40
     whole = [*t.encode(text.strip(), add_bos=False), t.eos_id]
     for context in (5, 64, len(whole) - 1, len(whole)):
-        samples, _ = Tokeniser(processor, "text", context)(RawSample("x", text=text))
+        samples, _ = SampleTokenizer(processor, "text", context)(RawSample("x", text=text))
         assert len(samples) == -(-len(whole) // context)
         assert [token for sample in samples for token in sample.ids[1:]] == whole
         for sample in samples:
@@ -234,7 +234,7 @@ def test_bad_text_samples(processor, raw, reason):
     ],
 )
 def test_prompts_of_captions(processor, caption, short):
-    (sample,), pixels = Tokeniser(processor, "generation", 400)(RawSample("x", caption=caption, images=(png(),)))
+    (sample,), pixels = SampleTokenizer(processor, "generation", 400)(RawSample("x", caption=caption, images=(png(),)))
     assert sample.ids.tolist() == processor.text_to_image_prompt(caption)
     assert sample.short_ids.tolist() == (processor.text_to_image_prompt(short) if short else [])
     assert not sample.answers.any()
@@ -269,11 +269,11 @@ def test_the_context_is_kept_to_the_token(processor, kind):
     assert refusal(processor, raw, kind, context=length - 1).reason == "too_long"
 
 
-def test_a_tokeniser_refuses_what_cannot_work(processor):
+def test_a_tokenizer_refuses_what_cannot_work(processor):
     with pytest.raises(ValueError, match="unknown kind 'drawing'; known: understanding"):
-        Tokeniser(processor, "drawing", 100)
+        SampleTokenizer(processor, "drawing", 100)
     with pytest.raises(ValueError, match="context 10 is too short"):
-        Tokeniser(processor, "generation", 10)
+        SampleTokenizer(processor, "generation", 10)
 
 
 def test_tokenizer_fingerprints_tell_tokenizers_apart(processor, any_processor):

@@ -19,7 +19,7 @@ from janus_jax.processing.chat import (
     SYSTEM_PROMPT,
     Processor,
     format_conversation,
-    normalise_messages,
+    normalize_messages,
 )
 from janus_jax.processing.images import ImageSettings
 
@@ -81,38 +81,38 @@ def test_system_prompt_is_the_goldens():
 
 
 def test_a_question():
-    assert normalise_messages("Why?") == ([("user", "Why?"), ("assistant", "")], [])
+    assert normalize_messages("Why?") == ([("user", "Why?"), ("assistant", "")], [])
 
 
 def test_a_question_with_images():
-    turns, found = normalise_messages("Which?", ["a.png", "b.png"])
+    turns, found = normalize_messages("Which?", ["a.png", "b.png"])
     assert turns[0] == ("user", "<image_placeholder>\n<image_placeholder>\nWhich?")
     assert found == ["a.png", "b.png"]
 
 
 def test_placeholders_of_the_text_stay_where_they_are():
-    turns, _ = normalise_messages("A <image_placeholder> B", ["a.png"])
+    turns, _ = normalize_messages("A <image_placeholder> B", ["a.png"])
     assert turns[0] == ("user", "A <image_placeholder> B")
-    turns, _ = normalise_messages("A <img> B", ["a.png"], image_tag="<img>")
+    turns, _ = normalize_messages("A <img> B", ["a.png"], image_tag="<img>")
     assert turns[0] == ("user", "A <img> B")
 
 
 @pytest.mark.parametrize("image", ["a.png", pathlib.Path("a.png"), b"\x89PNG", Image.new("L", (2, 2))])
 def test_one_image_needs_no_list(image):
-    turns, found = normalise_messages("What?", image)
+    turns, found = normalize_messages("What?", image)
     assert turns[0][1].count("<image_placeholder>") == 1
     assert found == [image]
-    assert normalise_messages([{"role": "user", "content": "What?", "images": image}])[1] == [image]
+    assert normalize_messages([{"role": "user", "content": "What?", "images": image}])[1] == [image]
 
 
 def test_one_array_is_one_image_and_a_stack_is_several():
     stack = np.zeros((3, 8, 8, 3), np.uint8)
-    assert len(normalise_messages("What?", stack[0])[1]) == 1
-    assert len(normalise_messages("What?", stack)[1]) == 3
+    assert len(normalize_messages("What?", stack[0])[1]) == 1
+    assert len(normalize_messages("What?", stack)[1]) == 3
 
 
 def test_messages_of_the_reference():
-    turns, found = normalise_messages(
+    turns, found = normalize_messages(
         [
             {"role": "<|User|>", "content": "<image_placeholder>\nWhat?", "images": ["a.png"]},
             {"role": "Assistant", "content": "A cat."},
@@ -131,7 +131,7 @@ def test_messages_of_the_reference():
 
 def test_images_beside_a_conversation_go_to_its_start():
     messages = [{"role": role, "content": text} for role, text in [("user", "a"), ("assistant", "b"), ("user", "c")]]
-    turns, found = normalise_messages(messages, ["a.png"])
+    turns, found = normalize_messages(messages, ["a.png"])
     assert turns == [("user", "<image_placeholder>\na"), ("assistant", "b"), ("user", "c"), ("assistant", "")]
     assert found == ["a.png"]
 
@@ -160,14 +160,14 @@ def user(content="Hi", **more):
 )
 def test_bad_messages(messages, given_images, pattern):
     with pytest.raises(ValueError, match=pattern) as error:
-        normalise_messages(messages, given_images)
+        normalize_messages(messages, given_images)
     assert one_line(error)
 
 
 @pytest.mark.parametrize("messages", [["Hi"], [("user", "Hi")], [user(3)], [user([{"type": "text"}])]])
 def test_messages_of_wrong_types(messages):
     with pytest.raises(ValueError, match="message 0"):
-        normalise_messages(messages)
+        normalize_messages(messages)
 
 
 # ---------------------------------------------------------------- prompts
@@ -175,10 +175,10 @@ def test_messages_of_wrong_types(messages):
 
 def test_understanding_prompt_expands_each_placeholder(processor):
     tokenizer = processor.tokenizer
-    turns, _ = normalise_messages("A <image_placeholder>\nB <image_placeholder> which?", ["a", "b"])
+    turns, _ = normalize_messages("A <image_placeholder>\nB <image_placeholder> which?", ["a", "b"])
     ids = processor.understanding_prompt(turns, 2)
     image = [tokenizer.begin_of_image_id, *[tokenizer.image_placeholder_id] * SLOTS, tokenizer.end_of_image_id]
-    # The text is tokenised whole; only then do placeholders grow (reference: add_image_token).
+    # The text is tokenized whole; only then do placeholders grow (reference: add_image_token).
     text = tokenizer.encode(processor.format(turns, SYSTEM_PROMPT))
     first, second = (i for i, token in enumerate(text) if token == tokenizer.image_placeholder_id)
     assert ids == text[:first] + image + text[first + 1 : second] + image + text[second + 1 :]
@@ -343,7 +343,7 @@ def test_tokenizer_larger_than_the_model(folder):
 def test_full_size_prompt_has_576_slots(tmp_path):
     write_tokenizer(tmp_path, image_size=384, num_image_tokens=576)
     processor = Processor.from_folder(tmp_path, get_preset("janus_pro_1b"))
-    ids = processor.understanding_prompt(normalise_messages("What?", "a.png")[0], 1)
+    ids = processor.understanding_prompt(normalize_messages("What?", "a.png")[0], 1)
     assert ids.count(processor.tokenizer.image_placeholder_id) == 576
 
 
