@@ -52,7 +52,7 @@ def step_bytes(model: Any, params: Any, rows: int, context: int) -> int:
     """Bytes that a step has to read of weights, and of a cache filled with `context` tokens in each of `rows`."""
     import jax
 
-    from janus_jax.model.llama import cache_bytes
+    from janus_jax.model.kv_cache import cache_bytes
 
     language = {k: v for k, v in params["language_model"].items() if k not in ("embed_tokens", "lm_head")}
     weights = jax.tree.leaves((language, params["gen_head"], params["gen_aligner"]))

@@ -48,7 +48,7 @@ def step_bytes(config: JanusConfig, batch: int, context: int, dtype: Any) -> int
     """Bytes that a step has to read: the layers, the final norm and the head once, and the cache once."""
     import jax.numpy as jnp
 
-    from janus_jax.model.llama import cache_bytes
+    from janus_jax.model.kv_cache import cache_bytes
     from janus_jax.sharding import flatten
     from janus_jax.weights.torch_weights import abstract_params
 
@@ -69,7 +69,7 @@ def measure(args: argparse.Namespace) -> common.Run:
     import jax
     import jax.numpy as jnp
 
-    from janus_jax.model.llama import cache_bytes
+    from janus_jax.model.kv_cache import cache_bytes
     from janus_jax.sampling import loops
     from janus_jax.sampling.memory import available_bytes
 

@@ -20,7 +20,7 @@ from janus_jax.config import JanusConfig
 
 if TYPE_CHECKING:  # torch's processes do without them
     from janus_jax.model.janus import Janus
-    from janus_jax.model.llama import KVCache
+    from janus_jax.model.kv_cache import KVCache
 
 COPY_BYTES = 1 << 30  # beyond every cache
 # Normal numbers of a usual spread. Their count is odd, so that rows of a kernel differ.

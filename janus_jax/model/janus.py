@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from janus_jax.config import IMAGE_CHANNELS, JanusConfig
+from janus_jax.model.kv_cache import KVCache
 from janus_jax.model.layers import Einsum, Embed, MlpProjector, gelu
-from janus_jax.model.llama import KVCache, Llama
+from janus_jax.model.llama import Llama
 from janus_jax.model.siglip import Siglip
 from janus_jax.model.vq import VQModel
 from janus_jax.sharding import constrain

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from janus_jax.config import JanusConfig, LlamaConfig, SiglipConfig, VQConfig
 from janus_jax.io.messages import one_line
 from janus_jax.model.janus import Janus
-from janus_jax.model.llama import cache_bytes
+from janus_jax.model.kv_cache import cache_bytes
 from janus_jax.sampling import memory
 from janus_jax.sharding import flatten, is_stacked, output_axes
 from janus_jax.weights.quantize import is_quantized

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from janus_jax.model.janus import Janus, place_images
-from janus_jax.model.llama import KVCache, cache_bytes, grow_cache, init_cache, tile_cache
+from janus_jax.model.kv_cache import KVCache, cache_bytes, grow_cache, init_cache, tile_cache
 from janus_jax.sampling.finite import note_failure, refuse_failed
 from janus_jax.sampling.sampler import Sampler, check_guidance, make_sampler
 from janus_jax.sharding import constrain

@@ -11,7 +11,7 @@ from benchmarks.common import oracle
 from janus_jax.config import PRESETS
 from janus_jax.model.attention import attend, causal_mask
 from janus_jax.model.janus import Janus
-from janus_jax.model.llama import cache_bytes, init_cache
+from janus_jax.model.kv_cache import cache_bytes, init_cache
 
 LENGTHS = (9, 5, 1)  # of three prompts in one batch, padded on the left
 

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from janus_jax.config import PRESETS, JanusConfig
 from janus_jax.model.janus import Janus, init_params
-from janus_jax.model.llama import grow_cache, init_cache
+from janus_jax.model.kv_cache import grow_cache, init_cache
 from janus_jax.sampling.loops import embed_prompt, generate_codes, generate_tokens, make_sampler
 from janus_jax.sharding import (
     MESH_AXES,
