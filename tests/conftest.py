@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import functools
 import os
 import pathlib
+import shutil
 import signal
+import tempfile
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")  # nothing from an earlier session
+# Compiled programs are shared by the workers of this session and by the commands that tests start, whose tiny models
+# are the same; nothing comes from an earlier session.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    compiled = tempfile.mkdtemp(prefix="janus_jax_tests_")
+    atexit.register(shutil.rmtree, compiled, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 # Whoever starts tests in the background may have SIGINT ignored, which is inherited; some tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
