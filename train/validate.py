@@ -28,18 +28,18 @@ def validate(config: TrainConfig) -> list[str]:
     c, d = config, config.data
     for key in ("name", "workdir"):
         _require(getattr(c, key), f"{key} is empty")
-    _require(c.stage in TRAINED, f"stage={c.stage}: the stages are {', '.join(map(str, TRAINED))}")
+    _require(c.stage in TRAINED, f"stage must be one of {', '.join(map(str, TRAINED))}, got {c.stage}")
     _require(c.init_from or c.tokenizer, "tokenizer is empty, and there is no init_from to take one from")
     for key in ("steps", "batch_size", "accumulate", "loss_chunk", "log_every", "save_every", "keep", "max_skipped"):
-        _require(getattr(c, key) >= 1, f"{key}={getattr(c, key)}: it is a whole number from 1")
+        _require(getattr(c, key) >= 1, f"{key} must be at least 1, got {getattr(c, key)}")
     for key in ("export_every", "profile_start", "profile_steps"):
-        _require(getattr(c, key) >= 0, f"{key}={getattr(c, key)}: it is not negative")
+        _require(getattr(c, key) >= 0, f"{key} must be at least 0, got {getattr(c, key)}")
     for key, most in _MOST.items():
         value = functools.reduce(getattr, key.split("."), c)
-        _require(value <= most, f"{key}={value}: it is at most {most:,}")
-    _require(0 <= c.seed < 2**32, f"seed={c.seed}: it is a whole number from 0 to {2**32 - 1}")
-    _require("://" not in c.workdir, f"workdir={c.workdir}: it is a folder; mount the bucket, and name its folder")
-    _require(c.watchdog >= 0, f"watchdog={c.watchdog}: it is not negative (0 for never)")
+        _require(value <= most, f"{key} must be at most {most:,}, got {value}")
+    _require(0 <= c.seed < 2**32, f"seed must be from 0 to {2**32 - 1}, got {c.seed}")
+    _require("://" not in c.workdir, f"workdir must be a folder, got {c.workdir}; mount the bucket and name its folder")
+    _require(c.watchdog >= 0, f"watchdog must be at least 0 (0 for never), got {c.watchdog}")
     language = c.model.language
     _require(
         c.attention == "auto" or takes(c.attention, d.context, language.heads, language.kv_heads, language.head_dim),
@@ -48,7 +48,7 @@ def validate(config: TrainConfig) -> list[str]:
     )
     _require(
         c.batch_size % c.accumulate == 0,
-        f"batch_size={c.batch_size} is not a multiple of accumulate={c.accumulate}, the parts it is worked off in",
+        f"batch_size={c.batch_size} is not a multiple of accumulate={c.accumulate}, the micro-batches of a step",
     )
     remarks = _check_data(config)
     _check_optimizer(config)
@@ -57,16 +57,16 @@ def validate(config: TrainConfig) -> list[str]:
         remarks.append(f"optimizer.warmup_steps={c.optimizer.warmup_steps}: all {c.steps} steps are warm-up")
 
     e, s = c.evaluation, c.samples
-    _require(e.every >= 0, f"evaluation.every={e.every}: it is not negative (0 for never)")
+    _require(e.every >= 0, f"evaluation.every must be at least 0 (0 for never), got {e.every}")
     if e.every:
-        _require(e.batches >= 1, f"evaluation.batches={e.batches}: it is a whole number from 1")
+        _require(e.batches >= 1, f"evaluation.batches must be at least 1, got {e.batches}")
         folders = e.understanding + e.text + e.generation
         _require(folders, f"evaluation.every={e.every}, but evaluation names no folders; evaluation.every=0 for never")
-    _require(s.every >= 0, f"samples.every={s.every}: it is not negative (0 for never)")
+    _require(s.every >= 0, f"samples.every must be at least 0 (0 for never), got {s.every}")
     if s.every:
         _require(s.prompts, f"samples.every={s.every}, but samples.prompts is empty; samples.every=0 for never")
-        _require(s.images >= 1, f"samples.images={s.images}: it is a whole number from 1")
-        _require(s.temperature >= 0, f"samples.temperature={s.temperature}: it is not negative (0 is greedy)")
+        _require(s.images >= 1, f"samples.images must be at least 1, got {s.images}")
+        _require(s.temperature >= 0, f"samples.temperature must be at least 0 (0 is greedy), got {s.temperature}")
         codes, most = c.model.gen_vision.num_tokens, c.model.language.max_positions
         _require(codes < most, f"samples.every={s.every}: an image's {codes} codes exceed the model's {most} positions")
     try:
@@ -85,7 +85,8 @@ def _check_data(config: TrainConfig) -> list[str]:
     d, remarks = config.data, []
     _require(
         len(d.ratio) == 3 and all(type(part) is int and part >= 0 for part in d.ratio) and sum(d.ratio) > 0,
-        f"data.ratio={_commas(d.ratio)}: it is three whole numbers from 0 ({' : '.join(KINDS)}), not all 0",
+        f"data.ratio must be three whole numbers of at least 0 ({' : '.join(KINDS)}), not all 0, "
+        f"got {_commas(d.ratio)}",
     )
     for kind, part in zip(KINDS, d.ratio, strict=True):
         folders, weights = getattr(d, kind), getattr(d, f"{kind}_weights")
@@ -99,14 +100,14 @@ def _check_data(config: TrainConfig) -> list[str]:
         )
         _require(
             all(0 < weight < math.inf for weight in weights),
-            f"data.{kind}_weights={_commas(weights)}: weights are numbers above 0",
+            f"data.{kind}_weights must be numbers above 0, got {_commas(weights)}",
         )
         if folders and not part:
             remarks.append(f"data.{kind} is not read: its part of data.ratio={_commas(d.ratio)} is 0")
     for key in ("guidance_dropout", "caption_cut", "max_bad_share"):
-        _require(0 <= getattr(d, key) <= 1, f"data.{key}={getattr(d, key)}: it is a share, between 0 and 1")
-    _require(d.workers >= 0, f"data.workers={d.workers}: it is not negative (0 for threads)")
-    _require(d.early_steps >= 0, f"data.early_steps={d.early_steps}: it is not negative")
+        _require(0 <= getattr(d, key) <= 1, f"data.{key} must be between 0 and 1, got {getattr(d, key)}")
+    _require(d.workers >= 0, f"data.workers must be at least 0 (0 for threads), got {d.workers}")
+    _require(d.early_steps >= 0, f"data.early_steps must be at least 0, got {d.early_steps}")
     _require(
         bool(d.early_steps) == bool(d.early_generation),
         f"data.early_steps={d.early_steps} and data.early_generation={_commas(d.early_generation)}: "
@@ -117,12 +118,15 @@ def _check_data(config: TrainConfig) -> list[str]:
         f"data.early_generation is set, but data.ratio={_commas(d.ratio)} asks for no generation samples",
     )
     most = config.model.language.max_positions
-    _require(1 <= d.context <= most, f"data.context={d.context}: it lies between 1 and the model's {most} positions")
+    _require(1 <= d.context <= most, f"data.context must be from 1 to the model's {most} positions, got {d.context}")
     codes = config.model.gen_vision.num_tokens
     _require(not d.ratio[2] or codes < d.context, f"data.context={d.context} does not hold an image of {codes} codes")
     if d.ratio[0]:
         patches = config.model.vision.num_patches
-        _require(d.images_per_row >= 1, f"data.images_per_row={d.images_per_row}: understanding samples need one")
+        _require(
+            d.images_per_row >= 1,
+            f"data.images_per_row must be at least 1 for understanding samples, got {d.images_per_row}",
+        )
         _require(patches < d.context, f"data.context={d.context} does not hold an image of {patches} patches")
         if d.images_per_row * patches > d.context:
             remarks.append(
@@ -135,11 +139,11 @@ def _check_data(config: TrainConfig) -> list[str]:
 def _check_optimizer(config: TrainConfig):
     o = config.optimizer
     for key in ("learning_rate", "eps", "clip"):
-        _require(0 < getattr(o, key) < math.inf, f"optimizer.{key}={getattr(o, key)}: it is a number above 0")
+        _require(0 < getattr(o, key) < math.inf, f"optimizer.{key} must be a number above 0, got {getattr(o, key)}")
     for key in ("b1", "b2"):
-        _require(0 <= getattr(o, key) < 1, f"optimizer.{key}={getattr(o, key)}: it is between 0 and below 1")
+        _require(0 <= getattr(o, key) < 1, f"optimizer.{key} must be from 0 to below 1, got {getattr(o, key)}")
     for key in ("warmup_steps", "weight_decay"):
-        _require(0 <= getattr(o, key) < math.inf, f"optimizer.{key}={getattr(o, key)}: it is not negative")
+        _require(0 <= getattr(o, key) < math.inf, f"optimizer.{key} must be at least 0, got {getattr(o, key)}")
 
 
 def _commas(values: tuple) -> str:
