@@ -49,9 +49,10 @@ from janus_jax.weights.torch_weights import abstract_params, read_now
 from train.config import TrainConfig
 from train.data.mixture import Mixture
 from train.overrides import load_config
-from train.run.checkpoints import Workdir, open_run
+from train.run.checkpoints import Workdir
 from train.run.faults import AGAIN
 from train.run.metrics import FILE, read_metrics
+from train.step.earlier import open_run
 from train.step.state import abstract_state
 
 SAVE_EVERY = 2

@@ -25,7 +25,8 @@ from PIL import Image
 from examples.tiny.tokenizer import write_tokenizer
 from janus_jax.io.messages import print_any_text
 from janus_jax.processing.chat import Processor
-from train.data.batches import TASKS, Assembler
+from train.config import TASKS
+from train.data.batches import Assembler
 from train.data.mixture import Mixture
 from train.overrides import load_config
 from train.plan.flops import peak_flops, step_flops

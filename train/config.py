@@ -7,11 +7,13 @@ Sources: Janus-Pro report (arXiv 2501.17811), table 2 and section 3.1; Janus (ar
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 from janus_jax.config import JanusConfig
 
 KINDS = ("understanding", "text", "generation")
+# What a position is trained to predict: nothing (0), or the next element of a sample of that kind.
+TASKS = {kind: number for number, kind in enumerate(KINDS, 1)}
 
 # The subtrees that each stage trains; every other one is frozen (report, section 2.2 and figure 3).
 ADAPTERS = ("aligner", "gen_aligner", "gen_embed", "gen_head")
@@ -184,6 +186,8 @@ class TrainConfig:
       watchdog: end the process when nothing has got on for so many seconds; 0 for never.
       profile_start, profile_steps: a trace of so many steps from this one on is written to workdir/profile.
     """
+
+    RUNNER: ClassVar[str] = "train.run.loop:train"  # what `train.main` calls with the config and `steal`
 
     name: str
     workdir: str

@@ -13,7 +13,7 @@ from PIL import Image
 from janus_jax.io.messages import one_line
 from janus_jax.processing.images import open_image
 from train.data.prepared import Prepared
-from train.inspect import View
+from train.data.views import View
 
 _SIDE = 320  # pixels of a picture on the page
 _STYLE = """

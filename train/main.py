@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+import pkgutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 
 from janus_jax import compilation_cache
 from janus_jax.io.messages import error_text, print_any_text, print_line
 from janus_jax.sampling.memory import OutOfMemory
-from train.config import TrainConfig
-from train.overrides import parse_args
+from train.command_line import parse_args
 from train.run import distributed, faults
 
 
@@ -24,14 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     compilation_cache.enable()
     try:
         distributed.start(**processes)
-        if isinstance(config, TrainConfig):
-            from train.run.loop import train
-
-            train(config, steal)
-        else:
-            from examples.digits.run import run
-
-            run(config, steal)
+        runner_of(config)(config, steal)
     except faults.Stopped as error:
         return _end(f"stopped: {error_text(error)}", error.code, error.alone)
     except (OSError, ValueError, OutOfMemory) as error:
@@ -44,6 +38,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _end("interrupted; the same command goes on from the last checkpoint", faults.INTERRUPTED)
     return 0
+
+
+def runner_of(config: Any) -> Callable[[Any, bool], Any]:
+    """What runs `config`: the function that its class names as `RUNNER`; ValueError where it names none.
+
+    By name, so that a config says it without importing what it takes to run.
+    """
+    runner = getattr(config, "RUNNER", None)
+    if not isinstance(runner, str):
+        raise ValueError(f"a {type(config).__name__} has no RUNNER, so train.main cannot run it; return a TrainConfig")
+    return pkgutil.resolve_name(runner)
 
 
 def _end(line: str, code: int, alone: bool = False) -> int:

@@ -5,11 +5,9 @@ Works on any frozen dataclasses, nested or in tuples; types are those of the ann
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
 import importlib.util
-import inspect
 import json
 import math
 import pathlib
@@ -17,12 +15,12 @@ import re
 import traceback
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from janus_jax.io import files
 from janus_jax.io.fields import shown
-from janus_jax.io.messages import did_you_mean, nearest, one_line, print_error
+from janus_jax.io.messages import did_you_mean, nearest, one_line
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
 _LONGEST_KEY = 200
@@ -112,7 +110,7 @@ def _changed(value: Any, hint: Any, changes: Mapping[tuple[str, ...], str], key:
     groups: dict[str, dict[tuple[str, ...], str]] = {}
     for (head, *rest), text in changes.items():
         groups.setdefault(head, {})[tuple(rest)] = text
-    children = _children(value, hint)
+    children = fields_of(value, hint)
     made = {}
     for head, group in groups.items():
         name = f"{key}.{head}" if key else head
@@ -128,7 +126,7 @@ def _changed(value: Any, hint: Any, changes: Mapping[tuple[str, ...], str], key:
         raise ValueError(f"{', '.join(keys)}: {_one_line(error)}") from None
 
 
-def _children(value: Any, hint: Any) -> dict[str, tuple[Any, Any]]:
+def fields_of(value: Any, hint: Any) -> dict[str, tuple[Any, Any]]:
     """(value, type) by name of what lies in a dataclass, or by index in a tuple; {} for anything else."""
     if dataclasses.is_dataclass(value):
         hints = typing.get_type_hints(type(value))
@@ -154,7 +152,7 @@ def _parse(text: str, hint: Any, value: Any, key: str) -> Any:
     inner = _without_none(hint)
     if inner is not hint and text.lower() == "none":
         return None
-    below = _children(value, hint)
+    below = fields_of(value, hint)
     if dataclasses.is_dataclass(inner) or any(dataclasses.is_dataclass(item) for item, _ in below.values()):
         shown = ", ".join(f"{key}.{name}" for name in below)
         raise ValueError(f"{key} is not a single value; set its parts: {shown}")
@@ -328,91 +326,4 @@ def type_name(hint: Any) -> str:
     return getattr(hint, "__name__", str(hint))
 
 
-def help_text(config: Any) -> str:
-    """A line for each field of `config`: dotted key, type, value, and what its class's docstring says of it."""
-    rows = list(_help_rows(config, "", ""))
-    widths = [min(max((len(row[i]) for row in rows), default=0), 40) for i in (0, 1)]
-    return "\n".join(
-        f"{key:{widths[0]}}  {kind:{widths[1]}}  = {value}{f'  # {text}' if text else ''}"
-        for key, kind, value, text in rows
-    )
-
-
-def _help_rows(value: Any, hint: Any, key: str, text: str = "") -> Iterator[tuple[str, str, str, str]]:
-    children = _children(value, hint)
-    if not dataclasses.is_dataclass(value) and not any(dataclasses.is_dataclass(v) for v, _ in children.values()):
-        yield key, type_name(hint), value_text(value), text
-        return
-    described = _attributes(type(value))
-    for name, (child, child_hint) in children.items():
-        yield from _help_rows(child, child_hint, f"{key}.{name}" if key else name, described.get(name, ""))
-
-
-def _attributes(cls: type) -> dict[str, str]:
-    """Descriptions in the 'Attributes:' section of a docstring, by name."""
-    _, _, section = (inspect.getdoc(cls) or "").partition("Attributes:\n")
-    found: dict[str, str] = {}
-    names: list[str] = []
-    for line in section.splitlines():
-        start = re.match(r"  (\w+(?:, \w+)*): +(.*)", line)
-        if start:
-            names = start[1].split(", ")
-            found |= dict.fromkeys(names, start[2].strip())
-        elif line.startswith("   "):
-            found |= {name: f"{found[name]} {line.strip()}" for name in names}
-        else:
-            break
-    return found
-
-
 # ---------------------------------------------------------------- command line
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise ValueError(message)
-
-
-def parse_args(
-    argv: Sequence[str] | None = None, prog: str = "python -m train.main"
-) -> tuple[Any, dict[str, str | int | None]]:
-    """The config that `--config NAME [key=value ...]` asks for, `train.run.distributed.start`'s arguments, and `steal`.
-
-    `--help` (with a config: all its fields) and `--print-config` print and exit with 0; bad input prints one line,
-    `error: ...`, on standard error and exits with 2.
-    """
-    parser = _Parser(
-        prog=prog, add_help=False, allow_abbrev=False,
-        usage="%(prog)s --config NAME [key=value ...] [--help] [--print-config] [--steal] "
-        "[--coordinator HOST:PORT --processes N --process I] [--timeout SECONDS]",
-        epilog=f"configs: {', '.join(config_names())}",
-    )  # fmt: skip
-    parser.add_argument("--config", metavar="NAME", help="a config by name, or a .py file with get_config()")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes of single fields")
-    parser.add_argument("--help", "-h", action="store_true", help="with --config, list every field of that config")
-    parser.add_argument("--print-config", action="store_true", help="print every field's value and do nothing")
-    parser.add_argument(
-        "--steal", action="store_true", help="take the workdir from another start that writes to it; that one ends"
-    )
-    several = parser.add_argument_group("several processes", "found by themselves on TPU pods and under SLURM")
-    several.add_argument("--coordinator", metavar="HOST:PORT", default="", help="where process 0 runs, and a free port")
-    several.add_argument("--processes", metavar="N", type=int, help="how many processes there are")
-    several.add_argument("--process", metavar="I", type=int, help="which of them this is, from 0")
-    several.add_argument(
-        "--timeout", metavar="SECONDS", type=int, default=300, help="how long to wait for the others (default: 300)"
-    )
-    try:
-        args = parser.parse_intermixed_args(argv)
-        if args.config is None and not args.help:
-            raise ValueError(f"--config NAME is missing; known: {', '.join(config_names())}")
-        config = None if args.config is None else load_config(args.config, args.overrides)
-    except (OSError, ValueError) as error:
-        print_error(error)
-        raise SystemExit(2) from None
-    if args.help:
-        print(parser.format_help() if config is None else f"{parser.format_usage()}\n{help_text(config)}")
-    elif args.print_config:
-        print("\n".join(f"{key} = {value_text(value)}" for key, value in flat(config).items()))
-    else:
-        return config, {key: getattr(args, key) for key in ("coordinator", "processes", "process", "timeout", "steal")}
-    raise SystemExit(0)

@@ -6,8 +6,11 @@ import dataclasses
 import functools
 import math
 
+from jax.sharding import Mesh
+
 from janus_jax.config import original_config
 from janus_jax.model.attention import takes
+from janus_jax.sharding import batch_shards
 from train.config import KINDS, TRAINED, TrainConfig
 
 # Counts beyond what any run has, at which arrays of them would no longer be made, or 32-bit counters wrap.
@@ -74,6 +77,16 @@ def validate(config: TrainConfig) -> list[str]:
     except ValueError as error:
         raise ValueError(f"model: {error}, which is what a run exports; change the model's sizes") from None
     return remarks
+
+
+def check_mesh(config: TrainConfig, mesh: Mesh):
+    """ValueError in one line where `mesh` does not suit the rest of `config`."""
+    shards = batch_shards(mesh)
+    if config.batch_size % (config.accumulate * shards):
+        raise ValueError(
+            f"batch_size={config.batch_size} does not divide into accumulate={config.accumulate} parts over "
+            f"{shards} data x fsdp shards of the mesh; make it a multiple of {config.accumulate * shards}"
+        )
 
 
 def _require(condition: object, message: str):

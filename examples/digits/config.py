@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from typing import Literal
+from typing import ClassVar, Literal
 
 from train.config import KINDS, EvalConfig, TrainConfig
 from train.vq import VQTrainConfig
@@ -25,6 +25,8 @@ class DigitsConfig:
       split: the images that the final figures are read on. Settings are chosen on 'validation', which counts among
         the training images once 'held_out' is read.
     """
+
+    RUNNER: ClassVar[str] = "examples.digits.run:run"  # what `train.main` calls with the config and `steal`
 
     workdir: str
     vq: VQTrainConfig

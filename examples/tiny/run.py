@@ -22,7 +22,7 @@ from janus_jax.weights.torch_weights import abstract_params, read_now
 from train.config import DataConfig, EvalConfig, OptimizerConfig, TrainConfig
 from train.prepare import prepare
 from train.raw.sources import RawSample
-from train.run.checkpoints import open_run
+from train.step.earlier import open_run
 
 WORDS = [
     "red",

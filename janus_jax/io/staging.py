@@ -16,24 +16,16 @@ import errno
 import json
 import os
 import pathlib
-import re
 import secrets
 import shutil
 import signal
-import socket
-import stat
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from janus_jax.io.files import read_json_object
+from janus_jax.io.leftovers import new_lock, remove, remove_left
 from janus_jax.io.messages import one_line
-
-try:
-    import fcntl
-except ImportError:  # Windows: leftovers stay, since nothing says whether their maker is alive
-    fcntl = None
 
 MARK = "janus_jax.json"
 _MADE_BY = "janus_jax"
@@ -43,8 +35,6 @@ NO_ROOM = {
     errno.EFBIG: "File too large",
 }
 _PROBE_BYTES = 64 << 20
-_LEFT_AFTER = 3600  # seconds without a change, after which the folder of another host's maker counts as left
-_GONE_WITHIN = 20  # seconds that threads still writing into a folder get to notice that it is to go
 
 
 # ---------------------------------------------------------------- whose folder it is
@@ -138,7 +128,7 @@ class Staging:
         self._parents = _make_parents(self.place)
         try:
             self._check_free_bytes(num_bytes)
-            self._lock, lock = _locked(self.place)
+            self._lock, lock = new_lock(self.place)
             self.folder, self._aside = lock.with_suffix(".partial"), lock.with_suffix(".old")
         except BaseException:
             self._remove_parents()
@@ -277,99 +267,6 @@ def _make_parents(place: pathlib.Path) -> list[pathlib.Path]:
     absent = [parent for parent in place.parents if not parent.exists()]
     place.parent.mkdir(parents=True, exist_ok=True)
     return absent
-
-
-def remove(folder: pathlib.Path):
-    """Removes `folder`, also under threads that have not noticed yet that they write in vain.
-
-    Raises OSError where it is still there after `_GONE_WITHIN` seconds.
-    """
-    deadline = time.monotonic() + _GONE_WITHIN
-    while folder.exists():
-        late = time.monotonic() > deadline
-        shutil.rmtree(folder, ignore_errors=not late)
-        time.sleep(0.05)  # time for a thread to make it anew
-
-
-# ---------------------------------------------------------------- what killed makers left
-
-
-def _locked(place: pathlib.Path) -> tuple[int, pathlib.Path]:
-    """The descriptor and the path of a new lock beside `place`, held until the descriptor is closed."""
-    while True:
-        path = place.with_name(f".{place.name}.{secrets.token_hex(4)}.lock")
-        number = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o644)
-        if _take(number):
-            # Somebody may have taken it for a dead one's before it was locked.
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.stat(path), os.fstat(number)):
-                    os.write(number, socket.gethostname().encode())
-                    return number, path
-        os.close(number)
-
-
-def _take(number: int) -> bool:
-    if fcntl is None:
-        return True
-    try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a storage without locks: then no one takes the lock from another either
-        return True
-    return True
-
-
-def remove_left(place: pathlib.Path) -> Iterator[str]:
-    """Removes what killed makers of `place` left beside it; a sentence on each."""
-    if fcntl is None or not place.parent.is_dir():
-        return
-    pattern = re.compile(rf"\.{re.escape(place.name)}\.[0-9a-f]{{8}}\.lock")
-    for path in sorted(path for path in place.parent.iterdir() if pattern.fullmatch(path.name)):
-        yield from _remove_of(path, place)
-
-
-def _remove_of(lock: pathlib.Path, place: pathlib.Path) -> Iterator[str]:
-    folder, aside = lock.with_suffix(".partial"), lock.with_suffix(".old")
-    try:
-        number = os.open(lock, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:  # it ended this moment, or is another user's
-        return
-    try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        host = os.read(number, 256).decode(errors="replace")
-        if host != socket.gethostname() and time.time() - _changed(folder) < _LEFT_AFTER:
-            return
-        if aside.exists() and not place.exists():
-            aside.rename(place)
-            yield f"put {one_line(place)} back, which a killed process had moved aside"
-        for path in (folder, aside):
-            if path.exists():
-                size = _size(path)
-                remove(path)
-                yield f"removed {one_line(path)} ({size / 1e9:.3g} GB), which a killed process left"
-        lock.unlink(missing_ok=True)
-    except OSError:  # its maker lives, or the storage has no locks
-        return
-    finally:
-        os.close(number)
-
-
-def _files(folder: pathlib.Path) -> Iterator[os.stat_result]:
-    for root, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(OSError):
-                found = os.lstat(os.path.join(root, name))
-                if stat.S_ISREG(found.st_mode):
-                    yield found
-
-
-def _changed(folder: pathlib.Path) -> float:
-    return max((found.st_mtime for found in _files(folder)), default=0.0)
-
-
-def _size(folder: pathlib.Path) -> int:
-    return sum(found.st_size for found in _files(folder))
 
 
 # ---------------------------------------------------------------- files

@@ -9,9 +9,8 @@ import pytest
 from examples.tiny.run import MODEL, write_data
 from janus_jax.processing.chat import Processor
 from janus_jax.processing.images import understanding_pixels_uint8
-from train.config import DataConfig
-from train.data import batches
-from train.data.batches import TASKS, Assembler, load_batches
+from train.config import TASKS, DataConfig
+from train.data.batches import Assembler, load_batches
 from train.data.mixture import Item, Mixture, Plan
 from train.data.prepared import open_prepared
 from train.data.samples import Sample
@@ -224,4 +223,4 @@ def test_no_step_no_batch(made):
 
 
 def test_tasks_are_numbered_from_one():
-    assert batches.TASKS == {"understanding": 1, "text": 2, "generation": 3}
+    assert TASKS == {"understanding": 1, "text": 2, "generation": 3}

@@ -7,13 +7,14 @@ import os
 import pathlib
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 
 import pytest
 
-from janus_jax.io import staging
+from janus_jax.io.leftovers import remove_left
 from janus_jax.io.staging import MARK, Staging, new_folder, staged, write_file
 from janus_jax.weights.conversion import from_torch, to_torch
 from tests.weights.test_torch_weights import GOLDEN
@@ -198,7 +199,7 @@ def test_a_maker_that_lives_keeps_its_folder(tmp_path):
 
 SLOW = """
 import runpy, sys, time
-from janus_jax import conversion
+from janus_jax.weights import conversion
 def stop(*_):
     print("there", flush=True)
     time.sleep(100)
@@ -240,7 +241,7 @@ def test_what_a_killed_conversion_moved_aside_is_put_back(tmp_path):
     with staged(tmp_path / "out") as folder:
         write_some(folder, "old")
     (tmp_path / "out").rename(tmp_path / ".out.0123abcd.old")
-    (tmp_path / ".out.0123abcd.lock").write_text(staging.socket.gethostname())
+    (tmp_path / ".out.0123abcd.lock").write_text(socket.gethostname())
     notes = []
     refused = pytest.raises(ValueError, match="out exists already")
     with refused, staged(tmp_path / "out", note=notes.append) as folder:
@@ -255,9 +256,9 @@ def test_another_hosts_folder_is_left_for_an_hour(tmp_path):
     file = tmp_path / ".out.0123abcd.partial" / "model.safetensors"
     file.touch()
     (tmp_path / ".out.0123abcd.lock").write_text("another")
-    assert list(staging.remove_left(tmp_path / "out")) == []
+    assert list(remove_left(tmp_path / "out")) == []
     os.utime(file, (time.time() - 4000,) * 2)
-    assert len(list(staging.remove_left(tmp_path / "out"))) == 1
+    assert len(list(remove_left(tmp_path / "out"))) == 1
     assert names(tmp_path) == set()
 
 

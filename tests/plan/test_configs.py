@@ -13,8 +13,9 @@ from janus_jax.config import PRESETS
 from janus_jax.sharding import flatten, make_mesh
 from janus_jax.weights.torch_weights import abstract_params
 from train import overrides
+from train.command_line import help_text, parse_args
 from train.config import TRAINED, TrainConfig
-from train.overrides import config_names, diff, flat, help_text, load_config, override, parse_args, to_json, value_text
+from train.overrides import config_names, diff, flat, load_config, override, to_json, value_text
 from train.step.state import abstract_state
 from train.validate import validate
 
@@ -305,7 +306,7 @@ def test_bad_command_lines_get_one_line_and_exit_2(capsys, argv, message):
 
 def test_names_are_found_from_anywhere(tmp_path):
     root = str(overrides.CONFIGS.parent)
-    code = "from train.overrides import parse_args; parse_args(['--config', 'debug', '--print-config'])"
+    code = "from train.command_line import parse_args; parse_args(['--config', 'debug', '--print-config'])"
     found = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,

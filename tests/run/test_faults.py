@@ -256,7 +256,7 @@ def test_a_hung_step_ends_the_command(folders, start, tmp_path):
     (tmp_path / "hangs.py").write_text(
         "import time\n"
         "from examples.tiny.run import tiny_config\n"
-        "from train import loop\n"
+        "from train.run import loop\n"
         "def get_config():\n"
         "    following = loop._next\n"
         "    calls = []\n"

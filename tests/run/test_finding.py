@@ -20,7 +20,7 @@ import urllib.error
 import urllib.request
 import jax
 from jax._src.clusters import cloud_tpu_cluster
-from train import distributed
+from train.run import distributed
 
 def get(url, headers, timeout):
     try:

@@ -240,7 +240,7 @@ def test_a_workdir_that_is_not_shared_is_found_out(folders, start, env, tmp_path
     for host in hosts:
         host.mkdir()
     config = write_config(tmp_path / "two.py", folders, start)
-    config.write_text(config.read_text() + "from train import checkpoints\ncheckpoints._SEEN_WITHIN = 1\n")
+    config.write_text(config.read_text() + "from train.run import checkpoints\ncheckpoints._SEEN_WITHIN = 1\n")
     line = refusal(outcome(launch(config, env, hosts)))
     assert "workdir=run is not the folder that process 0 sees" in line and "storage that all hosts share" in line
 

@@ -19,8 +19,8 @@ from janus_jax.processing.chat import Processor
 from janus_jax.processing.images import ImageSettings, understanding_pixels, understanding_pixels_uint8
 from janus_jax.sharding import make_mesh
 from janus_jax.weights.torch_weights import read_params
-from train.config import KINDS, TRAINED
-from train.data.batches import TASKS, Assembler
+from train.config import KINDS, TASKS, TRAINED
+from train.data.batches import Assembler
 from train.data.mixture import Item, Plan
 from train.data.packing import pack
 from train.data.prepared import open_prepared

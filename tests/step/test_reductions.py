@@ -17,7 +17,8 @@ from janus_jax.sharding import flatten, make_mesh
 from train.data.batches import Assembler
 from train.data.mixture import Mixture
 from train.step import step as step_module
-from train.step.state import batch_sharding, first_state
+from train.step.init import first_state
+from train.step.state import batch_sharding
 
 ROWS = 8
 

@@ -20,13 +20,12 @@ from train.data.batches import Assembler
 from train.data.mixture import Mixture
 from train.run.checkpoints import Workdir
 from train.step import step as step_module
+from train.step.init import first_state, open_sources
 from train.step.state import (
     TrainState,
     abstract_state,
-    first_state,
     learning_rate,
     make_optimizer,
-    open_sources,
     split,
     state_shardings,
 )  # fmt: skip

@@ -16,13 +16,10 @@ import numpy as np
 
 from janus_jax.config import IMAGE_CHANNELS
 from janus_jax.processing.images import ImageSettings, understanding_pixels_uint8
-from train.config import KINDS
+from train.config import TASKS
 from train.data.mixture import Item, Mixture
 from train.data.samples import Sample
 from train.raw.storage import patiently
-
-# What a position is trained to predict: nothing, or the next element of a sample of that kind.
-TASKS = {kind: number for number, kind in enumerate(KINDS, 1)}
 
 Batch = dict[str, np.ndarray]
 

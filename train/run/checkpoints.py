@@ -30,22 +30,22 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from janus_jax.config import JanusConfig, original_config
+from janus_jax.config import original_config
 from janus_jax.io.messages import one_line
 from janus_jax.io.staging import Staging
 from janus_jax.processing.processor_files import PROCESSOR_FILES, TOKENIZER_FILES, copy_files
 from janus_jax.sampling.memory import OutOfMemory
 from janus_jax.weights import checkpoint
-from janus_jax.weights.torch_weights import LazyParams, abstract_params
 from train.config import TrainConfig
 from train.overrides import diff, to_json
 from train.run import lease
 from train.run.distributed import from_first, say, together
 from train.run.faults import STOPPED, STORAGE, Stopped
 from train.run.lease import Lease
-from train.step.state import Params, TrainState, split
+from train.step.earlier import CHECKPOINTS, FROZEN, RUN, complete_steps
+from train.step.state import Params, TrainState
 
-_RUN, _BESIDE, _FROZEN, _CHECKPOINTS, _EXPORT = "run.json", "run.tmp", "frozen", "checkpoints", "export"
+_BESIDE, _EXPORT = "run.tmp", "export"
 DAMAGED = "damaged-*.txt"
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 _ASK_AGAIN = 2  # seconds between looks at a lease that may lapse
@@ -88,14 +88,14 @@ class Workdir:
             if jax.process_index() == 0:
                 # Beside it and then in its place: a kill leaves a whole one.
                 checkpoint.write_json(self.folder / _BESIDE, run)
-                (self.folder / _BESIDE).replace(self.folder / _RUN)
+                (self.folder / _BESIDE).replace(self.folder / RUN)
         if jax.process_count() > 1:
             self._check_shared()
         self._context = checkpoint.saving_context()
         policies = ocp.training.preservation_policies
         with self._context:
             self._checkpointer = ocp.training.Checkpointer(
-                (self.folder / _CHECKPOINTS).absolute(),
+                (self.folder / CHECKPOINTS).absolute(),
                 save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),  # the loop decides
                 preservation_policy=policies.LatestN(config.keep),
                 cleanup_tmp_directories=True,
@@ -138,7 +138,7 @@ class Workdir:
             raise Stopped(told, STOPPED)
 
     def _check_claim(self, run: dict[str, Any]):
-        path, data = self.folder / _RUN, run["data"]
+        path, data = self.folder / RUN, run["data"]
         if path.exists():
             try:
                 earlier = json.loads(path.read_text(encoding="utf-8"))
@@ -198,7 +198,7 @@ class Workdir:
         self.check()
         if frozen:
             with self._storing("the frozen parameters"), checkpoint.saving_context():
-                ocp.save(self.folder.absolute() / _FROZEN, frozen, overwrite=True)
+                ocp.save(self.folder.absolute() / FROZEN, frozen, overwrite=True)
 
     def save(self, step: int, state: TrainState):
         """Begins to save `state` in the background, after `step` steps; first waits for the save before it."""
@@ -229,7 +229,7 @@ class Workdir:
             raise self._no_room(what, error) from error
 
     def _no_room(self, what: str, error: Exception) -> Stopped:
-        latest = max(_steps(self.folder), default=None)
+        latest = max(complete_steps(self.folder), default=None)
         left = f"the checkpoint of step {latest} is whole" if latest else "there is no complete checkpoint"
         return Stopped(
             f"{what} could not be written to {self.folder}: {_first_cause(error)}; {left}. Make room there, and the "
@@ -243,16 +243,16 @@ class Workdir:
     def restore(self, abstract: TrainState, frozen: Params) -> tuple[TrainState, Params]:
         """The newest checkpoint and the frozen parameters, laid out as the `abstract` ones, on any mesh."""
         step = self.latest
-        earlier = max((other for other in _steps(self.folder) if other < step), default=None)
+        earlier = max((other for other in complete_steps(self.folder) if other < step), default=None)
         on = "starts anew" if earlier is None else f"goes on from the one before it, of step {earlier}"
         cure = f"delete that folder, and the same command {on}"
-        with self._whole(self.folder / _CHECKPOINTS / str(step), cure):
+        with self._whole(self.folder / CHECKPOINTS / str(step), cure):
             found = self._checkpointer.load_checkpointables(step, _trees(abstract))
         if frozen:
             cure = "bring it back from a copy of the workdir; without one, start in another workdir, with init_from an "
             cure += f"export of this run ({self.folder / _EXPORT}) if there is one"
-            with self._whole(self.folder / _FROZEN, cure):
-                frozen = ocp.load(self.folder.absolute() / _FROZEN, frozen)
+            with self._whole(self.folder / FROZEN, cure):
+                frozen = ocp.load(self.folder.absolute() / FROZEN, frozen)
         return TrainState(trained=found["trained"], **found["rest"]), frozen
 
     @contextlib.contextmanager
@@ -349,44 +349,3 @@ def _is_passing(name: str) -> bool:
 def _trees(state: TrainState) -> dict[str, Any]:
     rest = {"step": state.step, "opt_state": state.opt_state, "skipped": state.skipped}
     return {"trained": state.trained, "rest": rest}
-
-
-# ---------------------------------------------------------------- starting from an earlier run
-
-
-def open_run(folder: pathlib.Path) -> tuple[JanusConfig, LazyParams] | None:
-    """The model and the newest parameters of the run in `folder`, still in their files; None where there is no run.
-
-    Raises: ValueError where the run has no complete checkpoint, or one is damaged.
-    """
-    if not (folder / _RUN).exists():
-        return None
-    try:
-        raw = json.loads((folder / _RUN).read_text(encoding="utf-8"))["config"]
-        config = model_config(raw["model"])
-        trained, frozen = split(abstract_params(config), raw["stage"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / _RUN} is not a run's description ({error})") from None
-    steps = _steps(folder)
-    if not steps:
-        raise ValueError(f"{folder} holds a run without a complete checkpoint; let it save one first")
-    leaves = checkpoint.array_leaves(folder / _CHECKPOINTS / str(max(steps)) / "trained", trained)
-    return config, leaves | checkpoint.array_leaves(folder / _FROZEN, frozen)
-
-
-def _steps(folder: pathlib.Path) -> list[int]:
-    """Of the complete checkpoints of the run in `folder`."""
-    return [int(path.name) for path in (folder / _CHECKPOINTS).glob("*") if path.name.isdigit()]
-
-
-def model_config(raw: dict[str, Any]) -> JanusConfig:
-    """The JanusConfig that `overrides.to_json` wrote."""
-    usual = JanusConfig()
-    parts = {name: value for name, value in raw.items() if not isinstance(value, dict)}
-    for name, values in raw.items():
-        if isinstance(values, dict):
-            cls = type(getattr(usual, name))
-            parts[name] = cls(
-                **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-            )
-    return JanusConfig(**parts)

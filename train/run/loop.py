@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from janus_jax.io.messages import one_line
 from janus_jax.io.progress import shown
 from janus_jax.processing.chat import Processor
-from janus_jax.sharding import batch_shards, make_mesh
+from janus_jax.sharding import make_mesh
 from train.config import TrainConfig
 from train.data.batches import Assembler, Batch, load_batches
 from train.data.fingerprints import check_codes
@@ -29,9 +29,10 @@ from train.run.faults import AGAIN, STOPPED, STORAGE, Notice, Stopped, Watchdog
 from train.run.figures import loss_curves
 from train.run.metrics import FILE, Metrics
 from train.run.window import NotFinite, Profile, Window
-from train.step.state import Params, TrainState, abstract_state, batch_sharding, first_state, local_rows, put_rows
+from train.step.init import first_state
+from train.step.state import Params, TrainState, abstract_state, batch_sharding, local_rows, put_rows
 from train.step.step import make_train_step
-from train.validate import validate
+from train.validate import check_mesh, validate
 
 
 def train(config: TrainConfig, steal: bool = False) -> pathlib.Path:
@@ -152,16 +153,6 @@ def train(config: TrainConfig, steal: bool = False) -> pathlib.Path:
 
 
 # ---------------------------------------------------------------- before the first step
-
-
-def check_mesh(config: TrainConfig, mesh: Mesh):
-    """ValueError in one line where `mesh` does not suit the rest of `config`."""
-    shards = batch_shards(mesh)
-    if config.batch_size % (config.accumulate * shards):
-        raise ValueError(
-            f"batch_size={config.batch_size} does not divide into accumulate={config.accumulate} parts over "
-            f"{shards} data x fsdp shards of the mesh; make it a multiple of {config.accumulate * shards}"
-        )
 
 
 def _fingerprints(mixture: Mixture) -> dict[str, str]:

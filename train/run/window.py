@@ -11,8 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from train.config import TrainConfig
-from train.data.batches import TASKS
+from train.config import TASKS, TrainConfig
 from train.plan.flops import peak_flops, step_flops
 from train.run.checkpoints import DAMAGED
 from train.run.distributed import say

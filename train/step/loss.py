@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from janus_jax.model.janus import Janus, place_images
 from janus_jax.processing.images import ImageSettings
 from janus_jax.sharding import manual_axes
-from train.data.batches import TASKS
+from train.config import TASKS
 
 Params = dict[str, Any]
 

@@ -1,0 +1,114 @@
+"""The lock beside a folder in the making, and the removal of what makers left who were killed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import re
+import secrets
+import shutil
+import socket
+import stat
+import time
+from collections.abc import Iterator
+
+from janus_jax.io.messages import one_line
+
+try:
+    import fcntl
+except ImportError:  # Windows: leftovers stay, since nothing says whether their maker is alive
+    fcntl = None
+
+_LEFT_AFTER = 3600  # seconds without a change, after which the folder of another host's maker counts as left
+_GONE_WITHIN = 20  # seconds that threads still writing into a folder get to notice that it is to go
+
+
+def remove(folder: pathlib.Path):
+    """Removes `folder`, also under threads that have not noticed yet that they write in vain.
+
+    Raises OSError where it is still there after `_GONE_WITHIN` seconds.
+    """
+    deadline = time.monotonic() + _GONE_WITHIN
+    while folder.exists():
+        late = time.monotonic() > deadline
+        shutil.rmtree(folder, ignore_errors=not late)
+        time.sleep(0.05)  # time for a thread to make it anew
+
+
+def new_lock(place: pathlib.Path) -> tuple[int, pathlib.Path]:
+    """The descriptor and the path of a new lock beside `place`, held until the descriptor is closed."""
+    while True:
+        path = place.with_name(f".{place.name}.{secrets.token_hex(4)}.lock")
+        number = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o644)
+        if _take(number):
+            # Somebody may have taken it for a dead one's before it was locked.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(path), os.fstat(number)):
+                    os.write(number, socket.gethostname().encode())
+                    return number, path
+        os.close(number)
+
+
+def _take(number: int) -> bool:
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a storage without locks: then no one takes the lock from another either
+        return True
+    return True
+
+
+def remove_left(place: pathlib.Path) -> Iterator[str]:
+    """Removes what killed makers of `place` left beside it; a sentence on each."""
+    if fcntl is None or not place.parent.is_dir():
+        return
+    pattern = re.compile(rf"\.{re.escape(place.name)}\.[0-9a-f]{{8}}\.lock")
+    for path in sorted(path for path in place.parent.iterdir() if pattern.fullmatch(path.name)):
+        yield from _remove_of(path, place)
+
+
+def _remove_of(lock: pathlib.Path, place: pathlib.Path) -> Iterator[str]:
+    folder, aside = lock.with_suffix(".partial"), lock.with_suffix(".old")
+    try:
+        number = os.open(lock, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:  # it ended this moment, or is another user's
+        return
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        host = os.read(number, 256).decode(errors="replace")
+        if host != socket.gethostname() and time.time() - _changed(folder) < _LEFT_AFTER:
+            return
+        if aside.exists() and not place.exists():
+            aside.rename(place)
+            yield f"put {one_line(place)} back, which a killed process had moved aside"
+        for path in (folder, aside):
+            if path.exists():
+                size = _size(path)
+                remove(path)
+                yield f"removed {one_line(path)} ({size / 1e9:.3g} GB), which a killed process left"
+        lock.unlink(missing_ok=True)
+    except OSError:  # its maker lives, or the storage has no locks
+        return
+    finally:
+        os.close(number)
+
+
+def _files(folder: pathlib.Path) -> Iterator[os.stat_result]:
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                found = os.lstat(os.path.join(root, name))
+                if stat.S_ISREG(found.st_mode):
+                    yield found
+
+
+def _changed(folder: pathlib.Path) -> float:
+    return max((found.st_mtime for found in _files(folder)), default=0.0)
+
+
+def _size(folder: pathlib.Path) -> int:
+    return sum(found.st_size for found in _files(folder))

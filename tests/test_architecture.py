@@ -1,0 +1,120 @@
+"""The house: who may import whom, no circles, nothing too large, and a map that names every module.
+
+Imports are read from the source, those within functions too: a late import is still a way up.
+"""
+
+from __future__ import annotations
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PLACES = ("janus_jax", "train", "convert", "configs", "examples", "benchmarks", "tests")
+# The rooms from the ground floor up. A room may import itself and those above it in this list, of its own place;
+# a name that ends in `.*` means all modules of the folder.
+FLOORS = (
+    "janus_jax.io.*",
+    "janus_jax.sizes janus_jax.config janus_jax.sharding janus_jax.compilation_cache",
+    "janus_jax.model.*",
+    "janus_jax.processing.*",
+    "janus_jax.weights.*",
+    "janus_jax.sampling.*",
+    "janus_jax.pipeline",
+    "janus_jax.loading",
+    "janus_jax",
+    "janus_jax.__main__",
+    "train",
+    "train.config train.overrides train.command_line train.validate",
+    "train.step.*",
+    "train.plan.*",
+    "train.raw.*",
+    "train.data.*",
+    "train.run.*",
+    "train.main train.prepare train.inspect train.inspect_page train.compile train.vq train.vq_images",
+)
+# What a place may import of the others.
+OTHERS = {
+    "janus_jax": set(),
+    "train": {"janus_jax"},
+    "convert": {"janus_jax"},
+    "configs": {"janus_jax", "train", "examples"},
+    "examples": {"janus_jax", "train"},
+    "benchmarks": {"janus_jax", "train", "examples", "convert"},
+    "tests": set(PLACES),
+}
+
+
+def name_of(path: pathlib.Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {name_of(path): path for place in PLACES for path in sorted((ROOT / place).rglob("*.py"))}
+
+
+def imports_of(name: str) -> set[str]:
+    """The modules of this project that `name` imports, anywhere in it."""
+    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} imports relatively; name the module in full"
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {module if module in MODULES else node.module for module in inner}
+    return {module for module in found if module in MODULES} - {name}
+
+
+IMPORTS = {name: imports_of(name) for name in MODULES}
+
+
+def floor_of(module: str) -> int:
+    """The floor whose room names `module`, or else its folder."""
+    for wanted in (module, f"{module.rpartition('.')[0]}.*", f"{'.'.join(module.split('.')[:2])}.*", f"{module}.*"):
+        for floor, rooms in enumerate(FLOORS):
+            if wanted in rooms.split():
+                return floor
+    raise AssertionError(f"{module} has no floor: give it one in FLOORS of {pathlib.Path(__file__).name}")
+
+
+@pytest.mark.parametrize("place", ["janus_jax", "train"])
+def test_nothing_imports_upwards(place):
+    wrong = [
+        f"{module} imports {other}"
+        for module, others in IMPORTS.items()
+        for other in others
+        if module.split(".")[0] == other.split(".")[0] == place and floor_of(other) > floor_of(module)
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_places_import_what_they_may(place):
+    allowed = OTHERS[place] | {place}
+    wrong = [
+        f"{module} imports {other}"
+        for module, others in IMPORTS.items()
+        for other in others
+        if module.split(".")[0] == place and other.split(".")[0] not in allowed
+    ]
+    assert not wrong
+
+
+def test_there_are_no_circles():
+    """Modules that import nothing which is left are taken away, until none is left; what stays goes in circles."""
+    left = {name: set(others) for name, others in IMPORTS.items()}
+    while leaves := {name for name, others in left.items() if not others & left.keys()}:
+        left = {name: others for name, others in left.items() if name not in leaves}
+    assert not left, f"circles within {sorted(left)}"
+
+
+def test_planning_loads_no_data():
+    """As Python does it, whatever the source says."""
+    code = "import sys, train.compile; print(*sorted(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {"train.plan.programs", "train.plan.topologies", "train.step.step"} <= set(loaded.split())
+    assert not [name for name in loaded.split() if name.startswith(("grain", "train.data", "train.raw"))]

@@ -1,0 +1,270 @@
+"""The programs of a run, compiled for TPUs or GPUs that are not at hand, and what they need there."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import pathlib
+import re
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from janus_jax.loading import layout
+from janus_jax.model.janus import Janus
+from janus_jax.processing.images import ImageSettings
+from janus_jax.sampling import loops
+from janus_jax.sharding import make_mesh, param_shardings
+from janus_jax.weights.fuse import fuse
+from janus_jax.weights.quantize import quantize
+from janus_jax.weights.torch_weights import abstract_params
+from train.config import TrainConfig
+from train.plan import hlo
+from train.plan.flops import peak_flops, typical_flops
+from train.plan.topologies import GIB, GPUS, Topology
+from train.step.state import abstract_batch, abstract_state
+from train.step.step import make_train_step
+from train.validate import check_mesh
+
+SPARE = 0.05  # of a chip's memory, that a program should leave
+_PROMPT = 64  # tokens of a sampled prompt
+_MFUS = (0.4, 0.5, 0.6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What a chip needs for a program, in bytes, and what the program does.
+
+    Attributes:
+      name, place, mesh: what was compiled, for what.
+      parts: bytes of what is passed in, by name.
+      temporaries: bytes of intermediate results.
+      peak: bytes of everything at the worst moment.
+      seconds: of compilation.
+      collectives: of one run of the program, by kind.
+      accumulate: parts that a training step is worked off in.
+      copies: lines of the copies in loops that are as large as a layer's cache or kernel (sampling alone).
+      flops: of a training step over all chips.
+      accessed: bytes of main memory that one sampling step reads and writes.
+      floor: bytes of parameters and cache that a sampling step has to read.
+    """
+
+    name: str
+    place: Topology
+    mesh: dict[str, int]
+    parts: dict[str, int]
+    temporaries: int
+    peak: int
+    seconds: float
+    collectives: dict[str, hlo.Traffic]
+    accumulate: int = 1
+    copies: tuple[str, ...] = ()
+    flops: float | None = None
+    accessed: float | None = None
+    floor: float | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the chip keeps SPARE of its memory."""
+        return self.peak <= (1 - SPARE) * self.place.hbm
+
+    def lines(self) -> Iterator[str]:
+        """The report of one program."""
+        mesh = " x ".join(f"{axis} {size}" for axis, size in self.mesh.items())
+        yield f"{self.name} on {self.place.name}: {self.place.chips} chips, {mesh}"
+        for name, size in (*self.parts.items(), ("temporaries", self.temporaries)):
+            yield f"  {name:16} {size / GIB:8.2f} GiB a chip"
+        verdict = "" if self.fits else f"; less than {SPARE:.0%} to spare"
+        yield (
+            f"  {'peak':16} {self.peak / GIB:8.2f} GiB of {self.place.hbm / GIB:.2f} "
+            f"({self.peak / self.place.hbm:.0%}){verdict}"
+        )
+        for kind, traffic in self.collectives.items():
+            yield (
+                f"  {kind:16} {traffic.count:8,} of {traffic.bytes / GIB:.2f} GiB together on each chip, "
+                f"the largest {traffic.largest / GIB:.3f}"
+            )
+        if self.flops is not None:
+            yield f"  {self.flops / 1e15:.2f} PFLOP a step: " + ", ".join(
+                f"{seconds:.2f} s at {mfu:.0%} MFU" for mfu, seconds in self.step_seconds().items()
+            )
+        if self.accessed is not None:
+            yield f"  a step moves {self.accessed / GIB:.3f} GiB; parameters and cache are {self.floor / GIB:.3f} GiB"
+            yield f"  copies of cache or weights in the loop: {len(self.copies)}"
+            yield from (f"    {line[:160]}" for line in self.copies)
+        yield f"  compiled in {self.seconds:.0f} s"
+
+    def step_seconds(self) -> dict[float, float]:
+        """Seconds that a training step takes, by model FLOPs utilization."""
+        return {mfu: self.flops / (mfu * self.place.chips * peak_flops(self.place.device_kind)) for mfu in _MFUS}
+
+
+def devices_of(place: Topology) -> list[Any]:
+    """The devices of `place`, for compilation alone. ImportError where the compiler is missing."""
+    from jax.experimental import topologies
+
+    if gpu := GPUS.get(place.generation):
+        if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
+            raise ImportError("compiling for GPUs needs JAX's CUDA plugin; pip install 'janus_jax[cuda]'")
+        hosts = f"1x{place.name.split(':')[1]}"
+        found = topologies.get_topology_desc(
+            platform="cuda", topology_name=place.name, target_config=gpu.target(), topology=hosts
+        )
+        return list(found.devices)
+    if importlib.util.find_spec("libtpu") is None:
+        raise ImportError("compiling for TPUs needs libtpu; pip install 'janus_jax[tpu]'")
+    found = topologies.get_topology_desc(platform="tpu", topology_name=place.name, **_bounds(place))
+    return list(found.devices)
+
+
+def _bounds(place: Topology) -> dict[str, Any]:
+    # A host of the flat slices drives up to eight chips; libtpu takes four for granted.
+    if place.generation in ("v5e", "v6e") and place.chips <= 8:
+        x, y = (int(n) for n in place.name.split(":")[1].split("x"))
+        return {"chips_per_host_bounds": (x, y, 1)}
+    return {}
+
+
+def compile_training(config: TrainConfig, place: Topology) -> Compiled:
+    """The train step of `config`, with its own mesh, for `place`."""
+    mesh = make_mesh(dataclasses.asdict(config.mesh), devices_of(place))
+    check_mesh(config, mesh)
+    state, frozen = abstract_state(config, mesh)
+    batch = abstract_batch(config, mesh)
+    step = make_train_step(config, mesh, ImageSettings(config.model.vision.image_size))
+    with jax.set_mesh(mesh):
+        made = _compile(step.lower(state, frozen, batch))
+    parts = {
+        "parameters": _shard_bytes((state.trained, frozen)),
+        "optimizer state": _shard_bytes(state.opt_state),
+        "batch": _shard_bytes(batch),
+    }
+    return _report(config.name, place, mesh, parts, made, flops=typical_flops(config), accumulate=config.accumulate)
+
+
+def compile_sampling(
+    config: TrainConfig, place: Topology, images: int = 1, int8: bool = False, decoder: bool = True
+) -> list[Compiled]:
+    """`config`'s model for `place` in bfloat16: the image loop with guidance and, with `decoder`, the VQ decoder.
+
+    `int8`: see `quantize`. A cache that grows is taken at its largest.
+    """
+    devices = devices_of(place)
+    mesh = make_mesh(dataclasses.asdict(config.mesh), devices)
+    model = Janus(config.model, dtype=jnp.bfloat16, **layout(config.model, devices[0].platform, on_mesh=True))
+    g = config.model.gen_vision
+
+    def on(tree: Any, shardings: Any) -> Any:
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+    params = abstract_params(config.model, model.scan_layers, "bfloat16")
+    params = jax.eval_shape(quantize, params) if int8 else params
+    params = jax.eval_shape(fuse, params) if model.fused else params
+    params = on(params, param_shardings(params, mesh))
+    ids = jax.ShapeDtypeStruct((images, 2, _PROMPT), jnp.int32)
+    mask = jax.ShapeDtypeStruct(ids.shape, bool)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))
+    scalar, count = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
+    sampler = loops.Sampler(scalar, count, scalar)
+    sizes = loops.cache_sizes(model, params, 2 * images, _PROMPT, g.num_tokens)
+    with jax.set_mesh(mesh):
+        given = (params, ids, mask, keys, scalar, sampler, g.num_tokens, False)
+        start = _compile(loops.start_image.lower(model, *given, sizes[0]))
+        state = on(loops.start_image.eval_shape(model, *given, sizes[-1]), start.compiled.output_shardings)
+        loop = _compile(loops.continue_image.lower(model, params, state, keys, scalar, sampler, count, count))
+        codes = jax.ShapeDtypeStruct((images, g.num_tokens), jnp.int32)
+        vq = {"gen_vision_model": params["gen_vision_model"]}
+        decode = _compile(loops.decode_images.lower(model, vq, codes)) if decoder else None
+    cache = _shard_bytes(state.cache)
+    decoder = {k: v for k, v in params.items() if k in ("language_model", "gen_aligner", "gen_embed", "gen_head")}
+    read = dict(decoder, language_model={k: v for k, v in decoder["language_model"].items() if k.startswith("layers")})
+    least = min(
+        _shard_bytes(state.cache.keys[0]),
+        _shard_bytes(decoder["language_model"]["layers_0"]["self_attn"]["o_proj"]["kernel"]),
+    )
+    found = tuple(one.line for one in hlo.copies(loop.text, least))
+    name = f"{config.name} sampling {images}" + " int8" * int8
+    made = [
+        _report(f"{name}: prefill", place, mesh, {"parameters": _shard_bytes(params)}, start),
+        _report(
+            name, place, mesh, {"parameters": _shard_bytes(params), "cache": cache}, loop, copies=found,
+            accessed=hlo.loop_bytes(loop.text), floor=float(_shard_bytes(read) + cache),
+        ),
+    ]  # fmt: skip
+    if decode:
+        made.append(_report(f"{name}: VQ decode", place, mesh, {"parameters": _shard_bytes(vq)}, decode))
+    return made
+
+
+class DoesNotFit(ValueError):
+    """A program that needs more memory than a chip has."""
+
+
+class _Made(NamedTuple):
+    compiled: Any
+    text: str
+    seconds: float
+
+
+def _compile(lowered: Any) -> _Made:
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.monotonic()
+        # From a file: the program's own way to text fails on instructions that only TPU's compiler knows.
+        compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        seconds = time.monotonic() - started
+        largest = max(pathlib.Path(folder).glob("*after_optimizations.txt"), key=lambda path: path.stat().st_size)
+        return _Made(compiled, largest.read_text(encoding="utf-8"), seconds)
+
+
+def _report(name: str, place: Topology, mesh: Mesh, parts: dict[str, int], made: _Made, **more: Any) -> Compiled:
+    memory = made.compiled.memory_analysis()
+    # What a program does not use lies in memory all the same.
+    passed = max(memory.argument_size_in_bytes, sum(parts.values()))
+    peak = (
+        passed
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes
+    )
+    return Compiled(
+        name, place, dict(mesh.shape), parts, memory.temp_size_in_bytes, peak, made.seconds,
+        hlo.collectives(made.text), **more,
+    )  # fmt: skip
+
+
+def _shard_bytes(tree: Any) -> int:
+    """Bytes of `tree`'s arrays on one device."""
+
+    def of(x: jax.ShapeDtypeStruct) -> int:
+        shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+        return math.prod(shape) * x.dtype.itemsize
+
+    return sum(map(of, jax.tree.leaves(tree)))
+
+
+def compile_job(
+    config: TrainConfig, place: Topology, sample: bool, images: int = 1, int8: bool = False, decoder: bool = True
+) -> list[Compiled]:
+    """Everything of one job, or all but the VQ decoder.
+
+    Raises: ValueError in one line where it cannot be compiled, or needs more memory than there is.
+    """
+    try:
+        if sample:
+            return compile_sampling(config, place, images, int8, decoder)
+        return [compile_training(config, place)]
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", str(error))
+        what = f"{used[1]} of {used[2]} a chip" if used else str(error).split(". ")[0]
+        raise DoesNotFit(
+            f"{config.name} does not fit {place.name}: {what}; give the mesh more chips, or raise accumulate"
+        ) from None

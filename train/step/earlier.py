@@ -1,0 +1,52 @@
+"""What an earlier run left in its workdir, for a run that starts from it."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+from janus_jax.config import JanusConfig
+from janus_jax.weights import checkpoint
+from janus_jax.weights.torch_weights import LazyParams, abstract_params
+from train.step.state import split
+
+RUN, FROZEN, CHECKPOINTS = "run.json", "frozen", "checkpoints"  # see `train.run.checkpoints` for what each holds
+
+
+def open_run(folder: pathlib.Path) -> tuple[JanusConfig, LazyParams] | None:
+    """The model and the newest parameters of the run in `folder`, still in their files; None where there is no run.
+
+    Raises: ValueError where the run has no complete checkpoint, or one is damaged.
+    """
+    if not (folder / RUN).exists():
+        return None
+    try:
+        raw = json.loads((folder / RUN).read_text(encoding="utf-8"))["config"]
+        config = model_config(raw["model"])
+        trained, frozen = split(abstract_params(config), raw["stage"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / RUN} is not a run's description ({error})") from None
+    steps = complete_steps(folder)
+    if not steps:
+        raise ValueError(f"{folder} holds a run without a complete checkpoint; let it save one first")
+    leaves = checkpoint.array_leaves(folder / CHECKPOINTS / str(max(steps)) / "trained", trained)
+    return config, leaves | checkpoint.array_leaves(folder / FROZEN, frozen)
+
+
+def complete_steps(folder: pathlib.Path) -> list[int]:
+    """Of the complete checkpoints of the run in `folder`."""
+    return [int(path.name) for path in (folder / CHECKPOINTS).glob("*") if path.name.isdigit()]
+
+
+def model_config(raw: dict[str, Any]) -> JanusConfig:
+    """The JanusConfig that `overrides.to_json` wrote."""
+    usual = JanusConfig()
+    parts = {name: value for name, value in raw.items() if not isinstance(value, dict)}
+    for name, values in raw.items():
+        if isinstance(values, dict):
+            cls = type(getattr(usual, name))
+            parts[name] = cls(
+                **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+            )
+    return JanusConfig(**parts)
