@@ -99,7 +99,7 @@ def test_bad_input_is_one_line(arguments, told, capsys):
 
 @pytest.mark.parametrize(("place", "extra"), [("v5e-256", "tpu"), ("h100-8", "cuda")])
 def test_a_missing_compiler_is_one_line(monkeypatch, capsys, place, extra):
-    monkeypatch.setattr(ahead.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(ahead, "_environment", lambda: None)
     assert ahead.main(["--config", "7b_stage3", "--topology", place]) == 2
     assert f"pip install 'janus_jax[{extra}]'" in capsys.readouterr().err
