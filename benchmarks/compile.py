@@ -45,14 +45,17 @@ def compile_programs(model: Any, params: Any, names: Sequence[str] = PROGRAMS) -
     import jax
     import jax.numpy as jnp
 
-    from janus_jax.sampling import loops
+    from janus_jax.sampling.cache import bucket
+    from janus_jax.sampling.images import continue_image, decode_images, start_image
+    from janus_jax.sampling.sampler import make_sampler
+    from janus_jax.sampling.text import embed_prompt
 
     config = model.config
     patches, size, codes = config.vision.num_patches, config.vision.image_size, config.gen_vision.num_tokens
     ids = jax.random.randint(jax.random.key(1), (1, 2, _PROMPT), 0, config.language.vocab_size)
     mask, keys = jnp.ones(ids.shape, bool), jax.random.split(jax.random.key(0), 1)
-    drawing = (keys, jnp.float32(5), loops.make_sampler())
-    question = jnp.zeros((1, loops.bucket(patches + 2 + _QUESTION)), jnp.int32)
+    drawing = (keys, jnp.float32(5), make_sampler())
+    question = jnp.zeros((1, bucket(patches + 2 + _QUESTION)), jnp.int32)
     arguments = {
         "SigLIP": (question, jnp.arange(question.shape[1])[None] < patches, jnp.ones((1, 1, size, size, 3))),
         "prefill": (ids, mask, *drawing),
@@ -63,19 +66,17 @@ def compile_programs(model: Any, params: Any, names: Sequence[str] = PROGRAMS) -
     def lower(name: str) -> Any:
         own = arguments[name]
         if name == "SigLIP":
-            return loops.embed_prompt.lower(model, params, *own)
+            return embed_prompt.lower(model, params, *own)
         if name == "prefill":
-            return loops.start_image.lower(model, params, *own, codes)
+            return start_image.lower(model, params, *own, codes)
         if name == "loop":
-            return loops.continue_image.lower(model, params, state, *own)
-        return loops.decode_images.lower(model, params, *own)
+            return continue_image.lower(model, params, state, *own)
+        return decode_images.lower(model, params, *own)
 
     programs, seconds = {}, {}
     for name in names:
         if name == "loop":
-            state = jax.eval_shape(
-                lambda p: loops.start_image(model, p, *arguments["prefill"], num_tokens=codes), params
-            )
+            state = jax.eval_shape(lambda p: start_image(model, p, *arguments["prefill"], num_tokens=codes), params)
         began = time.perf_counter()
         lowered = lower(name)
         traced = time.perf_counter()

@@ -22,7 +22,9 @@ import janus_jax
 from janus_jax.io.messages import print_any_text
 from janus_jax.processing.chat import format_conversation
 from janus_jax.processing.images import ImageSettings, understanding_pixels_uint8
-from janus_jax.sampling import loops
+from janus_jax.sampling.images import generate_codes
+from janus_jax.sampling.sampler import make_sampler
+from janus_jax.sampling.text import embed_prompt, generate_tokens
 
 TOLERANCE = 1e-4
 # What golden.npz gives, and what it asks for. Anything else in it would go unchecked, and is an error.
@@ -86,21 +88,21 @@ def outputs(janus: janus_jax.JanusPipeline, golden: dict[str, np.ndarray]) -> It
     yield "und_gen_logits", run("image_logits", hidden)
     keys = jax.random.split(jax.random.key(0), len(ids))
     steps = golden["und_text"].shape[1] if "und_text" in golden else 1
-    text = loops.generate_tokens(janus.model, janus.params, x, jnp.asarray(mask), keys, eos_id=-1, max_new_tokens=steps)
+    text = generate_tokens(janus.model, janus.params, x, jnp.asarray(mask), keys, eos_id=-1, max_new_tokens=steps)
     yield "und_text", np.asarray(text)
 
     prompts = golden["t2i_prompt"].reshape(-1, 2, golden["t2i_prompt"].shape[-1])
     keys = jax.random.split(jax.random.key(0), len(prompts))
     for weight in (1, 5):
         rows = jnp.asarray(prompts[:, :1] if weight == 1 else prompts, jnp.int32)
-        codes, logits = loops.generate_codes(
+        codes, logits = generate_codes(
             janus.model,
             janus.params,
             rows,
             jnp.ones(rows.shape, bool),
             keys,
             guidance=weight,
-            sampler=loops.make_sampler(0),
+            sampler=make_sampler(0),
             keep_logits=True,
         )
         yield f"t2i_tokens_w{weight}", np.asarray(codes)
@@ -113,7 +115,7 @@ def embed_understanding(
 ) -> jax.Array:
     """Embeddings [B, T, D] of ids [B, T] with each row's images, pixels [B, M, h, w, 3], at its placeholders."""
     args = (jnp.asarray(ids, jnp.int32), jnp.asarray(where), jnp.asarray(pixels))
-    return loops.embed_prompt(janus.model, janus.params, *args)
+    return embed_prompt(janus.model, janus.params, *args)
 
 
 def check_arrays(janus: janus_jax.JanusPipeline, golden: dict[str, np.ndarray]) -> Iterator[Row]:

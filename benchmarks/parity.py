@@ -29,7 +29,9 @@ import numpy as np
 from janus_jax.config import PRESETS, JanusConfig, get_preset
 from janus_jax.io.messages import print_any_text
 from janus_jax.model.janus import Janus
-from janus_jax.sampling import loops
+from janus_jax.sampling.images import generate_codes
+from janus_jax.sampling.sampler import make_sampler
+from janus_jax.sampling.text import embed_prompt
 from janus_jax.weights.torch_weights import read_params
 
 TOLERANCE = 1e-3
@@ -151,7 +153,7 @@ def compare(config: JanusConfig, seed: int, folder: pathlib.Path) -> list[Row]:
         error_row("decoded pixels, full grid", run("decode_codes", x["codes"]), reference["decoded"]),
     ]
     where = x["ids"] == config.language.vocab_size - 1
-    embeddings = loops.embed_prompt(model, params, x["ids"], where, x["pixels"][:, None])
+    embeddings = embed_prompt(model, params, x["ids"], where, x["pixels"][:, None])
     logits = np.asarray(run(text_logits, embeddings, x["mask"]))
     what = "text logits, two prompts with an image, one left-padded"
     rows.append(error_row(what, logits[x["mask"]], reference["text_logits"][x["mask"]]))
@@ -159,9 +161,9 @@ def compare(config: JanusConfig, seed: int, folder: pathlib.Path) -> list[Row]:
     steps = num_steps(config)
     log(f"jax: {steps} codes")
     keys = jax.random.split(jax.random.key(0), 2)
-    codes, logits = loops.generate_codes(
+    codes, logits = generate_codes(
         model, params, x["pair_ids"], x["pair_mask"], keys,
-        guidance=GUIDANCE, sampler=loops.make_sampler(0), num_tokens=steps, keep_logits=True,
+        guidance=GUIDANCE, sampler=make_sampler(0), num_tokens=steps, keep_logits=True,
     )  # fmt: skip
     # Where a code differs, what follows answers another question: those logits are not compared.
     same = np.cumprod(np.asarray(codes) == reference["drawn"], axis=1).astype(bool)

@@ -60,45 +60,47 @@ def step_bytes(model: Any, params: Any, rows: int, context: int) -> int:
 
 
 def time_jax(args: argparse.Namespace, dtype: str, how: str) -> common.Run:
-    """Times the calls of `janus_jax.sampling.loops` that the pipeline makes."""
+    """Times the calls of `janus_jax.sampling.images` that the pipeline makes."""
     import jax
     import jax.numpy as jnp
 
     from janus_jax.config import get_preset
-    from janus_jax.sampling import loops
+    from janus_jax.sampling.cache import cache_sizes
+    from janus_jax.sampling.images import ImageState, continue_image, decode_images, generate_codes, start_image
+    from janus_jax.sampling.sampler import make_sampler
 
     config = get_preset(args.preset)
     run: common.Run = {"bandwidth": _device.copy_bandwidth(), "dtype": dtype}
     model, params = _device.random_model(config, dtype, how)
     num_tokens = config.gen_vision.num_tokens
-    guidance, sampler = jnp.float32(5), loops.make_sampler()
+    guidance, sampler = jnp.float32(5), make_sampler()
     first, begin, end = (jnp.int32(i) for i in (1, 2, 2 + args.steps))
 
     def steps(images: int, slots: int, filled: int) -> float:
         """Seconds a step over a cache of so many slots."""
         codes, failed = jnp.zeros((images, num_tokens), jnp.int32), jnp.full((images,), -1, jnp.int32)
-        state = loops.ImageState(_device.filled_cache(model, 2 * images, slots, filled - 1), codes, failed, None)
+        state = ImageState(_device.filled_cache(model, 2 * images, slots, filled - 1), codes, failed, None)
         rest = (jax.random.split(jax.random.key(0), images), guidance, sampler)
-        state = jax.block_until_ready(loops.continue_image(model, params, state, *rest, first, begin))
-        return _device.timed(loops.continue_image, model, params, state, *rest, begin, end)[0] / args.steps
+        state = jax.block_until_ready(continue_image(model, params, state, *rest, first, begin))
+        return _device.timed(continue_image, model, params, state, *rest, begin, end)[0] / args.steps
 
     def whole(*prompts: jax.Array) -> jax.Array:
-        codes, _ = loops.generate_codes(model, params, *prompts, guidance=5, sampler=sampler)
-        return loops.decode_images(model, params, codes)[0]
+        codes, _ = generate_codes(model, params, *prompts, guidance=5, sampler=sampler)
+        return decode_images(model, params, codes)[0]
 
     for images in args.images:
         read = step_bytes(model, params, 2 * images, _PROMPT + num_tokens // 2)
-        sizes = loops.cache_sizes(model, params, 2 * images, _PROMPT, num_tokens)
+        sizes = cache_sizes(model, params, 2 * images, _PROMPT, num_tokens)
         # A smaller size is full when it is left, the last one when the image is done.
         middles = [(sum(pair) - args.steps) // 2 for pair in itertools.pairwise([_PROMPT, *sizes])]
         for number, ids in enumerate(map(jnp.asarray, prompts(args.preset, images, _PROMPT, args.repeats))):
             mask, keys = jnp.ones(ids.shape, bool), jax.random.split(jax.random.key(number), images)
             drawing = (keys, guidance, sampler, num_tokens, False, sizes[0])
-            prefill, state = _device.timed(loops.start_image, model, params, ids, mask, *drawing)
+            prefill, state = _device.timed(start_image, model, params, ids, mask, *drawing)
             del state
             step = statistics.mean(steps(images, *given) for given in zip(sizes, middles, strict=True))
             codes = jax.random.randint(jax.random.key(number), (images, num_tokens), 0, config.gen_vision.codebook_size)
-            vq, _ = _device.timed(loops.decode_images, model, params, codes)
+            vq, _ = _device.timed(decode_images, model, params, codes)
             image = prefill + (num_tokens - 1) * step + vq
             if image < _SHORT:
                 image, _ = _device.timed(whole, ids, mask, keys)

@@ -1,6 +1,6 @@
 """Seconds and memory of a decoding step against batch and against context, beside a model of both.
 
-`python -m benchmarks.scaling --preset janus_pro_1b --layers 4` times the text loop (`loops.continue_text`) over a
+`python -m benchmarks.scaling --preset janus_pro_1b --layers 4` times the text loop (`text.continue_text`) over a
 cache that is as long as the context and full but for the steps taken: with 1 to 32 rows of one context, and with one
 row of 64 to 4096 tokens. The model beside it: a step reads every weight of the decoder once and the whole cache once,
 and then computes; at the rates that a matrix of 1 GiB by a vector, and square matrices, have on the same device. Memory
@@ -70,18 +70,19 @@ def measure(args: argparse.Namespace) -> common.Run:
     import jax.numpy as jnp
 
     from janus_jax.model.kv_cache import cache_bytes
-    from janus_jax.sampling import loops
     from janus_jax.sampling.memory import available_bytes
+    from janus_jax.sampling.sampler import make_sampler
+    from janus_jax.sampling.text import TextState, continue_text
 
     config, dtype = shortened(args.preset, args.layers), _device.default_dtype()
     run: common.Run = dict(zip(("bandwidth", "rate"), _device.product_rates(dtype), strict=True)) | {"dtype": dtype}
     model, params = _device.random_model(config, dtype, parts=["language_model"])
-    sampler, first, never = loops.make_sampler(0), jnp.int32(1), jnp.int32(-1)
+    sampler, first, never = make_sampler(0), jnp.int32(1), jnp.int32(-1)
 
-    def state(batch: int, context: int) -> loops.TextState:
+    def state(batch: int, context: int) -> TextState:
         cache = _device.filled_cache(model, batch, context, context - 2 * args.steps)
         tokens = jax.random.randint(jax.random.key(0), (batch, 2 * args.steps + 1), 0, config.language.vocab_size)
-        return loops.TextState(cache, tokens, jnp.zeros(batch, bool), jnp.full((batch,), -1, jnp.int32))
+        return TextState(cache, tokens, jnp.zeros(batch, bool), jnp.full((batch,), -1, jnp.int32))
 
     for batch, context in points(args.context):
         # The compiler may keep a second cache.
@@ -91,7 +92,7 @@ def measure(args: argparse.Namespace) -> common.Run:
         now = state(batch, context)
         rest = (jax.random.split(jax.random.key(0), batch), never, sampler)
         half, end = jnp.int32(1 + args.steps), jnp.int32(1 + 2 * args.steps)
-        step = loops.continue_text.lower(model, params, now, *rest, first, half).compile()
+        step = continue_text.lower(model, params, now, *rest, first, half).compile()
         now = jax.block_until_ready(step(params, now, *rest, first, half))
         seconds, now = _device.timed(step, params, now, *rest, half, end)
         memory, name = step.memory_analysis(), f"{batch} {context}"

@@ -63,33 +63,36 @@ def collect(args: argparse.Namespace, once: Callable[[dict[str, np.ndarray]], di
 
 
 def time_jax(args: argparse.Namespace, dtype: str) -> common.Run:
-    """Times the calls of `janus_jax.sampling.loops` that the pipeline makes."""
+    """Times the calls of `janus_jax.sampling.text` that the pipeline makes."""
     import jax
     import jax.numpy as jnp
 
     from janus_jax.config import get_preset
-    from janus_jax.sampling import loops
+    from janus_jax.sampling.cache import bucket
+    from janus_jax.sampling.images import decode_images
+    from janus_jax.sampling.sampler import make_sampler
+    from janus_jax.sampling.text import continue_text, embed_prompt, start_text
 
     model, params = _device.random_model(get_preset(args.preset), dtype)
     siglip = jax.jit(lambda params, pixels: model.apply({"params": params}, pixels, method="image_features"))
-    sampler, slots = loops.make_sampler(0), loops.bucket(args.tokens + 1)
+    sampler, slots = make_sampler(0), bucket(args.tokens + 1)
     begin, end, never = jnp.int32(1), jnp.int32(1 + args.tokens), jnp.int32(-1)
 
     def once(new: dict[str, np.ndarray]) -> dict[str, float]:
         length = new["ids"].shape[1]
-        padding = ((0, 0), (loops.bucket(length) - length, 0))
+        padding = ((0, 0), (bucket(length) - length, 0))
         mask = np.pad(np.ones_like(new["ids"], bool), padding)
         ids = np.pad(new["ids"], padding, constant_values=1)
         arrays = (ids, ids == 0, mask, new["pixels"], new["codes"], jax.random.split(jax.random.key(0), len(ids)))
         ids, where, mask, pixels, codes, keys = jax.block_until_ready(jax.device_put(arrays))
         seconds = {"siglip": _device.timed(siglip, params, pixels)[0]}
         if len(ids) in args.vq_batch:
-            seconds["vq"] = _device.timed(loops.decode_images, model, params, codes)[0]
-        seconds["embed"], x = _device.timed(loops.embed_prompt, model, params, ids, where, pixels[:, None])
+            seconds["vq"] = _device.timed(decode_images, model, params, codes)[0]
+        seconds["embed"], x = _device.timed(embed_prompt, model, params, ids, where, pixels[:, None])
         rest = (keys, never, sampler)
-        seconds["prefill"], state = _device.timed(loops.start_text, model, params, x, mask, *rest, slots)
+        seconds["prefill"], state = _device.timed(start_text, model, params, x, mask, *rest, slots)
         seconds["first"] = seconds["embed"] + seconds["prefill"]
-        loop, _ = _device.timed(loops.continue_text, model, params, state, *rest, begin, end)
+        loop, _ = _device.timed(continue_text, model, params, state, *rest, begin, end)
         return seconds | {"step": loop / args.tokens}
 
     return collect(args, once)

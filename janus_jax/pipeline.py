@@ -18,11 +18,13 @@ from tqdm import tqdm
 from janus_jax.config import JanusConfig
 from janus_jax.model.janus import Janus
 from janus_jax.processing.chat import SYSTEM_PROMPT, Processor, normalize_messages
-from janus_jax.sampling import loops
+from janus_jax.sampling.cache import bucket
 from janus_jax.sampling.finite import NotFinite, on_host, refuse_codes, refuse_pixels
 from janus_jax.sampling.footprint import bytes_of_pixels, bytes_to_answer, bytes_to_draw
+from janus_jax.sampling.images import compile_codes, compile_decoding, decode_images, encode_codes, generate_codes
 from janus_jax.sampling.memory import OutOfMemory, fitting, fitting_parts, in_parts
-from janus_jax.sampling.sampler import check_guidance
+from janus_jax.sampling.sampler import Sampler, check_guidance, make_sampler
+from janus_jax.sampling.text import compile_tokens, embed_prompt, stream_tokens
 from janus_jax.sharding import activation_spec, batch_shards
 
 Conversation = str | Sequence[dict[str, Any]]
@@ -99,7 +101,7 @@ class JanusPipeline:
         """Image codes [len(prompts) * n, num_tokens] int32; arguments as for `generate_images`."""
         if batch_size is not None:
             _check_count("batch_size", batch_size)
-        sampler = loops.make_sampler(temperature, top_k, top_p)
+        sampler = make_sampler(temperature, top_k, top_p)
         ids, mask, keys = self._drawing(prompts, n, cfg_weight, seed)
         return self.sample_codes(
             ids, mask, keys, guidance=cfg_weight, sampler=sampler, batch_size=batch_size, progress=progress
@@ -123,7 +125,7 @@ class JanusPipeline:
         self._refuse_mesh("compile_images")
         if batch_size is not None:
             _check_count("batch_size", batch_size)
-        sampler = loops.make_sampler(temperature, top_k, top_p)
+        sampler = make_sampler(temperature, top_k, top_p)
         ids, mask, keys = self._drawing(prompts, n, cfg_weight, 0)
         total = len(keys)
         (part, *_), size = fitting_parts(total, batch_size or self._fitting(total, self._bytes_to_draw(ids)))
@@ -131,9 +133,9 @@ class JanusPipeline:
             ids, mask = (_pad_rows(x, part, size) for x in (ids, mask))
         given = (self._put(x) for x in (ids, mask, _pad_rows(keys, part, size)))
         try:
-            loops.compile_codes(self.model, self.params, *given, guidance=cfg_weight, sampler=sampler)
+            compile_codes(self.model, self.params, *given, guidance=cfg_weight, sampler=sampler)
             _, size = fitting_parts(total, self._pictures_at_a_time(total, self.model.dtype))
-            loops.compile_decoding(self.model, self.params, size)
+            compile_decoding(self.model, self.params, size)
         except jax.errors.JaxRuntimeError as error:
             if not OutOfMemory.says(error):  # which drawing answers with smaller parts
                 raise
@@ -141,7 +143,7 @@ class JanusPipeline:
     def _drawing(
         self, prompts: str | Sequence[str], n: int, cfg_weight: float, seed: int | Sequence[int]
     ) -> tuple[np.ndarray, np.ndarray, jax.Array]:
-        """Ids, mask and keys of `loops.generate_codes`."""
+        """Ids, mask and keys of `images.generate_codes`."""
         processor = self._need_processor("draw from a prompt")
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
@@ -151,7 +153,7 @@ class JanusPipeline:
         keys = image_keys(seed, len(prompts), n)
 
         rows = [processor.text_to_image_prompt(prompt) for prompt in prompts]
-        length = loops.bucket(max(len(row) for row in rows))
+        length = bucket(max(len(row) for row in rows))
         guided = cfg_weight != 1
         times = n if len(rows) > 1 else 1  # one prompt is prefilled once, for all its images
         pairs = [[row, processor.unconditional(row)] if guided else [row] for row in rows for _ in range(times)]
@@ -166,17 +168,17 @@ class JanusPipeline:
         keys: jax.Array,
         *,
         guidance: float,
-        sampler: loops.Sampler,
+        sampler: Sampler,
         batch_size: int | None = None,
         progress: bool | None = None,
     ) -> np.ndarray:
-        """`loops.generate_codes` in parts that fit the memory; arguments as there, on the host."""
+        """`images.generate_codes` in parts that fit the memory; arguments as there, on the host."""
         prompts, steps = len(ids), self.config.gen_vision.num_tokens
 
         def draw(part: slice, size: int, bar: tqdm) -> np.ndarray:
             padded = (ids, mask) if prompts == 1 else [_pad_rows(x, part, size) for x in (ids, mask)]
             with self._mesh(), _rows_of(part):
-                codes, _ = loops.generate_codes(
+                codes, _ = generate_codes(
                     self.model,
                     self.params,
                     *(self._put(x) for x in padded),
@@ -207,7 +209,7 @@ class JanusPipeline:
 
         def decode(part: slice, size: int, bar: tqdm) -> np.ndarray:
             with self._mesh(), _rows_of(part):
-                images, finite = loops.decode_images(self.model, self.params, self._put(_pad_rows(codes, part, size)))
+                images, finite = decode_images(self.model, self.params, self._put(_pad_rows(codes, part, size)))
                 refuse_pixels(self.model, self.params, finite)
                 bar.update()
                 return on_host(images)[: part.stop - part.start]
@@ -340,8 +342,8 @@ class JanusPipeline:
         """Compiles what `chat` and `stream_chat` run for the same arguments; otherwise as `compile_images`."""
         self._refuse_mesh("compile_chat")
         asked, max_new_tokens, sampler = self._asking([messages], [images], *args, **kwargs)
-        room = loops.bucket(max_new_tokens)
-        loops.compile_tokens(self.model, self.params, *map(self._put, asked), sampler=sampler, room=room)
+        room = bucket(max_new_tokens)
+        compile_tokens(self.model, self.params, *map(self._put, asked), sampler=sampler, room=room)
 
     def _asking(
         self,
@@ -354,17 +356,17 @@ class JanusPipeline:
         top_k: int | None = None,
         system_prompt: str = SYSTEM_PROMPT,
         seed: int = 0,
-    ) -> tuple[tuple[Any, ...], int, loops.Sampler]:
+    ) -> tuple[tuple[Any, ...], int, Sampler]:
         """Ids, image placeholders, pixels, mask and keys of `sampling`'s functions; max_new_tokens; and the sampler."""
         processor = self._need_processor("chat")
         _check_count("max_new_tokens", max_new_tokens)
-        sampler = loops.make_sampler(temperature, top_k, top_p)
+        sampler = make_sampler(temperature, top_k, top_p)
         rows, pixels = [], []
         for messages, own in zip(conversations, images, strict=True):
             turns, sources = normalize_messages(messages, own, processor.tokenizer.image_placeholder)
             rows.append(processor.understanding_prompt(turns, len(sources), system_prompt, max_new_tokens))
             pixels.append(processor.understanding_pixels(sources))
-        ids, mask = processor.left_pad(rows, loops.bucket(max(len(row) for row in rows)))
+        ids, mask = processor.left_pad(rows, bucket(max(len(row) for row in rows)))
         mask = mask.astype(bool)
         where = (ids == processor.tokenizer.image_placeholder_id) & mask
         keys = jnp.broadcast_to(jax.random.key(_checked(seed)), (len(rows),))
@@ -377,8 +379,8 @@ class JanusPipeline:
     def _stream(self, asked, max_new_tokens, sampler, piece) -> Iterator[np.ndarray]:
         with self._mesh():
             ids, where, pixels, mask, keys = map(self._put, asked)
-            x = loops.embed_prompt(self.model, self.params, ids, where, pixels)
-        pieces = loops.stream_tokens(
+            x = embed_prompt(self.model, self.params, ids, where, pixels)
+        pieces = stream_tokens(
             self.model,
             self.params,
             x,
@@ -388,7 +390,7 @@ class JanusPipeline:
             max_new_tokens=max_new_tokens,
             sampler=sampler,
             piece=piece,
-            room=loops.bucket(max_new_tokens),
+            room=bucket(max_new_tokens),
         )
         while True:
             # The mesh is set only while we compute, never across a yield: it would leak into the caller's code.
@@ -429,7 +431,7 @@ class JanusPipeline:
     def _bytes_to_answer(self, asked: tuple[Any, ...], max_new_tokens: int) -> int:
         ids, _, pixels, *_ = asked
         images = 0 if pixels is None else pixels.shape[1]
-        return bytes_to_answer(self.model, ids.shape[1], images, loops.bucket(max_new_tokens))
+        return bytes_to_answer(self.model, ids.shape[1], images, bucket(max_new_tokens))
 
     def _pictures_at_a_time(self, total: int, dtype: Any) -> int:
         # More at a time is no faster, and every other size is one more program to compile.
@@ -438,12 +440,6 @@ class JanusPipeline:
 
     def _fitting(self, total: int, per_item: int) -> int:
         return fitting(total, per_item, self.mesh, coming=self.params)
-
-
-@functools.partial(jax.jit, static_argnames=("model",))
-def encode_codes(model: Janus, params: dict[str, Any], images: jax.Array) -> jax.Array:
-    """Codes [B, num_tokens] of images [B, h, w, 3] in [-1, 1]; -1 where the encoder's numbers are not finite."""
-    return model.apply({"params": params}, images, method="encode_codes")
 
 
 def image_keys(seed: int | Sequence[int], prompts: int, n: int) -> jax.Array:

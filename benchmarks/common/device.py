@@ -157,7 +157,7 @@ def filled_cache(model: Janus, rows: int, slots: int, filled: int) -> KVCache:
     """A cache of zeros whose first `filled` slots count as tokens: a step takes as long over it as over any other."""
     import jax.numpy as jnp
 
-    from janus_jax.sampling.loops import empty_cache
+    from janus_jax.sampling.cache import empty_cache
 
     cache = empty_cache(model, rows, slots)
     mask = jnp.broadcast_to(jnp.arange(slots) < filled, (rows, slots))

@@ -149,6 +149,11 @@ def place_images(x: jax.Array, where: jax.Array, features: jax.Array) -> jax.Arr
     return jnp.where(where[..., None], placed.astype(x.dtype), x)
 
 
+def run(model: Janus, params: dict[str, Any], method: str, *args):
+    """Calls a method of `model` by name."""
+    return model.apply({"params": params}, *args, method=method)
+
+
 def init_params(model: Janus, key: jax.Array) -> dict[str, Any]:
     """Random parameters of `model` (jit it, or `jax.eval_shape` it for the shapes alone)."""
     v, g = model.config.vision.image_size, model.config.gen_vision.image_size

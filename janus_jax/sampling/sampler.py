@@ -61,6 +61,11 @@ def make_sampler(temperature: float = 1.0, top_k: int | None = None, top_p: floa
     )
 
 
+def step_keys(keys: jax.Array, step: jax.Array | int) -> jax.Array:
+    """`keys` [B] of one step of a loop."""
+    return jax.vmap(lambda key: jax.random.fold_in(key, step))(keys)
+
+
 def check_guidance(cfg_weight: float) -> None:
     """ValueError where `cfg_weight`, the weight of classifier-free guidance, is out of range."""
     if not (_is_number(cfg_weight) and 0 <= cfg_weight <= _LARGEST):

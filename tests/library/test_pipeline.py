@@ -13,7 +13,10 @@ from PIL import Image
 from examples.tiny.tokenizer import write_tokenizer
 from janus_jax import JanusPipeline, load, make_mesh
 from janus_jax.pipeline import encode_codes, image_keys
-from janus_jax.sampling import loops
+from janus_jax.sampling import text
+from janus_jax.sampling.images import continue_image, start_image
+from janus_jax.sampling.sampler import make_sampler
+from janus_jax.sampling.text import continue_text, embed_prompt, start_text
 from janus_jax.sharding import flatten
 from janus_jax.weights import checkpoint, conversion
 
@@ -148,7 +151,7 @@ def test_guidance_of_one_is_the_conditional_model(janus, codes):
     row = janus.processor.text_to_image_prompt(SHORT)
     ids, mask = janus.processor.left_pad([row, janus.processor.unconditional(row)] * 5, 32)
     ids, mask = ids.reshape(5, 2, 32), mask.reshape(5, 2, 32).astype(bool)
-    settings = {"guidance": 1.0, "sampler": loops.make_sampler(1.0)}
+    settings = {"guidance": 1.0, "sampler": make_sampler(1.0)}
     keys = image_keys(0, 1, 5)
     np.testing.assert_array_equal(janus.sample_codes(ids, mask, keys, **settings), ours)
     np.testing.assert_array_equal(janus.sample_codes(ids[:, :1], mask[:, :1], keys, **settings), ours)
@@ -165,7 +168,7 @@ def test_greedy(janus, codes):
 
 
 def test_settings_share_one_program(janus, codes):
-    programs = (loops.start_image, loops.continue_image)
+    programs = (start_image, continue_image)
     before = [program._cache_size() for program in programs]
     assert min(before) > 0
     janus.generate_codes(OTHER, n=5, cfg_weight=3, temperature=0.7, seed=8)
@@ -211,7 +214,7 @@ def test_decoding_follows_the_memory(janus, codes, monkeypatch):
         images = jnp.broadcast_to(jnp.asarray(part)[:, :1, None, None], (len(part), 16, 16, 3)).astype(jnp.uint8)
         return images, jnp.ones(len(part), bool)
 
-    monkeypatch.setattr(loops, "decode_images", decode)
+    monkeypatch.setattr("janus_jax.pipeline.decode_images", decode)
     many = np.tile(codes, (8, 1))
     for free, size in ((None, 14), (10**12, 14), (1, 1)):
         monkeypatch.setattr("janus_jax.sampling.memory.available_bytes", lambda device, free=free: free)
@@ -305,7 +308,7 @@ def test_encoding_in_parts(janus, monkeypatch):
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_drawn(janus, monkeypatch, prompts, settings, message):
-    monkeypatch.setattr(loops, "generate_codes", lambda *args, **kwargs: pytest.fail("it was drawn"))
+    monkeypatch.setattr("janus_jax.pipeline.generate_codes", lambda *args, **kwargs: pytest.fail("it was drawn"))
     for draw in (janus.generate_images, janus.generate_codes):
         with raises_one_line(message):
             draw(prompts, **settings)
@@ -349,13 +352,12 @@ def pictures() -> list[np.ndarray]:
 def prompts(janus, monkeypatch) -> list[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
     """What the model is asked, as it happens: ids, where the images go, pixels."""
     seen = []
-    original = loops.embed_prompt
 
-    def embed_prompt(model, params, ids, where, pixels):
+    def spied(model, params, ids, where, pixels):
         seen.append((np.asarray(ids), np.asarray(where), None if pixels is None else np.asarray(pixels)))
-        return original(model, params, ids, where, pixels)
+        return embed_prompt(model, params, ids, where, pixels)
 
-    monkeypatch.setattr(loops, "embed_prompt", embed_prompt)
+    monkeypatch.setattr("janus_jax.pipeline.embed_prompt", spied)
     return seen
 
 
@@ -396,7 +398,7 @@ def test_new_tokens_at_most(janus, answers):
 
 def test_lengths_of_one_bucket_share_one_program(janus):
     janus.chat(QUESTION, **SETTINGS)
-    programs = (loops.embed_prompt, loops.start_text, loops.continue_text)
+    programs = (embed_prompt, start_text, continue_text)
     before = [program._cache_size() for program in programs]
     assert min(before) > 0
     janus.chat("Which of the two?", max_new_tokens=9, system_prompt="")
@@ -411,8 +413,8 @@ def test_end_of_sentence_stops(janus, answers, monkeypatch):
     end = next(i for i in range(2, 20) if full[i] not in full[:i])
     monkeypatch.setattr(tokenizer, "eos_id", full[end])
     steps = []
-    original = loops.continue_text
-    monkeypatch.setattr(loops, "continue_text", lambda *args: steps.append(int(args[-1])) or original(*args))
+    original = continue_text
+    monkeypatch.setattr(text, "continue_text", lambda *args: steps.append(int(args[-1])) or original(*args))
 
     answer = janus.chat(QUESTION, **SETTINGS)
     assert answers[-1] == full[:end]
@@ -452,8 +454,8 @@ def test_answers_in_parts(janus, pictures, monkeypatch):
     questions = ["What is it?", "Describe the picture.", "Which is brighter?"]
     images, settings = [(), pictures[:1], pictures[1:]], SETTINGS | {"max_new_tokens": 6}
     whole, rows = janus.chat_batch(questions, images, **settings), []
-    original = loops.start_text
-    monkeypatch.setattr(loops, "start_text", lambda *args: rows.append(len(args[2])) or original(*args))
+    original = start_text
+    monkeypatch.setattr(text, "start_text", lambda *args: rows.append(len(args[2])) or original(*args))
     monkeypatch.setattr("janus_jax.sampling.memory.available_bytes", lambda device: 1)
     assert janus.chat_batch(questions, images, **settings) == whole
     assert rows == [1, 1, 1]
@@ -467,7 +469,7 @@ def test_answers_in_parts(janus, pictures, monkeypatch):
         return original(*args)
 
     rows.clear()
-    monkeypatch.setattr(loops, "start_text", start)
+    monkeypatch.setattr(text, "start_text", start)
     assert janus.chat_batch(questions, images, **settings) == whole
     assert rows == [1, 1, 1]
 

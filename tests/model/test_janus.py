@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.common import oracle
 from janus_jax.model.janus import Janus, init_params, place_images
-from janus_jax.sampling.loops import embed_prompt, generate_tokens
+from janus_jax.sampling.text import embed_prompt, generate_tokens
 from janus_jax.sharding import flatten
 
 

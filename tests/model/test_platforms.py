@@ -6,7 +6,8 @@ import pytest
 
 from janus_jax.config import PRESETS
 from janus_jax.model.janus import Janus
-from janus_jax.sampling import loops
+from janus_jax.sampling.images import continue_image, start_image
+from janus_jax.sampling.sampler import make_sampler
 from janus_jax.weights.torch_weights import abstract_params
 
 
@@ -19,13 +20,13 @@ def test_image_loop_lowers(platform, scan_layers):
     ids = jax.ShapeDtypeStruct((1, 2, 32), jnp.int32)
     mask = jax.ShapeDtypeStruct(ids.shape, bool)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
-    guidance, sampler = jnp.float32(5), loops.make_sampler()
+    guidance, sampler = jnp.float32(5), make_sampler()
 
     def start(params, ids, mask, keys):
-        return loops.start_image(model, params, ids, mask, keys, guidance, sampler, 576)
+        return start_image(model, params, ids, mask, keys, guidance, sampler, 576)
 
     state = jax.eval_shape(start, params, ids, mask, keys)
-    traced = loops.continue_image.trace(model, params, state, keys, guidance, sampler, jnp.int32(1), jnp.int32(576))
+    traced = continue_image.trace(model, params, state, keys, guidance, sampler, jnp.int32(1), jnp.int32(576))
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     # The rewriting of small products is for XLA:CPU alone; elsewhere it would keep them from fusing.
     assert ("optimization_barrier" in text) == (platform == "cpu")

@@ -12,7 +12,9 @@ from janus_jax.config import PRESETS
 from janus_jax.model import attention
 from janus_jax.model.janus import Janus
 from janus_jax.model.vq import VQModel
-from janus_jax.sampling import loops
+from janus_jax.sampling.images import continue_image, decode_images, start_image
+from janus_jax.sampling.sampler import make_sampler
+from janus_jax.sampling.text import continue_text, embed_prompt, start_text
 from janus_jax.weights.quantize import quantize
 from janus_jax.weights.torch_weights import abstract_params
 
@@ -59,30 +61,30 @@ def programs(dtype: str, attention: str = "xla", weights: str | None = None) -> 
     params = jax.eval_shape(quantize, params) if weights else params
     v, g = CONFIG.vision, CONFIG.gen_vision
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
-    one, sampler = jnp.int32(1), loops.make_sampler()
+    one, sampler = jnp.int32(1), make_sampler()
     drawing = (keys, jnp.float32(5), sampler)
     ids, mask = shape(2, 2, 32, dtype=jnp.int32), shape(2, 2, 32, dtype=bool)
     where, row = shape(2, 32, dtype=bool), shape(2, 32, dtype=jnp.int32)
-    image = loops.start_image.eval_shape(model, params, ids, mask, *drawing, g.num_tokens)
-    x = loops.embed_prompt.eval_shape(model, params, row, where, None)
-    text = loops.start_text.eval_shape(model, params, x, where, keys, one, sampler, 8)
+    image = start_image.eval_shape(model, params, ids, mask, *drawing, g.num_tokens)
+    x = embed_prompt.eval_shape(model, params, row, where, None)
+    text = start_text.eval_shape(model, params, x, where, keys, one, sampler, 8)
     bind, ones = functools.partial, jnp.ones((2, 8), int)
     return {
         "start_image": (
-            lambda params, ids, mask, *rest: loops.start_image(model, params, ids, mask, *rest, g.num_tokens),
+            lambda params, ids, mask, *rest: start_image(model, params, ids, mask, *rest, g.num_tokens),
             (params, ids, mask, *drawing),
         ),
-        "continue_image": (bind(loops.continue_image, model), (params, image, *drawing, one, one)),
-        "decode_images": (bind(loops.decode_images, model), (params, shape(2, g.num_tokens, dtype=jnp.int32))),
+        "continue_image": (bind(continue_image, model), (params, image, *drawing, one, one)),
+        "decode_images": (bind(decode_images, model), (params, shape(2, g.num_tokens, dtype=jnp.int32))),
         "embed_prompt": (
-            bind(loops.embed_prompt, model),
+            bind(embed_prompt, model),
             (params, row, where, shape(2, 1, v.image_size, v.image_size, 3)),
         ),
         "start_text": (
-            lambda params, *rest: loops.start_text(model, params, *rest, 8),
+            lambda params, *rest: start_text(model, params, *rest, 8),
             (params, x, where, keys, one, sampler),
         ),
-        "continue_text": (bind(loops.continue_text, model), (params, text, keys, one, sampler, one, one)),
+        "continue_text": (bind(continue_text, model), (params, text, keys, one, sampler, one, one)),
         "encode_codes": (
             lambda params, images: model.apply({"params": params}, images, method="encode_codes"),
             (params, shape(2, g.image_size, g.image_size, 3)),

@@ -12,7 +12,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from janus_jax.config import PRESETS, JanusConfig
 from janus_jax.model.janus import Janus, init_params
 from janus_jax.model.kv_cache import grow_cache, init_cache
-from janus_jax.sampling.loops import embed_prompt, generate_codes, generate_tokens, make_sampler
+from janus_jax.sampling.images import generate_codes
+from janus_jax.sampling.sampler import make_sampler
+from janus_jax.sampling.text import embed_prompt, generate_tokens
 from janus_jax.sharding import (
     MESH_AXES,
     PARAMETER_AXES,

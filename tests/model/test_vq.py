@@ -10,7 +10,7 @@ import pytest
 from benchmarks.common import oracle
 from janus_jax.config import read_config
 from janus_jax.model.janus import Janus
-from janus_jax.sampling.loops import decode_images
+from janus_jax.sampling.images import decode_images
 from janus_jax.weights.torch_weights import read_params
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "janus_tiny"

@@ -13,7 +13,6 @@ from PIL import Image
 
 from janus_jax.__main__ import main
 from janus_jax.pipeline import JanusPipeline
-from janus_jax.sampling import loops
 from janus_jax.sharding import flatten
 from janus_jax.weights import checkpoint, conversion
 from tests.library.test_pipeline import GOLDEN, OTHER, QUESTION, SHORT, folder, janus, quick_compilation  # noqa: F401
@@ -72,8 +71,8 @@ def test_chat_about_images(folder, janus, tmp_path, capfd, monkeypatch):
     for path in paths:
         Image.new("RGB", (8, 8), (int(pathlib.Path(path).stem),) * 3).save(path)
     seen = []
-    monkeypatch.setattr(loops, "compile_tokens", lambda *args, **kwargs: None)
-    monkeypatch.setattr(loops, "embed_prompt", lambda *args: seen.append(np.asarray(args[-1])) or 1 / 0)
+    monkeypatch.setattr("janus_jax.pipeline.compile_tokens", lambda *args, **kwargs: None)
+    monkeypatch.setattr("janus_jax.pipeline.embed_prompt", lambda *args: seen.append(np.asarray(args[-1])) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(
             [
@@ -151,7 +150,7 @@ def test_one_line_for_bad_input(folder, tmp_path, capfd, monkeypatch, arguments,
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("no image")
     for name in ("generate_codes", "embed_prompt"):
-        monkeypatch.setattr(loops, name, lambda *args, **kwargs: pytest.fail("the model was run"))
+        monkeypatch.setattr(f"janus_jax.pipeline.{name}", lambda *args, **kwargs: pytest.fail("the model was run"))
     assert main([word.format(tmp=tmp_path, model=folder) for word in arguments.split()]) == 2
     shown = capfd.readouterr()
     assert shown.out == ""

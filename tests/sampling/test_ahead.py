@@ -10,7 +10,7 @@ import janus_jax
 from examples.tiny.run import write_checkpoint
 from examples.tiny.tokenizer import write_tokenizer
 from janus_jax.processing.processor_files import TOKENIZER_FILES, copy_files
-from janus_jax.sampling import loops, memory
+from janus_jax.sampling import memory
 from tests.conftest import SIZES
 
 CONFIG = SIZES["tiny"]
@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
     [({}, "a red house", {"n": 2}, 4), ({"weights": "int8"}, ["a cat", "a dog"], {"cfg_weight": 1.0, "top_k": 5}, 1)],
 )
 def test_what_was_compiled_is_not_compiled_again(folder, caplog, monkeypatch, loading, prompts, settings, sizes):
-    monkeypatch.setattr(loops, "_is_large", lambda cache, weights: sizes > 1)
+    monkeypatch.setattr("janus_jax.sampling.cache._is_large", lambda cache, weights: sizes > 1)
     threads = []
 
     def ahead(janus):
@@ -58,7 +58,7 @@ def compiled(caplog, programs=PROGRAMS) -> dict[str, int]:
 
 @pytest.mark.parametrize(("images", "sizes"), [(0, 4), (2, 1)])
 def test_an_answer_is_not_compiled_again(folder, caplog, monkeypatch, images, sizes):
-    monkeypatch.setattr(loops, "_is_large", lambda cache, weights: sizes > 1)
+    monkeypatch.setattr("janus_jax.sampling.cache._is_large", lambda cache, weights: sizes > 1)
     pixels = [np.full((30, 40, 3), 40 * i, np.uint8) for i in range(images)]
     asked, settings = ("what is this?", pixels, 40), {"top_k": 5, "temperature": 1.0, "system_prompt": "Be brief."}
 
@@ -104,6 +104,6 @@ def test_no_memory_ahead_is_left_to_drawing(folder, monkeypatch):
     def compile_codes(*args, **kwargs):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
-    monkeypatch.setattr(loops, "compile_codes", compile_codes)
+    monkeypatch.setattr("janus_jax.pipeline.compile_codes", compile_codes)
     janus = janus_jax.load(folder, progress=False, ahead=lambda janus: janus.compile_images("a cat"))
     assert len(janus.generate_images("a cat")) == 1

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from janus_jax import JanusPipeline
 from janus_jax.config import PRESETS
 from janus_jax.model.janus import Janus
-from janus_jax.sampling import loops, memory
+from janus_jax.sampling import memory
+from janus_jax.sampling.images import generate_codes
 from janus_jax.sampling.memory import OutOfMemory, available_bytes, fitting, fitting_parts, least_available_bytes
+from janus_jax.sampling.sampler import make_sampler
 from janus_jax.sharding import make_mesh
 from tests.library.test_pipeline import SHORT, codes, folder, janus, quick_compilation  # noqa: F401
 
@@ -138,7 +140,7 @@ def test_whether_an_error_is_about_memory():
 
 
 class Drawing:
-    """Stands for `loops.generate_codes`: codes that say which image they are of, and a memory of so many images."""
+    """Stands for `images.generate_codes`: codes that say which image they are of, and a memory of so many images."""
 
     def __init__(self, most: float = math.inf):
         self.most, self.sizes = most, []
@@ -163,7 +165,7 @@ def draw(mesh=None, **settings) -> np.ndarray:
     pipeline = JanusPipeline(config, {}, Janus(config), mesh=None if mesh is None else make_mesh(mesh))
     ids = np.arange(TOTAL, dtype=np.int32)[:, None, None].repeat(8, axis=2)
     keys = jax.random.wrap_key_data(np.zeros((TOTAL, 2), np.uint32))
-    settings = {"guidance": 1.0, "sampler": loops.make_sampler(0)} | settings
+    settings = {"guidance": 1.0, "sampler": make_sampler(0)} | settings
     return pipeline.sample_codes(ids, ids >= 0, keys, **settings)[:, 0]
 
 
@@ -171,7 +173,7 @@ def draw(mesh=None, **settings) -> np.ndarray:
 def drawing(monkeypatch):
     def replace(most: float = math.inf, free: int | None = None) -> Drawing:
         stub = Drawing(most)
-        monkeypatch.setattr(loops, "generate_codes", stub)
+        monkeypatch.setattr("janus_jax.pipeline.generate_codes", stub)
         monkeypatch.setattr("janus_jax.sampling.memory.available_bytes", lambda device: free)
         return stub
 
@@ -215,7 +217,7 @@ def test_other_errors_pass(drawing, monkeypatch):
     def fail(*args, **kwargs):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
-    monkeypatch.setattr(loops, "generate_codes", fail)
+    monkeypatch.setattr("janus_jax.pipeline.generate_codes", fail)
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         draw()
 
@@ -243,7 +245,7 @@ def test_progress_starts_anew(drawing, capfd):
 
 
 def test_real_draws_after_running_out(janus, codes, monkeypatch):  # noqa: F811
-    original, sizes = loops.generate_codes, []
+    original, sizes = generate_codes, []
 
     def limited(model, params, ids, mask, keys, **kwargs):
         sizes.append(len(keys))
@@ -251,6 +253,6 @@ def test_real_draws_after_running_out(janus, codes, monkeypatch):  # noqa: F811
             raise jax.errors.JaxRuntimeError(EXHAUSTED)
         return original(model, params, ids, mask, keys, **kwargs)
 
-    monkeypatch.setattr(loops, "generate_codes", limited)
+    monkeypatch.setattr("janus_jax.pipeline.generate_codes", limited)
     np.testing.assert_array_equal(janus.generate_codes(SHORT, n=5), codes)
     assert sizes == [5, 2, 2, 2]

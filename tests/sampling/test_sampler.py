@@ -8,7 +8,8 @@ import pytest
 from hypothesis import strategies as st
 from scipy import stats
 
-from janus_jax.sampling.loops import bucket, guide
+from janus_jax.sampling.cache import bucket
+from janus_jax.sampling.images import guide
 from janus_jax.sampling.sampler import Sampler, _kept, make_sampler
 
 

@@ -10,8 +10,10 @@ import pytest
 from benchmarks.common import oracle
 from janus_jax.config import PRESETS
 from janus_jax.model.janus import Janus
-from janus_jax.sampling import loops
-from janus_jax.sampling.loops import generate_codes, generate_tokens, make_sampler, stream_tokens
+from janus_jax.sampling.cache import cache_sizes, pieces
+from janus_jax.sampling.images import continue_image, generate_codes
+from janus_jax.sampling.sampler import make_sampler
+from janus_jax.sampling.text import continue_text, generate_tokens, stream_tokens
 from janus_jax.weights.torch_weights import abstract_params
 
 BOS, PAD = 1, 2
@@ -185,17 +187,17 @@ def test_progress_in_pieces(tiny):
 
 
 @contextlib.contextmanager
-def growing(loop: str, grow: bool):
+def growing(loop, grow: bool):
     """Caches grow within, or do not; gives the slots of those that `loop` was run on."""
-    seen, original = [], getattr(loops, loop)
+    seen = []
 
     def spied(model, params, state, *args):
         seen.append(state.cache.keys[0].shape[-2])
-        return original(model, params, state, *args)
+        return loop(model, params, state, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loops, "_is_large", lambda cache, weights: grow)
-        patch.setattr(loops, loop, spied)
+        patch.setattr("janus_jax.sampling.cache._is_large", lambda cache, weights: grow)
+        patch.setattr(f"{loop.__module__}.{loop.__name__}", spied)
         yield seen
 
 
@@ -204,10 +206,10 @@ def test_a_growing_cache_changes_nothing(tiny, close, scan_layers):
     case = tiny if scan_layers else tiny.unstacked
     ids, mask = pairs(case)
     settings = {"num_tokens": 15, "sampler": TRUNCATED}
-    with growing("continue_image", False) as seen:
+    with growing(continue_image, False) as seen:
         codes, logits = draw(case, ids, mask, **settings)
     assert seen == [22]
-    with growing("continue_image", True) as seen:
+    with growing(continue_image, True) as seen:
         grown, grown_logits = draw(case, ids, mask, **settings)
     assert seen == [11, 15, 19, 22]
     np.testing.assert_array_equal(grown, codes)
@@ -217,10 +219,10 @@ def test_a_growing_cache_changes_nothing(tiny, close, scan_layers):
 def test_only_a_large_cache_grows():
     config = PRESETS["janus_pro_1b"]
     model, params = Janus(config, dtype=jnp.float32), abstract_params(config, True, "float32")
-    sizes = {images: loops.cache_sizes(model, params, 2 * images, 32, 576) for images in (1, 16)}
+    sizes = {images: cache_sizes(model, params, 2 * images, 32, 576) for images in (1, 16)}
     assert sizes == {1: [607], 16: [175, 319, 463, 607]}
     tiny, tiny_params = Janus(PRESETS["janus_tiny"]), abstract_params(PRESETS["janus_tiny"])
-    assert len(loops.cache_sizes(tiny, tiny_params, 32, 32, 576)) == 1, "not worth the compilation"
+    assert len(cache_sizes(tiny, tiny_params, 32, 32, 576)) == 1, "not worth the compilation"
 
 
 # ---------------------------------------------------------------- text
@@ -272,9 +274,9 @@ def test_spare_room_changes_nothing(tiny, question):
 @pytest.mark.parametrize("scan_layers", [True, False])
 def test_a_growing_cache_changes_no_text(tiny, question, scan_layers):
     case = tiny if scan_layers else tiny.unstacked
-    with growing("continue_text", False):
+    with growing(continue_text, False):
         whole = tokens_of(case, question, max_new_tokens=16)
-    with growing("continue_text", True) as seen:
+    with growing(continue_text, True) as seen:
         pieces = pieces_of(case, question, max_new_tokens=16, piece=4)
     np.testing.assert_array_equal(np.concatenate(pieces, 1), whole)
     assert seen == [13, 13, 19, 19, 25], "room for 6, 12 and 18 new tokens"
@@ -285,9 +287,9 @@ def test_a_growing_cache_changes_no_text(tiny, question, scan_layers):
 def test_every_token_is_drawn_once(new_tokens):
     """With room for it in the cache, also where there are fewer tokens than sizes."""
     sizes = [8 + new_tokens - 1 - new_tokens * smaller // 4 for smaller in (3, 2, 1, 0)]
-    pieces = list(loops._pieces(sizes, 8, 3, new_tokens))
-    assert [i for _, start, stop in pieces for i in range(start, stop)] == list(range(1, new_tokens))
-    assert all(8 + stop - 1 <= size for size, _, stop in pieces)
+    drawn = list(pieces(sizes, 8, 3, new_tokens))
+    assert [i for _, start, stop in drawn for i in range(start, stop)] == list(range(1, new_tokens))
+    assert all(8 + stop - 1 <= size for size, _, stop in drawn)
 
 
 def test_stream_ends_when_all_rows_are_done(tiny, question):

@@ -19,7 +19,9 @@ from jax.sharding import Mesh
 from janus_jax.loading import layout
 from janus_jax.model.janus import Janus
 from janus_jax.processing.images import ImageSettings
-from janus_jax.sampling import loops
+from janus_jax.sampling.cache import cache_sizes
+from janus_jax.sampling.images import continue_image, decode_images, start_image
+from janus_jax.sampling.sampler import Sampler
 from janus_jax.sharding import make_mesh, param_shardings
 from janus_jax.weights.fuse import fuse
 from janus_jax.weights.quantize import quantize
@@ -171,16 +173,16 @@ def compile_sampling(
     mask = jax.ShapeDtypeStruct(ids.shape, bool)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))
     scalar, count = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
-    sampler = loops.Sampler(scalar, count, scalar)
-    sizes = loops.cache_sizes(model, params, 2 * images, _PROMPT, g.num_tokens)
+    sampler = Sampler(scalar, count, scalar)
+    sizes = cache_sizes(model, params, 2 * images, _PROMPT, g.num_tokens)
     with jax.set_mesh(mesh):
         given = (params, ids, mask, keys, scalar, sampler, g.num_tokens, False)
-        start = _compile(loops.start_image.lower(model, *given, sizes[0]))
-        state = on(loops.start_image.eval_shape(model, *given, sizes[-1]), start.compiled.output_shardings)
-        loop = _compile(loops.continue_image.lower(model, params, state, keys, scalar, sampler, count, count))
+        start = _compile(start_image.lower(model, *given, sizes[0]))
+        state = on(start_image.eval_shape(model, *given, sizes[-1]), start.compiled.output_shardings)
+        loop = _compile(continue_image.lower(model, params, state, keys, scalar, sampler, count, count))
         codes = jax.ShapeDtypeStruct((images, g.num_tokens), jnp.int32)
         vq = {"gen_vision_model": params["gen_vision_model"]}
-        decode = _compile(loops.decode_images.lower(model, vq, codes)) if decoder else None
+        decode = _compile(decode_images.lower(model, vq, codes)) if decoder else None
     cache = _shard_bytes(state.cache)
     decoder = {k: v for k, v in params.items() if k in ("language_model", "gen_aligner", "gen_embed", "gen_head")}
     read = dict(decoder, language_model={k: v for k, v in decoder["language_model"].items() if k.startswith("layers")})

@@ -1,0 +1,62 @@
+"""The cache of the sampling loops: how many slots it has, when it grows, and in which pieces a loop then runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from janus_jax.model.janus import Janus
+from janus_jax.model.kv_cache import KVCache, cache_bytes, init_cache
+
+# A step reads the whole cache, filled or not: a large one starts small, and grows to so many sizes. Each of them is one
+# more program to compile, which is not worth it where the weights are most of what is read, or where all is little.
+_CACHE_SIZES = 4
+
+
+def empty_cache(model: Janus, rows: int, slots: int) -> KVCache:
+    """The cache that the sampling loops use for `model`, empty."""
+    on_cpu = model.attention == "heads"
+    return init_cache(model.config.language, rows, slots, model.dtype, model.scan_layers, pad_row=on_cpu)
+
+
+def _is_large(cache: int, weights: int) -> bool:
+    return cache > max(weights // 4, 256 << 20)
+
+
+def cache_sizes(model: Janus, params: Any, rows: int, length: int, new_tokens: int) -> list[int]:
+    """Slots of the cache, smallest first, for `rows` prompts of `length` tokens and what is drawn after them."""
+    most = length + new_tokens - 1
+    weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params["language_model"]))
+    sizes = _CACHE_SIZES if _is_large(cache_bytes(model.config.language, rows, most, model.dtype), weights) else 1
+    return [most - new_tokens * smaller // sizes for smaller in reversed(range(sizes))]
+
+
+def pieces(slots: list[int], length: int, piece: int, new_tokens: int) -> Iterator[tuple[int, int, int]]:
+    """(slots of the cache, first, behind the last) of tokens to draw together, from the second of `new_tokens` on."""
+    done = 1
+    for size in slots:
+        # The last token that is drawn is not stored.
+        while done < (room := min(size - length + 1, new_tokens)):
+            stop = min(done + piece, room)
+            yield size, done, stop
+            done = stop
+
+
+def grown_shapes(model: Janus, state: Any, slots: list[int]) -> Iterator[Any]:
+    """The shapes of `state`, with its cache in each of its sizes."""
+    rows = len(state.cache.positions)
+    for size in slots:
+        cache = jax.eval_shape(functools.partial(empty_cache, model, rows, size))
+        yield dataclasses.replace(state, cache=cache)
+
+
+def bucket(length: int, smallest: int = 32) -> int:
+    """The next of 32, 48, 64, 96, 128, 192, ...: lengths are padded to these, so that few programs are compiled."""
+    size = smallest
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size // 3 * 4
+    return size
