@@ -173,7 +173,7 @@ class TrainConfig:
       reduce_dtype: in which gradients are summed over devices; see `train.step.step.gradients`.
       frozen_dtype: of parameters that are not trained.
       remat: what the backward pass computes again: 'none', all but matrix products ('dots'), or 'full' layers.
-      attention: of the decoder: 'xla', 'splash' (TPU's kernel), 'triton' (a GPU's), or 'auto' for the best that the
+      attention: of the decoder: 'xla', 'splash' (TPU's kernel), 'cudnn' (a GPU's), or 'auto' for the best that the
         devices and the sizes allow.
       loss_chunk: tokens of a row whose logits exist at a time.
       layouts: devices that the run is meant for; it takes their mesh, accumulate and remat where it finds itself on
@@ -208,7 +208,7 @@ class TrainConfig:
     reduce_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     frozen_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     remat: Literal["none", "dots", "full"] = "full"
-    attention: Literal["auto", "xla", "splash", "triton"] = "auto"
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     loss_chunk: int = 512
     mesh: MeshConfig = MeshConfig()
     layouts: tuple[Layout, ...] = ()

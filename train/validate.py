@@ -45,9 +45,10 @@ def validate(config: TrainConfig) -> list[str]:
     _require(c.watchdog >= 0, f"watchdog must be at least 0 (0 for never), got {c.watchdog}")
     language = c.model.language
     _require(
-        c.attention == "auto" or takes(c.attention, d.context, language.heads, language.kv_heads, language.head_dim),
+        c.attention == "auto"
+        or takes(c.attention, d.context, language.heads, language.kv_heads, language.head_dim, c.compute_dtype),
         f"attention={c.attention} does not take data.context={d.context} with {language.heads} heads of "
-        f"{language.head_dim} and {language.kv_heads} key/value heads; give attention=auto",
+        f"{language.head_dim} and {language.kv_heads} key/value heads in {c.compute_dtype}; give attention=auto",
     )
     _require(
         c.batch_size % c.accumulate == 0,

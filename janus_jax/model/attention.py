@@ -74,13 +74,13 @@ def attend_segments(
       k, v: [B, K, T, H]; N is a multiple of K.
       segment_ids: [B, T], see `causal_mask`.
       implementation: 'xla', which holds the scores of all pairs; 'heads', which holds one head's, for CPU (see
-        `attend_by_head`); or a kernel that never does: 'splash' (TPU) or 'triton' (GPU), see `takes` for their shapes.
+        `attend_by_head`); or a kernel that never does: 'splash' (TPU) or 'cudnn' (GPU), see `takes` for their shapes.
     Returns: [B, T, N, H] in q's dtype.
     """
     if implementation in ("xla", "heads"):
         how = attend if implementation == "xla" else attend_by_head
         return how(q, k, v, causal_mask(segment_ids))
-    kernel = {"splash": _splash, "triton": functools.partial(_triton, causal=True)}[implementation]
+    kernel = {"splash": _splash, "cudnn": functools.partial(_cudnn, causal=True)}[implementation]
     return _by_shard(kernel, q.swapaxes(1, 2), k, v, segment_ids.astype(jnp.int32)).swapaxes(1, 2)
 
 
@@ -92,26 +92,30 @@ def attend_all(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str = "
     if implementation == "heads":
         return attend_by_head(q, k, v)
     length, heads, head_dim = q.shape[1:]
-    if implementation == "triton" and takes("triton", length, heads, k.shape[1], head_dim, _SMALL_BLOCK):
-        return _by_shard(functools.partial(_triton, causal=False), q.swapaxes(1, 2), k, v, None).swapaxes(1, 2)
+    if implementation == "cudnn" and takes("cudnn", length, heads, k.shape[1], head_dim, q.dtype):
+        return _by_shard(functools.partial(_cudnn, causal=False), q.swapaxes(1, 2), k, v, None).swapaxes(1, 2)
     return attend(q, k, v)
 
 
 _LANES = 128  # of a TPU's vector registers
-_BLOCK = 128  # tokens that the kernels take at least at a time
+_BLOCK = 128  # tokens that splash takes at least at a time
 _LARGEST_BLOCK = 512
-# Hopper's matrix units take 64 rows at least. Larger blocks spill registers backward, by ptxas's account.
-_SMALL_BLOCK = 64
-_INTERPRET = False  # set by tests, to run the kernels elsewhere
+# Set by tests, to run the kernels elsewhere: interpreted, and what `jax.nn.dot_product_attention` computes with.
+_INTERPRET, _CUDNN = False, "cudnn"
 
 
-def takes(implementation: str, length: int, heads: int, kv_heads: int, head_dim: int, block: int = _BLOCK) -> bool:
-    """Whether an implementation of `attend_segments` works on rows of `length` tokens: blocks divide its sizes."""
-    blocks = length % block == 0
+def takes(
+    implementation: str, length: int, heads: int, kv_heads: int, head_dim: int, dtype: jnp.dtype | str = jnp.bfloat16
+) -> bool:
+    """Whether an implementation of `attend_segments` works on rows of `length` tokens.
+
+    Splash's blocks divide its sizes. cuDNN takes 16-bit numbers and heads of up to 128 (NVIDIA's cuDNN frontend,
+    "Scaled Dot Product Attention"), on GPUs of compute capability 8.0 and up.
+    """
     return {
         "xla": True,
-        "splash": blocks and head_dim % _LANES == 0,
-        "triton": blocks and head_dim >= 16 and heads == kv_heads,
+        "splash": length % _BLOCK == 0 and head_dim % _LANES == 0,
+        "cudnn": jnp.dtype(dtype).itemsize == 2 and length % 2 == 0 and head_dim % 8 == 0 and head_dim <= 128,
     }[implementation]
 
 
@@ -170,13 +174,9 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) ->
     return jax.vmap(one_row)(q * jnp.asarray(head_dim**-0.5, q.dtype), k, v, segment_ids)
 
 
-def _triton(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, causal: bool) -> jax.Array:
-    from jax.experimental.pallas.ops.gpu.attention import BlockSizes, mha
-
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, causal: bool) -> jax.Array:
+    # The public way to cuDNN's kernel knows no segments; a mask over pairs is 2 bytes of each, for all heads together.
+    mask = None if segment_ids is None else (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    forward = math.gcd(q.shape[1], _BLOCK)
-    # JAX's default backward, 32, is below what Hopper's matrix units take.
-    sizes = BlockSizes(forward, forward, *(_SMALL_BLOCK,) * 4)
-    scale = q.shape[-1] ** -0.5
-    y = mha(q, k, v, segment_ids, sm_scale=scale, causal=causal, block_sizes=sizes, interpret=_INTERPRET)
+    y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation=_CUDNN)
     return y.swapaxes(1, 2)

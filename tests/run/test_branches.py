@@ -22,14 +22,26 @@ from train.step.state import attention_on
 
 
 @pytest.mark.parametrize(
-    ("platform", "attention"), [("tpu", "splash"), ("gpu", "triton"), ("cpu", "xla"), ("another", "xla")]
+    ("device", "dtype", "best"),
+    [
+        ({"platform": "gpu", "compute_capability": "9.0"}, "bfloat16", "cudnn"),
+        ({"platform": "gpu", "compute_capability": "8.0"}, "bfloat16", "cudnn"),
+        ({"platform": "gpu", "compute_capability": "7.5"}, "bfloat16", "xla"),
+        ({"platform": "gpu", "compute_capability": "10.0"}, "float32", "xla"),
+        ({"platform": "gpu", "compute_capability": "gfx942"}, "bfloat16", "xla"),  # AMD's, which has no cuDNN
+        ({"platform": "gpu"}, "bfloat16", "xla"),
+        ({"platform": "tpu"}, "bfloat16", "splash"),
+        ({"platform": "tpu"}, "float32", "splash"),
+        ({"platform": "cpu"}, "bfloat16", "xla"),
+        ({"platform": "another"}, "bfloat16", "xla"),
+    ],
 )
-def test_attention_by_platform(platform, attention):
-    mesh = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform=platform)]))
-    config = load_config("7b_stage3")
-    assert attention_on(config, mesh) == attention
+def test_attention_by_device(device, dtype, best):
+    mesh = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(**device)]))
+    config = dataclasses.replace(load_config("7b_stage3"), compute_dtype=dtype)
+    assert attention_on(config, mesh) == best
     # Neither kernel takes rows of any other length.
-    odd = dataclasses.replace(config, data=dataclasses.replace(config.data, context=1000))
+    odd = dataclasses.replace(config, data=dataclasses.replace(config.data, context=1001))
     assert attention_on(odd, mesh) == "xla"
     assert attention_on(dataclasses.replace(config, attention="xla"), mesh) == "xla"
 

@@ -51,9 +51,18 @@ def attention_on(config: TrainConfig, mesh: Mesh) -> str:
     """The implementation of the decoder's attention that `config` means on `mesh`."""
     if config.attention != "auto":
         return config.attention
-    c, platform = config.model.language, mesh.devices.flat[0].platform
-    best = {"tpu": "splash", "gpu": "triton"}.get(platform, "xla")
-    return best if takes(best, config.data.context, c.heads, c.kv_heads, c.head_dim) else "xla"
+    c, device = config.model.language, mesh.devices.flat[0]
+    best = {"tpu": "splash", "gpu": "cudnn"}.get(device.platform, "xla")
+    if best == "cudnn" and not _has_cudnn(device):
+        best = "xla"
+    taken = takes(best, config.data.context, c.heads, c.kv_heads, c.head_dim, config.compute_dtype)
+    return best if taken else "xla"
+
+
+def _has_cudnn(gpu: jax.Device) -> bool:
+    """Whether cuDNN's attention runs on it: NVIDIA's from Ampere on. AMD's name their architecture there."""
+    major = str(getattr(gpu, "compute_capability", "")).split(".")[0]
+    return major.isdigit() and int(major) >= 8
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
