@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import functools
+import importlib.util
 import os
 import pathlib
 import shutil
@@ -68,6 +69,9 @@ SIZES: dict[str, JanusConfig] = {
 }  # fmt: skip
 
 
+_TORCH = ("torch", "transformers")
+
+
 @functools.partial(jax.jit, static_argnames=("model", "method"))
 def _apply(model: Janus, params: dict[str, Any], method: Any, *args):
     return model.apply({"params": params}, *args, method=method)
@@ -78,10 +82,15 @@ class Case:
     """One size: the oracle's torch model, its checkpoint folder, and our model with the parameters read from there."""
 
     config: JanusConfig
-    torch_model: Any
+    oracles: Any
     folder: pathlib.Path
     model: Janus
     params: dict[str, Any]
+
+    @property
+    def torch_model(self) -> Any:
+        """The oracle's model; where torch is not installed, what asks for it is skipped."""
+        return self.oracles or pytest.importorskip("torch")
 
     def run(self, method: Any, *args):
         """`model.apply` of `method`, compiled."""
@@ -97,18 +106,35 @@ class Case:
 
 
 @pytest.fixture(scope="session")
-def get_case(tmp_path_factory):
-    """Case of a key of SIZES, built once."""
-    # Late, since torch and transformers take seconds to import and not every test needs them.
+def oracle():
+    """transformers' port of Janus; what compares with it is skipped where torch or transformers is not installed."""
+    # Late, since they take seconds to import and not every test needs them.
+    for name in _TORCH:
+        pytest.importorskip(name)
     from benchmarks.common import oracle
+
+    return oracle
+
+
+@pytest.fixture(scope="session")
+def get_case(tmp_path_factory, request):
+    """Case of a key of SIZES, built once. Without torch its checkpoint is ours, in the port's dialect all the same."""
     from janus_jax.weights.torch_weights import read_params
 
     @functools.cache
     def get(name: str) -> Case:
         config = SIZES[name]
-        torch_model = oracle.build(config)
         folder = tmp_path_factory.mktemp(name)
-        torch_model.save_pretrained(folder)
+        torch_model = None
+        if all(map(importlib.util.find_spec, _TORCH)):
+            torch_model = request.getfixturevalue("oracle").build(config)
+            torch_model.save_pretrained(folder)
+        else:
+            from examples.tiny.run import write_checkpoint
+            from janus_jax.weights.conversion import to_torch
+
+            to_torch(write_checkpoint(folder / "ours", config), folder / "torch", "transformers")
+            folder = folder / "torch"
         params, _ = read_params(folder, config, dtype="float32")
         return Case(config, torch_model, folder, Janus(config), params)
 

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import janus_jax
@@ -52,7 +51,7 @@ def trained(images):
 # ---------------------------------------------------------------- against torch
 
 
-def torch_quantize(z, embedding, beta):
+def torch_quantize(torch, z, embedding, beta):
     """VectorQuantizer.forward of the reference, written out: unit vectors, two losses, straight-through."""
     normalize = functools.partial(torch.nn.functional.normalize, dim=-1)
     z, embedding = normalize(z), normalize(embedding)
@@ -65,12 +64,13 @@ def torch_quantize(z, embedding, beta):
 
 def test_quantizer_against_autograd(rng):
     """Output, codes, losses, and gradients of z and of the codebook, of a loss that uses everything."""
+    torch = pytest.importorskip("torch")
     z = rng.normal(size=(40, 4)).astype(np.float32) * rng.uniform(0.1, 10, (40, 1)).astype(np.float32)
     embedding = rng.normal(size=(16, 4)).astype(np.float32) * 3
     weights, beta = rng.normal(size=(40, 4)).astype(np.float32), 0.25
 
     theirs_z, theirs_e = (torch.tensor(x, requires_grad=True) for x in (z, embedding))
-    out, codes, codebook_loss, commitment_loss = torch_quantize(theirs_z, theirs_e, beta)
+    out, codes, codebook_loss, commitment_loss = torch_quantize(torch, theirs_z, theirs_e, beta)
     ((out**2 * torch.tensor(weights)).sum() + 100 * (codebook_loss + commitment_loss)).backward()
 
     quantizer = Quantizer(TINY, jnp.float32)

@@ -13,7 +13,6 @@ import tempfile
 import zipfile
 
 import numpy as np
-import torch
 from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
@@ -25,6 +24,7 @@ from janus_jax.weights.formats.safetensors_files import open_safetensors
 from janus_jax.weights.formats.torch_files import open_tensors
 from janus_jax.weights.part_configs import check_config
 from tests.fuzz.bounded import given, mutated
+from tests.torch_oracle import torch
 
 # ---------------------------------------------------------------- nothing is run
 

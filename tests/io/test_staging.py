@@ -17,7 +17,7 @@ import pytest
 from janus_jax.io.leftovers import remove_left
 from janus_jax.io.staging import MARK, Staging, new_folder, staged, write_file
 from janus_jax.weights.conversion import from_torch, to_torch
-from tests.weights.test_torch_weights import GOLDEN
+from tests.weights.golden import GOLDEN
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.common import oracle
 from janus_jax.model.janus import Janus, init_params, place_images
 from janus_jax.sampling.text import embed_prompt, generate_tokens
 from janus_jax.sharding import flatten
@@ -37,7 +36,7 @@ def keys(count: int):
     return jax.random.split(jax.random.key(0), count)
 
 
-def test_understanding_logits(case, prompts, close):
+def test_understanding_logits(case, prompts, oracle, close):
     ids, mask, pixels, images = prompts
     x = embed(case, ids, pixels)
     positions = np.maximum(np.cumsum(mask, 1) - 1, 0)
@@ -71,7 +70,7 @@ def test_place_images():
     np.testing.assert_array_equal(placed, [[-1, 1, 2, -4, 3], [-6, -7, -8, 4, -10]])
 
 
-def test_greedy_text_stops_at_eos(case, prompts):
+def test_greedy_text_stops_at_eos(case, prompts, oracle):
     """Tokens identical to transformers' generate; the end of the sentence is a token that rows reach at odd times."""
     ids, mask, pixels, images = prompts
     x = embed(case, ids, pixels)
@@ -89,7 +88,7 @@ def test_greedy_text_stops_at_eos(case, prompts):
     assert (ours[:, stop:] == eos).all()
 
 
-def test_text_without_images(tiny, rng):
+def test_text_without_images(tiny, rng, oracle):
     ids = rng.integers(5, 500, (2, 7))
     mask = np.ones_like(ids, bool)
     mask[1, :3] = False

@@ -4,8 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from transformers.models.llama import modeling_llama
 
 from janus_jax.model.layers import Einsum, Embed, MlpProjector, RMSNorm, apply_rope, rope
 
@@ -92,23 +90,30 @@ def test_embed():
     np.testing.assert_array_equal(x, [[[6, 7, 8], [0, 1, 2]]])
 
 
-def test_rms_norm(rng, close):
+@pytest.fixture
+def modeling_llama(oracle):
+    from transformers.models.llama import modeling_llama
+
+    return modeling_llama
+
+
+def test_rms_norm(rng, oracle, modeling_llama, close):
     x, scale = rng.standard_normal((2, 3, 8)).astype(np.float32), rng.standard_normal(8).astype(np.float32)
     norm = modeling_llama.LlamaRMSNorm(8, eps=0.1)
-    norm.weight.data = torch.tensor(scale)
+    norm.weight.data = oracle.torch.tensor(scale)
     ours = RMSNorm(0.1).apply({"params": {"scale": scale}}, x)
-    close(ours, norm(torch.tensor(x)).detach(), "RMSNorm", 1e-6)
+    close(ours, norm(oracle.torch.tensor(x)).detach(), "RMSNorm", 1e-6)
 
 
-def test_rope(rng, close):
+def test_rope(rng, oracle, modeling_llama, close):
     """Far positions and another theta, against transformers."""
     x = rng.standard_normal((2, 5, 3, 12)).astype(np.float32)
     positions = np.array([[0, 1, 2, 3, 4], [7, 100, 4000, 16383, 3]])
     config = modeling_llama.LlamaConfig(
         hidden_size=36, num_attention_heads=3, rope_parameters={"rope_type": "default", "rope_theta": 500.0}
     )
-    theirs = torch.tensor(x).swapaxes(1, 2)
-    cos_sin = modeling_llama.LlamaRotaryEmbedding(config)(theirs, torch.tensor(positions))
+    theirs = oracle.torch.tensor(x).swapaxes(1, 2)
+    cos_sin = modeling_llama.LlamaRotaryEmbedding(config)(theirs, oracle.torch.tensor(positions))
     theirs, _ = modeling_llama.apply_rotary_pos_emb(theirs, theirs, *cos_sin)
     close(apply_rope(x, rope(positions, 12, 500.0)), theirs.swapaxes(1, 2), "rotated", 2e-3)
 

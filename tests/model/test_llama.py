@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.common import oracle
 from janus_jax.config import PRESETS
 from janus_jax.model.attention import attend, causal_mask
 from janus_jax.model.janus import Janus
@@ -39,20 +38,20 @@ def fill(case, x, mask, slots: int):
     return case.run("prefill", x, mask, cache)
 
 
-def test_hidden_with_left_padding(case, rng, close):
+def test_hidden_with_left_padding(case, rng, oracle, close):
     x, mask = left_padded(rng, case.config.language.width)
     theirs = oracle.hidden(case.torch_model, x, mask)
     close(full_forward(case, x, mask)[mask], theirs[mask], "hidden states, full forward")
     close(fill(case, x, mask, 12)[0][mask], theirs[mask], "hidden states, prefill")
 
 
-def test_unstacked_layers(case, rng, close):
+def test_unstacked_layers(case, rng, oracle, close):
     x, mask = left_padded(rng, case.config.language.width)
     theirs = oracle.hidden(case.torch_model, x, mask)
     close(full_forward(case.unstacked, x, mask)[mask], theirs[mask], "hidden states, full forward")
 
 
-def test_attention_by_head(case, rng, close):
+def test_attention_by_head(case, rng, oracle, close):
     """What CPU computes, of a batch that is long enough for flat products."""
     by_head = dataclasses.replace(case.unstacked, model=case.unstacked.model.clone(attention="heads"))
     x, mask = left_padded(rng, case.config.language.width, padding=150)
@@ -61,20 +60,20 @@ def test_attention_by_head(case, rng, close):
     close(fill(by_head, x, mask, 200)[0][mask], theirs[mask], "hidden states, prefill")
 
 
-def test_heads(case, rng, close):
+def test_heads(case, rng, oracle, close):
     hidden = rng.standard_normal((2, 3, case.config.language.width)).astype(np.float32)
     theirs = case.torch_model.lm_head(oracle.torch.tensor(hidden)).detach().numpy()
     close(case.run("text_logits", hidden), theirs, "text head")
     close(case.run("image_logits", hidden), oracle.image_logits(case.torch_model, hidden), "image head")
 
 
-def test_embed_text(case, rng, close):
+def test_embed_text(case, rng, oracle, close):
     ids = rng.integers(0, case.config.language.vocab_size, (2, 5))
     close(case.run("embed_text", ids), oracle.embed_text(case.torch_model, ids), "text embeddings", 0)
 
 
 @pytest.mark.parametrize("scan_layers", [True, False])
-def test_cached_decode_equals_full_forward(case, scan_layers, rng, close):
+def test_cached_decode_equals_full_forward(case, scan_layers, rng, oracle, close):
     """Prompt, then one, one, three and one tokens, in a cache with slots to spare."""
     case = case if scan_layers else case.unstacked
     x, mask = left_padded(rng, case.config.language.width)
@@ -106,7 +105,7 @@ def test_longer_padding_changes_nothing(tiny, rng, close):
         close(long, short, "hidden states", 1e-5)
 
 
-def test_packed_segments_equal_apart(case, rng, close):
+def test_packed_segments_equal_apart(case, rng, oracle, close):
     """Three samples in one row, positions restarting, against each of them alone in the oracle."""
     lengths = (5, 8, 3)
     samples = [rng.standard_normal((1, n, case.config.language.width)).astype(np.float32) for n in lengths]
@@ -162,7 +161,7 @@ def test_cache_bytes():
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
-def test_attend(kv_heads, rng, close):
+def test_attend(kv_heads, rng, oracle, close):
     q = rng.standard_normal((2, 5, 6, 8)).astype(np.float32)
     k, v = rng.standard_normal((2, 2, kv_heads, 7, 8)).astype(np.float32)
     mask = rng.random((2, 5, 7)) < 0.6

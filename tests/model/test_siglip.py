@@ -5,8 +5,6 @@ import dataclasses
 import numpy as np
 import pytest
 
-from benchmarks.common import oracle
-
 
 @pytest.fixture
 def pixels(case, rng):
@@ -15,14 +13,14 @@ def pixels(case, rng):
 
 
 @pytest.mark.parametrize("attention", ["xla", "heads"])
-def test_features(case, attention, pixels, close):
+def test_features(case, attention, pixels, oracle, close):
     case = dataclasses.replace(case, model=case.model.clone(attention=attention))
     ours = case.run("image_features", pixels)
     assert ours.shape == (3, case.config.vision.num_patches, case.config.vision.width)
     close(ours, oracle.image_features(case.torch_model, pixels), "SigLIP features")
 
 
-def test_aligned_features(case, pixels, close):
+def test_aligned_features(case, pixels, oracle, close):
     close(case.run("embed_images", pixels), oracle.embed_images(case.torch_model, pixels), "aligned features")
 
 

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.common import oracle
 from janus_jax.config import read_config
 from janus_jax.model.janus import Janus
 from janus_jax.sampling.images import decode_images
@@ -41,31 +40,31 @@ def codes(case, rng):
     return rng.integers(0, g.codebook_size, (2, g.num_tokens))
 
 
-def test_encoder_features(case, images, close):
+def test_encoder_features(case, images, oracle, close):
     close(case.run(quantizer_input, images), oracle.vq_features(case.torch_model, images), "encoder and quant_conv")
 
 
-def test_encoder_features_of_a_faint_image(case, images, close):
+def test_encoder_features_of_a_faint_image(case, images, oracle, close):
     """So faint that the group norms' eps is felt. torch's own float32 is off by 1e-3 here: it cancels large means."""
     images = images / 100
     theirs = oracle.vq_features(case.torch_model, images, oracle.torch.float64)
     close(case.run(quantizer_input, images), theirs, "encoder and quant_conv")
 
 
-def test_encode_codes(case, images):
+def test_encode_codes(case, images, oracle):
     ours, theirs = np.asarray(case.run("encode_codes", images)), oracle.encode_codes(case.torch_model, images)
     assert len(np.unique(theirs)) > 4, "too few codes in use to prove anything"
     np.testing.assert_array_equal(ours, theirs)
 
 
-def test_decode_codes(case, codes, close):
+def test_decode_codes(case, codes, oracle, close):
     ours = case.run("decode_codes", codes)
     size = case.config.gen_vision.image_size
     assert ours.shape == (2, size, size, 3)
     close(ours, oracle.decode_codes(case.torch_model, codes), "decoded image")
 
 
-def test_embed_codes(case, codes, close):
+def test_embed_codes(case, codes, oracle, close):
     close(case.run("embed_codes", codes), oracle.embed_codes(case.torch_model, codes), "gen_embed and gen_aligner")
 
 

@@ -7,9 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 import janus_jax
 from examples.tiny.tokenizer import BOS, EOS, PAD, edit_json, write_tokenizer
@@ -20,6 +18,7 @@ from janus_jax.processing.processor_files import PROCESSOR_FILES, TOKENIZER_FILE
 from janus_jax.weights import checkpoint
 from janus_jax.weights.conversion import from_torch, to_torch
 from tests.conftest import SIZES
+from tests.torch_oracle import load_file, torch
 
 REFERENCE_FILES = {
     "tokenizer.json",

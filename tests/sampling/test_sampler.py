@@ -64,12 +64,12 @@ def test_greedy_limits(settings, rng):
 @hypothesis.given(st.integers(0, 2**31), st.integers(1, 40), st.floats(0.05, 1), st.floats(0.1, 5))
 def test_truncation_against_transformers(seed, top_k, top_p, spread):
     """The tokens kept are those that TopKLogitsWarper and then TopPLogitsWarper keep."""
-    import torch
-    from transformers import TopKLogitsWarper, TopPLogitsWarper
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
 
     logits = np.random.default_rng(seed).normal(0, spread, (2, 40)).astype(np.float32)
-    cut = TopPLogitsWarper(top_p)(None, TopKLogitsWarper(top_k)(None, torch.tensor(logits))) if top_p < 1 else None
-    cut = TopKLogitsWarper(top_k)(None, torch.tensor(logits)) if cut is None else cut
+    cut = transformers.TopKLogitsWarper(top_k)(None, torch.tensor(logits))
+    if top_p < 1:
+        cut = transformers.TopPLogitsWarper(top_p)(None, cut)
     np.testing.assert_array_equal(_kept(jnp.asarray(logits), jnp.int32(top_k), jnp.float32(top_p)), cut > -np.inf)
 
 

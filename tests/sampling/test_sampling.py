@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.common import oracle
 from janus_jax.config import PRESETS
 from janus_jax.model.janus import Janus
 from janus_jax.sampling.cache import cache_sizes, pieces
@@ -48,7 +47,7 @@ def draw(case, ids, mask, keys=None, **settings):
 
 
 @pytest.mark.parametrize("guidance", [5.0, 1.5])
-def test_greedy_codes(case, guidance, close):
+def test_greedy_codes(case, guidance, oracle, close):
     ids, mask = pairs(case)
     steps = case.config.gen_vision.num_tokens
     codes, logits = oracle.generate_codes(case.torch_model, ids, mask, guidance, steps)
@@ -64,7 +63,7 @@ def test_greedy_codes_unstacked(get_case):
     np.testing.assert_array_equal(draw(case.unstacked, ids, mask)[0], draw(case, ids, mask)[0])
 
 
-def test_codes_of_transformers_own_generate(tiny):
+def test_codes_of_transformers_own_generate(tiny, oracle):
     """Its rows are [conditional; unconditional] halves of its own making."""
     ids, mask = pairs(tiny)
     model = tiny.torch_model

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from benchmarks.common import oracle
 from examples.tiny import run as tiny_run
 from janus_jax.config import LlamaConfig
 from janus_jax.model.janus import Janus
@@ -41,6 +40,7 @@ class Run:
     config: object
     assembler: Assembler
     items: list[Item]
+    oracle: types.ModuleType
     torch_model: object
     trained: dict
     frozen: dict
@@ -90,7 +90,7 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Run:
+def run(tmp_path_factory, oracle) -> Run:
     folder = tmp_path_factory.mktemp("loss")
     paths = tiny_run.write_data(folder, count=6)
     config = tiny_run.tiny_config(paths, folder / "run", model=MODEL, batch_size=ROWS)
@@ -108,7 +108,7 @@ def run(tmp_path_factory) -> Run:
     torch_model = oracle.build(MODEL)
     torch_model.save_pretrained(folder / "model")
     params, _ = read_params(folder / "model", MODEL, dtype="float32")
-    return Run(config, assembler, items, torch_model, *split(params, 3))
+    return Run(config, assembler, items, oracle, torch_model, *split(params, 3))
 
 
 def assert_close(ours, oracle, tolerance: float, what: str = ""):
@@ -138,7 +138,7 @@ def torch_sums(run: Run) -> dict[str, tuple]:
             ids = ids.copy()
             ids[1:-1] = tokenizer_pad
         pixels = np.array([understanding_pixels(image, run.assembler.settings) for image in sample.images])
-        losses = oracle.sequence_losses(run.torch_model, ids, sample.codes, pixels, ids == placeholder)
+        losses = run.oracle.sequence_losses(run.torch_model, ids, sample.codes, pixels, ids == placeholder)
         if item.kind == "understanding":
             losses = losses[sample.answers[1:]]
         elif item.kind == "generation":
@@ -160,7 +160,7 @@ def test_loss_and_gradients_of_each_task_and_of_all_are_transformers(run):
         grads, sums = run.grads(run.packed | {"tasks": tasks})
         assert sums["tokens"] == tokens
         np.testing.assert_allclose(sums["loss"], loss.item(), rtol=1e-5)
-        of_torch = oracle.gradients(run.torch_model, MODEL, loss, TRAINED[3])
+        of_torch = run.oracle.gradients(run.torch_model, MODEL, loss, TRAINED[3])
         assert set(grads) == set(TRAINED[3])
         assert_close(grads, of_torch, 1e-5, kind)
         if kind == "all":

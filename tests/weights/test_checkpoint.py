@@ -8,14 +8,12 @@ import shutil
 import jax
 import numpy as np
 import pytest
-import torch
 from flax import traverse_util
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax import checkpoint as ocp0
 from orbax.checkpoint import v1 as ocp
-from safetensors.torch import load_file, save_file
 
 from janus_jax.config import read_config
 from janus_jax.weights import checkpoint
@@ -23,8 +21,8 @@ from janus_jax.weights.checkpoint import kind_of, load_params
 from janus_jax.weights.conversion import from_torch, to_torch
 from janus_jax.weights.fuse import fuse
 from janus_jax.weights.torch_weights import LazyArray, abstract_params, read_params
+from tests.weights.golden import GOLDEN, assert_same_trees
 from tests.weights.test_convert import write_source
-from tests.weights.test_torch_weights import GOLDEN, assert_same_trees
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +77,8 @@ def test_pieces_give_what_orbax_and_we_read_whole(source, config, golden, small_
 
 def test_chunks_of_zeros_are_written(config, small_pieces, tmp_path):
     """Orbax takes a chunk that is not there for a lost one."""
+    from tests.torch_oracle import load_file, save_file, torch
+
     state = {name: torch.zeros_like(tensor) for name, tensor in load_file(GOLDEN / "model.safetensors").items()}
     (tmp_path / "src").mkdir()
     save_file(state, tmp_path / "src" / "model.safetensors")

@@ -10,8 +10,6 @@ import sys
 import jax
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from janus_jax.config import read_config
 from janus_jax.io.staging import MARK
@@ -20,7 +18,9 @@ from janus_jax.weights.checkpoint import load_params
 from janus_jax.weights.conversion import from_torch, parse_size, to_torch
 from janus_jax.weights.torch_names import carried_shapes
 from janus_jax.weights.torch_weights import LazyArray, read_params
-from tests.weights.test_torch_weights import GOLDEN, assert_same_states, assert_same_trees
+from tests.torch_oracle import load_file, torch
+from tests.weights.golden import GOLDEN, assert_same_trees
+from tests.weights.test_torch_weights import assert_same_states
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SIDE_FILES = {"tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "chat_template.jinja"}

@@ -6,13 +6,11 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from examples.tiny.run import MODEL
 from janus_jax.weights.parts import open_part
 from janus_jax.weights.torch_weights import place
+from tests.torch_oracle import load_file, save_file, torch, transformers
 from tests.weights.test_parts import check, params, written  # noqa: F401
 
 T = MODEL.language
@@ -30,9 +28,9 @@ SIZES = {
     "eos_token_id": 1,
 }
 CLASSES = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "mistral": (MistralConfig, MistralForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
+    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
 }
 
 

@@ -4,13 +4,12 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 from flax import traverse_util
-from safetensors.torch import load_file, save_file
 
 from examples.tiny.run import MODEL
 from janus_jax.weights.parts import PREFIXES, open_part, write_part
 from janus_jax.weights.torch_weights import abstract_params, place
+from tests.torch_oracle import load_file, save_file, torch
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,9 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
-from flax import traverse_util
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
-from safetensors.torch import load_file, save_file
 
 from janus_jax.config import PRESETS, JanusConfig, LlamaConfig, SiglipConfig, VQConfig, read_config
 from janus_jax.model.janus import Janus, init_params
@@ -29,20 +26,8 @@ from janus_jax.weights.torch_weights import (
     tensors_to_write,
 )
 from tests.conftest import SIZES
-
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "janus_tiny"
-
-
-def flatten(tree) -> dict[tuple[str, ...], np.ndarray]:
-    return traverse_util.flatten_dict(tree)
-
-
-def assert_same_trees(one, other):
-    one, other = flatten(one), flatten(other)
-    assert one.keys() == other.keys()
-    for path in one:
-        assert one[path].dtype == other[path].dtype and one[path].shape == other[path].shape, path
-        np.testing.assert_array_equal(np.asarray(one[path]), np.asarray(other[path]), err_msg="/".join(path))
+from tests.torch_oracle import load_file, save_file, torch
+from tests.weights.golden import GOLDEN, assert_same_trees, flatten
 
 
 def assert_same_states(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]):

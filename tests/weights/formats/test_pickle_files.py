@@ -12,9 +12,9 @@ import zipfile
 
 import numpy as np
 import pytest
-import torch
 
 from janus_jax.weights.formats.pickle_files import open_pickle
+from tests.torch_oracle import torch
 
 INT = struct.Struct("<i").pack
 

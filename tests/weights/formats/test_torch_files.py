@@ -9,15 +9,14 @@ import zipfile
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 from janus_jax.config import read_config
 from janus_jax.weights.formats.safetensors_files import TensorToWrite, write_safetensors
 from janus_jax.weights.formats.torch_files import open_tensors
 from janus_jax.weights.torch_names import carried_shapes
 from janus_jax.weights.torch_weights import read_params
-from tests.weights.test_torch_weights import GOLDEN, assert_same_trees
+from tests.torch_oracle import load_file, save_file, torch
+from tests.weights.golden import GOLDEN, assert_same_trees
 
 
 @pytest.fixture(scope="module")
