@@ -1,7 +1,7 @@
-"""Model configurations: both `config.json` dialects, read and written; the dataclasses are those of `sizes`.
+"""Model configurations: reads and writes both dialects of `config.json`, as the dataclasses of `sizes`.
 
-The *original* dialect is what `deepseek-ai/*` checkpoints carry (`model_type: multi_modality`), extended by
-`custom` blocks for models of any size; the *transformers* dialect is `model_type: janus`.
+The *original* dialect is that of the `deepseek-ai/*` checkpoints (`model_type: multi_modality`), extended by `custom`
+blocks for models of any size; the *transformers* dialect is `model_type: janus`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["IMAGE_CHANNELS", "PRESETS", "JanusConfig", "LlamaConfig", "SiglipCon
 __all__ += ["get_preset", "original_config", "parse_config", "read_config", "transformers_config"]
 
 _VQ16 = {"ch": 128, "ch_mult": (1, 1, 2, 2, 4), "z_channels": 256, "grid": 24}
-# What a `custom` gen_vision block may say as well; left out where it is this.
+# Optional keys of a `custom` gen_vision block; left out when they have these values.
 _VQ_OPTIONAL = {"num_res_blocks": 2, "norm_groups": 32}
 # The towers that the reference's siglip_vit.py knows by name.
 _SIGLIP_NAMES = {
@@ -44,9 +44,9 @@ _SIGLIP_NAMES = {
 
 
 def read_config(path: str | pathlib.Path) -> JanusConfig:
-    """JanusConfig of a `config.json` file (or of a folder holding one), in either dialect.
+    """JanusConfig of a `config.json` file (or of a folder with one), in either dialect.
 
-    Raises OSError when it is absent, ValueError when it is not a Janus configuration that we can represent.
+    Raises OSError if it is missing, ValueError if it is not a Janus configuration that is supported.
     """
     path = pathlib.Path(path)
     if path.is_dir():
@@ -74,13 +74,13 @@ def dialect_of(raw: Any) -> str:
 
 
 def parse_config(raw: dict[str, Any]) -> JanusConfig:
-    """JanusConfig of a parsed config.json in either dialect; ValueError names what does not fit."""
+    """JanusConfig of a parsed config.json in either dialect; ValueError names the bad value."""
     parse = _parse_original if dialect_of(raw) == "original" else _parse_transformers
     return parse(Fields(raw))
 
 
 def _read_sizes(cls: type, block: Fields, keys: Mapping[str, str], **defaults: Any) -> dict[str, Any]:
-    """Fields of the dataclass `cls` by the keys that they have in `block`; required where `defaults` has none."""
+    """Fields of the dataclass `cls`, read from `block` by `keys`; a key without an entry in `defaults` is required."""
     found = {}
     for field in dataclasses.fields(cls):
         if key := keys.get(field.name):
@@ -92,14 +92,14 @@ def _read_sizes(cls: type, block: Fields, keys: Mapping[str, str], **defaults: A
 
 def _only(block: Fields, key: str, known: str):
     value = block.get(key, known)
-    require(value == known, f"{block.name(key)} {shown(value)} is not {known!r}, which alone is supported")
+    require(value == known, f"{block.name(key)} must be {known!r}, got {shown(value)}; nothing else is supported")
 
 
 def parse_language(block: Fields) -> LlamaConfig:
-    """The decoder that a LLaMA's own config.json, or the block of a Janus's, describes; ValueError for another one."""
+    """The decoder that a LLaMA config.json, or the block of a Janus config, describes; ValueError if unsupported."""
     model_type = block.get("model_type", "llama")
-    require(model_type == "llama", f"the language model is {shown(model_type)}, not 'llama'")
-    # What a block leaves out is the LLaMA default of transformers, as in Janus-Pro-7B's config.
+    require(model_type == "llama", f"the language model must be 'llama', got {shown(model_type)}")
+    # Missing keys have the LLaMA defaults of transformers, as in Janus-Pro-7B's config.
     rope = next((block.block(key) for key in ("rope_parameters", "rope_scaling") if block.raw.get(key)), Fields({}))
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     require(rope_type == "default", f"rope type {shown(rope_type)} is not supported (only 'default')")
@@ -133,14 +133,14 @@ def _mlp_depth(raw: Fields, name: str, input_dim: int, width: int) -> int:
     kind = params.get("projector_type", "mlp_gelu")
     require(kind == "mlp_gelu", f"{name}: projector_type {shown(kind)} is not supported (only 'mlp_gelu')")
     given = params.get("input_dim")
-    require(given == input_dim, f"{name}: input_dim {shown(given)} is not its encoder's {input_dim}")
+    require(given == input_dim, f"{name}: input_dim must be its encoder's {input_dim}, got {shown(given)}")
     given = params.get("n_embed")
-    require(given == width, f"{name}: n_embed {shown(given)} is not the decoder's width {width}")
+    require(given == width, f"{name}: n_embed must be the decoder's width {width}, got {shown(given)}")
     return _read_sizes(JanusConfig, params, {"aligner_depth": "depth"}, aligner_depth=1)["aligner_depth"]
 
 
 def _dtype(*blocks: Fields) -> str:
-    """The dtype that the first of `blocks` to say one says, under either name of the key."""
+    """The dtype in the first of `blocks` that has one, under either name of the key."""
     for block in blocks:
         for key in ("dtype", "torch_dtype"):
             if block.raw.get(key) is not None:
@@ -163,8 +163,8 @@ def _parse_original(raw: Fields) -> JanusConfig:
         f"vision model_name {shown(name)} is unknown; known: custom, {', '.join(_SIGLIP_NAMES)}",
     )
     sizes = _read_sizes(SiglipConfig, params, _same(custom)) if name == "custom" else dict(_SIGLIP_NAMES[name])
-    # select_layer counts from the end when not positive, and the layers after it do not exist in the checkpoint.
-    select = params.whole("select_layer", -sizes["layers"], 1 << 20, -1)
+    # select_layer counts from the end if it is not positive; layers after it are not in the checkpoint.
+    select = params.integer("select_layer", -sizes["layers"], 1 << 20, -1)
     sizes["layers"] = min(sizes["layers"], sizes["layers"] + select + 1 if select <= 0 else select)
     feature = params.get("select_feature", "same")
     require(feature == "same", f"vision select_feature {shown(feature)} is not supported (only 'same')")
@@ -184,10 +184,12 @@ def _parse_original(raw: Fields) -> JanusConfig:
     given = head.get("image_token_size")
     require(
         given == gen_vision.codebook_size,
-        f"gen_head: image_token_size {shown(given)} is not the codebook's {gen_vision.codebook_size}",
+        f"gen_head: image_token_size must be the codebook's {gen_vision.codebook_size}, got {shown(given)}",
     )
     given = head.get("n_embed")
-    require(given == language.width, f"gen_head: n_embed {shown(given)} is not the decoder's {language.width}")
+    require(
+        given == language.width, f"gen_head: n_embed must be the decoder's width {language.width}, got {shown(given)}"
+    )
     return JanusConfig(
         vision=vision,
         gen_vision=gen_vision,
@@ -236,7 +238,7 @@ def _parse_transformers(raw: Fields) -> JanusConfig:
         width = block.get("projection_dim", 2048)
         require(
             width == language.width,
-            f"{name} projection_dim {shown(width)} is not the decoder's width {language.width}",
+            f"{name} projection_dim must be the decoder's width {language.width}, got {shown(width)}",
         )
     vision = SiglipConfig(**_read_table(SiglipConfig, v, _TRANSFORMERS_VISION))
     # transformers ties the generated grid to the understanding grid, whatever num_patches says.
@@ -256,14 +258,14 @@ def _parse_transformers(raw: Fields) -> JanusConfig:
 
 
 def _require_vq_eps(g: VQConfig):
-    require(g.norm_eps == 1e-6, f"no dialect can say a VQ norm eps of {g.norm_eps} (only 1e-6)")
+    require(g.norm_eps == 1e-6, f"no dialect can express a VQ norm eps of {g.norm_eps} (only 1e-6)")
 
 
 def original_config(config: JanusConfig) -> dict[str, Any]:
-    """`config` as a config.json of the original dialect; sizes without a name there are written as `custom`."""
+    """`config` as a config.json of the original dialect; sizes that have no name there are written as `custom`."""
     v, g, t = config.vision, config.gen_vision, config.language
     _require_vq_eps(g)
-    require(v.norm_eps == 1e-6, f"the original dialect cannot say a vision norm eps of {v.norm_eps} (only 1e-6)")
+    require(v.norm_eps == 1e-6, f"the original dialect cannot express a vision norm eps of {v.norm_eps} (only 1e-6)")
     sizes = {
         "patch_size": v.patch_size,
         "width": v.width,
@@ -314,13 +316,13 @@ def original_config(config: JanusConfig) -> dict[str, Any]:
 def transformers_config(config: JanusConfig, image_token_id: int) -> dict[str, Any]:
     """`config` as a config.json of the transformers dialect.
 
-    `image_token_id` is the tokenizer's id of `<image_placeholder>`. ValueError for what transformers' port
-    cannot say.
+    `image_token_id` is the tokenizer's id of `<image_placeholder>`. ValueError for a model that transformers' port
+    does not support.
     """
     v, g, t = config.vision, config.gen_vision, config.language
     _require_vq_eps(g)
-    require(g.norm_groups == 32, f"the transformers dialect cannot say {g.norm_groups} VQ norm groups (only 32)")
-    require(t.width % t.heads == 0, f"transformers wants a width ({t.width}) that its {t.heads} heads divide")
+    require(g.norm_groups == 32, f"the transformers dialect cannot express {g.norm_groups} VQ norm groups (only 32)")
+    require(t.width % t.heads == 0, f"transformers needs a width ({t.width}) that is a multiple of its {t.heads} heads")
     require(config.gen_head_width == t.width, "the transformers dialect needs the image head as wide as the decoder")
     require(
         g.grid == v.grid, f"the transformers dialect needs the generated grid {g.grid} to equal the patch grid {v.grid}"

@@ -1,6 +1,6 @@
-"""The sizes of a model: frozen dataclasses that hold only what a model can have, and presets.
+"""The sizes of a model: frozen dataclasses that refuse impossible values, and presets.
 
-What they are read from, and written to: `janus_jax.config`, which is also where to import them from.
+`janus_jax.config` reads and writes them as JSON; import them from there.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ def require(condition: bool, message: str):
 
 
 def _at_most(most: float, default: Any) -> Any:
-    # Far above any model's: what is beyond is a damaged file, and would be worked on for hours.
+    # Far above any model's: a larger size means a damaged file, and would take hours to work on.
     return dataclasses.field(default=default, metadata={"most": most})
 
 
 class _Sizes:
-    """Checks what a config.json may hold: every size is a whole number from 1, every other number is above 0."""
+    """Checks values from a config.json: every size is an integer of at least 1, every other number is above 0."""
 
     def __post_init__(self):
-        part = type(self).__name__.removesuffix("Config")
+        owner = type(self).__name__.removesuffix("Config")
         for field in dataclasses.fields(self):
-            check_size(field, getattr(self, field.name), f"{part} {field.name}")
+            check_size(field, getattr(self, field.name), f"{owner} {field.name}")
 
 
 def check_size(field: dataclasses.Field, value: Any, name: str):
-    """ValueError, calling it `name`, where `value` cannot be that of this field of a configuration."""
+    """ValueError, which calls it `name`, if this field of a configuration cannot have `value`."""
     most = field.metadata["most"]
     if field.type == "float":
         wanted = fields.positive(value, most)
     elif field.type == "int":
-        wanted = fields.whole(value, 1, most)
+        wanted = fields.integer(value, 1, most)
     else:
         good = isinstance(value, list | tuple) and 0 < len(value) <= _MOST_LEVELS
-        good = good and all(fields.whole(size, 1, most) is None for size in value)
-        wanted = None if good else f"1 to {_MOST_LEVELS} whole numbers from 1 to {most:,}"
-    require(wanted is None, f"{name} is {shown(value)}, not {wanted}")
+        good = good and all(fields.integer(size, 1, most) is None for size in value)
+        wanted = None if good else f"1 to {_MOST_LEVELS} integers from 1 to {most:,}"
+    require(wanted is None, f"{name} must be {wanted}, got {shown(value)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,22 +140,25 @@ class JanusConfig:
         for field in dataclasses.fields(self):
             if field.metadata:
                 check_size(field, getattr(self, field.name), field.name)
-        require(self.dtype in DTYPES, f"dtype is {shown(self.dtype)}; known: {', '.join(DTYPES)}")
-        require(v.width % v.heads == 0, f"vision width {v.width} is not a multiple of its {v.heads} heads")
+        require(self.dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, got {shown(self.dtype)}")
+        require(v.width % v.heads == 0, f"vision width {v.width} must be a multiple of its {v.heads} heads")
         require(
-            v.image_size >= v.patch_size, f"vision image_size {v.image_size} is under its patch_size {v.patch_size}"
+            v.image_size >= v.patch_size,
+            f"vision image_size must be at least its patch_size {v.patch_size}, got {v.image_size}",
         )
         require(
-            v.grid <= _MOST_GRID, f"vision image_size {v.image_size} is over {_MOST_GRID} patches of {v.patch_size}"
+            v.grid <= _MOST_GRID,
+            f"vision image_size must be at most {_MOST_GRID} patches of {v.patch_size}, got {v.image_size}",
         )
         require(
-            t.heads % t.kv_heads == 0, f"{t.heads} attention heads are not a multiple of {t.kv_heads} key/value heads"
+            t.heads % t.kv_heads == 0,
+            f"{t.heads} attention heads must be a multiple of the {t.kv_heads} key/value heads",
         )
-        require(t.head_dim % 2 == 0, f"head_dim {t.head_dim} is odd, which rotary embeddings cannot rotate")
+        require(t.head_dim % 2 == 0, f"head_dim must be even for rotary embeddings, got {t.head_dim}")
         for mult in g.ch_mult:
             require(
                 (g.ch * mult) % g.norm_groups == 0,
-                f"gen_vision channels {g.ch} x {mult} are not a multiple of {g.norm_groups} norm groups",
+                f"gen_vision channels {g.ch} x {mult} must be a multiple of {g.norm_groups} norm groups",
             )
 
 

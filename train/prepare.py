@@ -312,7 +312,7 @@ def main(argv: list[str] | None = None) -> int:
         print_error(f"{args.batch_size} images at a time do not fit the memory; lower --batch-size")
         return 2
     except MemoryError:
-        print_error("the memory does not suffice; lower --workers or --batch-size, and the same command goes on")
+        print_error("out of memory; run the same command again with lower --workers or --batch-size to continue")
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)

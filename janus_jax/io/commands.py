@@ -12,17 +12,18 @@ from typing import Any
 
 from janus_jax.io.messages import print_any_text, print_error
 
-_SIGNALED = 128  # and the number of the signal, as shells count
+_SIGNALED = 128  # plus the signal's number, as shells report it
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def run(work: Callable[[], Any]) -> int:
-    """Does `work`; 0 when it was done, 2 for bad input, 130 after Ctrl-C: with one line on standard error.
+    """Runs `work` and returns the exit code: 0 on success, else 2 for bad input or 130 after Ctrl-C, with one line why.
 
-    SIGTERM and SIGHUP end it with 143 and 129. All three are raised, so that what was written in part is removed.
+    SIGTERM and SIGHUP end it with 143 and 129. All three signals are raised as exceptions, so that partly written
+    output is removed.
     """
     for number in _SIGNALS:
-        # The choice of nohup, or of a shell that runs it in the background, stands.
+        # A signal that nohup or a background shell ignores stays ignored.
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _end)
     _quiet()
@@ -33,7 +34,7 @@ def run(work: Callable[[], Any]) -> int:
         print_error(error)
         return 2
     except MemoryError:
-        print_error("the memory does not suffice; try it on a machine with more, or with smaller files")
+        print_error("out of memory; use a machine with more memory, or smaller files")
         return 2
     except _Ended as ended:
         print(ended, file=sys.stderr, flush=True)
@@ -42,7 +43,7 @@ def run(work: Callable[[], Any]) -> int:
 
 
 def leave(code: int):
-    """Ends the process with `code`, at once where it failed: threads may still be writing, and would complain."""
+    """Ends the process with `code`; after a failure at once, since threads may still be writing and would complain."""
     sys.stdout.flush()
     sys.stderr.flush()
     if code:
@@ -51,7 +52,7 @@ def leave(code: int):
 
 
 class _Ended(BaseException):
-    """What a signal raises in the main thread."""
+    """Raised in the main thread when a signal arrives."""
 
     def __init__(self, number: int):
         super().__init__("interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}")
@@ -63,6 +64,6 @@ def _end(number: int, _frame: Any):
 
 
 def _quiet():
-    """Silences threads of orbax and tensorstore, which print the error that the command tells in a line of its own."""
+    """Silences threads of orbax and tensorstore, which would print the same error that the command reports."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     threading.excepthook = sys.unraisablehook = lambda _: None

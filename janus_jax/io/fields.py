@@ -1,4 +1,4 @@
-"""Typed fields of a JSON object that somebody else wrote; what does not fit is a ValueError naming place and key."""
+"""Typed fields of a JSON object that somebody else wrote; a bad value raises ValueError with its place and key."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ _TYPES = {
 
 
 def shown(value: Any) -> str:
-    """`value` inside a message."""
+    """`value` as shown inside a message."""
     return one_line(repr(value), 80)
 
 
-def whole(value: Any, least: int, most: int) -> str | None:
-    """What `value` should be where it is not a whole number in these bounds, else None."""
+def integer(value: Any, least: int, most: int) -> str | None:
+    """None if `value` is an integer within the bounds, else a description of what it must be."""
     if type(value) is int and least <= value <= most:
         return None
-    return f"a whole number from {least} to {most:,}"
+    return f"an integer from {least} to {most:,}"
 
 
 def positive(value: Any, most: float) -> str | None:
-    """What `value` should be where it is not a number above 0 and up to `most`, else None."""
+    """None if `value` is a number above 0 and at most `most`, else a description of what it must be."""
     if type(value) in (int, float) and 0 < value <= most:
         return None
-    return f"a number above 0 and up to {most:g}"
+    return f"a number above 0 and at most {most:g}"
 
 
 class Fields:
     """A JSON object at `place` (a dotted path, empty for the whole file).
 
-    Each getter takes the default for a key that is absent (without one, that is an error), and raises ValueError in one
-    line for a value of another type or out of bounds. null counts as absent where `null` says so.
+    Each getter returns `default` for a missing key (an error if no default is given), and raises a one-line ValueError
+    for a value of the wrong type or out of bounds. With `null=True`, null counts as missing.
     """
 
     def __init__(self, raw: Any, place: str = ""):
         self.place = place
         if not isinstance(raw, Mapping):
             raise ValueError(
-                f"{place or 'the configuration'} has the wrong type: {_TYPES.get(type(raw), 'no JSON')}, not an object"
+                f"{place or 'the configuration'} must be an object, got {_TYPES.get(type(raw), type(raw).__name__)}"
             )
         self.raw = raw
 
@@ -68,7 +68,7 @@ class Fields:
         return value
 
     def wrong(self, key: str, value: Any, wanted: str) -> ValueError:
-        return ValueError(f"{self.name(key)} is {shown(value)}, not {wanted}")
+        return ValueError(f"{self.name(key)} must be {wanted}, got {shown(value)}")
 
     def block(self, key: str, default: Any = _REQUIRED, null: bool = False) -> Fields:
         """The object at `key`."""
@@ -83,12 +83,12 @@ class Fields:
     def text(self, key: str, default: Any = _REQUIRED, null: bool = False) -> str:
         value = self.get(key, default, null)
         if not isinstance(value, str):
-            raise self.wrong(key, value, "a text")
+            raise self.wrong(key, value, "a string")
         return value
 
-    def whole(self, key: str, least: int, most: int, default: Any = _REQUIRED, null: bool = False) -> int:
+    def integer(self, key: str, least: int, most: int, default: Any = _REQUIRED, null: bool = False) -> int:
         value = self.get(key, default, null)
-        if wanted := whole(value, least, most):
+        if wanted := integer(value, least, most):
             raise self.wrong(key, value, wanted)
         return value
 
@@ -99,13 +99,13 @@ class Fields:
         return value
 
     def triple(self, key: str, least: float, most: float, kind: type, null: bool = True) -> tuple | None:
-        """Three numbers, for R, G and B, of type `kind` (int or float); None where the key is absent."""
+        """Three numbers of type `kind` (int or float), for R, G and B; None if the key is missing."""
         value = self.get(key, None, null)
         if value is None:
             return None
         kinds = (int,) if kind is int else (int, float)
-        numbers = isinstance(value, list | tuple) and all(type(part) in kinds for part in value)
-        if not numbers or len(value) != 3 or not all(least <= part <= most for part in value):
-            what = "whole numbers" if kind is int else "numbers"
+        numbers = isinstance(value, list | tuple) and all(type(channel) in kinds for channel in value)
+        if not numbers or len(value) != 3 or not all(least <= channel <= most for channel in value):
+            what = "integers" if kind is int else "numbers"
             raise self.wrong(key, value, f"3 {what} from {least:g} to {most:g}, one for each of R, G and B")
         return tuple(value)

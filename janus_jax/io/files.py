@@ -1,7 +1,7 @@
 """Reading files that somebody else wrote: regular files only, never more than a stated size, JSON within bounds.
 
-A path may name anything: a FIFO that nobody writes to, a device without end, a text of 4 GB. Whatever this module
-raises is an OSError or a ValueError whose one line names the file.
+A path may name anything: a FIFO that nobody writes to, an endless device, 4 GB of text. Every error raised here is an
+OSError or a ValueError, in one line that names the file.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from janus_jax.io.messages import one_line
 
 MAX_JSON = 64 << 20  # bytes; the largest JSON of a published checkpoint, its tokenizer, has 5 MB
-MAX_JSON_DEPTH = 200  # lists and objects within one another
+MAX_JSON_DEPTH = 200  # levels of nested lists and objects
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a FIFO",
@@ -26,13 +26,13 @@ _KINDS = {
 
 
 def open_regular(path: str | os.PathLike) -> BinaryIO:
-    """Opens `path` for reading bytes if it is a regular file (or a link to one), without ever waiting for it.
+    """Opens `path` for reading bytes if it is a regular file (or a link to one); never blocks.
 
     Raises: FileNotFoundError and other OSErrors of the system; ValueError for a folder, FIFO, device or socket, and for
-      a path that holds a null character.
+      a path that contains a null character.
     """
     try:
-        # Not blocking: opening a FIFO would wait for somebody to write to it.
+        # Non-blocking: opening a FIFO would wait for somebody to write to it.
         number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except ValueError as error:  # a null character
         raise ValueError(f"{one_line(os.fspath(path))}: {error}") from None
@@ -43,7 +43,7 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
     mode = os.fstat(number).st_mode
     if not stat.S_ISREG(mode):
         os.close(number)
-        raise ValueError(f"{one_line(path)} is {_KINDS.get(stat.S_IFMT(mode), 'no file')}, not a regular file")
+        raise ValueError(f"{one_line(path)} is {_KINDS.get(stat.S_IFMT(mode), 'a special file')}, not a regular file")
     return os.fdopen(number, "rb")
 
 
@@ -55,20 +55,20 @@ def _kind(path: str | os.PathLike) -> str | None:
 
 
 def read_bytes(path: str | os.PathLike, limit: int) -> bytes:
-    """All bytes of the regular file `path`; ValueError where it has more than `limit`, see also `open_regular`."""
+    """All bytes of the regular file `path`; ValueError if it has more than `limit`, see also `open_regular`."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         data = file.read(size + 1) if size <= limit else b""
         if size < len(data) <= limit:
-            # A file under /proc says 0 and may still have much to give. (What is asked for is allocated at once.)
+            # Files under /proc report size 0 but have content. (Read last: `read` allocates all that it is asked for.)
             data += file.read(limit + 1 - len(data))
     if size > limit or len(data) > limit:
-        raise ValueError(f"{one_line(path)} has {max(size, len(data)):,} bytes, more than the {limit:,} expected of it")
+        raise ValueError(f"{one_line(path)} has {max(size, len(data)):,} bytes, more than the limit of {limit:,}")
     return data
 
 
 def read_text(path: str | os.PathLike, limit: int = MAX_JSON) -> str:
-    """Text of the UTF-8 file `path` without its byte order mark; ValueError as `read_bytes`, or for other bytes."""
+    """Text of the UTF-8 file `path` without its byte order mark; ValueError as `read_bytes`, or if it is not UTF-8."""
     data = read_bytes(path, limit)
     try:
         return data.decode("utf-8-sig")
@@ -92,11 +92,11 @@ def read_json_object(path: str | os.PathLike, limit: int = MAX_JSON, missing_ok:
 
 
 def parse_json(text: str | bytes, place: str, unique_names: bool = False) -> Any:
-    """The value of the JSON `text`, found at `place`.
+    """The value of the JSON `text`; messages say that it is from `place`.
 
-    ValueError for what is not JSON, for numbers beyond float64 (1e999 would be read as infinity), NaN and Infinity, for
-    integers of thousands of digits, for more than `MAX_JSON_DEPTH` levels of lists and objects, and with `unique_names`
-    for an object that says a name twice.
+    ValueError for invalid JSON, for numbers too large for float64 (1e999 would be read as infinity), NaN and Infinity,
+    integers of thousands of digits, more than `MAX_JSON_DEPTH` levels of lists and objects, and with `unique_names` for
+    an object with a repeated name.
     """
     pairs = _unique if unique_names else None
     try:
@@ -107,12 +107,12 @@ def parse_json(text: str | bytes, place: str, unique_names: bool = False) -> Any
     except UnicodeDecodeError as error:
         raise ValueError(f"{place} is not UTF-8 text: {error.reason} at byte {error.start}") from None
     except RecursionError:
-        raise ValueError(f"{place} is not usable JSON: lists and objects nested thousands deep") from None
+        raise ValueError(f"{place} is not usable JSON: lists and objects are nested thousands deep") from None
     except ValueError as error:
         told = "an integer of thousands of digits" if "integer string" in str(error) else str(error)
         raise ValueError(f"{place} is not usable JSON: {told}") from None
     if _too_deep(value):
-        raise ValueError(f"{place} is not usable JSON: lists and objects nested more than {MAX_JSON_DEPTH} deep")
+        raise ValueError(f"{place} is not usable JSON: lists and objects are nested more than {MAX_JSON_DEPTH} deep")
     return value
 
 
@@ -124,7 +124,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for name, value in pairs:
         if name in made:
-            raise ValueError(f"the name {one_line(name)} stands twice in one object")
+            raise ValueError(f"the name {one_line(name)} appears twice in one object")
         made[name] = value
     return made
 
@@ -132,7 +132,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _finite(text: str) -> float:
     value = float(text)
     if value in (float("inf"), float("-inf")):
-        raise ValueError(f"the number {one_line(text, 40)} is beyond float64")
+        raise ValueError(f"the number {one_line(text, 40)} is too large for float64")
     return value
 
 

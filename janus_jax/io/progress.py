@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 
 def shown(progress: bool | None) -> bool:
-    """Whether to show progress: as asked, else where somebody looks, a terminal or a notebook."""
+    """Whether to show progress: as requested; by default, in a terminal or a notebook."""
     if progress is not None:
         return progress
     return sys.stderr.isatty() or "ipykernel" in sys.modules

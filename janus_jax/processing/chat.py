@@ -1,8 +1,8 @@
-"""Text in and out: conversation templates, and the `Processor` that makes prompts of token ids.
+"""Conversation templates, and the `Processor` that turns messages and prompts into token ids.
 
-No id is hard-coded: everything is looked up by name in the checkpoint's own tokenizer files. Arrays: B batch, T token
-positions. Reference: janus/models/processing_vlm.py and janus/utils/conversation.py. Ids:
-`janus_jax.processing.tokenizer`; pictures: `janus_jax.processing.images`.
+No id is hard-coded: all are looked up by name in the checkpoint's own tokenizer files. Arrays: B batch, T token
+positions. Reference: janus/models/processing_vlm.py and janus/utils/conversation.py. The tokenizer is in
+`janus_jax.processing.tokenizer`, images are in `janus_jax.processing.images`.
 """
 
 from __future__ import annotations
@@ -50,24 +50,25 @@ _SPEAKERS = ("user", "assistant")
 
 
 def format_conversation(messages: Messages, system_prompt: str = "", eos: str = EOS) -> str:
-    """The prompt of `messages`, pairs (role, text) with the role written as the model wants it (see `ROLES`).
+    """The prompt for `messages`, pairs (role, text) with the role spelled as the model expects it (see `ROLES`).
 
     `{system}\\n\\n{role}: {text}\\n\\n{role}: {text}{eos}...`; an empty text leaves `{role}:` for the model to go on.
-    Separators go by message index, so turns must alternate. Reference: `apply_sft_template_for_multi_turn_prompts` in
-    processing_vlm.py with the DeepSeek separator style of conversation.py.
+    The separator depends on the message index, so turns must alternate. Reference:
+    `apply_sft_template_for_multi_turn_prompts` in processing_vlm.py with the DeepSeek separator style of
+    conversation.py.
     """
-    parts = [f"{system_prompt}\n\n"] if system_prompt else []
+    pieces = [f"{system_prompt}\n\n"] if system_prompt else []
     for index, (role, text) in enumerate(messages):
         text, separator = text.strip(), eos if index % 2 else "\n\n"
-        parts.append(f"{role}: {text}{separator}" if text else f"{role}:")
-    return "".join(parts).strip()
+        pieces.append(f"{role}: {text}{separator}" if text else f"{role}:")
+    return "".join(pieces).strip()
 
 
 def _speaker(role: Any) -> str:
-    """The speaker, "user" or "assistant", by any name of that role; ValueError for others."""
+    """The speaker, "user" or "assistant", for any spelling of the role; ValueError for an unknown role."""
     plain = role.strip("<|>").lower() if isinstance(role, str) else None
     if plain not in _SPEAKERS:
-        cure = "; give a system text as system_prompt" if plain == "system" else ""
+        cure = "; pass a system message as system_prompt" if plain == "system" else ""
         raise ValueError(
             f"unknown role {shown(role)}; known: user, assistant, {', '.join(sum(ROLES.values(), ()))}{cure}"
         )
@@ -75,7 +76,7 @@ def _speaker(role: Any) -> str:
 
 
 def _image_list(images: Any) -> list[ImageSource]:
-    # A single image is itself a sequence (of characters, bytes or rows), which must not be taken apart.
+    # A single image is itself a sequence (of characters, bytes or rows) and must not be split.
     alone = isinstance(images, str | bytes | bytearray | os.PathLike | Image.Image)
     if alone or (isinstance(images, np.ndarray) and images.ndim <= 3):
         return [images]
@@ -84,12 +85,12 @@ def _image_list(images: Any) -> list[ImageSource]:
 
 def _parse_message(message: Any, place: str) -> tuple[str, str, list[ImageSource]]:
     if not isinstance(message, Mapping):
-        raise ValueError(f"{place} must be a dict with 'role' and 'content', not {type(message).__name__}")
+        raise ValueError(f"{place} must be a dict with 'role' and 'content', got {type(message).__name__}")
     if unknown := sorted(str(key) for key in set(message) - {"role", "content", "images"}):
         raise ValueError(f"{place} has unknown keys {one_line(', '.join(unknown))}; known: role, content, images")
     text = message.get("content")
     if text is not None and not isinstance(text, str):
-        raise ValueError(f"{place}: content must be a str, not {type(text).__name__}; images go under 'images'")
+        raise ValueError(f"{place}: content must be a str, got {type(text).__name__}; images go under 'images'")
     try:
         speaker = _speaker(message.get("role"))
     except ValueError as error:
@@ -103,11 +104,11 @@ def normalize_messages(
     """`messages` as pairs ("user" | "assistant", text) ending with an empty assistant turn, and the images in order.
 
     `messages` is a question, or dicts {"role", "content", optional "images": [...]} as in the reference. Images are
-    given in the messages or as `images`, one or several. Where a message has images and its text no placeholder, one
-    `image_tag` line for each goes in front; for `images`, in front of the first message if no message has one.
+    given either in the messages or as `images`, one or several. If a message has images but no placeholder in its text,
+    one `image_tag` line per image is put in front; for `images`, in front of the first message if no message has one.
 
-    Raises ValueError for an unknown role or key, turns that do not alternate from the user on, an empty message, a last
-    message that is an answer, or images given in both ways.
+    Raises ValueError for an unknown role or key, turns that do not alternate starting with the user, an empty message,
+    a last message that is already an answer, or images given both ways.
     """
     images = _image_list(images)
     if isinstance(messages, str):
@@ -123,9 +124,9 @@ def normalize_messages(
         found += own
         turns.append((speaker, text))
     if not turns:
-        raise ValueError("there are no messages: give a question or at least one user message")
+        raise ValueError("there are no messages; pass a question or at least one user message")
     if images and found:
-        raise ValueError("images are given both in the messages and beside them; give them in one place")
+        raise ValueError("images are given both in the messages and as `images`; give them in one place")
     if images and not any(image_tag in text for _, text in turns):
         turns[0] = ("user", f"{image_tag}\n" * len(images) + turns[0][1])
     if len(turns) % 2:
@@ -134,7 +135,7 @@ def normalize_messages(
         if not text.strip():
             raise ValueError(f"message {index} ({role}) is empty")
     if turns[-1][1].strip():
-        raise ValueError(f"message {len(turns) - 1} is an answer already; end with a user message or an empty answer")
+        raise ValueError(f"message {len(turns) - 1} is already an answer; end with a user message or an empty answer")
     return turns, images or found
 
 
@@ -143,16 +144,16 @@ def normalize_messages(
 
 @dataclass
 class Processor:
-    """Prompts and pixels of one checkpoint (reference: VLChatProcessor).
+    """Makes prompts and pixels for one checkpoint (reference: VLChatProcessor).
 
-    `roles` is a key of `ROLES`, and `roles_from` what decided it, see `detect_roles`.
+    `roles` is a key of `ROLES`, and `roles_from` says how it was determined, see `detect_roles`.
     """
 
     tokenizer: Tokenizer
     config: JanusConfig
     settings: ImageSettings
     roles: str = "pro"
-    roles_from: str = "chosen by hand"
+    roles_from: str = "chosen by the caller"
 
     def __post_init__(self):
         if not isinstance(self.roles, str) or self.roles not in ROLES:
@@ -160,20 +161,20 @@ class Processor:
         rows, ids = self.config.language.vocab_size, self.tokenizer.vocab_size
         if ids > rows:
             raise ValueError(
-                f"the tokenizer has {ids} ids but the model only {rows}: they are of different checkpoints"
+                f"the tokenizer has {ids} ids but the model only {rows}: they are from different checkpoints"
             )
         size, expected = self.settings.image_size, self.config.vision.image_size
         if size != expected:
-            raise ValueError(f"the image settings say image_size {size} but the model's encoder takes {expected}")
+            raise ValueError(f"the image settings have image_size {size} but the model's encoder expects {expected}")
 
     @classmethod
     def from_folder(
         cls, folder: str | os.PathLike, config: JanusConfig, roles: str | None = None, hub_id: str | None = None
     ) -> Processor:
-        """The processor of a checkpoint folder; `roles` None asks `detect_roles`, with `hub_id`.
+        """The processor of a checkpoint folder; if `roles` is None, `detect_roles` decides, with `hub_id`.
 
         preprocessor_config.json (or `image_processor` in processor_config.json, as transformers 5 writes it) is read
-        where present. Raises as `Tokenizer.from_folder`, and ValueError where the files contradict `config`.
+        if present. Raises as `Tokenizer.from_folder`, and ValueError if the files contradict `config`.
         """
         folder = pathlib.Path(folder)
         tokenizer = Tokenizer.from_folder(folder)
@@ -186,7 +187,7 @@ class Processor:
             count = processor.get("num_image_tokens", config.vision.num_patches)
             if count != config.vision.num_patches:
                 raise ValueError(
-                    f"num_image_tokens {shown(count)} is not the model's {config.vision.num_patches} patches"
+                    f"num_image_tokens must be the model's {config.vision.num_patches} patches, got {shown(count)}"
                 )
             if roles is not None:
                 return cls(tokenizer, config, settings, roles)
@@ -197,7 +198,7 @@ class Processor:
             raise ValueError(f"{one_line(folder)}: {error}") from None
 
     def format(self, messages: Messages, system_prompt: str = "") -> str:
-        """`format_conversation` with this checkpoint's EOS and role tags, whatever names the roles have."""
+        """`format_conversation` with this checkpoint's EOS and role tags, whatever spelling the roles come in."""
         tags = dict(zip(_SPEAKERS, ROLES[self.roles], strict=True))
         tagged = [(tags[_speaker(role)], text) for role, text in messages]
         return format_conversation(tagged, system_prompt, self.tokenizer.eos)
@@ -207,8 +208,8 @@ class Processor:
     ) -> list[int]:
         """Ids of a conversation (from `normalize_messages`) about `num_images` images, for the model to answer.
 
-        Each placeholder becomes begin_of_image, `config.vision.num_patches` placeholders, end_of_image. ValueError when
-        placeholders and images differ in number, or prompt and `max_new_tokens` exceed the model's positions.
+        Each placeholder becomes begin_of_image, `config.vision.num_patches` placeholders, end_of_image. ValueError if
+        there are not as many placeholders as images, or prompt and `max_new_tokens` exceed the model's positions.
         """
         tokenizer = self.tokenizer
         ids = tokenizer.encode(self.format(messages, system_prompt))
@@ -225,25 +226,25 @@ class Processor:
         return expanded
 
     def text_to_image_prompt(self, prompt: str) -> list[int]:
-        """Ids that ask for an image of `prompt`, ending with begin_of_image; no system prompt.
+        """Ids that ask for an image of `prompt`, ending with begin_of_image; without a system prompt.
 
-        ValueError when `prompt` is blank, or leaves no room for the image's tokens.
+        ValueError if `prompt` is blank, or leaves no room for the image's tokens.
         """
         if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(f"the prompt is {shown(prompt)}: say what to draw")
+            raise ValueError(f"the prompt must be text that says what to draw, got {shown(prompt)}")
         text = self.format([("user", prompt), ("assistant", "")]) + self.tokenizer.begin_of_image
         ids = self.tokenizer.encode(text)
         self._check_length(len(ids), self.config.gen_vision.num_tokens)
         return ids
 
     def unconditional(self, ids: Sequence[int]) -> list[int]:
-        """The guidance partner of a text-to-image prompt: all but the first and last id are pad (to be attended to)."""
+        """The unconditional prompt for guidance: all ids but the first and last become pad (which is attended to)."""
         return [*ids[:1], *[self.tokenizer.pad_id] * (len(ids) - 2), *ids[1:][-1:]]
 
     def left_pad(self, rows: Sequence[Sequence[int]], length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """int32 ids [B, T] and mask [B, T], 1 where a token stands; T is `length`, or that of the longest row.
+        """int32 ids [B, T] and mask [B, T], 1 for a token and 0 for padding; T is `length`, or that of the longest row.
 
-        ValueError when there are no rows, a row is empty, or one is longer than `length`.
+        ValueError if there are no rows, a row is empty, or one is longer than `length`.
         """
         if not len(rows) or not all(len(row) for row in rows):
             raise ValueError("left_pad needs at least one row and at least one id in every row")

@@ -1,7 +1,7 @@
-"""Opening any picture, within bounds: `open_image`.
+"""Opening any image, in bounded memory: `open_image`.
 
-Pictures come from anywhere. A file of 300 kB may say that it has a billion pixels, name Ghostscript as its decoder, be
-a FIFO, or carry metadata that no parser survives; none of that costs more than a stated amount of memory.
+Images come from anywhere. A file of 300 kB may claim a billion pixels, name Ghostscript as its decoder, be a FIFO, or
+carry metadata that no parser survives; none of that may take more than a stated amount of memory.
 """
 
 from __future__ import annotations
@@ -27,49 +27,49 @@ ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TIFF", "WEBP")
 MEMORY_VARIABLE = "JANUS_JAX_IMAGE_BYTES"
-DEFAULT_MEMORY = 1 << 30  # bytes that opening one picture may take; 134 megapixels of most kinds
+DEFAULT_MEMORY = 1 << 30  # bytes that opening one image may take; 134 megapixels of most formats
 _MAX_NAME = 4096  # characters of a path
-_TILE = 1 << 20  # pixels that are converted at a time, where that takes many copies of them
+_TILE = 1 << 20  # pixels converted at a time, for conversions that make many copies
 _WHITE = (255, 255, 255)
 
-# Bytes a pixel while a decoder works, its own copies and Pillow's picture together (measured, and rounded up).
+# Bytes per pixel while decoding: the decoder's own copies plus Pillow's image (measured, and rounded up).
 _DECODING = {"AVIF": 16, "JPEG2000": 28, "PPM": 12, "TIFF": 12, "WEBP": 17}
-_PROGRESSIVE = 12  # of a JPEG that has to be held as coefficients
-_CONVERTING = 8  # Pillow's picture, and the RGB one that is made of it or turned
+_PROGRESSIVE = 12  # of a JPEG whose coefficients must all be held
+_CONVERTING = 8  # Pillow's image, and the RGB or rotated image made from it
 _SCALING = 32  # bytes of the resize's coefficients for each pixel of a side
 
-# What they warn of is either refused here or harmless. Once, for all threads: `catch_warnings` is for one of them.
+# What Pillow warns about is either refused here or harmless. Set once, since `catch_warnings` is not thread-safe.
 for _category in (UserWarning, RuntimeWarning):
     warnings.filterwarnings("ignore", category=_category, module=r"PIL\.")
 
 
 def open_image(source: ImageSource, memory: int | None = None) -> Image.Image:
-    """The picture in `source` as an 8-bit RGB PIL image, turned upright by its EXIF orientation.
+    """The image in `source` as an 8-bit RGB PIL image, turned upright by its EXIF orientation.
 
     `source` is a path, a `data:image/...;base64,` URI, the bytes of an image file in one of `FORMATS`, a PIL image of
     any mode, or a uint8 array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]. 16-bit grayscale is scaled to 8 bits.
-    Transparent parts show white: the reference drops the alpha channel, which uncovers whatever color lies under it
-    (often black on black); opaque pixels are the same in both. Of an animation, the first frame counts. Metadata that
-    is damaged is passed over.
+    Transparent pixels become white: the reference drops the alpha channel, which exposes whatever color is under it
+    (often black on black); opaque pixels are the same in both. Only the first frame of an animation is used. Damaged
+    metadata is ignored.
 
-    `memory` is how many bytes opening may take beside the file's own, which has at most a quarter of that; None means
-    what the environment's JANUS_JAX_IMAGE_BYTES says, or else 1 GiB. It is told from the picture's header, before
-    anything is decoded.
+    `memory` is how many bytes opening may take in addition to the file's own, which may be at most a quarter of that.
+    None means the environment variable JANUS_JAX_IMAGE_BYTES, or 1 GiB if that is not set. The memory needed is
+    computed from the image's header, before anything is decoded.
 
-    Raises OSError when the file cannot be read, ValueError when it is not an image or no source of one, damaged, or
-    larger than that.
+    Raises OSError if the file cannot be read, and ValueError if `source` is not an image, is damaged, or needs more
+    memory than that.
     """
     memory = _memory() if memory is None else memory
     name, image, turned = _open(source, memory)
     _check_size(name, image, memory)
-    # Decoders of damaged files raise whatever they stumble over (SyntaxError, struct.error, zlib.error, ...).
+    # On damaged files, decoders raise all kinds of errors (SyntaxError, struct.error, zlib.error, ...).
     try:
-        transparency = _transparency(image)  # while the file's own depth is known
+        transparency = _transparency(image)  # while the file's bit depth is still known
         image.load()
         if turned is None:
             turned = image_metadata.orientation(image.info.get("exif"), image.info.get("xmp"))
             if turned == 1 and isinstance(source, Image.Image):
-                turned = _pillows_orientation(image)  # what only Pillow finds, in a file that the caller opened
+                turned = _pillows_orientation(image)  # which only Pillow can read in a file that the caller opened
         rgb = _to_rgb(image, transparency)
         del image
         return _turn(rgb, turned)
@@ -84,7 +84,7 @@ def _memory() -> int:
     if not text:
         return DEFAULT_MEMORY
     if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise ValueError(f"{MEMORY_VARIABLE} is {one_line(repr(text))}, not a number of bytes")
+        raise ValueError(f"{MEMORY_VARIABLE} must be a number of bytes, got {one_line(repr(text))}")
     return int(text)
 
 
@@ -92,7 +92,7 @@ def _memory() -> int:
 
 
 def _open(source: ImageSource, memory: int) -> tuple[str, Image.Image, int | None]:
-    """The source's name, its picture, not decoded yet, and its orientation where that is known already."""
+    """The source's name, its image (not decoded yet), and its orientation if already known."""
     if isinstance(source, Image.Image):
         name = getattr(source, "filename", "") or f"<PIL image of mode {source.mode}>"
         return one_line(name), source, None
@@ -101,7 +101,7 @@ def _open(source: ImageSource, memory: int) -> tuple[str, Image.Image, int | Non
     if isinstance(source, str) and source.startswith("data:"):
         name, data = "<data URI>", _from_data_uri(source, memory)
     elif isinstance(source, str) and source.startswith(("http://", "https://")):
-        raise ValueError(f"{one_line(source)}: web addresses are not fetched; download the image and give its path")
+        raise ValueError(f"{one_line(source)}: URLs are not fetched; download the image and pass its path")
     elif isinstance(source, str | os.PathLike):
         name, data = _from_path(os.fspath(source), memory)
     elif isinstance(source, bytes | bytearray):
@@ -109,7 +109,7 @@ def _open(source: ImageSource, memory: int) -> tuple[str, Image.Image, int | Non
         if len(data) > memory // 4:
             raise ValueError(_too_many_bytes(name, len(data), memory))
     else:
-        raise ValueError(f"an image must be a path, bytes, a PIL image or a uint8 array, not {type(source).__name__}")
+        raise ValueError(f"an image must be a path, bytes, a PIL image or a uint8 array, got {type(source).__name__}")
     try:
         data, turned = image_metadata.bare(data)
         return name, Image.open(io.BytesIO(data), formats=_formats()), turned
@@ -127,20 +127,20 @@ def _open(source: ImageSource, memory: int) -> tuple[str, Image.Image, int | Non
 @functools.cache
 def _formats() -> tuple[str, ...]:
     Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)  # AVIF came late
+    return tuple(name for name in FORMATS if name in Image.OPEN)  # older Pillows lack AVIF
 
 
 def _from_path(source: str | bytes, memory: int) -> tuple[str, bytes]:
     name = one_line(os.fsdecode(source))
     if len(source) > _MAX_NAME:
-        raise ValueError(f"{name}: a path of {len(source):,} characters names no image file")
+        raise ValueError(f"{name}: a path may have at most {_MAX_NAME:,} characters, got {len(source):,}")
     path = pathlib.Path(os.fsdecode(source))
     try:
         if path.is_dir():
             raise IsADirectoryError(f"{name}: expected an image file, found a folder")
         return name, files.read_bytes(path, memory // 4)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{name}: there is no such image file") from None
+        raise FileNotFoundError(f"{name}: no such image file") from None
     except MemoryError:
         raise OSError(errno.ENOMEM, "there is not enough memory to read the file", name) from None
 
@@ -150,8 +150,8 @@ def _from_data_uri(uri: str, memory: int) -> bytes:
         raise ValueError(_too_many_bytes("<data URI>", len(uri) * 3 // 4, memory))
     header, _, payload = uri.partition(",")
     if not header.endswith(";base64"):
-        told = one_line(repr(header), 60)
-        raise ValueError(f"<data URI>: {told} is not base64; expected 'data:image/...;base64,...'")
+        start = one_line(repr(header), 60)
+        raise ValueError(f"<data URI>: {start} is not base64; expected 'data:image/...;base64,...'")
     try:
         return base64.b64decode(payload, validate=True)
     except (binascii.Error, ValueError) as error:  # ValueError for characters beyond ASCII
@@ -162,7 +162,7 @@ def _from_array(array: np.ndarray, memory: int) -> Image.Image:
     channels_fit = array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (1, 3, 4))
     if array.dtype != np.uint8 or not channels_fit:
         expected = "uint8 [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]"
-        raise ValueError(f"an image array must be {expected}, not {array.dtype} {list(array.shape)}")
+        raise ValueError(f"an image array must be {expected}, got {array.dtype} {list(array.shape)}")
     if 0 in array.shape:
         raise ValueError(f"the image array {list(array.shape)} is empty")
     height, width = array.shape[:2]
@@ -185,12 +185,12 @@ def _check(name: str, width: int, height: int, each: int, memory: int):
     if needed > memory:
         raise ValueError(
             f"{name}: the image of {width} x {height} pixels would take {needed / 2**20:,.0f} MiB of memory, more than "
-            f"the {memory / 2**20:,.0f} allowed; make it smaller, or set {MEMORY_VARIABLE}={needed}"
+            f"the {memory / 2**20:,.0f} MiB allowed; make it smaller, or set {MEMORY_VARIABLE}={needed}"
         )
 
 
 def _too_many_bytes(name: str, size: int, memory: int) -> str:
-    return f"{name} has {size:,} bytes, more than the {memory // 4:,} expected of an image; see {MEMORY_VARIABLE}"
+    return f"{name} has {size:,} bytes, more than the {memory // 4:,} allowed for an image; see {MEMORY_VARIABLE}"
 
 
 # ---------------------------------------------------------------- pixels
@@ -218,22 +218,22 @@ def _turn(image: Image.Image, orientation: int) -> Image.Image:
 
 
 def _transparency(image: Image.Image) -> int | tuple[int, ...] | bytes | None:
-    """The transparent color in the units of the decoded pixels; Pillow leaves it in those of the file."""
+    """The transparent color in the units of the decoded pixels; Pillow reports it in those of the file."""
     value = image.info.get("transparency")
     if value is None or image.format != "PNG" or not image.tile:
         return value
     stored = image.tile[0][3]
     if isinstance(value, int):
         return value * {"L;2": 85, "L;4": 17}.get(stored, 1)
-    return tuple(part >> 8 for part in value) if isinstance(value, tuple) and stored == "RGB;16B" else value
+    return tuple(channel >> 8 for channel in value) if isinstance(value, tuple) and stored == "RGB;16B" else value
 
 
 def _to_rgb(image: Image.Image, transparency: int | tuple[int, ...] | bytes | None) -> Image.Image:
-    """`image` in RGB, a plain copy without any metadata."""
+    """`image` in RGB, as a plain copy without metadata."""
     if image.mode.startswith("I"):
         rgb = _from_16_bits(image, transparency if isinstance(transparency, int) else None)
     elif image.mode == "F":
-        raise ValueError("float pixels have no agreed range; give a uint8 array")
+        raise ValueError("float pixels have no standard range; pass a uint8 array")
     elif transparency is not None or image.has_transparency_data:
         rgb = Image.new("RGB", image.size)
         for box in _tiles(image.size):
@@ -250,12 +250,12 @@ def _to_rgb(image: Image.Image, transparency: int | tuple[int, ...] | bytes | No
 
 
 def _from_16_bits(image: Image.Image, transparency: int | None) -> Image.Image:
-    # Pillow's own conversion clips 16-bit values at 255; mode I is how it opens 16-bit files of some formats.
+    # Pillow's own conversion clips 16-bit values at 255; it opens 16-bit files of some formats in mode I.
     gray = Image.new("L", image.size)
     for box in _tiles(image.size):
         values = np.asarray(image.crop(box)).astype(np.int32)
         if values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"integers from {values.min()} to {values.max()} are not 16-bit gray; give a uint8 array")
+            raise ValueError(f"integers from {values.min()} to {values.max()} are not 16-bit gray; pass a uint8 array")
         scaled = np.rint(values / 257).astype(np.uint8)
         if transparency is not None:
             scaled[values == transparency] = 255

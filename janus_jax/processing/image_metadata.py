@@ -1,7 +1,7 @@
-"""Image files without what cameras and editors wrote around the pixels, and which way up they are.
+"""Strips the metadata of cameras and editors from image files, and reads their orientation.
 
-Decoders refuse whole pictures for a resolution that is text or a color profile with a wrong checksum. So they get the
-pixels alone, and the one thing in the metadata that shows, the orientation, is read here.
+Decoders refuse whole images over a resolution that is text or a color profile with a wrong checksum. So they get the
+pixels alone, and the one entry of the metadata that is visible, the orientation, is read here.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ import zlib
 _EXIF, _XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
 _ORIENTATION = 0x0112
 _XMP_ORIENTATION = re.compile(rb"tiff:Orientation(?:\s*=\s*[\"']|>)\s*([1-8])\b")
-_JPEG_KEPT = (0xE0, 0xEE)  # JFIF and Adobe's segment say what the components mean
-# Of a TIFF: what says where its samples are and what they mean.
+_JPEG_KEPT = (0xE0, 0xEE)  # the segments of JFIF and Adobe say what the components mean
+# TIFF tags that say where the samples are and what they mean.
 _TIFF_KEPT = {254, 255, 256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 290, 291, 292, 293, 317, 320, 322, 323}
 _TIFF_KEPT |= {324, 325, 332, 333, 334, 336, 338, 339, 340, 341, 347, *range(512, 522), 529, 530, 531, 532, 50844}
-# struct's letters and sizes of the types that a number can have (9 and others are signed, 5 and 10 fractions).
+# struct's format of each numeric TIFF type (5 and 10 are fractions).
 _TIFF_NUMBERS = {1: "B", 3: "H", 4: "I", 5: "II", 6: "b", 8: "h", 9: "i", 10: "ii", 11: "f", 12: "d", 13: "I"}
 
 
 def bare(data: bytes) -> tuple[bytes, int | None]:
-    """The picture in `data` without its metadata, and its orientation by EXIF or XMP, 1 to 8.
+    """The image in `data` without its metadata, and its orientation by EXIF or XMP, 1 to 8.
 
-    The orientation is None for formats whose decoder finds it (all but JPEG, PNG and TIFF), and 1 where there is none
-    that can be read. What is not understood comes back as it is.
+    The orientation is None for formats whose decoder finds it (all but JPEG, PNG and TIFF), and 1 if none can be read.
+    Data that is not understood is returned unchanged.
     """
     if data.startswith(b"\xff\xd8\xff"):
         return _bare_jpeg(data)
@@ -39,7 +39,7 @@ def bare(data: bytes) -> tuple[bytes, int | None]:
 
 
 def orientation(exif: bytes | None, xmp: bytes | str | None = None) -> int:
-    """The orientation that `exif` says, or `xmp` where it says none; 1 (upright) where neither can be read."""
+    """The orientation in `exif`, or else in `xmp`; 1 (upright) if neither can be read."""
     found = _exif_orientation(exif) if isinstance(exif, bytes) else None
     if found is None and xmp:
         match = _XMP_ORIENTATION.search(xmp.encode("utf-8", "replace") if isinstance(xmp, str) else bytes(xmp))
@@ -47,7 +47,7 @@ def orientation(exif: bytes | None, xmp: bytes | str | None = None) -> int:
     return found or 1
 
 
-# ---------------------------------------------------------------- EXIF, which is a TIFF
+# ---------------------------------------------------------------- EXIF (stored as a TIFF)
 
 
 def _exif_orientation(exif: bytes) -> int | None:
@@ -79,7 +79,7 @@ def _entries(tiff: bytes) -> tuple[int, list[tuple[int, int, int, bytes]]]:
 
 
 def _whole(tiff: bytes, kind: int, count: int, value: bytes) -> int | None:
-    """The whole number that an entry of any numeric type, or of digits, says."""
+    """The value of an entry of any numeric type, or of digits, if it is an integer."""
     order, letters = _order(tiff), _TIFF_NUMBERS.get(kind, f"{min(count, 8)}s" if kind == 2 else "")
     size = struct.calcsize(order + letters)
     if not size or not count:
@@ -108,12 +108,12 @@ def _bare_jpeg(data: bytes) -> tuple[bytes, int]:
         if marker == 0xFF:  # padding
             at += 1
             continue
-        if marker == 0xDA or marker == 0 or 0xD0 <= marker <= 0xD9:  # the pixels, or none of the segments before them
+        if marker == 0xDA or marker == 0 or 0xD0 <= marker <= 0xD9:  # the pixels begin, or this is not a segment
             break
         end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
         body = data[at + 4 : end]
         if marker == 0xE1 and body.startswith(_EXIF):
-            exif += body[len(_EXIF) :]  # a long one goes on in the next segment
+            exif += body[len(_EXIF) :]  # long EXIF data continues in the next segment
         elif marker == 0xE1 and body.startswith(_XMP) and not xmp:
             xmp = body
         if marker in _JPEG_KEPT or not (0xE0 <= marker <= 0xEF or marker == 0xFE):
@@ -128,7 +128,7 @@ def _bare_png(data: bytes) -> tuple[bytes, int]:
         end = at + 12 + int.from_bytes(data[at : at + 4], "big")
         kind = data[at + 4 : at + 8]
         if end > len(data) or not kind.isalpha():
-            break  # cut off or damaged: for the decoder to say
+            break  # truncated or damaged: left for the decoder to report
         body = memoryview(data)[at + 8 : end - 4]
         critical = kind[:1].isupper()
         whole = critical or zlib.crc32(body, zlib.crc32(kind)) == int.from_bytes(data[end - 4 : end], "big")
@@ -145,7 +145,7 @@ def _bare_png(data: bytes) -> tuple[bytes, int]:
 
 
 def _raw_profile(text: bytes, packed: bool) -> bytes | None:
-    """EXIF as ImageMagick wrote it before PNG had a chunk for it: three lines, then hexadecimal digits."""
+    """EXIF in the form that ImageMagick wrote before PNG had a chunk for it: three lines, then hexadecimal digits."""
     try:
         if packed:
             text = zlib.decompressobj().decompress(text[1:], 1 << 20)
@@ -166,13 +166,13 @@ def _bare_tiff(data: bytes) -> tuple[bytes, int]:
         return data, turned
     order, end = _order(data), start + 2 + 12 * len(entries)
     packed = [struct.pack(f"{order}HHI4s", *entry) for entry in kept]
-    # In place: offsets in the directory count from the beginning of the file. What follows it is the next page's place.
+    # In place, since offsets count from the beginning of the file. The directory ends with the next page's offset.
     directory = b"".join([struct.pack(f"{order}H", len(kept)), *packed, data[end : end + 4]])
     return b"".join([data[:start], directory, data[start + len(directory) :]]), turned
 
 
 def _bare_avif(data: bytes) -> bytes:
-    """With EXIF items of another type, which decoders pass over; turning is a property of the picture's own item."""
+    """`data` with its EXIF items relabeled, so that decoders skip them; orientation is a property of the image item."""
     at = 0
     while at + 8 <= len(data):
         size = int.from_bytes(data[at : at + 4], "big")

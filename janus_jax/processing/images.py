@@ -1,4 +1,4 @@
-"""Images in and out: the two preprocessings of Janus, uint8 and contact sheets. Opening them: `image_files`.
+"""Images in and out: the two preprocessings of Janus, conversion to uint8, contact sheets. `image_files` opens them.
 
 Arrays are [height, width, 3] in RGB. Reference: janus/models/image_processing_vlm.py and generation_inference.py.
 """
@@ -21,8 +21,8 @@ __all__ += ["understanding_pixels", "understanding_pixels_uint8"]
 
 _WHITE = (255, 255, 255)
 
-_MOST_PIXELS = 8192  # on a side of what a model takes
-_FAR = 1e6  # means, deviations and factors beyond it, or below its inverse, make pixels that are not finite
+_MOST_PIXELS = 8192  # on a side of a model's input
+_FAR = 1e6  # means, deviations and factors above it, or below its inverse, make pixels that are not finite
 
 
 # ---------------------------------------------------------------- settings
@@ -35,8 +35,8 @@ _BICUBIC = int(Image.Resampling.BICUBIC)
 class ImageSettings:
     """How an understanding image becomes pixels (reference: VLMImageProcessorConfig in image_processing_vlm.py).
 
-    Sizes are in pixels; `mean` and `std` are per RGB channel of values in [0, 1]; `background_color` fills the
-    borders of an image that is not square, and is `int(mean * 255)` when left None.
+    Sizes are in pixels; `mean` and `std` are per RGB channel, for values in [0, 1]; `background_color` fills the
+    borders of an image that is not square, and defaults to `int(mean * 255)`.
     """
 
     image_size: int = 384
@@ -49,42 +49,42 @@ class ImageSettings:
 
     def __post_init__(self):
         if not 1 <= self.min_size <= self.image_size:
-            raise ValueError(f"min_size {self.min_size} must lie between 1 and image_size {self.image_size}")
+            raise ValueError(f"min_size must be from 1 to image_size {self.image_size}, got {self.min_size}")
         for name in ("mean", "std"):
             if len(getattr(self, name)) != 3:
-                raise ValueError(f"image {name} {getattr(self, name)} must have 3 values, one for each of R, G and B")
+                raise ValueError(f"image {name} must have 3 values, for R, G and B, got {getattr(self, name)}")
             if not all(map(math.isfinite, getattr(self, name))):
-                raise ValueError(f"image {name} {getattr(self, name)} must be finite")
+                raise ValueError(f"image {name} must be finite, got {getattr(self, name)}")
         if not all(self.std):
-            raise ValueError(f"image std {self.std} must not be zero")
+            raise ValueError(f"image std must not be zero, got {self.std}")
         if self.background_color is None:
             color = tuple(int(mean * 255) for mean in self.mean)
-            if not all(0 <= part <= 255 for part in color):
-                raise ValueError(f"image mean {self.mean} gives no background color; give background_color")
+            if not all(0 <= channel <= 255 for channel in color):
+                raise ValueError(f"image mean {self.mean} gives no valid background color; set background_color")
             object.__setattr__(self, "background_color", color)
 
     @classmethod
     def parse(cls, raw: dict[str, Any], image_size: int = 384) -> ImageSettings:
-        """Settings of a parsed preprocessor_config.json; `image_size` and the defaults stand in for what it leaves out.
+        """Settings of a parsed preprocessor_config.json; missing keys get `image_size` and the defaults.
 
-        Knows the reference's `image_size` and the `size` of transformers' port. ValueError when a value does not fit,
-        and for steps left out or done in another way, which would be other pixels than the model was trained on.
+        Reads the reference's `image_size` and the `size` of transformers' port. ValueError if a value is invalid, or a
+        step is switched off or done another way: the model was not trained on such pixels.
         """
         fields = Fields(raw)
         for step in ("do_resize", "do_rescale", "do_pad", "do_convert_rgb"):
             if not fields.flag(step, True, null=True):
-                raise ValueError(f"{step} is false; pictures without that step are not supported")
-        if fields.whole("resample", 0, 5, _BICUBIC, null=True) != _BICUBIC:
+                raise ValueError(f"{step} is false; images without that step are not supported")
+        if fields.integer("resample", 0, 5, _BICUBIC, null=True) != _BICUBIC:
             raise ValueError(f"resample is {raw['resample']}; only {_BICUBIC} (bicubic) is supported")
         size, key = fields, "image_size" if raw.get("image_size") is not None else "size"
         if isinstance(raw.get(key), dict):
             size, key = fields.block(key), "height"
-        found = {"image_size": size.whole(key, 1, _MOST_PIXELS, image_size, null=True)}
+        found = {"image_size": size.integer(key, 1, _MOST_PIXELS, image_size, null=True)}
         found["mean"] = fields.triple("image_mean", -_FAR, _FAR, float)
         found["std"] = fields.triple("image_std", 1 / _FAR, _FAR, float)
         found["background_color"] = fields.triple("background_color", 0, 255, int)
         if raw.get("min_size") is not None:
-            found["min_size"] = fields.whole("min_size", 1, _MOST_PIXELS)
+            found["min_size"] = fields.integer("min_size", 1, _MOST_PIXELS)
         if raw.get("rescale_factor") is not None:
             found["rescale_factor"] = fields.number("rescale_factor", 1 / _FAR, _FAR)
         if raw.get("do_normalize") is not None:
@@ -98,7 +98,7 @@ class ImageSettings:
 def understanding_pixels_uint8(image: ImageSource, settings: ImageSettings) -> np.ndarray:
     """uint8 [S, S, 3] with S = `settings.image_size`: long side scaled to S, centered on the background color.
 
-    Bit-exact to `VLMImageProcessor.resize` (transposed): side lengths are truncated, never below `min_size`, and the
+    Bit-exact with `VLMImageProcessor.resize` (transposed): side lengths are truncated, never below `min_size`, and the
     filter is Pillow's antialiased bicubic. (transformers' port rounds the side lengths and differs by a pixel.)
     """
     image = open_image(image)
@@ -123,32 +123,32 @@ def understanding_pixels(image: ImageSource, settings: ImageSettings) -> np.ndar
 def generation_pixels(image: ImageSource, image_size: int) -> np.ndarray:
     """float32 [image_size, image_size, 3] in [-1, 1], the input of the VQ encoder in training.
 
-    The short side becomes `image_size` and the middle of the long side is kept (Janus-Pro report, section 3.1).
+    The short side is scaled to `image_size` and the middle of the long side is kept (Janus-Pro report, section 3.1).
     """
     image = open_image(image)
     side = min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
-    # Cropping inside the resize bounds the memory of a very long image; the filter still sees beyond the crop.
+    # Cropping inside the resize bounds memory for a very long image; the filter still sees pixels outside the crop.
     box = (left, top, left + side, top + side)
     square = image.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box)
     return np.asarray(square, dtype=np.float32) / 127.5 - 1
 
 
 def to_uint8(images: Any) -> np.ndarray:
-    """uint8 of `images`, any float array in [-1, 1] of any shape: clip((x + 1) / 2 * 255, 0, 255), truncated.
+    """`images`, a float array in [-1, 1] of any shape, as uint8: clip((x + 1) / 2 * 255, 0, 255), truncated.
 
-    Reference: generation_inference.py. ValueError on NaN, which no image holds.
+    Reference: generation_inference.py. ValueError on NaN.
     """
     scaled = (np.asarray(images, dtype=np.float32) + 1) / 2 * 255
     if np.isnan(scaled).any():
-        raise ValueError("the images hold NaN: the model that made them overflowed or its weights are damaged")
+        raise ValueError("the images contain NaN: the model that made them overflowed, or its weights are damaged")
     return np.clip(scaled, 0, 255).astype(np.uint8)
 
 
 def contact_sheet(images: Sequence[ImageSource], columns: int | None = None, gap: int = 0) -> Image.Image:
-    """One image showing `images` row by row, `columns` wide (about square by default), `gap` pixels apart on white.
+    """One image showing `images` row by row in `columns` (about square by default), `gap` pixels apart on white.
 
-    ValueError when there are no images or less than one column.
+    ValueError if there are no images, or less than one column.
     """
     opened = [open_image(image) for image in images]
     if not opened:
@@ -156,7 +156,7 @@ def contact_sheet(images: Sequence[ImageSource], columns: int | None = None, gap
     if columns is None:
         columns = math.ceil(math.sqrt(len(opened)))
     if columns < 1:
-        raise ValueError(f"a contact sheet needs at least one column, not {columns}")
+        raise ValueError(f"a contact sheet needs at least one column, got {columns}")
     columns = min(columns, len(opened))
     rows = math.ceil(len(opened) / columns)
     width, height = max(image.width for image in opened), max(image.height for image in opened)

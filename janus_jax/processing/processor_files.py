@@ -1,7 +1,7 @@
-"""The small files beside the weights, in either dialect: tokenizer, processor, image settings, chat template.
+"""The small files next to the weights, in either dialect: tokenizer, processor, image settings, chat template.
 
-The reference builds a `VLChatProcessor` of them (original dialect), transformers a `JanusProcessor`. A file that is
-already of the wanted dialect is copied as it is; the others are written from what `Processor` reads in the folder.
+The reference builds a `VLChatProcessor` from them (original dialect), transformers a `JanusProcessor`. A file that is
+already in the requested dialect is copied; the others are written from what `Processor` reads in the folder.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ PROCESSOR_FILES = (
 )
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
 _IMAGE_TOKENS = ("image_token", "boi_token", "eoi_token")
-# Of tokenizer_config.json: what only one kind of tokenizer class reads.
+# Keys of tokenizer_config.json that only one of the tokenizer classes reads.
 _LLAMA_KEYS = ("legacy", "sp_model_kwargs", "use_default_system_prompt", "chat_template", "auto_map")
 _PORT_KEYS = ("backend", "is_local", "local_files_only", "extra_special_tokens", "model_specific_special_tokens")
-_BICUBIC = 3  # Pillow's number for it
+_BICUBIC = 3  # Pillow's value
 
-# `USER` and the like are replaced. Writes what `format_conversation` does, see there.
+# `USER` and the like are replaced. Formats as `format_conversation` does.
 _CHAT_TEMPLATE = """\
 {%- macro words(content) -%}
 {%- if content is string -%}{{ content }}{%- else -%}
@@ -53,7 +53,7 @@ _CHAT_TEMPLATE = """\
 {%- endif -%}
 {%- if item['type'] == 'image' -%}{{ 'IMAGE' }}
 {%- elif item['type'] == 'text' -%}{{ item['text'] }}
-{%- else -%}{{ raise_exception('Janus takes text and images, not ' ~ item['type']) }}
+{%- else -%}{{ raise_exception('Janus accepts text and images, not ' ~ item['type']) }}
 {%- endif -%}
 {%- endfor -%}
 {%- endif -%}
@@ -73,7 +73,7 @@ _CHAT_TEMPLATE = """\
 
 
 def copy_files(src: pathlib.Path, out: pathlib.Path, names: tuple[str, ...]) -> None:
-    """Copies those of `names` that `src` has."""
+    """Copies the files `names` that exist in `src`."""
     for name in names:
         if (src / name).is_file():
             shutil.copyfile(src / name, out / name)
@@ -82,10 +82,10 @@ def copy_files(src: pathlib.Path, out: pathlib.Path, names: tuple[str, ...]) -> 
 def write_processor_files(
     src: pathlib.Path, out: pathlib.Path, config: JanusConfig, dialect: str, note: Callable[[str], Any]
 ) -> None:
-    """Writes the files of `dialect` into `out`, for a model of `config` whose files of either dialect lie in `src`.
+    """Writes the files of `dialect` into `out`, for a model of `config` whose files of either dialect are in `src`.
 
-    `out` has copies of the tokenizer's files already.
-    `note` hears, a sentence each, what is missing or cannot be said. OSError where a file cannot be read or written.
+    `out` already has copies of the tokenizer's files. `note` is called with one sentence for each thing that is missing
+    or that the dialect cannot express. OSError if a file cannot be read or written.
     """
     try:
         files = _Files.read(src, config)
@@ -94,7 +94,7 @@ def write_processor_files(
         copy_files(src, out, tuple(kept))
         missing = [name for name in _WANTED[dialect] if not (out / name).is_file()]
         if missing:
-            note(f"{', '.join(missing)}: not written, for want of a tokenizer ({one_line(error, 400)})")
+            note(f"{', '.join(missing)}: not written, since there is no usable tokenizer ({one_line(error, 400)})")
         return
     for name, value in files.of(dialect, note):
         if _is_of(src, name, dialect):
@@ -106,18 +106,18 @@ def write_processor_files(
             (out / name).write_text(text + "\n", encoding="utf-8")
     dropped = [name for name in _TEMPLATES if (src / name).is_file() and not (out / name).is_file()]
     if dropped and dialect == "original":
-        note(f"{', '.join(dropped)}: left out, since the reference writes its prompts in code")
+        note(f"{', '.join(dropped)}: left out, since the reference builds its prompts in code")
 
 
 def token_ids(src: pathlib.Path, config: JanusConfig) -> dict[str, int]:
-    """The ids that transformers wants in config.json, by key; {} where the tokenizer in `src` cannot be read."""
+    """The ids that transformers wants in config.json, by key; {} if the tokenizer in `src` cannot be read."""
     try:
         return _Files.read(src, config).special_ids
     except (FileNotFoundError, ValueError):
         return {}
 
 
-# ---------------------------------------------------------------- whose a file is
+# ---------------------------------------------------------------- which dialect a file is in
 
 _WANTED = {
     "original": (
@@ -140,13 +140,13 @@ _WANTED = {
 
 
 def _is_of(src: pathlib.Path, name: str, dialect: str) -> bool:
-    """Whether the file `name` in `src` is there and of `dialect`: what one library wrote, the other cannot read."""
+    """Whether `src` has a file `name` in `dialect`; the library of the other dialect could not read it."""
     if not (src / name).is_file():
         return False
     if name in _TEMPLATES:
         return dialect == _dialect(src)
     if name == "tokenizer.json":
-        return dialect == "original"  # what the port wants of it is asked of the tokenizer itself
+        return dialect == "original"  # whether the port needs another one depends on the tokenizer itself
     raw = read_json_object(src / name)
     if name == "preprocessor_config.json":
         return ("Janus" in str(raw.get("image_processor_type"))) == (dialect == "transformers")
@@ -160,7 +160,7 @@ def _is_of(src: pathlib.Path, name: str, dialect: str) -> bool:
 
 
 def _dialect(src: pathlib.Path) -> str:
-    """Of the processor in `src`."""
+    """The dialect of the processor in `src`."""
     raw = read_json_object(src / "processor_config.json", missing_ok=True)
     return "transformers" if raw.get("processor_class") == "JanusProcessor" else "original"
 
@@ -170,12 +170,12 @@ def _names_image_tokens(raw: dict[str, Any]) -> bool:
     return any(isinstance(block, dict) and "image_token" in block for block in blocks)
 
 
-# ---------------------------------------------------------------- what they hold
+# ---------------------------------------------------------------- contents
 
 
 @dataclasses.dataclass(frozen=True)
 class _Files:
-    """All that the files of a checkpoint say, ready to be said in either dialect."""
+    """What the files of a checkpoint say, ready to be written in either dialect."""
 
     src: pathlib.Path
     processor: Processor
@@ -208,14 +208,14 @@ class _Files:
         return self.processor.config.vision.num_patches
 
     def of(self, dialect: str, note: Callable[[str], Any]) -> Iterator[tuple[str, Any]]:
-        """Names and values (objects of JSON, texts, or None for nothing to say) of the files of `dialect`."""
+        """Names and contents of the files of `dialect`: a JSON object, a string, or None for no file."""
         return self._original() if dialect == "original" else self._transformers(note)
 
     def _json(self, name: str) -> dict[str, Any]:
         return read_json_object(self.src / name, missing_ok=True)
 
     def _without(self, name: str, *keys: str) -> dict[str, Any]:
-        """The object in the file `name` but for `keys`; a list of further special tokens under its older name."""
+        """The object in the file `name` without `keys`; a list of extra special tokens gets the key's older name."""
         raw = self._json(name)
         further = raw.get("extra_special_tokens")
         kept = {key: value for key, value in raw.items() if key not in keys}
@@ -269,7 +269,7 @@ class _Files:
         yield "generation_config.json", None
 
     def _tokenizer_config(self, kept: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-        """tokenizer_config.json of a dialect: what the source says, what both share, and the dialect's `own`."""
+        """tokenizer_config.json of a dialect: the keys `kept` from the source, those both share, and its `own`."""
         return {
             "clean_up_tokenization_spaces": False,
             "model_max_length": self.processor.config.language.max_positions,
@@ -300,7 +300,7 @@ class _Files:
             **self.image_tokens,
             "extra_special_tokens": self.image_tokens,
             "processor_class": "JanusProcessor",
-            # Reads tokenizer.json as it stands; LlamaTokenizer builds one anew, of another kind.
+            # Reads tokenizer.json unchanged; LlamaTokenizer would build a different one.
             "tokenizer_class": "PreTrainedTokenizerFast",
         }
         yield "tokenizer_config.json", self._tokenizer_config(kept, own)
@@ -309,7 +309,7 @@ class _Files:
         if not any(_is_of(self.src, name, "transformers") for name in _TEMPLATES):
             yield "chat_template.jinja", self._chat_template()
         yield from ((name, None) for name in _TEMPLATES if _is_of(self.src, name, "transformers"))
-        # Said to be from the model's config, it would not be read.
+        # With `_from_model_config`, transformers would ignore the file.
         raw = self._without("generation_config.json", "_from_model_config", "transformers_version")
         drawing = {**(raw.get("generation_kwargs") or {}), "boi_token_id": self.processor.tokenizer.begin_of_image_id}
         yield (
@@ -322,8 +322,8 @@ class _Files:
         background = [int(mean * 255) for mean in settings.mean]
         if list(settings.background_color) != background:
             note(
-                f"transformers takes the background color {background}, by its mean, "
-                f"and cannot be told {list(settings.background_color)}"
+                f"transformers uses the background color {background}, derived from the mean; "
+                f"its files cannot express {list(settings.background_color)}"
             )
         return {
             "do_normalize": settings.do_normalize,
@@ -341,7 +341,7 @@ class _Files:
         }
 
     def _with_bos(self) -> str | None:
-        """tokenizer.json with a step that puts BOS in front, as the reference's class does by itself; None as it is."""
+        """tokenizer.json with a step that prepends BOS, as the reference's class does itself; None to leave it."""
         bos = self.special_tokens["bos_token"]
         if self.tokenizer.encode("a").ids[:1] == [self.special_ids["bos_token_id"]]:
             return None

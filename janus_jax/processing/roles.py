@@ -1,4 +1,4 @@
-"""Which words a checkpoint calls user and assistant by, told by what came with it."""
+"""Detects the words by which a checkpoint calls the user and the assistant."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from janus_jax.io.messages import one_line
 # (user, assistant): "pro" for the Janus-Pro models, "old" for Janus-1.3B.
 ROLES = {"pro": ("<|User|>", "<|Assistant|>"), "old": ("User", "Assistant")}
 
-# Janus-1.3B and Pro-1B have the same sizes, and the files published with 1.3B do not say its roles: only its code did.
-# But 1.3B has Pro-7B's tokenizer, whose ids are others than Pro-1B's: (decoder layers, width, id of the pad token).
+# Janus-1.3B and Pro-1B have the same sizes, and the files published with 1.3B do not state its roles: only its code
+# did. But 1.3B has Pro-7B's tokenizer, whose ids differ from Pro-1B's: (decoder layers, width, id of the pad token).
 _PUBLISHED = {
     (24, 2048, 100015): ("old", "Janus-1.3B"),
     (24, 2048, 100002): ("pro", "Janus-Pro-1B"),
     (30, 4096, 100015): ("pro", "Janus-Pro-7B"),
 }
-_HUB_NAMES = {r"janus-1\.3b": "old", r"janus-pro-\d+b": "pro"}  # what the repository's name begins with
+_HUB_NAMES = {r"janus-1\.3b": "old", r"janus-pro-\d+b": "pro"}  # how the repository's name begins
 _CACHED = re.compile(r"models--[\w.-]+?--([\w.-]+)")  # a repository's folder in the hub's cache
 
 
@@ -31,16 +31,16 @@ def detect_roles(
     is_token: Callable[[str], bool],
     hub_id: str | None = None,
 ) -> tuple[str, str]:
-    """The `ROLES` key of a checkpoint folder, and what says so.
+    """The `ROLES` key of a checkpoint folder, and the evidence for it.
 
-    Asked in this order: `sft_format` deepseek_old; the chat template beside a processor; the hub's name for it
-    (`hub_id` as the caller gave it, the folder of the hub's cache, `_name_or_path` in config.json); sizes and tokenizer
-    of a published model; and whether `<|User|>` is a token. A folder's own name says nothing.
+    Checked in this order: `sft_format` deepseek_old; the chat template; the name on the hub (`hub_id` from the caller,
+    the folder in the hub's cache, `_name_or_path` in config.json); sizes and tokenizer of a published model; whether
+    `<|User|>` is a token. The folder's own name is ignored.
 
     Args:
       size: layers and width of its decoder.
-      pad_id, is_token: of its tokenizer: the pad token's id, and whether a text is one token.
-      hub_id: under which the caller asked for it.
+      pad_id, is_token: the id of its tokenizer's pad token, and whether a string is one token.
+      hub_id: the hub id that the caller asked for, if any.
     """
     folder = pathlib.Path(folder)
     if read_json_object(folder / "processor_config.json", missing_ok=True).get("sft_format") == "deepseek_old":
@@ -58,7 +58,7 @@ def detect_roles(
         roles, name = found
         return roles, f"{size[0]} layers of {size[1]} with the pad token at {pad_id} are {name}'s"
     tag = ROLES["pro"][0]
-    return ("pro", f"{tag} is a token") if is_token(tag) else ("old", f"{tag} is no token")
+    return ("pro", f"{tag} is a token") if is_token(tag) else ("old", f"{tag} is not a token")
 
 
 def _chat_template(path: pathlib.Path) -> str:
@@ -69,7 +69,7 @@ def _chat_template(path: pathlib.Path) -> str:
 
 
 def _hub_names(folder: pathlib.Path, hub_id: str | None) -> Iterator[tuple[str, str]]:
-    """Names of the repository that a checkpoint came from, and where each is told."""
+    """Names of the repository that a checkpoint came from, and where each was found."""
     if hub_id is not None:
         yield hub_id, "the hub id is"
     # models--owner--name/snapshots/<commit>

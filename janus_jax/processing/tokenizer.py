@@ -1,4 +1,4 @@
-"""A checkpoint's own tokenizer: text to ids and back, whole or as it streams."""
+"""A checkpoint's own tokenizer: text to ids and back, also while streaming."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _stderr = threading.Lock()
 
 
 class Tokenizer:
-    """Text to ids and back over a `tokenizers.Tokenizer`, knowing Janus's special tokens by name and by id.
+    """Text to ids and back with a `tokenizers.Tokenizer`; knows Janus's special tokens by name and by id.
 
     Special tokens written inside a text are parsed as such, as in the reference: a text can end its own turn.
     """
@@ -40,7 +40,7 @@ class Tokenizer:
         end_of_image: str = END_OF_IMAGE,
         image_placeholder: str = IMAGE_PLACEHOLDER,
     ):
-        # A tokenizer.json may carry a length limit of its own, which would cut prompts without a word.
+        # A tokenizer.json may have its own length limit, which would silently cut prompts.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
@@ -54,17 +54,18 @@ class Tokenizer:
     def from_folder(cls, folder: str | os.PathLike) -> Tokenizer:
         """The tokenizer of a checkpoint folder: tokenizer.json, and the names of its special tokens.
 
-        BOS and EOS are named by tokenizer_config.json, else special_tokens_map.json; image tags and pad by
-        processor_config.json (`image_tag`, `image_start_tag`, `image_end_tag`, `pad_tag`); DeepSeek's names stand in.
-        `pad_token` counts only where DeepSeek's pad is unknown: the reference ignores it, for it may be EOS.
+        The names of BOS and EOS come from tokenizer_config.json, else special_tokens_map.json; those of the image tags
+        and pad from processor_config.json (`image_tag`, `image_start_tag`, `image_end_tag`, `pad_tag`). The defaults
+        are DeepSeek's names. `pad_token` is used only if DeepSeek's pad is unknown: the reference ignores it, since it
+        may be EOS.
 
-        Raises FileNotFoundError without tokenizer.json, ValueError when a file is damaged or a special token unknown.
+        Raises FileNotFoundError without tokenizer.json, ValueError if a file is damaged or a special token unknown.
         """
         folder = pathlib.Path(folder)
         path = folder / "tokenizer.json"
         if not path.exists():
             name = one_line(path)
-            raise FileNotFoundError(f"{name} is missing: copy it from the checkpoint's repository into the folder")
+            raise FileNotFoundError(f"{name} is missing; copy it from the checkpoint's repository into the folder")
         text = files.read_text(path, _MAX_TOKENIZER)
         damaged = f"{one_line(path)} is not a readable tokenizer"
         try:
@@ -73,7 +74,7 @@ class Tokenizer:
         except ValueError:
             raise
         except Exception as error:  # the Rust side raises bare Exception
-            raise ValueError(f"{damaged} ({one_line(error)}): copy it again") from None
+            raise ValueError(f"{damaged} ({one_line(error)}); copy it again") from None
 
         named = _token_names(folder)
         known_pad = PAD if tokenizer.token_to_id(PAD) is not None else named("pad_token", PAD)
@@ -92,7 +93,7 @@ class Tokenizer:
                 end_of_image=tags["image_end_tag"] or END_OF_IMAGE,
                 image_placeholder=tags["image_tag"] or IMAGE_PLACEHOLDER,
             )
-            with _quietly():  # much of what can be wrong shows with the first text only
+            with _quietly():  # many defects only show when text is encoded
                 made.decode(made.encode(_PROBE))
         return made
 
@@ -103,22 +104,22 @@ class Tokenizer:
         return token_id
 
     def is_added_token(self, name: str) -> bool:
-        """Whether `name` is one added token, which no text around it can split or merge."""
+        """Whether `name` is one added token, which surrounding text cannot split or merge."""
         return any(token.content == name for token in self._tokenizer.get_added_tokens_decoder().values())
 
     def special_tokens(self) -> list[str]:
-        """The tokens that a user's text should not hold: all that are marked as special, and Janus's own."""
+        """The tokens that a user's text should not contain: all those marked special, and Janus's own."""
         own = {self.bos_id, self.eos_id, self.pad_id, self.begin_of_image_id, self.end_of_image_id}
         own.add(self.image_placeholder_id)
         added = self._tokenizer.get_added_tokens_decoder()
         return [token.content for token_id, token in added.items() if token.special or token_id in own]
 
     def state(self) -> str:
-        """All that decides which ids a text gets, for comparing tokenizers."""
+        """The full state that determines which ids a text gets, for comparing tokenizers."""
         return self._tokenizer.to_str()
 
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
-        """Ids of `text`, after exactly one BOS if `add_bos`, whatever the post-processor of tokenizer.json adds."""
+        """Ids of `text`, with exactly one BOS in front if `add_bos`, whatever tokenizer.json's post-processor adds."""
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -128,7 +129,7 @@ class Tokenizer:
         return [self.bos_id, *ids] if add_bos and ids[:1] != [self.bos_id] else ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """Text of `ids`; bytes that are not UTF-8 become U+FFFD, ids without a token nothing."""
+        """Text of `ids`; bytes that are not UTF-8 become U+FFFD, and ids without a token are skipped."""
         with _no_panic("the tokenizer fails to decode"):
             return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
@@ -138,12 +139,12 @@ class Tokenizer:
 
 
 def _token_names(folder: pathlib.Path) -> Callable[[str, str], str]:
-    """Names of special tokens, by their key and a default, as tokenizer_config.json or special_tokens_map.json say."""
+    """A function from key and default to a special token's name in tokenizer_config.json or special_tokens_map.json."""
     paths = [folder / "tokenizer_config.json", folder / "special_tokens_map.json"]
-    said = [(path, Fields(files.read_json_object(path, missing_ok=True))) for path in paths]
+    sources = [(path, Fields(files.read_json_object(path, missing_ok=True))) for path in paths]
 
     def named(key: str, default: str) -> str:
-        for path, fields in said:
+        for path, fields in sources:
             with _naming(path):
                 token = fields.get(key, None)
                 token = Fields(token, key).get("content", None) if isinstance(token, Mapping) else token
@@ -157,9 +158,9 @@ def _token_names(folder: pathlib.Path) -> Callable[[str, str], str]:
 
 
 class StreamDecoder:
-    """Text as its ids arrive: the pieces of `push` and the last one of `finish` join to `decode` of all ids.
+    """Decodes ids as they arrive: the pieces from `push` and the last one from `finish` join to `decode` of all ids.
 
-    A character spread over several tokens comes out whole, with its last token.
+    A character that spans several tokens comes out whole, with its last token.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
@@ -168,17 +169,17 @@ class StreamDecoder:
         self._emitted = 0
 
     def push(self, token_id: int) -> str:
-        """The text that became certain with `token_id`, often one word, sometimes ''."""
+        """The text that `token_id` completes: often one word, sometimes ''."""
         self._ids.append(token_id)
-        # Unfinished UTF-8 decodes to U+FFFD at the end; what stands before it no longer changes.
+        # Unfinished UTF-8 decodes to U+FFFD at the end; the text before it no longer changes.
         return self._emit(self._decode().rstrip("\ufffd"))
 
     def finish(self) -> str:
-        """What was held back: '' unless the ids end within a character."""
+        """The text held back so far: '' unless the ids end within a character."""
         return self._emit(self._decode())
 
     def _decode(self) -> str:
-        # All ids each time: exact for every kind of decoder, and 0.6 ms for 4096 ids is nothing beside a model step.
+        # All ids each time: exact for every kind of decoder, and 0.6 ms for 4096 ids is nothing next to a model step.
         return self._tokenizer.decode(self._ids, self._skip_special_tokens)
 
     def _emit(self, text: str) -> str:
@@ -186,30 +187,30 @@ class StreamDecoder:
         return piece
 
 
-# ---------------------------------------------------------------- what Rust does with damaged files
+# ---------------------------------------------------------------- Rust and damaged files
 
 
 @contextlib.contextmanager
 def _no_panic(place: str) -> Iterator[None]:
-    """Makes a panic of the tokenizer's Rust, which is no Exception, a ValueError."""
+    """Turns a panic of the tokenizer's Rust code, which is not an Exception, into a ValueError."""
     try:
         yield
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
-        raise ValueError(f"{place} ({one_line(error)}): copy tokenizer.json again") from None
+        raise ValueError(f"{place} ({one_line(error)}); copy tokenizer.json again") from None
 
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Keeps back what is written to standard error meanwhile, by any thread, and drops it where this fails.
+    """Holds back what any thread writes to standard error meanwhile, and drops it if the block fails.
 
-    A panic prints its backtrace there before Python hears of it.
+    A panic prints its backtrace there before Python sees it.
     """
     with _stderr, tempfile.TemporaryFile() as kept:
         try:
             real = os.dup(2)
-        except OSError:  # there is none
+        except OSError:  # there is no standard error
             yield
             return
         try:

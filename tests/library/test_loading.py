@@ -81,7 +81,7 @@ def test_roles(folder, tmp_path):
     assert load(folder, roles="old").processor.roles == "old"
     with raises_one_line("unknown roles 'robot'; known: pro, old"):
         load(folder, roles="robot")
-    assert load(folder, roles="old").processor.roles_from == "chosen by hand"
+    assert load(folder, roles="old").processor.roles_from == "chosen by the caller"
     # What a folder is called is the user's affair, and says nothing of what lies in it.
     named = tmp_path / "not-janus-1.3b" / "Janus-1.3B"
     shutil.copytree(folder, named)

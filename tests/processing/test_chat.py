@@ -153,9 +153,9 @@ def user(content="Hi", **more):
         ([user(image="a.png")], [], "unknown keys image; known: role, content, images"),
         ([user(), user()], [], "message 1 is by 'user'"),
         ([{"role": "assistant", "content": "Hi"}], [], "message 0 is by 'assistant'"),
-        ([user(), {"role": "assistant", "content": "Hello"}], [], "message 1 is an answer already"),
+        ([user(), {"role": "assistant", "content": "Hello"}], [], "message 1 is already an answer"),
         ([user(), {"role": "assistant", "content": ""}, user()], [], r"message 1 \(assistant\) is empty"),
-        ([user(images=["a.png"])], ["b.png"], "both in the messages and beside them"),
+        ([user(images=["a.png"])], ["b.png"], "both in the messages and as `images`"),
     ],
 )
 def test_bad_messages(messages, given_images, pattern):
@@ -228,7 +228,7 @@ def test_unconditional_of_short_prompts(processor, ids):
 
 @pytest.mark.parametrize("prompt", ["", "  \n", None])
 def test_empty_prompt(processor, prompt):
-    with pytest.raises(ValueError, match=r"the prompt is .*: say what to draw"):
+    with pytest.raises(ValueError, match=r"the prompt must be text that says what to draw, got"):
         processor.text_to_image_prompt(prompt)
 
 
@@ -308,23 +308,35 @@ def test_settings_as_transformers_writes_them(own_folder):
 @pytest.mark.parametrize(
     ("name", "changes", "pattern"),
     [
-        ("preprocessor_config.json", {"image_size": 384}, "image_size 384 but the model's encoder takes 64"),
-        ("preprocessor_config.json", {"image_size": "64"}, "image_size is '64', not a whole number"),
-        ("preprocessor_config.json", {"image_mean": [0.5]}, r"image_mean is \[0\.5\], not 3 numbers"),
-        ("preprocessor_config.json", {"image_mean": 0.5}, "image_mean is 0.5, not 3 numbers"),
-        ("preprocessor_config.json", {"image_std": [0.5, 0, 0.5]}, r"image_std is \[0\.5, 0, 0\.5\], not 3 numbers"),
-        ("preprocessor_config.json", {"background_color": [1.5, 2, 3]}, "background_color is .*, not 3 whole numbers"),
-        ("preprocessor_config.json", {"background_color": [1, 2, 300]}, "not 3 whole numbers from 0 to 255"),
-        ("preprocessor_config.json", {"image_mean": [1e300, 0, 0]}, "image_mean is .*, not 3 numbers"),
-        ("preprocessor_config.json", {"image_std": [1e-300, 1, 1]}, "image_std is .*, not 3 numbers"),
-        ("preprocessor_config.json", {"rescale_factor": 0}, "rescale_factor is 0, not a number from"),
-        ("preprocessor_config.json", {"do_normalize": "no"}, "do_normalize is 'no', not true or false"),
-        ("preprocessor_config.json", {"do_resize": False}, "do_resize is false; pictures without that step"),
-        ("preprocessor_config.json", {"do_pad": False}, "do_pad is false; pictures without that step"),
+        ("preprocessor_config.json", {"image_size": 384}, "image_size 384 but the model's encoder expects 64"),
+        ("preprocessor_config.json", {"image_size": "64"}, "image_size must be an integer from 1 to .*, got '64'"),
+        ("preprocessor_config.json", {"image_mean": [0.5]}, r"image_mean must be 3 numbers .*, got \[0\.5\]"),
+        ("preprocessor_config.json", {"image_mean": 0.5}, "image_mean must be 3 numbers .*, got 0.5"),
+        (
+            "preprocessor_config.json",
+            {"image_std": [0.5, 0, 0.5]},
+            r"image_std must be 3 .*, got \[0\.5, 0, 0\.5\]",
+        ),
+        ("preprocessor_config.json", {"background_color": [1.5, 2, 3]}, "background_color must be 3 integers"),
+        ("preprocessor_config.json", {"background_color": [1, 2, 300]}, "must be 3 integers from 0 to 255"),
+        ("preprocessor_config.json", {"image_mean": [1e300, 0, 0]}, "image_mean must be 3 numbers"),
+        ("preprocessor_config.json", {"image_std": [1e-300, 1, 1]}, "image_std must be 3 numbers"),
+        ("preprocessor_config.json", {"rescale_factor": 0}, "rescale_factor must be a number from .*, got 0"),
+        ("preprocessor_config.json", {"do_normalize": "no"}, "do_normalize must be true or false, got 'no'"),
+        ("preprocessor_config.json", {"do_resize": False}, "do_resize is false; images without that step"),
+        ("preprocessor_config.json", {"do_pad": False}, "do_pad is false; images without that step"),
         ("preprocessor_config.json", {"resample": 2}, r"resample is 2; only 3 \(bicubic\) is supported"),
-        ("preprocessor_config.json", {"image_size": 10**9}, "image_size is 1000000000, not a whole number"),
-        ("preprocessor_config.json", {"min_size": 0}, "min_size is 0, not a whole number from 1"),
-        ("processor_config.json", {"num_image_tokens": 576}, "num_image_tokens 576 is not the model's 16 patches"),
+        (
+            "preprocessor_config.json",
+            {"image_size": 10**9},
+            "image_size must be an integer .*, got 1000000000",
+        ),
+        ("preprocessor_config.json", {"min_size": 0}, "min_size must be an integer from 1 to .*, got 0"),
+        (
+            "processor_config.json",
+            {"num_image_tokens": 576},
+            "must be the model's 16 patches, got 576",
+        ),
     ],
 )
 def test_files_that_contradict_the_model(own_folder, name, changes, pattern):

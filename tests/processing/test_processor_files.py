@@ -93,7 +93,7 @@ def test_every_layout_gives_the_same_files(sources, layout, tmp_path):
     to_torch(sources[layout], tmp_path / "ours", "original", note=notes.append)
     assert names(tmp_path / "ours") - {"generation_config.json"} == REFERENCE_FILES
     of_port = layout in ("transformers", "port_converted")
-    left_out = "chat_template.jinja: left out, since the reference writes its prompts in code"
+    left_out = "chat_template.jinja: left out, since the reference builds its prompts in code"
     assert notes == ([left_out] if of_port else [])
     if not of_port:  # what is there already is not touched
         for name in REFERENCE_FILES:
@@ -253,7 +253,7 @@ def test_the_chat_template_writes_our_prompts(get_case, tmp_path, roles):
     told = port.apply_chat_template([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}])
     assert told == ours.format([("user", "Hi")], "Be brief.")
     for message in ({"role": "tool", "content": "4"}, {"role": "user", "content": [{"type": "video"}]}):
-        with pytest.raises(Exception, match=r"Janus (knows the roles|takes text and images)"):
+        with pytest.raises(Exception, match=r"Janus (knows the roles|accepts text and images)"):
             port.apply_chat_template([message])
 
 
@@ -269,7 +269,8 @@ def test_settings_are_carried_over(get_case, tmp_path):
     to_torch(source, tmp_path / "port", "transformers", note=notes.append)
     assert (
         len(notes) == 1
-        and "the background color [102, 127, 153], by its mean, and cannot be told [1, 2, 3]" in notes[0]
+        and "the background color [102, 127, 153], derived from the mean; its files cannot express [1, 2, 3]"
+        in notes[0]
     )
     written = read(tmp_path / "port", "preprocessor_config.json")
     assert (
@@ -290,7 +291,7 @@ def test_weights_alone_are_converted_with_a_note(get_case, tmp_path):
     notes = []
     to_torch(get_case("tiny").folder, tmp_path / "out", "original", note=notes.append)
     assert len(notes) == 1 and notes[0].startswith("tokenizer.json, tokenizer_config.json, special_tokens_map.json, ")
-    assert "not written, for want of a tokenizer" in notes[0]
+    assert "not written, since there is no usable tokenizer" in notes[0]
     assert names(tmp_path / "out") <= {"generation_config.json"}
 
 

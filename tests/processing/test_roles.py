@@ -21,7 +21,7 @@ def roles_of(
 @pytest.mark.parametrize("name", ["janus-1.3b", "Janus-1.3B", "not-janus-1.3b", "models--a--Janus-1.3B"])
 def test_a_folders_name_says_nothing(tmp_path, name):
     assert roles_of(tmp_path / name) == ("pro", "<|User|> is a token")
-    assert roles_of(tmp_path / name, tokens=()) == ("old", "<|User|> is no token")
+    assert roles_of(tmp_path / name, tokens=()) == ("old", "<|User|> is not a token")
 
 
 def test_published_models_are_known_by_sizes_and_tokenizer(tmp_path):

@@ -137,7 +137,7 @@ def test_tokenizer_json_alone_is_enough(own_folder, tokenizer):
 
 
 def test_missing_tokenizer_json(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json is missing: copy it") as error:
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json is missing; copy it") as error:
         Tokenizer.from_folder(tmp_path)
     assert one_line(error)
 
@@ -255,12 +255,12 @@ def test_what_others_print_meanwhile_is_kept(capfd):
 @pytest.mark.parametrize(
     ("name", "raw", "told"),
     [
-        ("tokenizer_config.json", '{"bos_token": 3}', "bos_token is 3, not a token"),
-        ("tokenizer_config.json", '{"eos_token": {"content": []}}', r"eos_token is \[\], not a token"),
-        ("special_tokens_map.json", '{"eos_token": true}', "eos_token is True, not a token"),
-        ("processor_config.json", '{"image_tag": []}', r"image_tag is \[\], not a text"),
+        ("tokenizer_config.json", '{"bos_token": 3}', "bos_token must be a token, got 3"),
+        ("tokenizer_config.json", '{"eos_token": {"content": []}}', r"eos_token must be a token, got \[\]"),
+        ("special_tokens_map.json", '{"eos_token": true}', "eos_token must be a token, got True"),
+        ("processor_config.json", '{"image_tag": []}', r"image_tag must be a string, got \[\]"),
         ("tokenizer_config.json", "[" * 3000 + "]" * 3000, "nested"),
-        ("special_tokens_map.json", '{"a": 1e999}', "beyond float64"),
+        ("special_tokens_map.json", '{"a": 1e999}', "too large for float64"),
         ("tokenizer.json", '{"a": ' * 3000, "not a readable tokenizer"),
         ("processor_config.json", "[]", "holds a list, not a JSON object"),
     ],

@@ -314,7 +314,7 @@ def test_a_second_start_is_one_line(command, capsys, tmp_path):
 def test_an_export_that_must_be_refused_is_refused_first(get_config, tmp_path):
     vision = dataclasses.replace(MODEL.vision, norm_eps=1e-5)
     told = refused(get_config(tmp_path / "run", model=dataclasses.replace(MODEL, vision=vision)))
-    assert told.startswith("model: the original dialect cannot say a vision norm eps of 1e-05")
+    assert told.startswith("model: the original dialect cannot express a vision norm eps of 1e-05")
     assert not (tmp_path / "run").exists()
 
 

@@ -70,7 +70,7 @@ BAD = {
     "UTF-16": (text(GOOD).encode("utf-16-le"), "not valid JSON"),
     "not UTF-8": (b'{"\xff": 1}', "codec|UTF-8"),
     "nested": ('{"a":' + "[" * 50_000, "nested|not valid JSON"),
-    "twice": (text(GOOD)[:-1] + ", " + text({"a": GOOD["a"]})[1:], "the name a stands twice"),
+    "twice": (text(GOOD)[:-1] + ", " + text({"a": GOOD["a"]})[1:], "the name a appears twice"),
 }
 
 
