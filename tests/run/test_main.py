@@ -117,10 +117,7 @@ def test_info_of_every_layout(folder, tmp_path, capfd):
     [
         ("generate --model {tmp}/absent --prompt cat --out {tmp}/out", "absent is neither a folder nor a hub id"),
         ("generate --model {tmp}/empty --prompt cat --out {tmp}/out", "config.json does not exist"),
-        (
-            "generate --model {model} --prompt= --out {tmp}/out",
-            "the prompt must be text that says what to draw, got ''",
-        ),
+        ("generate --model {model} --prompt= --out {tmp}/out", "the prompt must be text that says what to draw, got"),
         ("generate --model {model} --prompt cat --n 0 --out {tmp}/out", "n 0 is out of range"),
         ("generate --model {model} --prompt cat --top-p 1.5 --out {tmp}/out", "top_p 1.5 is out of range"),
         ("generate --model {model} --prompt cat --top-p nan --out {tmp}/out", "top_p nan is out of range"),
