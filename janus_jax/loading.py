@@ -58,7 +58,7 @@ def load(
         read straight onto its device. Default: one device.
       weights: 'int8' keeps the decoder's and the heads' kernels in one byte a weight, see `quantize`; default `dtype`.
       scan_layers: whether the decoder's layers are stacked; default no: sampling would copy each of them in every step.
-      fused: whether q, k and v, and gate and up, are one kernel each in `params`, see `fusion.fuse`; default where they
+      fused: whether q, k and v, and gate and up, are one kernel each in `params`, see `fuse.fuse`; default where they
         can be, but not on CPU, where products of their own are faster.
       roles: 'pro' or 'old' to choose the chat roles by hand; default by the checkpoint, see `detect_roles`.
       revision: branch, tag or commit on the hub.
@@ -122,7 +122,7 @@ def layout(config: JanusConfig, platform: str, on_mesh: bool = False) -> dict[st
     cpu = platform == "cpu"
     return {
         "scan_layers": False,
-        "attention": "heads" if cpu and not on_mesh else "xla",
+        "cpu": cpu and not on_mesh,
         "fused": fusible(config.language) and not cpu,
     }
 

@@ -1,7 +1,44 @@
-"""Meshes, logical axes of every parameter, and the rules that map logical axes to mesh axes.
+"""Where arrays lie on a mesh: the whole contract between mesh axes, parameters, activations and batches.
 
-Mesh axes are `data` (replicated parameters), `fsdp` (parameters and batch split) and `tensor` (heads, MLP and
-vocabulary split). One table says the logical axes of each parameter path; each path matches exactly one row.
+What each mesh axis (`MESH_AXES`) splits, and who sees to it in a training step (`axes_by_hand`):
+
+    axis      parameters              activations    rows of a batch  in a training step
+    `data`    nothing: copies         by their rows  yes              by hand: gradients are summed
+    `fsdp`    width                   by their rows  yes              by hand: layers gather parameters where they use
+                                                                      them (`gather_layer`), gradients are scattered
+    `tensor`  heads, MLP, vocabulary  heads, MLP     no               by the compiler
+
+Every dimension has a logical axis, which `RULES` maps to mesh axes; None is whole on every device. By the letters of
+the model's einsums:
+
+    letter  dimension                  in parameters  in activations
+    B       rows                       -              "batch"
+    T, S    tokens of a row; keys      -              "length", which no mesh axis splits
+    N       heads                      "heads"        "heads"
+    K       key/value heads            "kv_heads"     "kv_heads"
+    F       MLP width                  "mlp"          "mlp"
+    V       vocabulary, codebook       "vocab"        left to the compiler
+    D       width                      "embed"        None
+    H, C    head dim; fused, channels  None           None
+            stacked layers             None           None
+
+- Parameters: one row of `PARAMETER_AXES` for each path, for training and sampling alike (`param_shardings`).
+- Activations: `constrain` where they are made, in `model/{llama,kv_cache,siglip,vq,janus}.py` and the sampling loops.
+  The kernels of `model/attention.py` get each device's rows and heads, at their whole length.
+- Batches in training: `batch_sharding` in `train/step/state.py` cuts rows and nothing else, `local_rows` are those that
+  a process makes, and `train/data/batches.py` makes whichever rows it is asked for and knows no mesh. `batch_size` is a
+  multiple of `accumulate` times `batch_shards`.
+- Batches in sampling: the rows of a call are padded to a multiple of `batch_shards`.
+- The training step (`train/step/step.py`) computes losses and gradients inside `jax.shard_map` over `axes_by_hand`,
+  each device of its own rows. In there `constrain` speaks of the other axes alone.
+
+To add a mesh axis: name it in `MESH_AXES`, say in `RULES` what it splits (in `PARAMETER_AXES` too, if that has no
+logical axis yet), and give `MeshConfig` in `train/config.py` a field of that name. Then, by what it splits:
+
+- "batch", beside `data`: nothing more; batches, gradients, memory estimates and `janus_jax.load` follow the tables.
+- "heads", "kv_heads", "mlp", "vocab", beside `tensor`: nothing more; the compiler splits the work.
+- "embed", beside `fsdp`: `_whole` below gathers over one axis, and `_only` in `train/step/step.py` keeps one.
+- "length": the kernels in `model/attention.py` and the losses in `train/step/loss.py`, which reorder a row's tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +57,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
-# Logical axis -> mesh axes. `embed` is the parameters' width: activations keep theirs whole (`None`).
+# Logical axis -> mesh axes.
 RULES: dict[str, str | tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "embed": "fsdp",
@@ -28,6 +65,7 @@ RULES: dict[str, str | tuple[str, ...]] = {
     "kv_heads": "tensor",
     "mlp": "tensor",
     "vocab": "tensor",
+    "length": (),
 }
 
 # (parameter path, logical axes without the layer axis). Stacked layers gain a leading None on their own.
@@ -96,7 +134,7 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     grid = tuple(sizes[name] for name in MESH_AXES)
     # A slice's physical axes are split where the sizes ask for it: 32 x 2 fits no whole axes of 4 x 4 x 4 chips.
     placed = mesh_utils.create_device_mesh(grid, devices, allow_split_physical_axes=True)
-    return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -192,6 +230,14 @@ def automatic_axes() -> dict[str, int]:
     mesh = jax.sharding.get_abstract_mesh()
     sizes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
     return {name: size for name, size, kind in sizes if kind == AxisType.Auto}
+
+
+def axes_by_hand(mesh: Mesh) -> set[str]:
+    """The mesh axes that a training step takes by hand, in `jax.shard_map`; the compiler splits over the others."""
+    by_hand = set(RULES["batch"])
+    # With nothing to split the compiler has no say.
+    left = any(size > 1 for axis, size in mesh.shape.items() if axis not in by_hand)
+    return by_hand if left else set(mesh.axis_names)
 
 
 def manual_axes() -> tuple[str, ...]:

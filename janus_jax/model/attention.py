@@ -8,6 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from janus_jax.model import cpu
 from janus_jax.model.precision import einsum, exact, precision_of
 from janus_jax.sharding import activation_spec, automatic_axes
 
@@ -30,29 +31,6 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = No
     return einsum("BKGTS,BKSH->BTKGH", weights, v).reshape(batch, length, heads, head_dim)
 
 
-def attend_by_head(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """`attend`, one row's key/value head after the other.
-
-    XLA:CPU multiplies matrices two to three times as fast as batches of them, and one head's scores stay in its caches.
-    """
-    batch, length, heads, head_dim = q.shape
-    kv_heads, slots = k.shape[1:3]
-    q = q.reshape(batch, length, kv_heads, -1, head_dim).transpose(0, 2, 1, 3, 4)
-
-    def one(q: jax.Array, k: jax.Array, v: jax.Array, row: jax.Array) -> jax.Array:
-        scores = einsum("TH,SH->TS", q.reshape(-1, head_dim), k, jnp.float32)
-        scores = scores.reshape(length, -1, slots) * head_dim**-0.5
-        if mask is not None:
-            own = mask[row % len(mask)]
-            scores = jnp.where(own[:, None], scores, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        return einsum("TS,SH->TH", weights.reshape(-1, slots), v).reshape(q.shape)
-
-    flat = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
-    y = jax.lax.map(lambda given: one(*given), (*flat, jnp.repeat(jnp.arange(batch), kv_heads)))
-    return y.reshape(batch, kv_heads, length, -1, head_dim).transpose(0, 2, 1, 3, 4).reshape(batch, length, heads, -1)
-
-
 def causal_mask(segment_ids: jax.Array) -> jax.Array:
     """Boolean [B, T, T]: each token looks at itself and at earlier ones of its own segment.
 
@@ -73,12 +51,12 @@ def attend_segments(
       q: [B, T, N, H].
       k, v: [B, K, T, H]; N is a multiple of K.
       segment_ids: [B, T], see `causal_mask`.
-      implementation: 'xla', which holds the scores of all pairs; 'heads', which holds one head's, for CPU (see
-        `attend_by_head`); or a kernel that never does: 'splash' (TPU) or 'cudnn' (GPU), see `takes` for their shapes.
+      implementation: 'xla', which holds the scores of all pairs; 'cpu', which holds one head's, see `cpu.attend`;
+        or a kernel that never does: 'splash' (TPU) or 'cudnn' (GPU), see `takes` for their shapes.
     Returns: [B, T, N, H] in q's dtype.
     """
-    if implementation in ("xla", "heads"):
-        how = attend if implementation == "xla" else attend_by_head
+    if implementation in ("xla", "cpu"):
+        how = attend if implementation == "xla" else cpu.attend
         return how(q, k, v, causal_mask(segment_ids))
     kernel = {"splash": _splash, "cudnn": functools.partial(_cudnn, causal=True)}[implementation]
     return _by_shard(kernel, q.swapaxes(1, 2), k, v, segment_ids.astype(jnp.int32)).swapaxes(1, 2)
@@ -89,8 +67,8 @@ def attend_all(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str = "
 
     Shapes and implementations as in `attend_segments`. Where a kernel does not take them, 'xla' does it.
     """
-    if implementation == "heads":
-        return attend_by_head(q, k, v)
+    if implementation == "cpu":
+        return cpu.attend(q, k, v)
     length, heads, head_dim = q.shape[1:]
     if implementation == "cudnn" and takes("cudnn", length, heads, k.shape[1], head_dim, q.dtype):
         return _by_shard(functools.partial(_cudnn, causal=False), q.swapaxes(1, 2), k, v, None).swapaxes(1, 2)

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from janus_jax.config import IMAGE_CHANNELS, JanusConfig
 from janus_jax.model.kv_cache import KVCache
-from janus_jax.model.layers import Einsum, Embed, MlpProjector, gelu
+from janus_jax.model.layers import Embed, MlpProjector, gelu
+from janus_jax.model.linear import Linear
 from janus_jax.model.llama import Llama
 from janus_jax.model.siglip import Siglip
 from janus_jax.model.vq import VQModel
@@ -28,12 +29,12 @@ class GenHead(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        types = (True, self.dtype, self.param_dtype)
-        x = Einsum("...D,FD->...F", (self.hidden, self.width), *types, name="output_mlp_projector")(x)
+        types = {"use_bias": True, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        x = Linear("...D,FD->...F", (self.hidden, self.width), **types, name="output_mlp_projector")(x)
         # Whole on every device, or TPU's partitioner passes its pieces round a ring, one product each.
         x = constrain(gelu(x), "batch", *(None,) * (x.ndim - 1))
         shape = (self.codebook_size, self.hidden)
-        return Einsum("...F,VF->...V", shape, *types, jnp.float32, name="vision_head")(x)
+        return Linear("...F,VF->...V", shape, **types, out_dtype=jnp.float32, name="vision_head")(x)
 
 
 class Janus(nn.Module):
@@ -48,7 +49,8 @@ class Janus(nn.Module):
       attention: see `attention.attend_segments`, and for SigLIP `attention.attend_all`.
       fsdp: whether the parameters of layers are this device's parts along the mesh axis `fsdp`, to be gathered where
         they are used; inside `jax.shard_map` (training).
-      fused: whether the decoder's q, k and v, and gate and up, are one product each, on parameters of `fusion.fuse`.
+      fused: whether the decoder's q, k and v, and gate and up, are one product each, on parameters of `fuse.fuse`.
+      cpu: whether to compute as XLA:CPU is fastest at, see `janus_jax.model.cpu`; `attention` then has no say.
     """
 
     config: JanusConfig
@@ -59,18 +61,20 @@ class Janus(nn.Module):
     attention: str = "xla"
     fsdp: bool = False
     fused: bool = False
+    cpu: bool = False
 
     def setup(self):
-        c, types = self.config, (self.dtype, self.param_dtype)
+        c, types = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         g, width = c.gen_vision, c.language.width
-        self.vision_model = Siglip(c.vision, *types, self.remat, self.fsdp, self.attention)
-        self.aligner = MlpProjector(c.vision.width, width, c.aligner_depth, *types)
-        self.gen_vision_model = VQModel(g, *types)
-        self.gen_embed = Embed(g.codebook_size, g.codebook_dim, *types)
-        self.gen_aligner = MlpProjector(g.codebook_dim, width, c.gen_aligner_depth, *types)
-        self.gen_head = GenHead(width, c.gen_head_width, g.codebook_size, *types)
-        how = (self.scan_layers, self.remat, self.attention, self.fsdp, self.fused)
-        self.language_model = Llama(c.language, *types, *how)
+        attention = "cpu" if self.cpu else self.attention
+        how = {"remat": self.remat, "fsdp": self.fsdp, "attention": attention, "cpu": self.cpu, **types}
+        self.vision_model = Siglip(c.vision, **how)
+        self.aligner = MlpProjector(c.vision.width, width, c.aligner_depth, **types)
+        self.gen_vision_model = VQModel(g, **types)
+        self.gen_embed = Embed(g.codebook_size, g.codebook_dim, **types)
+        self.gen_aligner = MlpProjector(g.codebook_dim, width, c.gen_aligner_depth, **types)
+        self.gen_head = GenHead(width, c.gen_head_width, g.codebook_size, **types)
+        self.language_model = Llama(c.language, scan_layers=self.scan_layers, fused=self.fused, **how)
 
     # ------------------------------------------------------------ into the decoder
 

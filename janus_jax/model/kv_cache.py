@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from janus_jax.config import LlamaConfig
+from janus_jax.model import cpu
+from janus_jax.model.attention import attend
 from janus_jax.sharding import constrain
 
 
@@ -20,8 +22,7 @@ class KVCache:
 
     Attributes:
       keys, values: tuples of arrays: one [layers, B, K, S, H] when layers are scanned, else one [B, K, S, H] a layer.
-        Heads come before length, so that one query reads each head's keys in one piece. One row may be kept twice, see
-        `init_cache`.
+        Heads come before length, so that one query reads each head's keys in one piece.
       mask: [B, S] bool, the slots that may be attended to.
       length: int32 scalar, the slots filled so far (the same in every row: prompts are padded on the left).
       positions: [B] int32, the position of each row's next token.
@@ -35,14 +36,14 @@ class KVCache:
 
 
 def init_cache(
-    config: LlamaConfig, batch: int, slots: int, dtype: Any, scan_layers: bool = True, pad_row: bool = False
+    config: LlamaConfig, batch: int, slots: int, dtype: Any, scan_layers: bool = True, on_cpu: bool = False
 ) -> KVCache:
-    """An empty cache for `batch` rows of `slots` tokens.
-
-    `pad_row` keeps one row twice where layers are apart: XLA:CPU would copy a single one several times a step.
-    """
-    shape, rows = (config.kv_heads, slots, config.head_dim), max(batch, 2) if pad_row else batch
-    shapes = [(config.layers, batch, *shape)] if scan_layers else [(rows, *shape)] * config.layers
+    """An empty cache for `batch` rows of `slots` tokens; `on_cpu`: see `cpu.cache_rows`."""
+    shape = (config.kv_heads, slots, config.head_dim)
+    if scan_layers:
+        shapes = [(config.layers, batch, *shape)]
+    else:
+        shapes = [(cpu.cache_rows(batch) if on_cpu else batch, *shape)] * config.layers
 
     def empty() -> tuple[jax.Array, ...]:
         return tuple(_constrain_kv(jnp.zeros(shape, dtype)) for shape in shapes)
@@ -50,7 +51,7 @@ def init_cache(
     return KVCache(
         keys=empty(),
         values=empty(),
-        mask=constrain(jnp.zeros((batch, slots), bool), "batch", None),
+        mask=constrain(jnp.zeros((batch, slots), bool), "batch", "length"),
         length=jnp.zeros((), jnp.int32),
         positions=constrain(jnp.zeros((batch,), jnp.int32), "batch"),
     )
@@ -58,7 +59,6 @@ def init_cache(
 
 def tile_cache(cache: KVCache, times: int) -> KVCache:
     """`cache` with all its rows `times` times over, one round after the other."""
-
     rows = len(cache.positions)
 
     def tile(x: jax.Array) -> jax.Array:
@@ -68,7 +68,7 @@ def tile_cache(cache: KVCache, times: int) -> KVCache:
         cache,
         keys=tuple(map(tile, cache.keys)),
         values=tuple(map(tile, cache.values)),
-        mask=constrain(jnp.tile(cache.mask, (times, 1)), "batch", None),
+        mask=constrain(jnp.tile(cache.mask, (times, 1)), "batch", "length"),
         positions=constrain(jnp.tile(cache.positions, times), "batch"),
     )
 
@@ -96,7 +96,7 @@ def _grow(x: jax.Array, slots: int, axis: int) -> jax.Array:
     padding = [(0, 0)] * x.ndim
     padding[axis] = (0, slots - x.shape[axis])
     grown = jnp.pad(x, padding)
-    return constrain(grown, "batch", None) if x.ndim == 2 else _constrain_kv(grown)
+    return constrain(grown, "batch", "length") if x.ndim == 2 else _constrain_kv(grown)
 
 
 def cache_bytes(config: LlamaConfig, rows: int, slots: int, dtype: Any) -> int:
@@ -106,17 +106,32 @@ def cache_bytes(config: LlamaConfig, rows: int, slots: int, dtype: Any) -> int:
 
 
 def _constrain_kv(x: jax.Array) -> jax.Array:
-    return constrain(x, *(None,) * (x.ndim - 4), "batch", "kv_heads", None, None)
+    return constrain(x, *(None,) * (x.ndim - 4), "batch", "kv_heads", "length", None)
+
+
+def store(
+    kv: tuple[jax.Array, jax.Array], k: jax.Array, v: jax.Array, layer: jax.Array | None, slot: jax.Array | int
+) -> tuple[jax.Array, jax.Array]:
+    """`kv` with the new keys and values [B, K, T, H] of one layer from `slot` on.
+
+    Args:
+      kv: cached keys and values, of all layers [layers, B, K, S, H] or of this one [B, K, S, H].
+      layer: index of the layer in them, None where they are of this one.
+    """
+    return _store(kv[0], k, layer, slot), _store(kv[1], v, layer, slot)
 
 
 def _store(cached: jax.Array, new: jax.Array, layer: jax.Array | None, slot: jax.Array | int) -> jax.Array:
-    """`cached` with new keys or values [B, K, T, H] from `slot` on, in place of what the layer had there."""
-    start, new = (0, 0, slot, 0), _rows(new, cached.shape[-4]).astype(cached.dtype)
+    start, new = (0, 0, slot, 0), cpu.as_cached(new, cached.shape[-4]).astype(cached.dtype)
     if layer is not None:
         start, new = (layer, *start), new[None]
     return _constrain_kv(jax.lax.dynamic_update_slice(cached, new, start))
 
 
-def _rows(x: jax.Array, rows: int) -> jax.Array:
-    """`x`, or its one row as often as the cache has it."""
-    return x if len(x) == rows else jnp.broadcast_to(x, (rows, *x.shape[1:]))
+def attend_cached(q: jax.Array, kv: tuple[jax.Array, jax.Array], layer: jax.Array | None, mask: jax.Array) -> jax.Array:
+    """Attention [B, T, N, H] of queries q [B, T, N, H] to one layer's cached keys and values; see `store`.
+
+    `mask` [B or 1, T or 1, S]: see `attention.attend`.
+    """
+    k, v = kv if layer is None else (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in kv)
+    return attend(cpu.as_cached(q, len(k)), k, v, mask)[: len(q)]

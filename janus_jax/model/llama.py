@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from janus_jax.config import LlamaConfig
-from janus_jax.model.attention import attend, attend_segments
-from janus_jax.model.kv_cache import KVCache, _rows, _store
-from janus_jax.model.layers import Einsum, Embed, RMSNorm, apply_rope, rematerialized, rope
+from janus_jax.model.attention import attend_segments
+from janus_jax.model.kv_cache import KVCache, attend_cached, store
+from janus_jax.model.layers import Embed, RMSNorm, apply_rope, rematerialized, rope
+from janus_jax.model.linear import Linear
 from janus_jax.sharding import constrain, gather_layer
 
 
@@ -23,29 +24,25 @@ class Attention(nn.Module):
     param_dtype: Any
     attention: str
     fused: bool
+    cpu: bool
 
     @nn.compact
     def __call__(self, x, cos_sin, where, kv, layer, slot):
         """See Block; returns the attention output [B, T, D] and the updated `kv`."""
-        c, types = self.config, (False, self.dtype, self.param_dtype, None, self.attention == "heads")
+        c, types = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype, "cpu": self.cpu}
         if self.fused:
-            qkv = Einsum("BTD,CNHD->BTCNH", (3, c.heads, c.head_dim, c.width), *types, name="qkv_proj")(x)
+            qkv = Linear("BTD,CNHD->BTCNH", (3, c.heads, c.head_dim, c.width), **types, name="qkv_proj")(x)
             q, k, v = (qkv[:, :, i] for i in range(3))
         else:
-            q = Einsum("BTD,NHD->BTNH", (c.heads, c.head_dim, c.width), *types, name="q_proj")(x)
-            k = Einsum("BTD,KHD->BTKH", (c.kv_heads, c.head_dim, c.width), *types, name="k_proj")(x)
-            v = Einsum("BTD,KHD->BTKH", (c.kv_heads, c.head_dim, c.width), *types, name="v_proj")(x)
-        q = constrain(apply_rope(q, cos_sin), "batch", None, "heads", None)
+            q = Linear("BTD,NHD->BTNH", (c.heads, c.head_dim, c.width), **types, name="q_proj")(x)
+            k = Linear("BTD,KHD->BTKH", (c.kv_heads, c.head_dim, c.width), **types, name="k_proj")(x)
+            v = Linear("BTD,KHD->BTKH", (c.kv_heads, c.head_dim, c.width), **types, name="v_proj")(x)
+        q = constrain(apply_rope(q, cos_sin), "batch", "length", "heads", None)
         k, v = apply_rope(k, cos_sin).swapaxes(1, 2), v.swapaxes(1, 2)
         if kv is not None:
-            start = 0 if slot is None else slot
-            kv = (_store(kv[0], k, layer, start), _store(kv[1], v, layer, start))
-        if slot is None:
-            y = attend_segments(q, k, v, where, self.attention)
-        else:
-            k, v = kv if layer is None else (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in kv)
-            y = attend(_rows(q, len(k)), k, v, where)[: len(q)]
-        return Einsum("BTNH,DNH->BTD", (c.width, c.heads, c.head_dim), *types, name="o_proj")(y), kv
+            kv = store(kv, k, v, layer, 0 if slot is None else slot)
+        y = attend_segments(q, k, v, where, self.attention) if slot is None else attend_cached(q, kv, layer, where)
+        return Linear("BTNH,DNH->BTD", (c.width, c.heads, c.head_dim), **types, name="o_proj")(y), kv
 
 
 class Mlp(nn.Module):
@@ -56,15 +53,15 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        c, types = self.config, (False, self.dtype, self.param_dtype)
+        c, types = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         if self.fused:
-            both = Einsum("BTD,CFD->BTCF", (2, c.mlp_dim, c.width), *types, name="gate_up_proj")(x)
+            both = Linear("BTD,CFD->BTCF", (2, c.mlp_dim, c.width), **types, name="gate_up_proj")(x)
             gate, up = both[:, :, 0], both[:, :, 1]
         else:
-            gate = Einsum("BTD,FD->BTF", (c.mlp_dim, c.width), *types, name="gate_proj")(x)
-            up = Einsum("BTD,FD->BTF", (c.mlp_dim, c.width), *types, name="up_proj")(x)
-        h = constrain(nn.silu(gate) * up, "batch", None, "mlp")
-        return Einsum("BTF,DF->BTD", (c.width, c.mlp_dim), *types, name="down_proj")(h)
+            gate = Linear("BTD,FD->BTF", (c.mlp_dim, c.width), **types, name="gate_proj")(x)
+            up = Linear("BTD,FD->BTF", (c.mlp_dim, c.width), **types, name="up_proj")(x)
+        h = constrain(nn.silu(gate) * up, "batch", "length", "mlp")
+        return Linear("BTF,DF->BTD", (c.width, c.mlp_dim), **types, name="down_proj")(h)
 
 
 class Block(nn.Module):
@@ -73,6 +70,7 @@ class Block(nn.Module):
     param_dtype: Any
     attention: str
     fused: bool
+    cpu: bool
 
     @nn.compact
     def __call__(self, carry, cos_sin, where, slot):
@@ -87,16 +85,17 @@ class Block(nn.Module):
         Returns: (carry, None), as nn.scan wants it.
         """
         x, kv, layer = carry
-        args = (self.config, self.dtype, self.param_dtype)
-        norm = (self.config.norm_eps, self.dtype, self.param_dtype)
+        c, types = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        how = {"fused": self.fused, **types}
         with jax.named_scope("attention"):
-            h, kv = Attention(*args, self.attention, self.fused, name="self_attn")(
-                RMSNorm(*norm, name="input_layernorm")(x), cos_sin, where, kv, layer, slot
-            )
-        x = constrain(x + h, "batch", None, None)
+            h = RMSNorm(c.norm_eps, **types, name="input_layernorm")(x)
+            attention = Attention(c, attention=self.attention, cpu=self.cpu, **how, name="self_attn")
+            h, kv = attention(h, cos_sin, where, kv, layer, slot)
+        x = constrain(x + h, "batch", "length", None)
         with jax.named_scope("mlp"):
-            h = Mlp(*args, self.fused, name="mlp")(RMSNorm(*norm, name="post_attention_layernorm")(x))
-        return (constrain(x + h, "batch", None, None), kv, None if layer is None else layer + 1), None
+            h = RMSNorm(c.norm_eps, **types, name="post_attention_layernorm")(x)
+            h = Mlp(c, **how, name="mlp")(h)
+        return (constrain(x + h, "batch", "length", None), kv, None if layer is None else layer + 1), None
 
 
 class Llama(nn.Module):
@@ -105,7 +104,7 @@ class Llama(nn.Module):
     `scan_layers` says how parameters are laid out: `layers` stacked on a first axis (training, conversion), or
     `layers_0`, `layers_1`, ... apart (decoding: on CPU and GPU slicing the stack costs a copy of the weights a step).
     `remat`: see `layers.rematerialized`. `attention`: see `attention.attend_segments`.
-    `fsdp`, `fused`: see `Janus`.
+    `fsdp`, `fused`, `cpu`: see `Janus`.
     """
 
     config: LlamaConfig
@@ -116,15 +115,17 @@ class Llama(nn.Module):
     attention: str = "xla"
     fsdp: bool = False
     fused: bool = False
+    cpu: bool = False
 
     def setup(self):
-        c, types = self.config, (self.dtype, self.param_dtype)
-        self.embed_tokens = Embed(c.vocab_size, c.width, *types, rows="vocab")
+        c, types = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        self.embed_tokens = Embed(c.vocab_size, c.width, **types, rows="vocab")
         block = Block
         if self.fsdp:
             gather = functools.partial(gather_layer, "language_model/layers/", self.dtype)
             block = nn.map_variables(block, "params", trans_in_fn=gather)
         block = rematerialized(block, self.remat)
+        how = {"attention": self.attention, "fused": self.fused, "cpu": self.cpu, **types}
         if self.scan_layers:
             scanned = nn.scan(
                 block,
@@ -133,11 +134,11 @@ class Llama(nn.Module):
                 in_axes=(nn.broadcast,) * 3,
                 length=c.layers,
             )
-            self.layers = scanned(c, *types, self.attention, self.fused)
+            self.layers = scanned(c, **how)
         else:
-            self.layers = [block(c, *types, self.attention, self.fused) for _ in range(c.layers)]
-        self.norm = RMSNorm(c.norm_eps, *types)
-        self.lm_head = Einsum("BTD,VD->BTV", (c.vocab_size, c.width), False, *types, jnp.float32)
+            self.layers = [block(c, **how) for _ in range(c.layers)]
+        self.norm = RMSNorm(c.norm_eps, **types)
+        self.lm_head = Linear("BTD,VD->BTV", (c.vocab_size, c.width), **types, out_dtype=jnp.float32)
 
     def __call__(self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
         """Hidden states [B, T, D] after the final norm of embeddings x [B, T, D].
@@ -184,7 +185,7 @@ class Llama(nn.Module):
         c = self.config
         cos_sin = rope(positions, c.head_dim, c.rope_theta)
         groups = [None] if cache is None else list(zip(cache.keys, cache.values, strict=True))
-        x = constrain(x, "batch", None, None)
+        x = constrain(x, "batch", "length", None)
         if self.scan_layers:
             (x, groups[0], _), _ = self.layers((x, groups[0], jnp.zeros((), jnp.int32)), cos_sin, where, slot)
         else:

@@ -7,6 +7,7 @@ precision is asked for, or `jax_default_matmul_precision` says otherwise. A mode
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any
 
 import jax
@@ -21,6 +22,35 @@ def precision_of(dtype: Any) -> jax.lax.Precision | None:
 def einsum(spec: str, x: jax.Array, y: jax.Array, out_dtype: Any = None) -> jax.Array:
     """jnp.einsum of two arrays of one float dtype, at its precision, accumulated and returned in `out_dtype`."""
     return jnp.einsum(spec, x, y, precision=precision_of(x.dtype), preferred_element_type=out_dtype)
+
+
+def einsum_with_narrow_gradients(spec: str, x: jax.Array, y: jax.Array, out_dtype: Any = None) -> jax.Array:
+    """`einsum` into `out_dtype`, whose gradients are products of the operands' own dtype.
+
+    JAX's are products of `out_dtype`: of float32 for bfloat16 operands, on GPUs half as fast or less.
+    """
+    if out_dtype in (None, x.dtype):
+        return einsum(spec, x, y)
+    return _widening_einsum(spec, out_dtype, x, y)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _widening_einsum(spec: str, out_dtype: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+    return einsum(spec, x, y, out_dtype)
+
+
+def _einsum_forward(spec: str, out_dtype: Any, x: jax.Array, y: jax.Array) -> tuple[jax.Array, Any]:
+    return _widening_einsum(spec, out_dtype, x, y), (x, y)
+
+
+def _einsum_backward(spec: str, out_dtype: Any, operands: Any, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+    (x, y), grad = operands, grad.astype(operands[0].dtype)
+    (of_x,) = jax.linear_transpose(lambda x: einsum(spec, x, y), x)(grad)
+    (of_y,) = jax.linear_transpose(lambda y: einsum(spec, x, y), y)(grad)
+    return of_x, of_y
+
+
+_widening_einsum.defvjp(_einsum_forward, _einsum_backward)
 
 
 def exact(dtype: Any) -> contextlib.AbstractContextManager:

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from janus_jax.config import SiglipConfig
 from janus_jax.model.attention import attend_all
-from janus_jax.model.layers import Einsum, gelu, rematerialized
+from janus_jax.model.layers import gelu, rematerialized
+from janus_jax.model.linear import Linear
 from janus_jax.model.precision import precision_of
 from janus_jax.sharding import constrain, gather_layer
 
@@ -31,16 +32,17 @@ class Attention(nn.Module):
     dtype: Any
     param_dtype: Any
     attention: str
+    cpu: bool
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
         split = (c.heads, c.head_dim, c.width)
-        types = (True, self.dtype, self.param_dtype, None, self.attention == "heads")
-        q, k, v = (Einsum("BTD,NHD->BTNH", split, *types, name=n)(x) for n in "qkv")
-        q = constrain(q, "batch", None, "heads", None)
+        types = {"use_bias": True, "dtype": self.dtype, "param_dtype": self.param_dtype, "cpu": self.cpu}
+        q, k, v = (Linear("BTD,NHD->BTNH", split, **types, name=n)(x) for n in "qkv")
+        q = constrain(q, "batch", "length", "heads", None)
         y = attend_all(q, k.swapaxes(1, 2), v.swapaxes(1, 2), self.attention)
-        return Einsum("BTNH,DNH->BTD", (c.width, c.heads, c.head_dim), *types, name="proj")(y)
+        return Linear("BTNH,DNH->BTD", (c.width, c.heads, c.head_dim), **types, name="proj")(y)
 
 
 class Mlp(nn.Module):
@@ -50,10 +52,10 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        c, types = self.config, (True, self.dtype, self.param_dtype)
-        h = Einsum("BTD,FD->BTF", (c.mlp_dim, c.width), *types, name="fc1")(x)
-        h = gelu(constrain(h, "batch", None, "mlp"))
-        return Einsum("BTF,DF->BTD", (c.width, c.mlp_dim), *types, name="fc2")(h)
+        c, types = self.config, {"use_bias": True, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        h = Linear("BTD,FD->BTF", (c.mlp_dim, c.width), **types, name="fc1")(x)
+        h = gelu(constrain(h, "batch", "length", "mlp"))
+        return Linear("BTF,DF->BTD", (c.width, c.mlp_dim), **types, name="fc2")(h)
 
 
 class Block(nn.Module):
@@ -61,20 +63,23 @@ class Block(nn.Module):
     dtype: Any
     param_dtype: Any
     attention: str
+    cpu: bool
 
     @nn.compact
     def __call__(self, x: jax.Array, _) -> tuple[jax.Array, None]:
-        args = (self.config, self.dtype, self.param_dtype)
-        x = x + Attention(*args, self.attention, name="attn")(_layer_norm(self, "norm1")(x))
-        x = x + Mlp(*args, name="mlp")(_layer_norm(self, "norm2")(x))
-        return constrain(x, "batch", None, None), None
+        c, types = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        h = _layer_norm(self, "norm1")(x)
+        x = x + Attention(c, **types, attention=self.attention, cpu=self.cpu, name="attn")(h)
+        h = _layer_norm(self, "norm2")(x)
+        x = x + Mlp(c, **types, name="mlp")(h)
+        return constrain(x, "batch", "length", None), None
 
 
 class Siglip(nn.Module):
     """Pixels [B, image_size, image_size, 3], normalized, to patch features [B, num_patches, width].
 
     The final LayerNorm is applied; there is no class token and no pooling, as the reference uses the tower.
-    `remat`: see `layers.rematerialized`. `fsdp`: see `Janus`. `attention`: see `attention.attend_all`.
+    `remat`: see `layers.rematerialized`. `fsdp`, `cpu`: see `Janus`. `attention`: see `attention.attend_all`.
     """
 
     config: SiglipConfig
@@ -83,6 +88,7 @@ class Siglip(nn.Module):
     remat: str = "none"
     fsdp: bool = False
     attention: str = "xla"
+    cpu: bool = False
 
     @nn.compact
     def __call__(self, pixels: jax.Array) -> jax.Array:
@@ -94,12 +100,13 @@ class Siglip(nn.Module):
         )(pixels.astype(self.dtype))  # fmt: skip
         x = x.reshape(x.shape[0], c.num_patches, c.width)
         pos = self.param("pos_embed", nn.initializers.normal(0.02), (c.num_patches, c.width), self.param_dtype)
-        x = constrain(x + pos.astype(self.dtype), "batch", None, None)
+        x = constrain(x + pos.astype(self.dtype), "batch", "length", None)
         block = Block
         if self.fsdp:
             gather = functools.partial(gather_layer, "vision_model/blocks/", self.dtype)
             block = nn.map_variables(block, "params", trans_in_fn=gather)
         block = rematerialized(block, self.remat)
         blocks = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.layers)
-        x, _ = blocks(c, self.dtype, self.param_dtype, self.attention, name="blocks")(x, None)
+        how = {"dtype": self.dtype, "param_dtype": self.param_dtype, "attention": self.attention, "cpu": self.cpu}
+        x, _ = blocks(c, **how, name="blocks")(x, None)
         return _layer_norm(self, "norm")(x)

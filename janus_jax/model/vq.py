@@ -1,6 +1,6 @@
 """Generation tokenizer: VQ-16 of LlamaGen (reference: janus/models/vq_model.py). Images are NHWC in [-1, 1].
 
-Parts compute in the dtype of what they are given. Codes are decided in float32 whatever the model's dtype: data are
+Modules compute in the dtype of what they are given. Codes are decided in float32 whatever the model's dtype: data are
 encoded once, on one machine, and read by models that see and draw on others.
 """
 
@@ -44,13 +44,13 @@ class GroupNorm(nn.Module):
 
 
 class _VQModule(nn.Module):
-    """What all parts share: the config, the parameters' dtype, and convolutions and norms built from them."""
+    """What all share: the config, the parameters' dtype, and modules, convolutions and norms built from them."""
 
     config: VQConfig
     param_dtype: Any
 
-    def part(self, cls, *args, name: str):
-        return cls(self.config, self.param_dtype, *args, name=name)
+    def module(self, cls: type[_VQModule], **how: Any) -> _VQModule:
+        return cls(self.config, param_dtype=self.param_dtype, **how)
 
     def conv(self, x: jax.Array, features: int, name: str, strides: int = 1, padding: Any = 1) -> jax.Array:
         how = {"strides": strides, "padding": padding, **_exactly(x.dtype, self.param_dtype)}
@@ -115,20 +115,20 @@ class ConvBlock(_VQModule):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         for i in range(self.num_res):
-            x = self.part(ResnetBlock, self.features, name=f"res_{i}")(x)
+            x = self.module(ResnetBlock, features=self.features, name=f"res_{i}")(x)
             if self.attention:
-                x = self.part(AttnBlock, name=f"attn_{i}")(x)
+                x = self.module(AttnBlock, name=f"attn_{i}")(x)
         if self.resample:
-            x = self.part({"downsample": Downsample, "upsample": Upsample}[self.resample], name=self.resample)(x)
+            x = self.module({"downsample": Downsample, "upsample": Upsample}[self.resample], name=self.resample)(x)
         return constrain(x, "batch", None, None, None)
 
 
 class _Coder(_VQModule):
     def middle(self, x: jax.Array) -> jax.Array:
         features = x.shape[-1]
-        x = self.part(ResnetBlock, features, name="mid_0")(x)
-        x = self.part(AttnBlock, name="mid_1")(x)
-        return self.part(ResnetBlock, features, name="mid_2")(x)
+        x = self.module(ResnetBlock, features=features, name="mid_0")(x)
+        x = self.module(AttnBlock, name="mid_1")(x)
+        return self.module(ResnetBlock, features=features, name="mid_2")(x)
 
     def head(self, x: jax.Array, features: int) -> jax.Array:
         return self.conv(nn.swish(self.norm("norm_out")(x)), features, "conv_out")
@@ -140,8 +140,11 @@ class Encoder(_Coder):
         c, last = self.config, len(self.config.ch_mult) - 1
         x = self.conv(x, c.ch, "conv_in")
         for i, mult in enumerate(c.ch_mult):
-            args = (c.ch * mult, c.num_res_blocks, i == last, "downsample" if i < last else None)
-            x = self.part(ConvBlock, *args, name=f"conv_blocks_{i}")(x)
+            how = {"attention": i == last, "resample": "downsample" if i < last else None}
+            block = self.module(
+                ConvBlock, features=c.ch * mult, num_res=c.num_res_blocks, **how, name=f"conv_blocks_{i}"
+            )
+            x = block(x)
         return self.head(self.middle(x), c.z_channels)
 
 
@@ -151,8 +154,11 @@ class Decoder(_Coder):
         c, last = self.config, len(self.config.ch_mult) - 1
         x = self.middle(self.conv(x, c.ch * c.ch_mult[-1], "conv_in"))
         for i, mult in enumerate(reversed(c.ch_mult)):
-            args = (c.ch * mult, c.num_res_blocks + 1, i == 0, "upsample" if i < last else None)
-            x = self.part(ConvBlock, *args, name=f"conv_blocks_{i}")(x)
+            how = {"attention": i == 0, "resample": "upsample" if i < last else None}
+            block = self.module(
+                ConvBlock, features=c.ch * mult, num_res=c.num_res_blocks + 1, **how, name=f"conv_blocks_{i}"
+            )
+            x = block(x)
         return self.head(x, IMAGE_CHANNELS)
 
 
@@ -221,9 +227,9 @@ class VQModel(nn.Module):
 
     def setup(self):
         c = self.config
-        self.encoder = Encoder(c, self.param_dtype)
-        self.decoder = Decoder(c, self.param_dtype)
-        self.quantize = Quantizer(c, self.param_dtype)
+        self.encoder = Encoder(c, param_dtype=self.param_dtype)
+        self.decoder = Decoder(c, param_dtype=self.param_dtype)
+        self.quantize = Quantizer(c, param_dtype=self.param_dtype)
         self.quant_conv = nn.Dense(c.codebook_dim, **_exactly(jnp.float32, self.param_dtype))
         self.post_quant_conv = nn.Dense(c.z_channels, **_exactly(self.dtype, self.param_dtype))
 

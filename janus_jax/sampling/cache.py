@@ -19,8 +19,7 @@ _CACHE_SIZES = 4
 
 def empty_cache(model: Janus, rows: int, slots: int) -> KVCache:
     """The cache that the sampling loops use for `model`, empty."""
-    on_cpu = model.attention == "heads"
-    return init_cache(model.config.language, rows, slots, model.dtype, model.scan_layers, pad_row=on_cpu)
+    return init_cache(model.config.language, rows, slots, model.dtype, model.scan_layers, model.cpu)
 
 
 def _is_large(cache: int, weights: int) -> bool:

@@ -77,7 +77,7 @@ def start_image(
     kept = None
     if keep_logits:
         kept = jnp.zeros((batch, num_tokens, logits.shape[-1])).at[:, 0].set(logits)
-    return ImageState(cache, constrain(codes, "batch", None), constrain(failed, "batch"), kept)
+    return ImageState(cache, constrain(codes, "batch", "length"), constrain(failed, "batch"), kept)
 
 
 def _image_logits(model: Janus, params: Params, hidden: jax.Array, pair: int) -> jax.Array:
@@ -111,7 +111,7 @@ def continue_image(
         kept = state.logits
         if kept is not None:
             kept = jax.lax.dynamic_update_slice(kept, logits[:, None], (0, i, 0))
-        return ImageState(cache, constrain(codes, "batch", None), constrain(failed, "batch"), kept)
+        return ImageState(cache, constrain(codes, "batch", "length"), constrain(failed, "batch"), kept)
 
     return jax.lax.fori_loop(start, stop, step, state)
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from janus_jax.model import attention
-from janus_jax.model.attention import attend, attend_all, attend_by_head, attend_segments, takes
+from janus_jax.model import attention, cpu
+from janus_jax.model.attention import attend, attend_all, attend_segments, takes
 from janus_jax.sharding import make_mesh
 
 
@@ -98,13 +98,13 @@ def test_head_by_head_is_attention(dtype, masked, close):
     mask[1, 2] = False  # a query that may look nowhere
     mask = {"row by row": jnp.asarray(mask), "all rows alike": jnp.asarray(mask[1:2]), "not at all": None}[masked]
     given = [jnp.asarray(x, dtype) for x in (q, k, v)]
-    got, expected = (np.asarray(how(*given, mask), np.float32) for how in (attend_by_head, attend))
+    got, expected = (np.asarray(how(*given, mask), np.float32) for how in (cpu.attend, attend))
     close(got, expected, "attention", 1e-6 if dtype == "float32" else 1e-2)
 
 
 def test_head_by_head_has_the_gradients_of_attention(packed, close):
     for name, ours, theirs in zip(
-        "yqkv", value_and_grads("heads", *packed), value_and_grads("xla", *packed), strict=True
+        "yqkv", value_and_grads("cpu", *packed), value_and_grads("xla", *packed), strict=True
     ):
         close(ours, theirs, name, 2e-5)
 

@@ -51,13 +51,13 @@ def test_unstacked_layers(case, rng, oracle, close):
     close(full_forward(case.unstacked, x, mask)[mask], theirs[mask], "hidden states, full forward")
 
 
-def test_attention_by_head(case, rng, oracle, close):
+def test_attention_on_cpu(case, rng, oracle, close):
     """What CPU computes, of a batch that is long enough for flat products."""
-    by_head = dataclasses.replace(case.unstacked, model=case.unstacked.model.clone(attention="heads"))
+    on_cpu = dataclasses.replace(case.unstacked, model=case.unstacked.model.clone(cpu=True))
     x, mask = left_padded(rng, case.config.language.width, padding=150)
     theirs = oracle.hidden(case.torch_model, x, mask)
-    close(full_forward(by_head, x, mask)[mask], theirs[mask], "hidden states, full forward")
-    close(fill(by_head, x, mask, 200)[0][mask], theirs[mask], "hidden states, prefill")
+    close(full_forward(on_cpu, x, mask)[mask], theirs[mask], "hidden states, full forward")
+    close(fill(on_cpu, x, mask, 200)[0][mask], theirs[mask], "hidden states, prefill")
 
 
 def test_heads(case, rng, oracle, close):

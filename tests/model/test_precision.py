@@ -54,9 +54,9 @@ def shape(*sizes: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(sizes, dtype)
 
 
-def programs(dtype: str, attention: str = "xla", weights: str | None = None) -> dict[str, tuple]:
+def programs(dtype: str, cpu: bool = False, weights: str | None = None) -> dict[str, tuple]:
     """Everything that runs at inference: name -> (function, its arguments)."""
-    model = Janus(CONFIG, jnp.dtype(dtype), jnp.dtype(dtype), scan_layers=False, attention=attention)
+    model = Janus(CONFIG, jnp.dtype(dtype), jnp.dtype(dtype), scan_layers=False, cpu=cpu)
     params = abstract_params(CONFIG, False, dtype)
     params = jax.eval_shape(quantize, params) if weights else params
     v, g = CONFIG.vision, CONFIG.gen_vision
@@ -96,10 +96,10 @@ def programs(dtype: str, attention: str = "xla", weights: str | None = None) -> 
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("attention", ["xla", "heads"])
+@pytest.mark.parametrize("cpu", [False, True])
 @pytest.mark.parametrize("weights", [None, "int8"])
-def test_every_float32_product_is_exact(attention, weights):
-    for name, (f, args) in programs("float32", attention, weights).items():
+def test_every_float32_product_is_exact(cpu, weights):
+    for name, (f, args) in programs("float32", cpu, weights).items():
         assert precisions(f, *args) == {"float32": {HIGHEST}}, name
 
 

@@ -1,5 +1,6 @@
 """The sharding table and its rules, and the model on meshes of eight CPU devices against one device."""
 
+import dataclasses
 import functools
 import re
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from janus_jax import sharding
 from janus_jax.config import PRESETS, JanusConfig
 from janus_jax.model.janus import Janus, init_params
 from janus_jax.model.kv_cache import grow_cache, init_cache
@@ -18,7 +20,9 @@ from janus_jax.sampling.text import embed_prompt, generate_tokens
 from janus_jax.sharding import (
     MESH_AXES,
     PARAMETER_AXES,
+    RULES,
     activation_spec,
+    axes_by_hand,
     batch_shards,
     constrain,
     flatten,
@@ -29,6 +33,7 @@ from janus_jax.sharding import (
 )
 from janus_jax.weights.fuse import fuse
 from janus_jax.weights.torch_weights import read_params
+from train.config import MeshConfig
 
 MIXED = {"data": 2, "fsdp": 2, "tensor": 2}
 MESHES = [{"data": 8}, {"fsdp": 8}, MIXED, {"tensor": 4, "data": 2}]
@@ -141,6 +146,21 @@ def test_make_mesh():
 def test_make_mesh_errors(shape, message):
     with pytest.raises(ValueError, match=message):
         make_mesh(shape)
+
+
+def test_the_contract_is_one():
+    """What a new axis has to be named in agrees, and what the tables name exists."""
+    assert [field.name for field in dataclasses.fields(MeshConfig)] == list(MESH_AXES)
+    assert {name for _, axes in PARAMETER_AXES for name in axes} - {None} <= RULES.keys()
+    named = [(rule,) if isinstance(rule, str) else rule for rule in RULES.values()]
+    assert {axis for axes in named for axis in axes} == set(MESH_AXES)
+    for name in (*MESH_AXES, *RULES):
+        assert f"`{name}`" in sharding.__doc__ or f'"{name}"' in sharding.__doc__, name
+
+
+def test_axes_by_hand():
+    assert axes_by_hand(make_mesh({"data": 2, "fsdp": -1})) == set(MESH_AXES)
+    assert axes_by_hand(make_mesh({"tensor": 2, "fsdp": -1})) == {"data", "fsdp"}
 
 
 def test_batch_shards():

@@ -12,9 +12,9 @@ def pixels(case, rng):
     return rng.uniform(-1, 1, (3, size, size, 3)).astype(np.float32)
 
 
-@pytest.mark.parametrize("attention", ["xla", "heads"])
-def test_features(case, attention, pixels, oracle, close):
-    case = dataclasses.replace(case, model=case.model.clone(attention=attention))
+@pytest.mark.parametrize("cpu", [False, True])
+def test_features(case, cpu, pixels, oracle, close):
+    case = dataclasses.replace(case, model=case.model.clone(cpu=cpu))
     ours = case.run("image_features", pixels)
     assert ours.shape == (3, case.config.vision.num_patches, case.config.vision.width)
     close(ours, oracle.image_features(case.torch_model, pixels), "SigLIP features")

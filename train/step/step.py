@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from janus_jax.processing.images import ImageSettings
-from janus_jax.sharding import RULES, gather_but_layers
+from janus_jax.sharding import RULES, axes_by_hand, gather_but_layers
 from train.config import TrainConfig
 from train.step.loss import loss_sums, token_losses
 from train.step.state import (
@@ -130,8 +130,7 @@ def _make_sums(config: TrainConfig, mesh: Mesh, settings: ImageSettings) -> Call
     others as if each device needed them whole.
     """
     model = make_model(config, mesh)
-    # The compiler splits heads, MLP and vocabulary; with nothing to split it has no say.
-    manual = set(RULES["batch"]) if mesh.shape["tensor"] > 1 else set(mesh.axis_names)
+    manual = axes_by_hand(mesh)
     rows = PartitionSpec(RULES["batch"])
 
     def local(trained: Params, frozen: Params, batch: Batch):

@@ -1,0 +1,129 @@
+"""Everything that is computed otherwise because XLA:CPU is slow at the plain way, and nowhere else.
+
+The results are the same up to rounding, and the plain way stands beside each call. `Janus(cpu=True)` asks for all of
+it, and `janus_jax.loading.layout` is the one place that does: on one CPU device. Of products of few tokens (`product`)
+the compiler takes whichever branch is for its platform, whatever the model says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from janus_jax.model.precision import einsum
+
+# Up to so many tokens XLA:CPU is faster with the kernel on the left (measured: 2.6 times for 2, 1.3 for 128).
+_FEW_TOKENS = 128
+_BLOCK = 128  # rows of an int8 kernel that XLA:CPU widens at a time
+
+
+# ---------------------------------------------------------------- linear layers
+
+
+def product(
+    plain: Callable[[jax.Array, jax.Array], jax.Array],
+    spec: str,
+    x: jax.Array,
+    kernel: jax.Array,
+    out_dtype: Any,
+    as_matrix: bool,
+) -> jax.Array:
+    """`plain(x, kernel)`, or on a CPU the same by matrices.
+
+    Args:
+      plain: the einsum `spec` into `out_dtype`.
+      kernel: outputs first, then what is summed over; int8 is widened to x's dtype.
+      as_matrix: multiply by the kernel as a matrix however many tokens there are: one of three axes XLA:CPU would
+        transpose in every call.
+    """
+    inputs, kernel_axes = spec.split("->")[0].split(",")
+    contracted = sum(axis in inputs for axis in kernel_axes)
+    leading, outputs = x.shape[: x.ndim - contracted], kernel.shape[: kernel.ndim - contracted]
+
+    def matrices(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return x.reshape(math.prod(leading), -1), kernel.reshape(math.prod(outputs), -1)
+
+    def kernel_right(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        rows, matrix = matrices(x, kernel)
+        y = einsum("TD,FD->TF", rows, matrix.astype(rows.dtype), out_dtype)
+        return y.reshape(*leading, *outputs)
+
+    def kernel_left(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        rows, matrix = matrices(x, kernel)
+        in_blocks = matrix.dtype == jnp.int8 and len(matrix) % _BLOCK == 0
+        multiply = _multiply_in_blocks if in_blocks else _multiply
+        return multiply(matrix, rows, out_dtype).T.reshape(*leading, *outputs)
+
+    if math.prod(leading) <= _FEW_TOKENS:
+        return jax.lax.platform_dependent(x, kernel, cpu=kernel_left, default=plain)
+    return kernel_right(x, kernel) if as_matrix else plain(x, kernel)
+
+
+def _multiply(matrix: jax.Array, rows: jax.Array, out_dtype: Any) -> jax.Array:
+    """[F, D] by [T, D] to [F, T], with the matrix as the left operand for good.
+
+    XLA:CPU repacks the right operand of a product, however large; the barrier keeps it from swapping them.
+    """
+    y = einsum("FD,TD->FT", matrix.astype(rows.dtype), rows, out_dtype)
+    return jax.lax.optimization_barrier(y)
+
+
+def _multiply_in_blocks(matrix: jax.Array, rows: jax.Array, out_dtype: Any) -> jax.Array:
+    """`_multiply` of an int8 matrix, widened a block at a time: the wide form stays in the processor's cache.
+
+    XLA:CPU would otherwise write the whole matrix out in float32 and read it again: 2.5 times the time.
+    """
+
+    def step(i: jax.Array, y: jax.Array) -> jax.Array:
+        block = jax.lax.dynamic_slice_in_dim(matrix, i * _BLOCK, _BLOCK).astype(rows.dtype)
+        made = _multiply(jax.lax.optimization_barrier(block), rows, out_dtype)
+        return jax.lax.dynamic_update_slice_in_dim(y, made, i * _BLOCK, 0)
+
+    empty = jnp.zeros((len(matrix), len(rows)), out_dtype)
+    return jax.lax.fori_loop(0, len(matrix) // _BLOCK, step, empty)
+
+
+# ---------------------------------------------------------------- attention
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """`attention.attend`, one row's key/value head after the other.
+
+    XLA:CPU multiplies matrices two to three times as fast as batches of them, and one head's scores stay in its caches.
+    """
+    batch, length, heads, head_dim = q.shape
+    kv_heads, slots = k.shape[1:3]
+    q = q.reshape(batch, length, kv_heads, -1, head_dim).transpose(0, 2, 1, 3, 4)
+
+    def one(q: jax.Array, k: jax.Array, v: jax.Array, row: jax.Array) -> jax.Array:
+        scores = einsum("TH,SH->TS", q.reshape(-1, head_dim), k, jnp.float32)
+        scores = scores.reshape(length, -1, slots) * head_dim**-0.5
+        if mask is not None:
+            own = mask[row % len(mask)]
+            scores = jnp.where(own[:, None], scores, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        return einsum("TS,SH->TH", weights.reshape(-1, slots), v).reshape(q.shape)
+
+    flat = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
+    y = jax.lax.map(lambda given: one(*given), (*flat, jnp.repeat(jnp.arange(batch), kv_heads)))
+    return y.reshape(batch, kv_heads, length, -1, head_dim).transpose(0, 2, 1, 3, 4).reshape(batch, length, heads, -1)
+
+
+# ---------------------------------------------------------------- the cache
+
+
+def cache_rows(batch: int) -> int:
+    """Rows to keep of `batch`: a single one is kept twice where layers are apart.
+
+    XLA:CPU would copy a cache of one row several times a step.
+    """
+    return max(batch, 2)
+
+
+def as_cached(x: jax.Array, rows: int) -> jax.Array:
+    """`x` [B, ...], or its one row as often as the cache keeps it."""
+    return x if len(x) == rows else jnp.broadcast_to(x, (rows, *x.shape[1:]))

@@ -1,0 +1,71 @@
+"""The one linear layer of the decoder, the encoders' towers, the adapters and the heads.
+
+Its kernel is plain or int8 (`janus_jax.weights.quantize`), of one map or of several that read the same input
+(`janus_jax.weights.fuse`, which gives them an axis of their own). Axis letters: see `janus_jax.model.layers`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from janus_jax.model import cpu
+from janus_jax.model.precision import einsum_with_narrow_gradients
+
+
+class Linear(nn.Module):
+    """Linear map over named axes, with a bias over the axes that it adds: y = einsum(spec, x, kernel) + bias.
+
+    Kernels are laid out as in torch, outputs first: conversion is then a copy, and a row of the kernel meets one token
+    in one contiguous dot product.
+
+    Attributes:
+      spec: einsum of input and kernel, such as "...D,NHD->...NH".
+      shape: kernel shape: the outputs' axes, then those that are summed over.
+      dtype: of input and kernel in the product, whatever they come in.
+      out_dtype: what the product is accumulated and returned in; default `dtype`.
+      cpu: see `cpu.product`.
+    """
+
+    spec: str
+    shape: tuple[int, ...]
+    use_bias: bool = False
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    out_dtype: Any = None
+    cpu: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        outputs, contracted = self._kernel_axes()
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=contracted, out_axis=outputs)
+        kernel = self.param("kernel", init, self.shape, self.param_dtype)
+        y = self._product(x.astype(self.dtype), kernel)
+        # Here the product of a low-rank adapter is added.
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, self.shape[: len(outputs)], self.param_dtype)
+            y = y + bias.astype(y.dtype)
+        return y
+
+    def _product(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """`x` times the kernel, in whichever form it is stored: each further form is one more branch here."""
+        if self.has_variable("params", "kernel_scale"):  # int8, with a scale for each output
+            scale = self.get_variable("params", "kernel_scale")
+            y = self._einsum(x, kernel, jnp.float32) * scale
+            return y.astype(self.out_dtype or self.dtype)
+        return self._einsum(x, kernel, self.out_dtype)
+
+    def _einsum(self, x: jax.Array, kernel: jax.Array, out_dtype: Any) -> jax.Array:
+        def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
+            return einsum_with_narrow_gradients(self.spec, x, kernel.astype(self.dtype), out_dtype)
+
+        return cpu.product(plain, self.spec, x, kernel, out_dtype, self.cpu)
+
+    def _kernel_axes(self) -> tuple[range, range]:
+        """The kernel's axes that the product adds, and those that it sums over."""
+        inputs, kernel = self.spec.split("->")[0].split(",")
+        added = sum(axis not in inputs for axis in kernel)
+        return range(added), range(added, len(kernel))

@@ -1,0 +1,60 @@
+"""What is computed otherwise on a CPU stands behind one seam: `janus_jax.model.cpu`, and its switch `Janus.cpu`."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from janus_jax.config import PRESETS
+from janus_jax.loading import layout
+from janus_jax.model import attention, cpu
+from janus_jax.model.janus import Janus
+from janus_jax.model.kv_cache import init_cache
+from janus_jax.weights.quantize import quantize
+from janus_jax.weights.torch_weights import abstract_params
+
+CONFIG = PRESETS["janus_tiny"]
+TOKENS = 140  # more than count as few
+
+
+def program(on_cpu: bool, weights: str | None) -> str:
+    """Everything that reads a kernel or the cache, for one row: image, prompt and a decoding step, lowered."""
+    model = Janus(CONFIG, scan_layers=False, cpu=on_cpu)
+    params = abstract_params(CONFIG, False, "float32")
+    params = jax.eval_shape(quantize, params) if weights else params
+
+    def run(params, ids, pixels):
+        def call(method, *args):
+            return model.apply({"params": params}, *args, method=method)
+
+        x = jnp.concatenate([call("embed_text", ids), call("embed_images", pixels)], axis=1)
+        cache = init_cache(CONFIG.language, 1, TOKENS + 80, jnp.float32, scan_layers=False, on_cpu=model.cpu)
+        hidden, cache = call("prefill", x, jnp.ones(x.shape[:2], bool), cache)
+        hidden, cache = call("decode", hidden[:, -1:], cache)
+        return call("text_logits", hidden), call("image_logits", hidden), cache
+
+    ids = jax.ShapeDtypeStruct((1, TOKENS), jnp.int32)
+    size = CONFIG.vision.image_size
+    return jax.jit(run).lower(params, ids, jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)).as_text()
+
+
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_without_the_seam_the_model_is_the_plain_one(weights, monkeypatch):
+    """With each function of the module replaced by what it stands in for, its switch changes nothing."""
+    ours = program(True, weights)
+    monkeypatch.setattr(cpu, "product", lambda plain, spec, x, kernel, out_dtype, as_matrix: plain(x, kernel))
+    monkeypatch.setattr(cpu, "attend", attention.attend)
+    monkeypatch.setattr(cpu, "cache_rows", lambda batch: batch)
+    monkeypatch.setattr(cpu, "as_cached", lambda x, rows: x)
+    plain = program(False, weights)
+    assert program(True, weights) == plain
+    assert "optimization_barrier" in ours and "optimization_barrier" not in plain
+    two_rows = f"tensor<2x{CONFIG.language.kv_heads}x{TOKENS + 80}x"
+    assert two_rows in ours and two_rows not in plain
+
+
+@pytest.mark.parametrize(
+    ("platform", "on_mesh", "chosen"),
+    [("cpu", False, True), ("cpu", True, False), ("gpu", False, False), ("tpu", False, False)],
+)
+def test_one_cpu_device_chooses_it(platform, on_mesh, chosen):
+    assert layout(CONFIG, platform, on_mesh)["cpu"] == chosen
