@@ -12,7 +12,8 @@ from janus_jax.processing.chat import Processor
 from janus_jax.sharding import batch_shards, flatten, make_mesh
 from train.data.batches import Assembler
 from train.data.mixture import Mixture
-from train.step.state import batch_sharding, first_state
+from train.step.init import first_state
+from train.step.state import batch_sharding
 from train.step.step import gradients
 
 
