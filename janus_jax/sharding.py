@@ -248,9 +248,9 @@ def manual_axes() -> tuple[str, ...]:
 
 
 def gather_layer(prefix: str, dtype: Any, variables: Mapping[str, Any]) -> dict[str, Any]:
-    """A layer's `variables` whole and in `dtype`, from this device's parts along `fsdp`; inside `jax.shard_map`.
+    """A layer's `variables` whole and in `dtype`, from this device's shards along `fsdp`; inside `jax.shard_map`.
 
-    Parts are gathered in `dtype`. The gradient of a gathered parameter is reduce-scattered in the dtype of the parts.
+    Shards are gathered in `dtype`. The gradient of a gathered parameter is reduce-scattered in their own dtype.
 
     Args:
       prefix: of the parameters' paths, as 'language_model/layers/'.
@@ -283,13 +283,13 @@ def _gather(flat: Mapping[str, jax.Array], dtype: Any, prefix: str = "") -> dict
 def _whole(axis: int, dtype: Any, own: Any, x: jax.Array) -> jax.Array:
     # Over a first axis of its own: along the last one TPU's compiler makes an all-reduce of the gradient's
     # reduce-scatter, twice the traffic.
-    parts = jax.lax.all_gather(x.astype(dtype), RULES["embed"])
-    return jnp.moveaxis(parts, 0, axis).reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
+    shards = jax.lax.all_gather(x.astype(dtype), RULES["embed"])
+    return jnp.moveaxis(shards, 0, axis).reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
 
 
 def _scattered(axis: int, dtype: Any, own: Any, _: None, grad: jax.Array) -> tuple[jax.Array]:
-    parts = jax.lax.axis_size(RULES["embed"])
-    grad = grad.astype(own).reshape(*grad.shape[:axis], parts, -1, *grad.shape[axis + 1 :])
+    shards = jax.lax.axis_size(RULES["embed"])
+    grad = grad.astype(own).reshape(*grad.shape[:axis], shards, -1, *grad.shape[axis + 1 :])
     return (jax.lax.psum_scatter(jnp.moveaxis(grad, axis, 0), RULES["embed"]),)
 
 
@@ -306,5 +306,5 @@ def activation_spec(shape: Sequence[int], names: Sequence[str | None], mesh_shap
 
 
 def batch_shards(mesh: Mesh | None) -> int:
-    """Into how many parts the batch is split; 1 without a mesh."""
+    """Over how many shards the rows of a batch are split; 1 without a mesh."""
     return 1 if mesh is None else int(np.prod([mesh.shape[axis] for axis in RULES["batch"]]))

@@ -122,7 +122,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices on each mesh axis; -1 for all that are left.
+    """Devices on each mesh axis; -1 for all that are left. What an axis splits: see `janus_jax.sharding`.
 
     Attributes:
       data: copies of the parameters, each with its part of the batch.

@@ -1,8 +1,11 @@
-"""Everything that is computed otherwise because XLA:CPU is slow at the plain way, and nowhere else.
+"""Everything that is computed otherwise because XLA:CPU is slow at the plain way; it stands here and nowhere else.
 
-The results are the same up to rounding, and the plain way stands beside each call. `Janus(cpu=True)` asks for all of
-it, and `janus_jax.loading.layout` is the one place that does: on one CPU device. Of products of few tokens (`product`)
-the compiler takes whichever branch is for its platform, whatever the model says.
+Results are the same up to rounding, and whoever reads the model may read past every call: `product` is its first
+argument, `attend` is `attention.attend`, `cache_rows` and `as_cached` are what they are given. `Janus.cpu` switches it
+on, and `janus_jax.loading.layout` is the one place that does, on one CPU device. Of products of few tokens the compiler
+takes the branch of its platform, whatever the model says.
+
+(Not here, since it is so on every platform and as plain: `vq.GroupNorm` sums over space before it sums over groups.)
 """
 
 from __future__ import annotations

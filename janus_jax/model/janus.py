@@ -47,7 +47,7 @@ class Janus(nn.Module):
       scan_layers: layout of the decoder's parameters, see `Llama`.
       remat: what training computes twice to save memory, see `layers.rematerialized`.
       attention: see `attention.attend_segments`, and for SigLIP `attention.attend_all`.
-      fsdp: whether the parameters of layers are this device's parts along the mesh axis `fsdp`, to be gathered where
+      fsdp: whether the parameters of layers are this device's shards along the mesh axis `fsdp`, to be gathered where
         they are used; inside `jax.shard_map` (training).
       fused: whether the decoder's q, k and v, and gate and up, are one product each, on parameters of `fuse.fuse`.
       cpu: whether to compute as XLA:CPU is fastest at, see `janus_jax.model.cpu`; `attention` then has no say.
@@ -131,9 +131,9 @@ class Janus(nn.Module):
     def __call__(self, ids: jax.Array, pixels: jax.Array, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Touches every parameter, for initialization: text [B, T], pixels and images as above."""
         codes = self.encode_codes(images)
-        parts = [self.embed_text(ids), self.embed_images(pixels), self.embed_codes(codes)]
+        rows = [self.embed_text(ids), self.embed_images(pixels), self.embed_codes(codes)]
         self.decode_codes(codes)
-        x = jnp.concatenate(parts, axis=1)
+        x = jnp.concatenate(rows, axis=1)
         batch, length, _ = x.shape
         positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
         hidden = self.hidden(x, positions, jnp.ones((batch, length), jnp.int32))

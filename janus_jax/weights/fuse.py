@@ -29,14 +29,14 @@ def fuse(params: Mapping[str, Any], delete: bool = False) -> dict[str, Any]:
 
     Args:
       params: layers stacked or apart.
-      delete: give the memory of each kernel back once it is part of another.
+      delete: give the memory of each kernel back once it stands in another.
     """
     flat = flatten(params)
     for path in [path for path in flat if _FIRST.fullmatch(path)]:
         *parents, module, _, leaf = path.split("/")
-        name, parts = _GROUPS[module]
+        name, members = _GROUPS[module]
         folder = "/".join((*parents, module))
-        taken = [flat.pop(f"{folder}/{part}/{leaf}") for part in parts]
+        taken = [flat.pop(f"{folder}/{member}/{leaf}") for member in members]
         flat[f"{folder}/{name}/{leaf}"] = _stack(taken, int(is_stacked(path)))
         if delete:
             jax.block_until_ready(flat[f"{folder}/{name}/{leaf}"])
@@ -46,5 +46,5 @@ def fuse(params: Mapping[str, Any], delete: bool = False) -> dict[str, Any]:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _stack(parts: Sequence[jax.Array], axis: int) -> jax.Array:
-    return jnp.stack(parts, axis)
+def _stack(kernels: Sequence[jax.Array], axis: int) -> jax.Array:
+    return jnp.stack(kernels, axis)
