@@ -157,19 +157,27 @@ def test_a_picture_that_kills_every_start_is_left_out(config_of, monkeypatch, tm
             loop.train(config)
     monkeypatch.undo()
     loop.train(config)
-    assert "failed: picture after step 2 (RuntimeError: 2 starts of this run ended in it)" in capsys.readouterr().out
+    assert (
+        "failed: the picture after step 2 (RuntimeError: 2 starts of this run ended in it)" in capsys.readouterr().out
+    )
     assert [path.name for path in (folder / "samples").iterdir()] == ["0000003.png"]
 
 
 def test_tries_are_counted_over_starts(tmp_path):
-    first = Tries(tmp_path)
-    assert [first.begin(2), Tries(tmp_path).begin(2), Tries(tmp_path).begin(2)] == [0, 1, 2]
-    assert Tries(tmp_path).begin(4) == 0
-    first.end()
-    assert first.begin(4) == 0
-    (tmp_path / "tries.json").write_text("{")
-    assert first.begin(4) == 0
-    assert first.begin(4) == 1
+    first, what = Tries(tmp_path), "picture"
+    assert [first.begin(2, what), Tries(tmp_path).begin(2, what), Tries(tmp_path).begin(2, what)] == [0, 1, 2]
+    # What else is due after the step has a count of its own, and leaves this one as it is.
+    assert first.begin(2, "evaluation") == 0
+    first.end(2, "evaluation")
+    assert Tries(tmp_path).begin(2, what) == 3
+    assert Tries(tmp_path).begin(4, what) == 0
+    first.end(4, what)
+    assert not (tmp_path / "tries.json").exists()
+    assert first.begin(4, what) == 0
+    for damaged in ("{", '{"step": 4, "begun": 2}', '{"step": 4, "begun": {"picture": "2"}}'):
+        (tmp_path / "tries.json").write_text(damaged)
+        assert first.begin(4, what) == 0
+        assert first.begin(4, what) == 1
 
 
 def test_one_process_that_fails_alone_amid_common_work_stops(tmp_path, monkeypatch, capsys):

@@ -258,13 +258,13 @@ def test_a_hung_step_ends_the_command(folders, start, tmp_path):
         "from examples.tiny.run import tiny_config\n"
         "from train.run import loop\n"
         "def get_config():\n"
-        "    following = loop._next\n"
+        "    following = loop.next_batch\n"
         "    calls = []\n"
         "    def hang(batches):\n"
         "        calls.append(1)\n"
         "        time.sleep(60 if len(calls) == 3 else 0)\n"
         "        return following(batches)\n"
-        "    loop._next = hang\n"
+        "    loop.next_batch = hang\n"
         f"    return tiny_config({folders!r}, {str(tmp_path / 'run')!r}, init_from={start!r})\n"
     )
     done = subprocess.run(

@@ -27,6 +27,7 @@ from train.overrides import load_config
 from train.run import faults, loop
 from train.run.lease import Lease
 from train.run.metrics import read_metrics
+from train.step import step
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -166,6 +167,27 @@ def test_metrics(whole):
         assert line["train/tokens_generation"] % MODEL.gen_vision.num_tokens == 0
     assert [line["train/learning_rate"] for line in train] == pytest.approx([0, 1.5e-3, 3e-3, 3e-3])
     assert [line["step"] for line in lines if "eval/loss_generation" in line] == [2, 4]
+
+
+def test_every_key_of_the_steps_metrics_is_reported(get_config, monkeypatch):
+    """Those of today, and one more that nobody has told the loop of."""
+    known = {}
+
+    def more(*args):
+        state, metrics = train_step(*args)
+        known.update(metrics)
+        return state, metrics | {"largest": state.step.astype("float32")}
+
+    train_step = step.train_step
+    monkeypatch.setattr(step, "train_step", more)
+    config = get_config(stage=1, steps=3, log_every=2, evaluation=EvalConfig())
+    loop.train(config)
+    first, second = read_metrics(config.workdir)
+    for line in (first, second):
+        assert {name.removeprefix("train/") for name in line} >= {*known, "largest"}
+    # The mean of steps 1 and 2, and step 3 alone.
+    assert (first["train/largest"], second["train/largest"]) == (1.5, 3.0)
+    assert first["train/finite"] == 1 and first["train/damaged"] == 0
 
 
 def test_pictures(whole):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import types
 
 import jax
@@ -23,7 +24,7 @@ from train.data.batches import Assembler
 from train.data.mixture import Item, Plan
 from train.data.packing import pack
 from train.data.prepared import open_prepared
-from train.step.loss import cross_entropy, means, normalize, token_losses
+from train.step.loss import combined, cross_entropy, normalize, token_losses
 from train.step.state import split
 from train.step.step import gradients
 
@@ -238,7 +239,18 @@ def test_accumulation_changes_nothing(run):
 def test_a_batch_without_targets_has_no_gradient(run):
     grads, sums = run.grads(run.packed | {"tasks": np.zeros_like(run.packed["tasks"])})
     assert not any(sums.values()) and not any(leaf.any() for leaf in jax.tree.leaves(grads))
-    assert means(sums) == {f"tokens{name}": 0 for name in ("", *(f"_{kind}" for kind in KINDS))}
+    assert combined([sums]) == {f"tokens{name}": 0 for name in ("", *(f"_{kind}" for kind in KINDS))}
+
+
+def test_metrics_of_several_steps_are_one_number_each():
+    """Losses by their tokens, left-out updates aside; counts summed; whatever else a step reports is averaged."""
+    names = ("loss", "tokens", "loss_text", "tokens_text", "finite", "norm", "loss_scale")
+    numbers = [(6, 3, 2, 1, 1, 1, 8), (9, 2, 0, 0, 1, 4, 4), (math.nan, 5, 1, 1, 0, math.inf, 0)]
+    steps = [dict(zip(names, map(float, step), strict=True)) for step in numbers]
+    assert combined(steps) == dict(zip(names, (3, 5, 2, 1, 2 / 3, 2.5, 4), strict=True))
+    left_out = combined(steps[2:])
+    assert math.isnan(left_out.pop("norm"))
+    assert left_out == {"tokens": 0, "tokens_text": 0, "finite": 0.0, "loss_scale": 0.0}
 
 
 # ---------------------------------------------------------------- cross entropy

@@ -1,4 +1,4 @@
-"""Whether image codes are of the VQ model that a run decodes and trains with."""
+"""Whether prepared data fit the model that a run trains: its tokenizer and sizes, and the VQ model of their codes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,34 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from janus_jax.processing.chat import Processor
 from janus_jax.sharding import flatten
 from train.data.prepared import Prepared
+from train.data.tokenize import resized_by, tokenizer_fingerprint
 
 VQ = "gen_vision_model"
 _COMPARED_FROM = 2  # the first format version that hashes parameters as `params_fingerprint` does
+
+
+def check_folders(folders: Iterable[Prepared], processor: Processor):
+    """ValueError in one line for a folder that was prepared for another model."""
+    ours = tokenizer_fingerprint(processor)
+    for folder in folders:
+        settings = folder.meta["settings"]
+        if settings["tokenizer"] != ours:
+            raise ValueError(f"{folder.folder} was prepared with another tokenizer; prepare it again with this model")
+        patches, expected = settings["patches"], processor.config.vision.num_patches
+        if folder.kind == "understanding" and patches != expected:
+            raise ValueError(f"{folder.folder} was prepared for {patches} patches an image, the model has {expected}")
+        resized, expected = settings.get("resized"), list(resized_by(processor.settings))
+        if resized and resized != expected:
+            raise ValueError(
+                f"{folder.folder} stores pictures resized for other image settings ({resized}, the model's are "
+                f"{expected}); prepare it again with this model"
+            )
+        codes, expected = len(folder[0].codes), processor.config.gen_vision.num_tokens
+        if folder.kind == "generation" and codes != expected:
+            raise ValueError(f"{folder.folder} was prepared for {codes} codes an image, the model has {expected}")
 
 
 def params_fingerprint(params: Any) -> str:

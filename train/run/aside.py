@@ -1,4 +1,7 @@
-"""What a run does beside its steps, after some of them: evaluations, pictures, exports."""
+"""What a run does beside its steps: evaluations, pictures, exports, once the step's checkpoint is whole.
+
+What kills the process here costs no step, and what a start that died had not come to is made up for by the next one.
+"""
 
 from __future__ import annotations
 
@@ -17,90 +20,135 @@ from janus_jax.processing.images import ImageSettings, contact_sheet
 from train.config import KINDS, DataConfig, TrainConfig
 from train.data.batches import Assembler
 from train.data.mixture import Mixture
-from train.run.checkpoints import Workdir
+from train.run.callbacks import Callback, Moment, Run
 from train.run.distributed import from_first, say, together
-from train.run.failures import Failures, Tries
-from train.run.metrics import Metrics
-from train.step.loss import means
+from train.run.failures import Tries
+from train.step.loss import combined
 from train.step.state import Params, TrainState, make_model, put_rows
 from train.step.step import make_eval_step
 
-_TRIES = 2  # how often an evaluation and its pictures may take the process with them before they are left out
+_TRIES = 2  # how often an evaluation or a picture may take the process with it before it is left out
 
 
-class Aside:
-    """What is due after a step; a failure of it is reported and counted, and never ends the run.
+class Aside(Callback):
+    """Work that is due after some steps.
 
-    All processes call it for the same steps. It comes after the step's checkpoint, and whatever a run that died had
-    not come to is made up for by `catch_up`.
+    Attributes:
+      name: what it makes, for messages.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        mesh: Mesh,
-        processor: Processor,
-        held_out: Assembler | None,
-        rows: Sequence[int],
-        workdir: Workdir,
-        metrics: Metrics,
-        failures: Failures,
-    ):
-        self._config, self._mesh, self._processor = config, mesh, processor
-        self._workdir, self._metrics, self._failures = workdir, metrics, failures
-        self._tries = Tries(workdir.folder)
-        self._evaluator = Evaluator(config, mesh, held_out, rows, processor.settings) if held_out else None
+    name: str
 
-    def due(self, done: int) -> set[str]:
-        """Of 'evaluation', 'picture' and 'export', what the config asks for after `done` steps."""
-        c, last = self._config, done == self._config.steps
-        every = {"evaluation": c.evaluation.every if self._evaluator else 0, "picture": c.samples.every}
-        found = {name for name, steps in every.items() if steps and (last or done % steps == 0)}
-        # At the end the run exports anyway.
-        return found | ({"export"} if c.export_every and done % c.export_every == 0 and not last else set())
+    def __init__(self, run: Run):
+        self.run = run
 
-    def catch_up(self, done: int, state: TrainState, frozen: Params):
-        """Does after the `done` steps of an earlier start what it died before."""
-        there = {
-            "evaluation": self._metrics.has(done, "eval"),
-            "picture": self._picture(done).exists(),
-            "export": False,  # it looks for itself
-        }
-        there = from_first(there)
-        self._do(done, {name for name in self.due(done) if not there[name]}, state, frozen)
+    def due(self, moment: Moment) -> bool:
+        """Whether the config asks for it then."""
+        raise NotImplementedError
 
-    def after(self, done: int, state: TrainState, frozen: Params):
-        """Does what is due after `done` steps."""
-        self._do(done, self.due(done), state, frozen)
+    def made(self, done: int) -> bool:
+        """Whether an earlier start came to its end after `done` steps; process 0 knows."""
+        return False
 
-    def _do(self, done: int, due: set[str], state: TrainState, frozen: Params):
-        if due:
-            self._workdir.check()
-        if due - {"export"}:
-            self._look(done, due, state, frozen)
-        # Last, and not to be failed: it is what the run was asked for.
-        if "export" in due:
-            self._workdir.export(done, state.trained, frozen)
+    def make(self, moment: Moment):
+        """Does it."""
+        raise NotImplementedError
 
-    def _look(self, done: int, due: set[str], state: TrainState, frozen: Params):
-        begun = from_first(self._tries.begin(done) if jax.process_index() == 0 else 0)
+    def resume(self, moment: Moment):
+        if self.due(moment) and not from_first(self.made(moment.done)):
+            self._begin(moment)
+
+    def after(self, moment: Moment):
+        if self.due(moment):
+            self._begin(moment)
+
+    def _begin(self, moment: Moment):
+        self.run.workdir.wait()
+        self.run.workdir.check()
+        self.run.watchdog.doing(f"making the {self.name} after step {moment.done}")
+        self.make(moment)
+
+
+class Look(Aside):
+    """A look at the model: a failure of it is reported and counted, and never ends the run."""
+
+    every: int
+
+    def __init__(self, run: Run):
+        super().__init__(run)
+        self._tries = Tries(run.workdir.folder)
+
+    def due(self, moment: Moment) -> bool:
+        return bool(self.every) and (moment.last or moment.done % self.every == 0)
+
+    def make(self, moment: Moment):
+        is_main, what = jax.process_index() == 0, f"the {self.name} after step {moment.done}"
+        begun = from_first(self._tries.begin(moment.done, self.name) if is_main else 0)
         if begun >= _TRIES:
-            told = RuntimeError(f"{begun} starts of this run ended in it")
-            self._failures.report(f"{' and '.join(sorted(due - {'export'}))} after step {done}", told)
+            self.run.failures.report(what, RuntimeError(f"{begun} starts of this run ended in it"))
         else:
-            if "evaluation" in due:
-                with self._failures.alike(f"the evaluation after step {done}"):
-                    values = self._evaluator(state, frozen)
-                    with self._failures.alone("the metrics"):
-                        self._metrics.write(done, values, prefix="eval")
-            if "picture" in due:
-                with self._failures.alike(f"the picture after step {done}"):
-                    draw_samples(self._config, self._processor, self._mesh, state, frozen, self._picture(done))
-        if jax.process_index() == 0:
-            self._tries.end()
+            with self.run.failures.alike(what):
+                self.look(moment)
+        if is_main:
+            self._tries.end(moment.done, self.name)
 
-    def _picture(self, done: int) -> pathlib.Path:
-        return self._workdir.folder / "samples" / f"{done:07d}.png"
+    def look(self, moment: Moment):
+        raise NotImplementedError
+
+
+class Evaluate(Look):
+    """Losses on held-out data, into the metrics."""
+
+    name = "evaluation"
+
+    def __init__(self, run: Run, held_out: Assembler | None, rows: Sequence[int]):
+        super().__init__(run)
+        self.every = run.config.evaluation.every if held_out else 0
+        if held_out:
+            self._evaluator = Evaluator(run.config, run.mesh, held_out, rows, run.processor.settings)
+
+    def made(self, done: int) -> bool:
+        return self.run.metrics.has(done, "eval")
+
+    def look(self, moment: Moment):
+        values = self._evaluator(moment.state, moment.frozen)
+        with self.run.failures.alone("the metrics"):
+            self.run.metrics.write(moment.done, values, prefix="eval")
+
+
+class Draw(Look):
+    """The config's sample prompts, drawn by the model as it stands."""
+
+    name = "picture"
+
+    def __init__(self, run: Run):
+        super().__init__(run)
+        self.every = run.config.samples.every
+
+    def made(self, done: int) -> bool:
+        return self._path(done).exists()
+
+    def look(self, moment: Moment):
+        run = self.run
+        draw_samples(run.config, run.processor, run.mesh, moment.state, moment.frozen, self._path(moment.done))
+
+    def _path(self, done: int) -> pathlib.Path:
+        return self.run.workdir.folder / "samples" / f"{done:07d}.png"
+
+
+class Export(Aside):
+    """A checkpoint folder in bfloat16; not to be failed, since it is what the run was asked for."""
+
+    name = "export"
+
+    def due(self, moment: Moment) -> bool:
+        every = self.run.config.export_every
+        # At the end the run exports anyway.
+        return bool(every) and moment.done % every == 0 and not moment.last
+
+    def make(self, moment: Moment):
+        # It looks for itself whether there is one.
+        self.run.workdir.export(moment.done, moment.state.trained, moment.frozen)
 
 
 # ---------------------------------------------------------------- evaluations
@@ -140,8 +188,7 @@ class Evaluator:
         outs = [
             self._step(state.trained, frozen, put_rows(b, self._rows, self._mesh, self._size)) for b in self._batches
         ]
-        outs = jax.device_get(outs)
-        return means({name: sum(float(out[name]) for out in outs) for name in outs[0]})
+        return combined([{name: float(value) for name, value in out.items()} for out in jax.device_get(outs)])
 
     def _read(self):
         if self._batches:

@@ -101,20 +101,31 @@ class Tries:
     def __init__(self, folder: pathlib.Path):
         self._path = folder / _TRIES
 
-    def begin(self, step: int) -> int:
-        """Takes down that the work after `step` begins; returns how often it had begun before in vain."""
-        before = 0
-        with contextlib.suppress(OSError, ValueError):
-            earlier = read_json_object(self._path, missing_ok=True)
-            if earlier.get("step") == step and type(earlier.get("begun")) is int:
-                before = earlier["begun"]
-        with contextlib.suppress(OSError):
-            beside = self._path.with_suffix(".tmp")
-            write_json(beside, {"step": step, "begun": before + 1})
-            beside.replace(self._path)
+    def begin(self, step: int, what: str) -> int:
+        """Takes down that `what` begins after `step`; returns how often it had begun before in vain."""
+        counts = self._read(step)
+        before = counts.get(what, 0)
+        self._write(step, counts | {what: before + 1})
         return before
 
-    def end(self):
+    def end(self, step: int, what: str):
         """It came to its end."""
+        counts = self._read(step)
+        counts.pop(what, None)
+        self._write(step, counts)
+
+    def _read(self, step: int) -> dict[str, int]:
+        with contextlib.suppress(OSError, ValueError):
+            earlier = read_json_object(self._path, missing_ok=True)
+            if earlier.get("step") == step and isinstance(earlier.get("begun"), dict):
+                return {what: count for what, count in earlier["begun"].items() if type(count) is int}
+        return {}
+
+    def _write(self, step: int, counts: dict[str, int]):
         with contextlib.suppress(OSError):
-            self._path.unlink(missing_ok=True)
+            if not counts:
+                self._path.unlink(missing_ok=True)
+                return
+            beside = self._path.with_suffix(".tmp")
+            write_json(beside, {"step": step, "begun": counts})
+            beside.replace(self._path)

@@ -4,31 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from janus_jax.io.messages import one_line
 from janus_jax.io.progress import shown
 from janus_jax.processing.chat import Processor
 from janus_jax.sharding import make_mesh
 from train.config import TrainConfig
-from train.data.batches import Assembler, Batch, load_batches
-from train.data.fingerprints import check_codes
+from train.data.batches import Assembler, load_batches
+from train.data.fingerprints import check_codes, check_folders
 from train.data.mixture import Mixture
-from train.data.tokenize import resized_by, tokenizer_fingerprint
+from train.data.prepared import Prepared
 from train.overrides import flat
 from train.plan.topologies import choose_layout
-from train.run.aside import Aside, get_held_out
+from train.run.aside import Draw, Evaluate, Export, get_held_out
+from train.run.callbacks import Moment, Profile, Report, Run, Save
 from train.run.checkpoints import Workdir
 from train.run.distributed import check_same, say, together
 from train.run.failures import Failures
-from train.run.faults import AGAIN, STOPPED, STORAGE, Notice, Stopped, Watchdog
+from train.run.faults import STOPPED, Notice, Stopped, Watchdog
 from train.run.figures import loss_curves
+from train.run.flow import Health, InFlight, NotFinite, next_batch
 from train.run.metrics import FILE, Metrics
-from train.run.window import NotFinite, Profile, Window
+from train.run.window import Window
 from train.step.init import first_state
 from train.step.state import Params, TrainState, abstract_state, batch_sharding, local_rows, put_rows
 from train.step.step import make_train_step
@@ -57,19 +57,17 @@ def train(config: TrainConfig, steal: bool = False) -> pathlib.Path:
         tokenizer = pathlib.Path(config.tokenizer or config.init_from)
         processor = Processor.from_folder(tokenizer, config.model)
         mixture = Mixture(config.data, config.batch_size, config.seed)
-        _check_folders(mixture, processor)
         assembler = Assembler(
             mixture, processor.settings, processor.tokenizer.pad_id, processor.tokenizer.image_placeholder_id
         )
         held_out = get_held_out(config, assembler)
-        if held_out:
-            _check_folders(held_out.mixture, processor)
+        folders = [*mixture.folders, *(held_out.mixture.folders if held_out else ())]
+        check_folders(folders, processor)
         rows = local_rows(batch_sharding(mesh), config.batch_size)
-    data = _fingerprints(mixture)
-    check_same(flat(config), data | (_fingerprints(held_out.mixture) if held_out else {}))
+    check_same(flat(config), _fingerprints(folders))
 
     with (
-        Workdir(config, data, steal) as workdir,
+        Workdir(config, _fingerprints(mixture.folders), steal) as workdir,
         jax.set_mesh(mesh),
         Watchdog(config.watchdog) as watchdog,
         Notice() as notice,
@@ -89,57 +87,55 @@ def train(config: TrainConfig, steal: bool = False) -> pathlib.Path:
                 )
             state, frozen = workdir.restore(*abstract_state(config, mesh))
         first = int(state.step)
-        for remark in check_codes([*mixture.folders, *(held_out.mixture.folders if held_out else ())], frozen, mesh):
+        for remark in check_codes(folders, frozen, mesh):
             say(f"note: {remark}")
         _describe(config, mesh, mixture, state, frozen, first)
 
-        # -------------------------------------------------------- steps
+        # -------------------------------------------------------- what goes on around the steps
         step_fn = make_train_step(config, mesh, processor.settings)
-        failures = Failures(workdir.folder)
-        window, profile = Window(config, mesh), Profile(config, workdir.folder / "profile", is_main)
         batches = load_batches(assembler, rows, first, config.steps, config.data.workers)
+        failures, window, health = Failures(workdir.folder), Window(config, mesh), Health(config)
+        flow = InFlight(window.add, health)
         with Metrics(workdir.folder, config.steps, first, is_main, failures) as metrics:
-            aside = Aside(config, mesh, processor, held_out, rows, workdir, metrics, failures)
-            watchdog.doing(f"evaluating and drawing after step {first}")
+            run = Run(config, mesh, processor, workdir, metrics, failures, watchdog)
+            callbacks = [
+                Profile(run),
+                Report(run, flow, window, health),
+                # What comes after it may kill the process, and costs no step.
+                Save(run),
+                Evaluate(run, held_out, rows),
+                Draw(run),
+                Export(run),
+            ]
             if first:
-                aside.catch_up(first, state, frozen)
-            window.pause()
+                for callback in callbacks:
+                    callback.resume(Moment(first, state, frozen, last=first == config.steps))
+
+            # ---------------------------------------------------- steps
+            window.start()
             for step in range(first, config.steps):
-                with failures.alone("the profile"):
-                    profile.at(step)
                 done, last = step + 1, step + 1 == config.steps
+                for callback in callbacks:
+                    callback.before(step)
                 watchdog.doing(f"waiting for the data of step {done}")
                 with window.waiting():
-                    batch, report = _next(batches)
+                    batch, report = next_batch(batches)
                 workdir.note_damaged(done, report["problems"])
                 watchdog.doing(f"working on step {done}")
                 state, out = step_fn(state, frozen, put_rows(batch, rows, mesh, config.batch_size))
                 try:
-                    window.add(step, out, report)
-                    told = notice.after(done) and not last
-                    if done % config.log_every == 0 or last or told:
-                        summary = window.summary()
-                        workdir.check()
-                        with failures.alone("the metrics"):
-                            metrics.write(done, summary | {"failures": failures.count})
+                    flow.add(step, out, report)
+                    window.stop()
+                    moment = Moment(done, state, frozen, last, told=notice.after(done) and not last)
+                    for callback in callbacks:
+                        callback.after(moment)
                 except NotFinite as error:
                     workdir.save(done, state)
                     workdir.wait()
                     raise Stopped(f"{error}; saved after step {done}, as after the last good update", STOPPED) from None
-                watchdog.doing(f"saving after step {done}")
-                if told or last or done % config.save_every == 0:
-                    workdir.save(done, state)
-                if told:
-                    workdir.wait()
-                    raise Stopped(f"told to end; saved after step {done}, and the same command goes on", AGAIN)
-                # After the checkpoint, and once it is whole: what kills the process here costs no step.
-                if aside.due(done):
-                    workdir.wait()
-                    watchdog.doing(f"evaluating, drawing or exporting after step {done}")
-                    aside.after(done, state, frozen)
-                window.pause()
-        with failures.alone("the profile"):
-            profile.stop()
+                window.start()
+            for callback in callbacks:
+                callback.close()
 
         # -------------------------------------------------------- what is left behind
         watchdog.doing("exporting")
@@ -152,32 +148,8 @@ def train(config: TrainConfig, steal: bool = False) -> pathlib.Path:
     return exported
 
 
-# ---------------------------------------------------------------- before the first step
-
-
-def _fingerprints(mixture: Mixture) -> dict[str, str]:
-    return {str(folder.folder): folder.fingerprint for folder in mixture.folders}
-
-
-def _check_folders(mixture: Mixture, processor: Processor):
-    """Refuses data that were prepared for another model."""
-    ours = tokenizer_fingerprint(processor)
-    for folder in mixture.folders:
-        settings = folder.meta["settings"]
-        if settings["tokenizer"] != ours:
-            raise ValueError(f"{folder.folder} was prepared with another tokenizer; prepare it again with this model")
-        patches, expected = settings["patches"], processor.config.vision.num_patches
-        if folder.kind == "understanding" and patches != expected:
-            raise ValueError(f"{folder.folder} was prepared for {patches} patches an image, the model has {expected}")
-        resized, expected = settings.get("resized"), list(resized_by(processor.settings))
-        if resized and resized != expected:
-            raise ValueError(
-                f"{folder.folder} stores pictures resized for other image settings ({resized}, the model's are "
-                f"{expected}); prepare it again with this model"
-            )
-        codes, expected = len(folder[0].codes), processor.config.gen_vision.num_tokens
-        if folder.kind == "generation" and codes != expected:
-            raise ValueError(f"{folder.folder} was prepared for {codes} codes an image, the model has {expected}")
+def _fingerprints(folders: list[Prepared]) -> dict[str, str]:
+    return {str(folder.folder): folder.fingerprint for folder in folders}
 
 
 def _describe(config: TrainConfig, mesh: Mesh, mixture: Mixture, state: TrainState, frozen: Params, first: int):
@@ -192,23 +164,3 @@ def _describe(config: TrainConfig, mesh: Mesh, mixture: Mixture, state: TrainSta
     say(f"  a step: {config.batch_size} rows of {config.data.context}, samples {samples}")
     if first:
         say(f"  going on after step {first}")
-
-
-def _next(batches: Iterator[tuple[int, Batch, dict[str, Any]]]) -> tuple[Batch, dict[str, Any]]:
-    try:
-        return next(batches)[1:]
-    except OSError as error:
-        told = one_line(error, 300)
-        raise Stopped(
-            f"the data could not be read, though nothing says that they are damaged: {told}; when the machine can read "
-            "them again, the same command goes on from the last checkpoint",
-            STORAGE,
-            alone=True,
-        ) from error
-    except RuntimeError as error:  # grain's, when a worker process has died
-        raise Stopped(
-            f"a process that reads data has died ({str(error).splitlines()[0]}); if it was for want of memory, lower "
-            "data.workers; the same command goes on from the last checkpoint",
-            STOPPED,
-            alone=True,
-        ) from None

@@ -6,7 +6,8 @@ Tasks carry no weights: a step's loss is the sum over all target tokens divided 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -169,12 +170,21 @@ def loss_sums(losses: jax.Array, tasks: jax.Array) -> dict[str, jax.Array]:
     return sums
 
 
-def means(sums: dict[str, Any]) -> dict[str, float]:
-    """Mean loss a token, in all and of each kind that has any, and the counts, of summed `loss_sums`."""
-    result = {}
-    for name in ("", *(f"_{kind}" for kind in TASKS)):
-        tokens = float(sums[f"tokens{name}"])
-        result[f"tokens{name}"] = tokens
-        if tokens:
-            result[f"loss{name}"] = float(sums[f"loss{name}"]) / tokens
+def combined(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """What the metrics of several steps come to: every name that each of them has.
+
+    - 'tokens...' are summed, and 'loss...' is the sum of the losses over the tokens of the same ending, absent where
+      there are none; steps whose update was left out ('finite' is 0) do not count.
+    - Anything else is the mean of its finite values, NaN where it has none.
+    """
+    taken, result = [one for one in steps if one.get("finite", 1)], {}
+    for name in steps[0]:
+        if name.startswith("tokens"):
+            loss, tokens = name.replace("tokens", "loss", 1), sum(one[name] for one in taken)
+            result[name] = tokens
+            if tokens and loss in steps[0]:
+                result[loss] = sum(one[loss] for one in taken) / tokens
+        elif not (name.startswith("loss") and name.replace("loss", "tokens", 1) in steps[0]):
+            finite = [one[name] for one in steps if math.isfinite(one[name])]
+            result[name] = sum(finite) / len(finite) if finite else math.nan
     return result

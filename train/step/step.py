@@ -34,6 +34,10 @@ def make_train_step(config: TrainConfig, mesh: Mesh, settings: ImageSettings) ->
 
     Metrics are float32 scalars: the sums of `loss.loss_sums`, the samples 'damaged', 'grad_norm' before clipping,
     'learning_rate', and 'finite', 0 where the loss or a gradient is not finite and the update was therefore left out.
+    Every one of them reaches metrics.jsonl and TensorBoard as `train/<name>`: one number for the steps since the last
+    line, made by `loss.combined`; of the gradient norm and the learning rate, the last step's. A new metric takes a new
+    key of `train_step`'s `metrics`, and nothing else.
+
     Call it under `jax.set_mesh(mesh)`.
     """
     shardings, frozen = state_shardings(config, mesh)
