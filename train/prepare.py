@@ -1,8 +1,8 @@
 """Prepares training data: `python -m train.prepare --kind generation --source captions.jsonl --model DIR --out DIR`.
 
-Reads any format of `train.raw.sources`, checks and tokenizes every sample, encodes generation images to codes, and
-writes a folder for `train.data.prepared.open_prepared`. Each shard covers a fixed range of the source and appears when
-it is complete, so that a run which was stopped goes on with the missing ones and ends with the same bytes.
+Reads any format and schema of `train.raw.sources`, checks and tokenizes every sample, encodes generation images to
+codes, and writes a folder for `train.data.prepared.open_prepared`. Each shard covers a fixed range of the source and
+appears when it is complete, so that a run which was stopped goes on with the missing ones and ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from train.data.fingerprints import VQ, params_fingerprint
 from train.data.prepared import DROPPED, FORMAT_VERSION, IMAGES, LENGTHS, META, SPECIAL_IDS, TOKENIZER, read_meta
 from train.data.shards import Encode, ShardWriter, data_file, index_file, read_index, replace_file
 from train.data.tokenize import STORES, SampleTokenizer, resized_by, tokenizer_fingerprint
-from train.raw.sources import FORMATS, BadSample, RawSample, open_source
+from train.raw.sources import FORMATS, NAMES, SCHEMAS, BadSample, RawSample, open_source
 from train.raw.storage import patiently
 
 
@@ -198,8 +198,8 @@ def _begin(out: pathlib.Path, settings: dict[str, Any]) -> dict[str, Any]:
         (out / "meta.partial").replace(out / META)
         return meta
     ours, theirs = _flat(settings), _flat(meta.get("settings", {}))
-    # The same data may be reached by another path.
-    free = ("source.path", "encoded_on")
+    # The same data may be reached by another path, and what is read of them is in the probe: how is free.
+    free = ("source.path", "source.format", "source.schema", "encoded_on")
     other = [key for key in ours | theirs if key not in free and ours.get(key) != theirs.get(key)]
     if other:
         told = ", ".join(f"{key} {theirs.get(key)!r:.60}, now {ours.get(key)!r:.60}" for key in other)
@@ -283,7 +283,7 @@ def main(argv: list[str] | None = None) -> int:
     print_any_text()
     args = _parser().parse_args(argv)
     try:
-        source = open_source(args.source, args.format, args.images, args.names, args.allow_outside)
+        source = open_source(args.source, args.format, args.images, args.names, args.allow_outside, args.schema)
         _say(source)
         folder = resolve(args.model)
         processor = Processor.from_folder(folder, read_config(folder))
@@ -331,7 +331,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m train.prepare", description="Prepares data for training.")
     parser.add_argument("--kind", choices=KINDS, required=True)
     parser.add_argument("--source", required=True, metavar="PATH", help="file, folder or glob")
-    parser.add_argument("--format", choices=FORMATS, help="default: told by the files")
+    parser.add_argument(
+        "--format", choices=NAMES, metavar="FORMAT", help=f"of the files: {', '.join(FORMATS)} (default: told by them)"
+    )
+    parser.add_argument("--schema", choices=SCHEMAS, help="of the records (default: told by their fields)")
     parser.add_argument("--images", metavar="DIR", help="where image paths start (default: beside the source file)")
     parser.add_argument(
         "--allow-outside", action="store_true", help="let image paths lead out of that folder (absolute, .., links)"

@@ -424,7 +424,8 @@ def test_command_line(captions, model_folder, tmp_path, capsys):
     assert main([*command, "--out", str(tmp_path / "out"), "--max-bad-share", "0.1"]) == 0
     printed = capsys.readouterr()
     assert "kept                                   18" in printed.out and not printed.err
-    assert f"{captions} is read as captions (it has the fields image, caption): 20 samples" in printed.out
+    why = "by its ending .jsonl, and it has the fields image, caption"
+    assert f"{captions} is read as captions in json ({why}): 20 samples" in printed.out
     assert "pictures kept                          18" in printed.out
     data = open_prepared(tmp_path / "out")
     pixels = np.stack([generation_pixels(captions.parent / f"{i}.png", SIDE) for i in range(3)])

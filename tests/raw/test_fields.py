@@ -234,16 +234,19 @@ def test_metadata_of_the_datasets_library(tmp_path):
     lines(tmp_path / "train" / "metadata.jsonl", *({"file_name": f"{i}.png", "text": f"Cat {i}"} for i in range(2)))
     for path in (tmp_path, tmp_path / "train", tmp_path / "train" / "metadata.jsonl"):
         source = open_source(path)
-        assert source.description["format"] == "captions"
+        assert source.description["schema"] == "captions"
         assert [sample.caption for sample in source] == ["Cat 0", "Cat 1"]
         assert source[1].images == (tmp_path / "train" / "1.png",)
     # A document's file is no picture.
     assert only(tmp_path, {"file_name": "a.py", "text": "print()"})[0].text == "print()"
-    (tmp_path / "train" / "metadata.jsonl").rename(tmp_path / "train" / "metadata.csv")
-    for path in (tmp_path, tmp_path / "train"):
-        (tmp_path / "x.jsonl").unlink(missing_ok=True)
-        with pytest.raises(ValueError, match=r"captions in a .csv are not read: write metadata.jsonl"):
-            open_source(path)
+    (tmp_path / "x.jsonl").unlink()
+    (tmp_path / "train" / "metadata.jsonl").unlink()
+    (tmp_path / "train" / "metadata.csv").write_text("file_name,text\n0.png,Cat 0\n1.png,Cat 1\n")
+    for path in (tmp_path, tmp_path / "train", tmp_path / "train" / "metadata.csv"):
+        source = open_source(path)
+        assert source.description["format"] == "csv" and source.description["schema"] == "captions"
+        assert [sample.caption for sample in source] == ["Cat 0", "Cat 1"]
+        assert source[1].images == (tmp_path / "train" / "1.png",)
 
 
 @pytest.mark.parametrize("column", ["jpg", "jpeg", "png", "webp"])

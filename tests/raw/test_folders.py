@@ -41,7 +41,7 @@ def test_sidecars_of_every_kind(tmp_path):
     fill(tmp_path / "__MACOSX", a_jpg=png(), a_txt="A")
     fill(tmp_path, **{"._a_jpg": b"x", "._a_txt": b"x", ".DS_Store": b"x"})
     source = open_source(tmp_path)
-    assert "is read as sidecar (4 of 5 pictures have a text beside them): 5 samples" in str(source)
+    assert "is read as captions in sidecar (4 of 5 pictures have a text beside them): 5 samples" in str(source)
     assert "passed over: 3 files of no sample, such as more/deep/f.mp4" in str(source)
     assert [source[i].caption.strip() for i in range(4)] == ["A", "B", "C", "D"]
     assert source[3].images == (tmp_path / "more" / "deep" / "d.webp",)

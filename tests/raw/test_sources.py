@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from train.raw.sources import FORMATS, BadSample, missing_path, open_source
+from train.raw.sources import NAMES, BadSample, missing_path, open_source
 
 LLAVA = {
     "image": "a.png",
@@ -49,7 +49,7 @@ def test_llava(tmp_path, as_list):
     else:
         lines(path, *records)
     source = open_source(path, allow_outside=True)
-    assert len(source) == 3 and source.description["format"] == "llava"
+    assert len(source) == 3 and source.description["schema"] == "llava"
     assert source[0].messages[0] == {"role": "user", "content": "<image>\nWhat is it?"}
     assert source[0].messages[1] == {"role": "assistant", "content": "A circle."}
     assert source[0].images == (tmp_path / "a.png",)
@@ -69,7 +69,7 @@ def test_image_root(tmp_path):
 def test_chat_takes_images_beside_and_within_messages(tmp_path):
     within = {"messages": [CHAT["messages"][0] | {"images": ["b.png"]}, CHAT["messages"][1]]}
     source = open_source(lines(tmp_path / "x.jsonl", CHAT, CHAT | {"images": ["a.png"]}, within))
-    assert source.description["format"] == "chat"
+    assert source.description["schema"] == "chat"
     assert [sample.images for sample in source] == [(), (tmp_path / "a.png",), (tmp_path / "b.png",)]
     assert "<image_placeholder>" in source[0].image_tags
 
@@ -353,7 +353,7 @@ def test_misspelt_paths_name_the_nearest(tmp_path):
     assert "did you mean" not in str(missing_path(tmp_path / "something else"))
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", NAMES)
 def test_empty_folders_are_refused(tmp_path, format):
     for given in (None, format):
         with pytest.raises(ValueError, match="is empty"):
@@ -369,7 +369,7 @@ def test_empty_files_are_refused(tmp_path, name, content):
 
 def test_formats_that_cannot_be_told(tmp_path):
     (tmp_path / "a.bin").write_bytes(b"x")
-    with pytest.raises(ValueError, match="cannot tell the format by its name; say which: llava"):
+    with pytest.raises(ValueError, match="cannot tell the format by its name; say which with --format: json, csv"):
         open_source(tmp_path / "a.bin")
     with pytest.raises(ValueError, match=r"has the fields foo\); say which"):
         open_source(lines(tmp_path / "a.jsonl", {"foo": 1}))

@@ -1,4 +1,4 @@
-"""What the fields of a record mean: from a record, as a reader gives it, to a `RawSample`.
+"""What the fields of a record mean, its schema: from a record, as a reader gives it, to a `RawSample`.
 
 Know or refuse: what changes a sample's meaning (a system prompt beside the turns, a turn that is not to be trained on,
 a picture within a turn) is taken, or the sample is refused, with the reason; nothing of it is read past.
@@ -66,8 +66,8 @@ def wanted(name: str) -> bool:
     return name in known or is_media_field(name)
 
 
-def format_of(fields: Iterable[str], named_picture: bool = False) -> str | None:
-    """The format of a record with these fields; `named_picture` where its file_name is that of a picture."""
+def schema_of(fields: Iterable[str], named_picture: bool = False) -> str | None:
+    """The schema of a record with these fields; `named_picture` where its file_name is that of a picture."""
     fields = set(fields)
     if "conversations" in fields:
         return "llava"
@@ -282,7 +282,7 @@ def _in_order(
     return tuple(images)
 
 
-# ---------------------------------------------------------------- formats
+# ---------------------------------------------------------------- schemas
 
 
 def _string(record: dict[str, Any], names: Sequence[str], place: str) -> str:
@@ -319,12 +319,5 @@ def _captions(record: dict[str, Any], root: Root, place: str) -> RawSample:
 
 
 Parse = Callable[[dict[str, Any], Root, str], RawSample]
-PARSE: dict[str, Parse] = {
-    "llava": _llava,
-    "chat": _chat,
-    "text": _text,
-    "captions": _captions,
-    "webdataset": _captions,
-    "folders": _captions,
-    "sidecar": _captions,
-}
+# What a record may say; a new schema is a row here and, to be told by a record's fields, in `schema_of`.
+SCHEMAS: dict[str, Parse] = {"llava": _llava, "chat": _chat, "text": _text, "captions": _captions}

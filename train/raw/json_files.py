@@ -38,7 +38,7 @@ class JsonLines:
         spans, number = [], 0
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
-            for end in (*_line_ends(file, begin, self._codec), size):
+            for end in (*line_ends(file, begin, self._codec), size):
                 number += 1
                 if end > begin and not self._is_blank(file, begin, end):
                     spans.append((begin, end - begin, number))
@@ -68,7 +68,7 @@ class JsonLines:
         return place, object_of(text.removeprefix("\ufeff"), place)
 
 
-def _line_ends(file, begin: int, codec: str) -> Iterator[int]:
+def line_ends(file, begin: int, codec: str) -> Iterator[int]:
     """Where each line ends, with its newline; not of a last line that has none."""
     width = WIDTH[codec]
     units = np.dtype(f"{'>' if codec.endswith('be') else '<'}u{width}")

@@ -1,63 +1,91 @@
-"""Training data as people have it: `open_source` gives `len()` and `[i]` over any of `FORMATS`.
+"""Training data as people have it: `open_source` gives `len()` and `[i]` over files of any of `FORMATS`.
 
-| format | a sample |
+A *format* is what holds records, and how they are read from it:
+
+| format | its records |
 |---|---|
-| llava | JSON list or lines: `{"image": "a.jpg" or list, "conversations": [{"from": "human" or "gpt", "value"}]}` |
-| chat | JSON list or lines: `{"messages": [{"role", "content"}], "images": [...] if any}`; or OpenAI's lists of parts |
-| text | JSON list or lines: `{"text"}`; or a .txt file, which is one document |
-| captions | JSON list or lines: `{"image" or "file_name", "caption" or "text"}` |
+| json | one list of objects, or an object on each line (.json, .jsonl, .ndjson) |
+| csv | rows under a first row that names the fields (.csv, .tsv) |
+| parquet | rows of a table; images as bytes, `{bytes, path}` or paths |
+| txt | one document |
 | webdataset | tar shards of `key.jpg`, `key.txt` or `key.json` with "caption", as img2dataset writes them |
-| parquet | rows with the columns of any format above; images as bytes, `{bytes, path}` or paths |
 | folders | a folder of images for each category, whose name is the caption |
 | sidecar | pictures with a text beside each, `a.jpg` and `a.txt`, in a folder and the folders within it |
 
-All but the last two may be one file, a folder of files or a glob; parquet files may stand where JSON does. Paths of
-pictures may not lead out of the data's folder unless `allow_outside`. What the fields mean says `train.raw.fields`.
+A *schema* is what the fields of a record mean (`train.raw.fields`); txt is of the schema text, and the last three of
+the schema captions:
+
+| schema | a record |
+|---|---|
+| llava | `{"image": "a.jpg" or list, "conversations": [{"from": "human" or "gpt", "value"}]}` |
+| chat | `{"messages": [{"role", "content"}], "images": [...] if any}`; or OpenAI's lists of parts |
+| text | `{"text"}` |
+| captions | `{"image" or "file_name", "caption" or "text"}` |
+
+All formats but the last two may be one file, a folder of files or a glob. Paths of pictures may not lead out of the
+data's folder unless `allow_outside`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from janus_jax.io.files import open_regular
 from janus_jax.io.messages import nearest, one_line
-from train.raw.fields import PARSE, Parse, RawSample, Root, format_of
+from train.raw.csv_files import CsvFile
+from train.raw.fields import SCHEMAS, Parse, RawSample, Root, schema_of
 from train.raw.folders import ImageFolders, Sidecars, count_sidecars, is_picture, read_names
 from train.raw.json_files import json_reader
 from train.raw.parquet import Parquet
 from train.raw.readers import COMPRESSED_SUFFIXES, BadSample, PassedOver, TextFile, listed
 from train.raw.tars import TarShard
 
-__all__ = ["FORMATS", "BadSample", "RawSample", "Source", "missing_path", "open_source"]
+__all__ = ["FORMATS", "NAMES", "SCHEMAS", "BadSample", "RawSample", "Source", "missing_path", "open_source"]
 
-_JSON = (".json", ".jsonl", ".ndjson")
-_SUFFIXES = {
-    "llava": (*_JSON, ".parquet"),
-    "chat": (*_JSON, ".parquet"),
-    "text": (*_JSON, ".parquet", ".txt"),
-    "captions": (*_JSON, ".parquet"),
-    "webdataset": (".tar",),
-    "parquet": (".parquet",),
-    "folders": (),
-    "sidecar": (),
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """What holds records.
+
+    Attributes:
+      reader: opens a file of it, or a folder where it has no endings.
+      endings: of its files.
+      schema: of its records; '' where their fields tell.
+    """
+
+    reader: Callable[..., Any]
+    endings: tuple[str, ...] = ()
+    schema: str = ""
+
+
+# A new format is a reader in a module of its own (see `train.raw.readers`) and a row here.
+FORMATS: dict[str, Format] = {
+    "json": Format(json_reader, (".json", ".jsonl", ".ndjson")),
+    "csv": Format(CsvFile, (".csv", ".tsv")),
+    "parquet": Format(Parquet, (".parquet",)),
+    "txt": Format(TextFile, (".txt",), "text"),
+    "webdataset": Format(TarShard, (".tar",), "captions"),
+    "folders": Format(ImageFolders, schema="captions"),
+    "sidecar": Format(Sidecars, schema="captions"),
 }
-FORMATS = tuple(_SUFFIXES)
-# The datasets library's name for a file about the pictures beside it.
-_METADATA = "metadata.jsonl"
+NAMES = (*FORMATS, *SCHEMAS)  # what `open_source` takes as a format
+# The datasets library's names for a file about the pictures beside it.
+_METADATA = ("metadata.jsonl", "metadata.csv")
 
 
 class Source:
     """Random access to the samples of several readers, one after the other; `[i]` raises BadSample for a bad one.
 
     Attributes:
-      description: what was read: path, format, samples, bytes.
-      why: how the format was chosen.
+      description: what was read: path, format, schema, samples, bytes.
+      why: how format and schema were chosen.
       passed_over: files that belong to no sample.
     """
 
@@ -95,7 +123,8 @@ class Source:
     def __str__(self) -> str:
         """What is read, as what and why, for people."""
         said = self.description
-        line = f"{one_line(said['path'])} is read as {said['format']} ({self.why}): {len(self):,} samples"
+        what = f"{said['schema']} in {said['format']}"
+        line = f"{one_line(said['path'])} is read as {what} ({self.why}): {len(self):,} samples"
         if self.passed_over.count:
             line += f"; passed over: {self.passed_over.count:,} files of no sample, such as {self.passed_over.first}"
         return line
@@ -107,41 +136,56 @@ def open_source(
     images: str | os.PathLike | None = None,
     names: str | os.PathLike | None = None,
     allow_outside: bool = False,
+    schema: str | None = None,
 ) -> Source:
     """Opens training data.
 
     Args:
       path: file, folder or glob.
-      format: one of `FORMATS`; None guesses it from the files' names and the first records.
+      format: one of `FORMATS`; None tells it by the files' names. One of `fields.SCHEMAS` stands for that schema in
+        whatever format the files are.
       images: the folder that image paths start from; None means that of the file which names them.
       names: for `folders`, a file of names for them, see `folders.read_names`.
       allow_outside: whether paths of pictures may lead out of that folder (absolute, by `..`, by links).
+      schema: one of `fields.SCHEMAS`; None tells it by the fields of the first records.
     Raises: FileNotFoundError for a path that is not there, ValueError for what is no such data or has no samples.
     """
-    if format is not None and format not in FORMATS:
-        near = nearest(format, FORMATS)
-        hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(FORMATS)}"
-        raise ValueError(f"unknown format {format!r}{hint}")
+    for name, known in ((format, NAMES), (schema, tuple(SCHEMAS))):
+        if name is not None and name not in known:
+            near = nearest(name, known)
+            hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
+            raise ValueError(f"unknown {'format' if known is NAMES else 'schema'} {name!r}{hint}")
+    if format in SCHEMAS:
+        if schema not in (None, format):
+            raise ValueError(f"the schema {format} stands where the format should, and {schema} beside it: which one?")
+        format, schema = None, format
     for folder in (images, names):
         if folder is not None and not pathlib.Path(folder).exists():
             raise missing_path(folder)
     path = pathlib.Path(path)
-    format, why = (format, "as was asked for") if format else _guess_by_name(path)
+    if format is None and schema is not None and path.is_dir():
+        endings, why = _endings_of(path, schema), "as was asked for"
+    else:
+        format, why = (format, "as was asked for") if format else _guess_by_name(path)
+        endings = FORMATS[format].endings
+    if format and schema and FORMATS[format].schema not in ("", schema):
+        raise ValueError(f"{one_line(path)}: {format} holds {FORMATS[format].schema}, not {schema}")
     if names is not None and format != "folders":
-        raise ValueError(f"names are for the format folders, and {one_line(path)} is read as {format or 'JSON'}")
+        raise ValueError(f"names are for the format folders, and {one_line(path)} is read as {format or schema}")
     passed = PassedOver()
-    if format in ("folders", "sidecar"):
+    if format and not endings:
         if images is not None:
             raise ValueError(f"--images says where paths in records start, and {format} has no records")
         if not path.is_dir():
             kind = "folders" if format == "folders" else "pictures"
             raise missing_path(path) if not path.exists() else ValueError(f"{one_line(path)} is not a folder of {kind}")
-        categories = read_names(pathlib.Path(names)) if names else None
-        files, readers = [], [ImageFolders(path, categories) if format == "folders" else Sidecars(path)]
-        roots = [Root(path, allow_outside)]
+        categories = [read_names(pathlib.Path(names))] if names else []
+        files, readers = [], [FORMATS[format].reader(path, *categories)]
+        roots, used = [Root(path, allow_outside)], [format]
     else:
-        files = _files(path, _SUFFIXES[format] if format else _JSON, passed)
-        readers = [_reader(file, format) for file in files]
+        files = _files(path, endings, passed)
+        used = [format or _format_of(file) for file in files]
+        readers = [_reader(file, name) for file, name in zip(files, used, strict=True)]
         folders = {file.parent: Root(pathlib.Path(images or file.parent), allow_outside) for file in files}
         roots = [folders[file.parent] for file in files]
     for reader in readers:
@@ -151,14 +195,13 @@ def open_source(
         told = f" of the format {format}" if format else ""
         more = f", only {passed.count} other files such as {passed.first}" if passed.count else ""
         raise ValueError(f"{one_line(path)} is empty: it holds no samples{told}{more}")
-    if format is None or format == "parquet":
-        meaning, fields = _guess_by_records(path, readers)
-        why = f"it has {fields}" if format is None else f"{why}, and it has {fields}"
-        format = format or meaning
-    else:
-        meaning = format
+    if schema is None and not (schema := FORMATS[used[0]].schema):
+        schema, fields = _guess_by_records(path, readers)
+        why = f"{why}, and it has {fields}"
     size = sum(file.stat().st_size for file in files)
-    return Source(readers, PARSE[meaning], roots, {"path": str(path), "format": format, "bytes": size}, why, passed)
+    formats = " and ".join(dict.fromkeys(used))
+    description = {"path": str(path), "format": formats, "schema": schema, "bytes": size}
+    return Source(readers, SCHEMAS[schema], roots, description, why, passed)
 
 
 def missing_path(path: str | os.PathLike) -> FileNotFoundError:
@@ -178,16 +221,16 @@ def missing_path(path: str | os.PathLike) -> FileNotFoundError:
 # ---------------------------------------------------------------- files
 
 
-def _files(path: pathlib.Path, suffixes: Sequence[str], passed: PassedOver) -> list[pathlib.Path]:
-    """The files of `path` that have one of `suffixes`; of its other files, those that are no pictures are `passed`."""
+def _files(path: pathlib.Path, endings: Sequence[str], passed: PassedOver) -> list[pathlib.Path]:
+    """The files of `path` that have one of `endings`; of its other files, those that are no pictures are `passed`."""
     if path.is_dir():
         children = [child for child in sorted(path.iterdir()) if not child.name.startswith(".")]
-        found = [child for child in children if child.suffix.lower() in suffixes and not child.is_dir()]
-        metadata = path / _METADATA
-        if metadata in found:
-            found = [metadata]  # other JSON beside it is about the data set
-        elif not found and ".jsonl" in suffixes:
-            found = sorted(path.glob(f"*/{_METADATA}"))
+        found = [child for child in children if child.suffix.lower() in endings and not child.is_dir()]
+        for name in (name for name in _METADATA if name.endswith(tuple(endings))):
+            if path / name in found:
+                found = [path / name]  # other files beside it are about the data set
+            elif not found:
+                found = sorted(path.glob(f"*/{name}"))
         for child in children:
             if child not in found and not child.is_dir() and not is_picture(child.name):
                 passed.add(child.name)
@@ -195,7 +238,7 @@ def _files(path: pathlib.Path, suffixes: Sequence[str], passed: PassedOver) -> l
             compressed = [child for child in children if child.suffix.lower() in COMPRESSED_SUFFIXES]
             if compressed:
                 raise _compressed(compressed[0])
-            raise ValueError(f"{one_line(path)} is empty: it holds no {' or '.join(suffixes)} file")
+            raise ValueError(f"{one_line(path)} is empty: it holds no {' or '.join(endings)} file")
         return found
     if path.exists():
         return [path]
@@ -214,37 +257,48 @@ def _compressed(path: pathlib.Path) -> ValueError:
     )
 
 
-def _reader(file: pathlib.Path, format: str | None) -> Any:
+def _reader(file: pathlib.Path, format: str) -> Any:
     open_regular(file).close()
-    suffix = file.suffix.lower()
-    if suffix == ".parquet" or format == "parquet":
-        return Parquet(file)
-    if format == "webdataset":
-        return TarShard(file)
-    return TextFile(file) if suffix == ".txt" else json_reader(file)
+    return FORMATS[format].reader(file)
 
 
 # ---------------------------------------------------------------- guessing
 
 
-def _guess_by_name(path: pathlib.Path) -> tuple[str | None, str]:
-    """The format that the files' names tell, and how; None where they are JSON, whose records will."""
-    if path.is_dir():
-        return _guess_folder(path)
+def _format_of(path: pathlib.Path) -> str:
+    """The format that the ending of a file's name tells."""
     suffix = path.suffix.lower()
+    for name, format in FORMATS.items():
+        if suffix in format.endings:
+            return name
     if suffix in COMPRESSED_SUFFIXES:
-        raise _compressed(path) if path.exists() or glob.has_magic(str(path)) else missing_path(path)
-    known = {".tar": "webdataset", ".parquet": "parquet", ".txt": "text"}
-    if suffix in known:
-        return known[suffix], f"by its ending {suffix}"
-    if suffix in _JSON:
-        return None, ""
-    if not path.exists() and not glob.has_magic(str(path)):
-        raise missing_path(path)
+        raise _compressed(path)
+    if path.exists():
+        open_regular(path).close()  # what is no file at all is told first
     raise _untold(path)
 
 
-def _guess_folder(path: pathlib.Path) -> tuple[str | None, str]:
+def _endings_of(path: pathlib.Path, schema: str) -> tuple[str, ...]:
+    """Of what files in a folder records of `schema` are: tables as text only where there is nothing else."""
+    formats = {name: format for name, format in FORMATS.items() if format.endings and format.schema in ("", schema)}
+    endings = tuple(end for name, format in formats.items() if name != "csv" for end in format.endings)
+    try:
+        _files(path, endings, PassedOver())
+    except ValueError:
+        return (*endings, *FORMATS["csv"].endings)
+    return endings
+
+
+def _guess_by_name(path: pathlib.Path) -> tuple[str, str]:
+    """The format that the files' names tell, and how."""
+    if path.is_dir():
+        return _guess_folder(path)
+    if not path.exists() and not glob.has_magic(str(path)):
+        raise missing_path(path)
+    return _format_of(path), f"by its ending {path.suffix.lower()}"
+
+
+def _guess_folder(path: pathlib.Path) -> tuple[str, str]:
     children = [child for child in sorted(path.iterdir()) if not child.name.startswith(".")]
     if not children:
         raise ValueError(f"{one_line(path)} is empty")
@@ -257,23 +311,23 @@ def _guess_folder(path: pathlib.Path) -> tuple[str | None, str]:
         return "webdataset", "it holds .tar files"
     if ".parquet" in suffixes:
         return "parquet", "it holds .parquet files"
-    if _METADATA in names or any((folder / _METADATA).is_file() for folder in folders):
-        return None, ""
-    for folder in (path, *folders):
-        if (folder / "metadata.csv").is_file():
-            told = "captions in a .csv are not read: write metadata.jsonl, a line {file_name, text} a picture"
-            raise ValueError(f"{one_line(folder / 'metadata.csv')}: {told}")
+    json, csv = FORMATS["json"].endings, FORMATS["csv"].endings
+    for name, format in zip(_METADATA, ("json", "csv"), strict=True):
+        if name in names or any((folder / name).is_file() for folder in folders):
+            return format, f"it holds {name}"
     own, own_texts = count_sidecars(path, within=False)
     stems = {os.path.splitext(name)[0] for name in names if is_picture(name)}
-    others = [name for name in names if name.lower().endswith(_JSON) and os.path.splitext(name)[0] not in stems]
+    others = [name for name in names if name.lower().endswith(json) and os.path.splitext(name)[0] not in stems]
     if own_texts and others:
         told = f"both {one_line(others[0])} and texts beside the pictures: say which with --format"
         raise ValueError(f"{one_line(path)} holds {told}")
-    if suffixes & set(_JSON) and (others or not own):
-        return None, ""
+    if suffixes & set(json) and (others or not own):
+        return "json", "it holds JSON"
+    if suffixes & set(csv) and not own_texts and not any(_holds_images(folder) for folder in folders):
+        return "csv", "it holds .csv or .tsv files"
     if own or any(_holds_images(folder) for folder in folders):
         pictures, texts = count_sidecars(path)
-        if suffixes & set(_JSON) and own and not own_texts:
+        if suffixes & set(json) and own and not own_texts:
             texts = pictures  # a JSON beside each picture
         if 2 * texts >= pictures:
             return "sidecar", f"{texts:,} of {pictures:,} pictures have a text beside them"
@@ -284,7 +338,7 @@ def _guess_folder(path: pathlib.Path) -> tuple[str | None, str]:
             return "folders", "it holds folders of pictures without texts"
         raise ValueError(f"{one_line(path)} holds pictures, but neither texts beside them nor a file of captions")
     if ".txt" in suffixes:
-        return "text", "it holds .txt files"
+        return "txt", "it holds .txt files"
     if compressed := [child for child in children if child.suffix.lower() in COMPRESSED_SUFFIXES]:
         raise _compressed(compressed[0])
     raise _untold(path)
@@ -294,7 +348,7 @@ _ABOUT = (".parquet", "_stats.json")
 
 
 def _untold(path: pathlib.Path) -> ValueError:
-    told = f"cannot tell the format by its name; say which: {', '.join(FORMATS)}"
+    told = f"cannot tell the format by its name; say which with --format: {', '.join(FORMATS)}"
     return ValueError(f"{one_line(path)}: {told}")
 
 
@@ -304,13 +358,13 @@ def _holds_images(folder: pathlib.Path) -> bool:
 
 
 def _guess_by_records(path: pathlib.Path, readers: Sequence[Any]) -> tuple[str, str]:
-    """The format that the fields of the first records tell, and those fields."""
+    """The schema that the fields of the first records tell, and those fields."""
     reader = next(reader for reader in readers if len(reader))
     if isinstance(reader, Parquet):
         fields = reader.columns
-        if found := format_of(fields, reader.path.name == "metadata.parquet"):
+        if found := schema_of(fields, reader.path.name == "metadata.parquet"):
             return found, f"the columns {listed(fields)}"
-        told = f"the columns {listed(fields)} are of no format; see `FORMATS` in train/raw/sources.py"
+        told = f"the columns {listed(fields)} are of no schema that is known: {', '.join(SCHEMAS)}"
         raise ValueError(f"{one_line(path)}: {told}")
     problem = ""
     for index in range(min(len(reader), 10)):
@@ -320,7 +374,9 @@ def _guess_by_records(path: pathlib.Path, readers: Sequence[Any]) -> tuple[str, 
             problem = problem or str(error)
             continue
         name = record.get("file_name")
-        if found := format_of(record, isinstance(name, str) and is_picture(os.path.basename(name))):
+        if found := schema_of(record, isinstance(name, str) and is_picture(os.path.basename(name))):
             return found, f"the fields {listed(record)}"
         problem = problem or f"{place} has the fields {listed(record)}"
-    raise ValueError(f"{one_line(path)}: cannot tell the format ({problem}); say which: {', '.join(FORMATS)}")
+    raise ValueError(
+        f"{one_line(path)}: cannot tell the schema ({problem}); say which with --schema: {', '.join(SCHEMAS)}"
+    )

@@ -1,0 +1,113 @@
+"""Tables as text: the first row names the fields, each other row is a record; in UTF-8, UTF-16 or UTF-32."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from janus_jax.io.files import open_regular, parse_json
+from janus_jax.io.messages import one_line
+from train.raw.encodings import LOOK, decode_text, encoding_of
+from train.raw.json_files import line_ends
+from train.raw.readers import MAX_LINE, MAX_TEXT, BadSample, Record, listed, read_span, refuse_compressed
+
+# Fields of these names may hold JSON's lists, which a cell has no other way to say.
+_LISTS = ("conversations", "messages", "images", "image")
+_DELIMITERS = (",", ";", "\t")
+csv.field_size_limit(MAX_TEXT)  # of the whole process; the usual one is 128 KiB
+
+
+class CsvFile:
+    """Rows of a table, separated by commas, or by the semicolons or tabs that its first row has instead.
+
+    An empty cell is a field that the record lacks; `conversations`, `messages` and `images` may be lists in JSON.
+    ValueError for a table that cannot be read as one, with the line.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        refuse_compressed(path)
+        self._codec, self._begin = encoding_of(read_span(path, 0, LOOK))
+        self._delimiter = "\t" if path.suffix.lower() == ".tsv" else ""
+        spans = list(self._rows())
+        self.columns, *_ = spans.pop(0) if spans else ([],)
+        named = [name for name in self.columns if name]
+        if len(set(named)) < len(named):
+            raise ValueError(f"{one_line(path)} names a column twice in its first row: {listed(named)}")
+        self._spans = np.array([span for _, *span in spans], np.int64).reshape(-1, 3)
+
+    def _rows(self) -> Iterator[tuple[list[str], int, int, int]]:
+        """Cells (of the first row alone), begin, size and line number of each row that is not blank."""
+        with open_regular(self.path) as file:
+            lines = _Lines(file, self._begin, self._codec)
+            begin, number, first = self._begin, 1, True
+            try:
+                for row in self._reader(lines):
+                    if any(row):
+                        yield [cell.strip() for cell in row] if first else [], begin, lines.at - begin, number
+                        first = False
+                    begin, number = lines.at, lines.number + 1
+            except (csv.Error, ValueError) as error:
+                raise ValueError(f"{one_line(self.path)}:{number} is no row of a table: {one_line(error)}") from None
+
+    def _reader(self, lines: Iterator[str]) -> Iterator[list[str]]:
+        if not self._delimiter:
+            head = next(lines, "")
+            self._delimiter = next((mark for mark in _DELIMITERS if mark in head), ",")
+            lines = itertools.chain([head], lines)
+        # Strict: a quote that is never closed would take all rows after it into one.
+        return csv.reader(lines, delimiter=self._delimiter, strict=True)
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def __getitem__(self, index: int) -> Record:
+        begin, size, number = map(int, self._spans[index])
+        place = f"{one_line(self.path, 500)}:{number}"
+        if size > MAX_LINE:
+            raise BadSample("too_large", place, f"a row of {size:,} bytes, more than {MAX_LINE:,}")
+        try:
+            text = decode_text(read_span(self.path, begin, size), self._codec)
+            (row,) = csv.reader(io.StringIO(text, newline="\n"), delimiter=self._delimiter, strict=True)
+        except (csv.Error, ValueError) as error:
+            raise BadSample("bad_csv", place, str(error)) from None
+        if len(row) != len(self.columns):
+            raise BadSample("bad_csv", place, f"{len(row)} cells, but the first row names {len(self.columns)} columns")
+        cells = zip(self.columns, row, strict=True)
+        return place, {name: _value(name, cell, place) for name, cell in cells if name and cell}
+
+
+def _value(name: str, cell: str, place: str) -> Any:
+    if name not in _LISTS or not cell.lstrip().startswith("["):
+        return cell
+    try:
+        return parse_json(cell, name)
+    except ValueError as error:
+        raise BadSample("bad_json", place, str(error)) from None
+
+
+class _Lines:
+    """The lines of a file as text; `at` is where the last one ended, and `number` which it was, from 1."""
+
+    def __init__(self, file: BinaryIO, begin: int, codec: str):
+        self.at, self.number = begin, 0
+        self._file, self._codec = file, codec
+        self._ends = iter((*line_ends(file, begin, codec), os.fstat(file.fileno()).st_size))
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        end = next(self._ends)
+        self._file.seek(self.at)
+        # What is no text in this encoding is told when its row is asked for.
+        line = self._file.read(end - self.at).decode(self._codec, "replace")
+        self.at, self.number = end, self.number + 1
+        return line
