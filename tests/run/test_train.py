@@ -309,7 +309,7 @@ def command(folders, start, tmp_path):
         ("init_from=absent", "init_from: absent is not a folder"),
         ("init_from=tests", "init_from: tests"),
         ("vision_from=absent.safetensors", "vision_from: absent.safetensors does not exist"),
-        ("batch_size=0", "batch_size=0"),
+        ("batch_size=0", "batch_size must be at least 1, got 0"),
         ("optimizer.learning_rat=1", "did you mean optimizer.learning_rate"),
         ("model.language.layers=3", "language.layers is 2, the config's model has 3"),
         ("data.early_steps=3", "data.early_steps=3"),
