@@ -1,4 +1,4 @@
-"""Converts a torch checkpoint of Janus, of either dialect, for JAX.
+"""Converts a torch checkpoint of Janus, in either dialect, for JAX.
 
 python convert/from_torch.py --src Janus-Pro-7B --out janus_pro_7b --verify
 """
@@ -6,7 +6,7 @@ python convert/from_torch.py --src Janus-Pro-7B --out janus_pro_7b --verify
 import argparse
 import os
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the work is the disk's: leave accelerators to others
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the work is on disk: leave accelerators to others
 
 from janus_jax.io.commands import leave, run
 from janus_jax.io.messages import print_note

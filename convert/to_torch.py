@@ -6,7 +6,7 @@ python convert/to_torch.py --src janus_pro_7b --out Janus-Pro-7B-hf --dialect tr
 import argparse
 import os
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the work is the disk's: leave accelerators to others
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the work is on disk: leave accelerators to others
 
 from janus_jax.io.commands import leave, run
 from janus_jax.io.messages import print_note
@@ -16,7 +16,7 @@ from janus_jax.weights.torch_names import DIALECTS
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--src", required=True, help="a converted folder, or a torch checkpoint of either dialect")
+    parser.add_argument("--src", required=True, help="a converted folder, or a torch checkpoint in either dialect")
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--dialect", required=True, choices=DIALECTS)
     parser.add_argument("--max-shard-size", default="5GB", help="largest file, as in 5GB, 500MB, 4GiB (default: 5GB)")

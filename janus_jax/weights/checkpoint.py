@@ -1,15 +1,15 @@
-"""Checkpoint folders of every kind, and the *converted* kind in particular.
+"""Checkpoint folders of every kind, in particular the *converted* kind.
 
-A converted folder holds
+A converted folder contains
 
-    config.json           the source checkpoint's own, in whichever dialect that was
-    params/               the parameters in canonical layout, as orbax writes and reads them
-    carried.safetensors   tensors of the original dialect that Janus never uses, where they were read
+    config.json           the source checkpoint's own, in either dialect
+    params/               the parameters in canonical layout, as an orbax checkpoint
+    carried.safetensors   tensors of the original dialect that Janus never uses, if the source had them
     tokenizer.json, ...   the source's tokenizer and processor files
 
-`orbax.checkpoint.v1.load(folder / "params")` reads the parameters like any other orbax checkpoint. Each chunk of them
-carries a checksum, which is compared whenever the chunk is read; folders of orbax's own savers, and those that were
-converted before there were checksums, are read without.
+`orbax.checkpoint.v1.load(folder / "params")` reads the parameters like any other orbax checkpoint. Each chunk has a
+checksum, which is verified whenever the chunk is read; folders written by orbax's own savers, and those converted
+before checksums were added, are read without.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ from janus_jax.weights.torch_weights import (
 )
 
 PARAMS, CARRIED = "params", "carried.safetensors"
-_LARGE_BYTES = 16 << 20  # what is written piece by piece
-_PIECE_BYTES = 128 << 20  # what is read, transposed and written at once
-_CHUNK_BYTES = 1 << 20  # what a reader has to fetch whole
-# Parameters that `load` arranged, which no checkpoint holds.
+_LARGE_BYTES = 16 << 20  # larger arrays are written piece by piece
+_PIECE_BYTES = 128 << 20  # read, transposed and written at once
+_CHUNK_BYTES = 1 << 20  # the least that a reader has to fetch
+# Parameters that `load` rearranged for sampling; no checkpoint has them.
 _FOR_SAMPLING = re.compile(r"kernel_scale$|\.(qkv|gate_up)_proj\.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint folder of any kind; nothing but headers has been read."""
+    """An opened checkpoint folder of any kind; only headers have been read."""
 
     folder: pathlib.Path
     kind: str
@@ -70,23 +70,23 @@ class Checkpoint:
 
 
 def kind_of(folder: str | pathlib.Path) -> str:
-    """'converted', 'original' or 'transformers'; FileNotFoundError or ValueError where `folder` is none of them."""
+    """'converted', 'original' or 'transformers'; FileNotFoundError or ValueError if `folder` is none of them."""
     folder = pathlib.Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder: expected a Janus checkpoint there")
+        raise FileNotFoundError(f"{folder} is not a folder; expected a Janus checkpoint there")
     dialect = dialect_of(read_raw_config(folder))
     if has_arrays(folder / PARAMS):
         return "converted"
     if weight_file(folder) is None:
         raise FileNotFoundError(
-            f"{folder} holds a config.json but no weights: expected {PARAMS}/ (converted), "
+            f"{folder} has a config.json but no weights; expected {PARAMS}/ (converted), "
             "model.safetensors or pytorch_model.bin (whole or in shards)"
         )
     return dialect
 
 
 def open_checkpoint(folder: str | pathlib.Path, config: JanusConfig | None = None) -> Checkpoint:
-    """Opens a folder of any kind; `config` None means the folder's own. Errors as in `kind_of` and `read_params`."""
+    """Opens a folder of any kind; `config` defaults to the folder's own. Raises as `kind_of` and `read_params`."""
     folder = pathlib.Path(folder)
     kind = kind_of(folder)
     raw = read_raw_config(folder)
@@ -111,7 +111,7 @@ def load_params(
 ) -> dict[str, Any]:
     """Parameters of a checkpoint folder of any kind as nested dicts of arrays; see `torch_weights.read_params`.
 
-    With `shardings` every device's part is read straight onto it.
+    With `shardings`, each device's slice is read directly onto it.
     """
     leaves = open_checkpoint(folder, config).leaves
     return place(leaves, dtype, shardings, scan_layers, as_numpy, progress)
@@ -121,19 +121,19 @@ def load_params(
 
 
 def saving_context() -> ocp.Context:
-    """Orbax's settings under which `array_leaves` reads what is saved."""
+    """The orbax settings for saving, so that `array_leaves` can read the result."""
     context = ocp.Context()
     context.array.saving.use_ocdbt = context.array.saving.use_zarr3 = True
-    context.array.saving.use_compression = False  # weights hardly shrink, and load faster so
+    context.array.saving.use_compression = False  # weights hardly shrink, and load faster uncompressed
     return context
 
 
 def save_params(folder: str | pathlib.Path, params: Any) -> None:
     """Writes arrays in canonical (stacked) layout as the orbax checkpoint `folder`; every process of a run calls it.
 
-    A process alone writes a checksum with every chunk. Several write together as orbax does, without.
+    A single process writes a checksum with each chunk. Several processes write through orbax, without checksums.
 
-    Raises ValueError where `folder` exists already.
+    Raises ValueError if `folder` already exists.
     """
     if jax.process_count() == 1:
         flat = traverse_util.flatten_dict(params)
@@ -143,7 +143,7 @@ def save_params(folder: str | pathlib.Path, params: Any) -> None:
 
 
 def _lazy(array: Any) -> LazyArray:
-    # A part at a time: an array keeps the copy in host memory that was once made of the whole of it.
+    # Slice by slice: an array that was once copied to host memory as a whole keeps that copy.
     return LazyArray(array.shape, np.dtype(array.dtype), lambda index: np.asarray(array[index]))
 
 
@@ -153,11 +153,11 @@ def _save_by_orbax(folder: pathlib.Path, params: Any) -> None:
 
 
 def save(folder: str | pathlib.Path, config: JanusConfig, params: Any) -> None:
-    """Writes a converted folder of `config` and `params`; adding tokenizer files is the caller's affair.
+    """Writes a converted folder of `config` and `params`; the caller adds tokenizer files.
 
-    Every process of a run calls it, with numpy arrays that all of them have, or with arrays of all their devices.
+    Every process of a run calls it, with numpy arrays that all of them have, or with arrays on all their devices.
 
-    Raises ValueError where the folder has parameters already, or where the original dialect cannot say `config`.
+    Raises ValueError if the folder already has parameters, or the original dialect cannot express `config`.
     """
     folder = pathlib.Path(folder)
     raw = original_config(config)
@@ -172,31 +172,31 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 
 def has_arrays(folder: pathlib.Path) -> bool:
-    """Whether `folder` is an orbax checkpoint that `array_leaves` reads."""
+    """Whether `folder` is an orbax checkpoint that `array_leaves` can read."""
     return orbax_layouts.find(folder) is not None
 
 
 def array_leaves(folder: pathlib.Path, wanted: Mapping[str, Any]) -> LazyParams:
-    """The arrays of the orbax checkpoint `folder` that `wanted`, nested dicts of things with a `shape`, asks for.
+    """The arrays of the orbax checkpoint `folder` that `wanted` asks for: nested dicts of objects with a `shape`.
 
-    Any of orbax's savers may have written it; decoder layers may stand apart in it, and all of it under `params`.
+    Any of orbax's savers may have written it; decoder layers may be unstacked, and everything may be under `params`.
 
-    Raises ValueError where they are others, all of them in one message.
+    Raises ValueError if the arrays do not match, with all mismatches in one message.
     """
     state = orbax_layouts.find(folder)
     if state is None:
-        raise ValueError(f"{one_line(folder)} holds no arrays as orbax's savers write them")
+        raise ValueError(f"{one_line(folder)} has no arrays in a layout of orbax's savers")
     wanted = traverse_util.flatten_dict(wanted)
     with orbax_layouts.named(folder):
         store = orbax_layouts.open_store(state)
     if for_sampling := [name for name in store.drivers if _FOR_SAMPLING.search(name)]:
         raise ValueError(
-            f"{one_line(folder)} holds kernels that were fused or quantized for sampling, such as "
+            f"{one_line(folder)} has kernels that were fused or quantized for sampling, such as "
             f"{one_line(for_sampling[0])}; save the parameters of janus_jax.load(..., fused=False) without weights="
         )
     top = "params." if store.drivers and all(name.startswith("params.") for name in store.drivers) else ""
-    parts = {path: _stored_names(path, leaf.shape, store.drivers, top) for path, leaf in wanted.items()}
-    expected = {name: shape for names in parts.values() for name, shape in names.items()}
+    stored = {path: _stored_names(path, leaf.shape, store.drivers, top) for path, leaf in wanted.items()}
+    expected = {name: shape for names in stored.values() for name, shape in names.items()}
     opened: dict[str, ts.TensorStore] = {}
     for name in expected:
         if name in store.drivers:
@@ -206,12 +206,12 @@ def array_leaves(folder: pathlib.Path, wanted: Mapping[str, Any]) -> LazyParams:
     problems = compare(found, expected, {}, lambda name: False)
     problems += [Problem("unexpected", name) for name in sorted(store.drivers.keys() - expected.keys())]
     if problems:
-        raise ValueError(f"{one_line(folder)}: the arrays do not fit config.json: {summary(problems)}")
-    return {path: _leaf(folder, leaf.shape, [opened[name] for name in parts[path]]) for path, leaf in wanted.items()}
+        raise ValueError(f"{one_line(folder)}: the arrays do not match config.json: {summary(problems)}")
+    return {path: _leaf(folder, leaf.shape, [opened[name] for name in stored[path]]) for path, leaf in wanted.items()}
 
 
 def _stored_names(path: Path, shape: tuple[int, ...], there: Container[str], top: str) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of the arrays that make up the one of `shape` at `path`: one, or one of each layer."""
+    """Names and shapes of the stored arrays that make up the one of `shape` at `path`: one, or one for each layer."""
     stacked = top + ".".join(path)
     layers = [top + ".".join((path[0], f"layers_{i}", *path[2:])) for i in range(shape[0] if shape else 0)]
     if stacked in there or path[:2] != ("language_model", "layers") or not any(name in there for name in layers):
@@ -234,10 +234,11 @@ def _leaf(folder: pathlib.Path, shape: tuple[int, ...], arrays: list[ts.TensorSt
 
 
 def write_lazy(folder: pathlib.Path, leaves: LazyParams, progress: bool = False) -> None:
-    """Writes `leaves` as the orbax checkpoint `folder`, holding a few pieces of `_PIECE_BYTES` at a time.
+    """Writes `leaves` as the orbax checkpoint `folder`, with a few pieces of `_PIECE_BYTES` in memory at a time.
 
-    Orbax wants whole arrays in memory, three gigabytes each for a 7B model, holds several, and has no checksums. So it
-    is given a scalar for each, for its metadata, and tensorstore then puts the arrays in their places, piece by piece.
+    Orbax needs whole arrays in memory (three gigabytes each for a 7B model), several at once, and writes no checksums.
+    So orbax saves a scalar for each array, for its metadata, and tensorstore then replaces them by the arrays, piece
+    by piece.
     """
     scalars = {path: np.zeros((), leaf.dtype) for path, leaf in leaves.items()}
     with byte_bar("writing", total_bytes(leaves), progress) as bar:
@@ -257,7 +258,7 @@ def write_lazy(folder: pathlib.Path, leaves: LazyParams, progress: bool = False)
 
 
 def _create(state: pathlib.Path, path: Path, leaf: LazyArray, context: ts.Context) -> ts.Future:
-    # Uncompressed, as orbax is told to leave them, and each chunk with its checksum, which every reader compares.
+    # Uncompressed, as in `saving_context`, and each chunk with a checksum, which every reader verifies.
     codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
     return orbax_layouts.create_array(
         state,
@@ -271,7 +272,7 @@ def _create(state: pathlib.Path, path: Path, leaf: LazyArray, context: ts.Contex
 
 
 def _write_together(state: pathlib.Path, leaves: LazyParams) -> None:
-    # Side by side and in one context they share commits, of which each costs more than a small array.
+    # Written concurrently in one context they share commits, each of which costs more than a small array.
     context = ts.Context()
     stores = {path: _create(state, path, leaf, context) for path, leaf in leaves.items()}
     writing = [stores[path].result().write(read_now(leaf)) for path, leaf in leaves.items()]
@@ -283,7 +284,7 @@ def _write_in_pieces(state: pathlib.Path, path: Path, leaf: LazyArray, on_bytes:
     store = _create(state, path, leaf, ts.Context()).result()
     writing = None
     for piece in pieces(leaf):
-        array = leaf.read(piece)  # while the last piece is being written
+        array = leaf.read(piece)  # while the previous piece is being written
         if writing:
             writing.result()
         writing = store[piece].write(array)
@@ -292,10 +293,10 @@ def _write_in_pieces(state: pathlib.Path, path: Path, leaf: LazyArray, on_bytes:
 
 
 def chunk_shape(leaf: LazyArray) -> tuple[int, ...]:
-    """The stored chunks of `leaf`: of `_CHUNK_BYTES` at most, cut in as many parts along one axis as along another.
+    """The shape of the stored chunks of `leaf`: at most `_CHUNK_BYTES`, cut about equally often along every axis.
 
-    A device's slice along any axis then takes little more than itself to read. Layers never share a chunk, unless the
-    whole array fits into one.
+    Reading a device's slice along any axis then reads little else. Layers never share a chunk, unless the whole array
+    fits into one.
     """
     shape = list(leaf.shape)
     cuts = [0] * len(shape)
@@ -310,9 +311,9 @@ def chunk_shape(leaf: LazyArray) -> tuple[int, ...]:
 
 
 def pieces(leaf: LazyArray) -> Iterator[Index]:
-    """Indices that cover `leaf`: whole chunks, and not much more than `_PIECE_BYTES` at a time.
+    """Indices of the pieces that cover `leaf`: whole chunks, each piece not much more than `_PIECE_BYTES`.
 
-    They run over the layers, where an array has them, and else over its longest axis.
+    They run over the layers if the array has them, else over its longest axis.
     """
     chunk = chunk_shape(leaf)
     axis = 0 if len(chunk) > 2 else leaf.shape.index(max(leaf.shape))

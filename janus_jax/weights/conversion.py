@@ -1,4 +1,4 @@
-"""From torch checkpoints to converted folders and back, a few tensors at a time.
+"""Converts torch checkpoints to converted folders and back, a few tensors at a time.
 
 `convert/from_torch.py` and `convert/to_torch.py` are its command lines.
 """
@@ -39,7 +39,7 @@ from janus_jax.weights.formats.safetensors_files import TensorToWrite, write_saf
 from janus_jax.weights.torch_names import DIALECTS
 from janus_jax.weights.torch_weights import LazyArray, LazyParams, parse_dtype, tensors_to_write, total_bytes
 
-# What folders converted here held before they were marked.
+# What folders converted here contained before they were marked.
 _UNMARKED = frozenset({"config.json", PARAMS, CARRIED, *TOKENIZER_FILES, *PROCESSOR_FILES})
 _PLACEHOLDER, _USUAL_PLACEHOLDER_ID = "<image_placeholder>", 100581
 
@@ -56,17 +56,17 @@ def from_torch(
     """Converts the torch checkpoint folder `src`, of either dialect, to the converted folder `out`.
 
     Args:
-        dtype: what to cast the parameters to; None keeps theirs.
-        verify: compare what was written with the source, bit for bit.
-        overwrite: replace `out`, where it is a folder that was converted or exported here.
+        dtype: dtype to cast the parameters to; None keeps theirs.
+        verify: compare the result with the source, bit for bit.
+        overwrite: replace `out` if it is a folder that was converted or exported here.
         progress: show bars on stderr.
-        note: hears, a sentence each, what killed conversions left beside `out` and was removed.
+        note: called with a sentence for each leftover of a killed conversion that was removed next to `out`.
 
-    Raises OSError and ValueError; `out` is then as it was before.
+    Raises OSError and ValueError; `out` is then unchanged.
     """
     source = open_checkpoint(src)
     if source.kind == "converted":
-        raise ValueError(f"{source.folder} is converted already")
+        raise ValueError(f"{source.folder} is already converted")
     dtype = parse_dtype(dtype)
     leaves = {p: leaf.astype(dtype or leaf.dtype, "/".join(p)) for p, leaf in source.leaves.items()}
     num_bytes = total_bytes(leaves) + sum(_carried(source, name, dtype).num_bytes for name in source.carried)
@@ -96,12 +96,13 @@ def to_torch(
 
     Args:
         dialect: 'original' or 'transformers'.
-        max_shard_size: bytes, or a text as '5GB'; what is larger becomes several safetensors files and an index.
-        overwrite: replace `out`, where it is a folder that was converted or exported here.
+        max_shard_size: bytes, or a string like '5GB'; a larger checkpoint becomes several safetensors files and an
+            index.
+        overwrite: replace `out` if it is a folder that was converted or exported here.
         progress: show a bar on stderr.
-        note: hears, a sentence each, what the result lacks or assumes.
+        note: called with a sentence for each thing that the result lacks or assumes.
 
-    Raises OSError and ValueError; `out` is then as it was before.
+    Raises OSError and ValueError; `out` is then unchanged.
     """
     max_shard_bytes = parse_size(max_shard_size)
     if dialect not in DIALECTS:
@@ -133,12 +134,12 @@ def _verify(leaves: LazyParams, written: LazyParams, progress: bool) -> None:
         for path, leaf in leaves.items():
             for piece in pieces(leaf):
                 if not _same_bits(leaf, written[path], piece):
-                    raise ValueError(f"{'/'.join(path)} was not written as it was read; the disk may be failing")
+                    raise ValueError(f"{'/'.join(path)} on disk differs from the source; the disk may be failing")
             bar.update(leaf.num_bytes)
 
 
 def _same_bits(one: LazyArray, other: LazyArray, index: tuple[slice, ...]) -> bool:
-    unsigned = f"u{one.dtype.itemsize}"  # NaNs are unequal to themselves, zeros equal to their negatives
+    unsigned = f"u{one.dtype.itemsize}"  # as floats, NaN differs from itself and -0 equals 0
     return one.dtype == other.dtype and np.array_equal(one.read(index).view(unsigned), other.read(index).view(unsigned))
 
 
@@ -146,7 +147,7 @@ def _same_bits(one: LazyArray, other: LazyArray, index: tuple[slice, ...]) -> bo
 
 
 def _with_dtype(raw: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """`raw` with every dtype in it changed; there is one afterwards."""
+    """`raw` with every dtype in it changed, and one added if there was none."""
     keys = ("dtype", "torch_dtype")
 
     def change(value: Any, key: str | None = None) -> Any:
@@ -159,8 +160,8 @@ def _with_dtype(raw: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def _untied(raw: dict[str, Any]) -> dict[str, Any]:
-    """`raw` for a checkpoint with a head of its own, as all that are written here; the same object if it says so."""
-    top_default = dialect_of(raw) == "transformers"  # where an absent key ties
+    """`raw` for a checkpoint with a separate head, as all checkpoints written here; unchanged if it already says so."""
+    top_default = dialect_of(raw) == "transformers"  # there, a missing key means tied
     blocks = [key for key in ("language_config", "text_config") if raw.get(key, {}).get("tie_word_embeddings")]
     if not blocks and not raw.get("tie_word_embeddings", top_default):
         return raw
@@ -177,7 +178,7 @@ def _translated(source: Checkpoint, dialect: str, note: Callable[[str], Any]) ->
 def _image_token_id(folder: pathlib.Path, note: Callable[[str], Any]) -> int:
     path = folder / "tokenizer.json"
     if not path.is_file():
-        note(f"{folder} has no tokenizer.json: image_token_id is written as {_USUAL_PLACEHOLDER_ID}, Janus-Pro-1B's")
+        note(f"{folder} has no tokenizer.json: image_token_id is set to {_USUAL_PLACEHOLDER_ID}, as in Janus-Pro-1B")
         return _USUAL_PLACEHOLDER_ID
     try:
         raw = read_json_object(path)
@@ -191,20 +192,20 @@ def _image_token_id(folder: pathlib.Path, note: Callable[[str], Any]) -> int:
 
 
 def parse_size(size: int | str) -> int:
-    """Bytes of a number or of a text as '500MB', '5GB' or '4GiB'; ValueError where it is neither or not positive."""
+    """Bytes of a number or a string like '500MB', '5GB' or '4GiB'; ValueError if it is neither, or not positive."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(size), re.IGNORECASE)
     num_bytes = 0
     if match:
         base = 1024 if match[3] else 1000
         num_bytes = int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
     if num_bytes <= 0:
-        raise ValueError(f"{size!r} is no size; write it like 5GB, 500MB or 4GiB")
+        raise ValueError(f"{size!r} is not a size; write it like 5GB, 500MB or 4GiB")
     return num_bytes
 
 
 def _staged(source: Checkpoint, out: str | pathlib.Path, num_bytes: int, **options: Any):
     place = destination(out)
     if place in (source.folder.resolve(), *source.folder.resolve().parents):
-        raise ValueError(f"{one_line(out)} holds the source {one_line(source.folder)}; choose another folder")
+        raise ValueError(f"{one_line(out)} contains the source {one_line(source.folder)}; choose another folder")
     known = _UNMARKED if (place / "config.json").is_file() and has_arrays(place / PARAMS) else frozenset()
     return staged(place, known=known, num_bytes=num_bytes, **options)

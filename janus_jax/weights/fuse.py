@@ -1,4 +1,4 @@
-"""Kernels that read the same input as one: a decoding step is then four products a layer instead of seven."""
+"""Fuses kernels that read the same input: a decoding step then has four matrix products per layer instead of seven."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ _FIRST = re.compile(r"language_model/layers(_\d+)?/(self_attn/q|mlp/gate)_proj/\
 
 
 def fusible(config: LlamaConfig) -> bool:
-    """Whether q, k and v have one shape: with fewer key/value heads than heads they do not go on one axis."""
+    """Whether q, k and v have the same shape; with fewer key/value heads than heads they cannot be stacked."""
     return config.heads == config.kv_heads
 
 
 def fuse(params: Mapping[str, Any], delete: bool = False) -> dict[str, Any]:
     """`params` of `Janus` for `Janus(fused=True)`, quantized or not.
 
-    Kernels lie beside each other on a new axis, so that a mesh splits the heads of each as before.
+    Kernels are stacked along a new axis, so that a mesh splits the heads of each as before.
 
     Args:
-      params: layers stacked or apart.
-      delete: give the memory of each kernel back once it stands in another.
+      params: with layers stacked or separate.
+      delete: free the memory of each kernel once it has been fused.
     """
     flat = flatten(params)
     for path in [path for path in flat if _FIRST.fullmatch(path)]:

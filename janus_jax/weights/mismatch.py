@@ -1,4 +1,4 @@
-"""What does not fit between two lists of tensors, in one line: names that differ in numbers alone are told as one."""
+"""Summarizes how two lists of tensors differ, in one line; names that differ only in numbers are grouped."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from collections.abc import Iterable
 from janus_jax.io.messages import one_line
 
 _SHOWN = 12  # patterns in a message
-_FIRST = 4  # of a kind, before the others of it
+_FIRST = 4  # patterns of each kind that come before the rest
 _NUMBER = re.compile(r"(?<![0-9A-Za-z])\d{1,9}(?![0-9A-Za-z])|(?<=_)\d{1,9}(?=[./]|$)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """`kind` ('missing', 'unexpected', ...) of the tensor `name`, and what more is said of it."""
+    """What is wrong with the tensor `name`: a `kind` ('missing', 'unexpected', ...) and further detail."""
 
     kind: str
     name: str
@@ -30,19 +30,19 @@ def summary(problems: Iterable[Problem]) -> str:
         pattern = _NUMBER.sub("\0", problem.name)
         numbers = [int(text) for text in _NUMBER.findall(problem.name)]
         groups.setdefault((problem.kind, pattern, problem.detail), []).append(numbers)
-    # A few of each kind come first, lest what is missing hide what is there instead.
+    # A few of each kind come first, so that missing names do not crowd out the unexpected ones.
     seen = collections.Counter()
     ranks = {}
     for group in groups:
         ranks[group] = seen[group[0]] // _FIRST
         seen[group[0]] += 1
     order = sorted(groups, key=ranks.get)
-    told = [_told(*group, groups[group]) for group in order[:_SHOWN]]
+    lines = [_described(*group, groups[group]) for group in order[:_SHOWN]]
     more = sum(len(groups[group]) for group in order[_SHOWN:])
-    return "; ".join(told) + (f"; and {more:,} more" if more else "")
+    return "; ".join(lines) + (f"; and {more:,} more" if more else "")
 
 
-def _told(kind: str, pattern: str, detail: str, found: list[list[int]]) -> str:
+def _described(kind: str, pattern: str, detail: str, found: list[list[int]]) -> str:
     name, *rest = pattern.split("\0")
     for position, text in enumerate(rest):
         name += _range(sorted({numbers[position] for numbers in found})) + text

@@ -1,8 +1,8 @@
-"""Where the arrays of an orbax checkpoint lie, in each of the layouts that orbax's savers leave.
+"""Finds the arrays of an orbax checkpoint in each of the layouts that orbax's savers write.
 
-Arrays are zarr or zarr3, in folders of their own or in one OCDBT store, at the top or under the name of an item:
-`orbax.checkpoint.v1.save`, PyTreeCheckpointer, StandardCheckpointer, AsyncCheckpointer and CheckpointManager differ in
-that and in nothing else that matters here.
+Arrays are zarr or zarr3, in separate folders or in one OCDBT store, at the top or under the name of an item:
+`orbax.checkpoint.v1.save`, PyTreeCheckpointer, StandardCheckpointer, AsyncCheckpointer and CheckpointManager differ
+only in that, as far as reading goes.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ import tensorstore as ts
 from janus_jax.io.messages import one_line
 
 _OCDBT = "manifest.ocdbt"
-_METADATA = {".zarray": "zarr", "zarr.json": "zarr3"}  # the file that each driver describes an array in
-# Names that orbax has had for the item that is the only one; it is the folder itself where several are saved together.
+_METADATA = {".zarray": "zarr", "zarr.json": "zarr3"}  # the metadata file of each driver
+# Names that orbax versions have given a single item; the last is the folder itself, when several are saved together.
 _ITEMS = ("state", "pytree", "default", "params", "")
 _MAX_FILES = 1_000_000
-# An absent chunk is a lost one, to orbax as to us, so that chunks of zeros have to be there too.
+# A missing chunk counts as lost, as it does for orbax, so chunks of zeros have to be stored too.
 _POLICY = {"store_data_equal_to_fill_value": True, "fill_missing_data_reads": False}
 
 
 def find(folder: pathlib.Path) -> pathlib.Path | None:
-    """The folder inside the orbax checkpoint `folder` that holds the arrays, None where there is none."""
+    """The folder inside the orbax checkpoint `folder` that has the arrays, or None."""
     return next((path for path in (folder / name for name in _ITEMS) if _holds_arrays(path)), None)
 
 
@@ -48,24 +48,24 @@ def _plain_driver(folder: pathlib.Path) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class Store:
-    """The arrays under one folder: `drivers` has the zarr driver of each by its name, path entries joined by dots."""
+    """The arrays in one folder: `drivers` maps each name (path entries joined by dots) to its zarr driver."""
 
     folder: pathlib.Path
     ocdbt: bool
     drivers: dict[str, str]
 
     def open(self, name: str) -> ts.TensorStore:
-        """The array called `name`; ValueError where it is damaged."""
+        """The array called `name`; ValueError if it is damaged."""
         array = open_array(self.folder, name, self.drivers[name], self.ocdbt)
-        # What is read at once is bounded by this; orbax's chunks are never larger than the array.
+        # Bounds the memory of a read; orbax's chunks are never larger than the array.
         if any(size > most for size, most in zip(array.chunk_layout.read_chunk.shape, array.shape, strict=True)):
             chunk = list(array.chunk_layout.read_chunk.shape)
-            raise ValueError(f"{one_line(name)} has chunks of {one_line(chunk)}, larger than itself")
+            raise ValueError(f"{one_line(name)} has chunks of {one_line(chunk)}, larger than the array")
         return array
 
 
 def open_store(folder: pathlib.Path) -> Store:
-    """What lies in `folder`, found by `find`; ValueError where it is damaged."""
+    """Opens `folder`, found by `find`; ValueError if it is damaged."""
     _refuse_special_files(folder)
     ocdbt = (folder / _OCDBT).is_file()
     drivers: dict[str, str] = {}
@@ -83,13 +83,13 @@ def open_store(folder: pathlib.Path) -> Store:
 
 
 def open_array(folder: pathlib.Path, name: str, driver: str, ocdbt: bool) -> ts.TensorStore:
-    """The array called `name` below `folder`, to be read."""
+    """Opens the array called `name` in `folder` for reading."""
     kvstore = _kvstore(folder) | {"path": f"{name}/"} if ocdbt else _files(folder / name)
     return ts.open({"driver": driver, "kvstore": kvstore, **_POLICY}).result()
 
 
 def create_array(folder: pathlib.Path, name: str, codecs: list[dict[str, Any]], **options: Any) -> ts.Future:
-    """A zarr3 array in the OCDBT store `folder`, in the place of one of that name, by tensorstore's `options`."""
+    """Creates a zarr3 array in the OCDBT store `folder`, replacing any of that name; `options` are tensorstore's."""
     kvstore = _kvstore(folder) | {"path": f"{name}/"}
     spec = {"driver": "zarr3", "kvstore": kvstore, "metadata": {"codecs": codecs}, **_POLICY}
     return ts.open(spec, create=True, delete_existing=True, **options)
@@ -104,7 +104,7 @@ def _kvstore(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _refuse_special_files(folder: pathlib.Path):
-    """ValueError for a FIFO or a device below `folder`, which tensorstore would open."""
+    """ValueError for a FIFO or a device in `folder`, since tensorstore would open it."""
     count = 0
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -118,9 +118,9 @@ def _refuse_special_files(folder: pathlib.Path):
 
 @contextlib.contextmanager
 def named(folder: pathlib.Path) -> Iterator[None]:
-    """Says of tensorstore's errors what they mean."""
+    """Turns tensorstore's errors into a message that names `folder` and what to do."""
     try:
         yield
     except (ValueError, FileNotFoundError) as error:
-        told = one_line(str(error).partition(" [")[0], 300)  # what follows are places in tensorstore's source
-        raise ValueError(f"{one_line(folder)} is damaged ({told}); convert the checkpoint again") from None
+        cause = one_line(str(error).partition(" [")[0], 300)  # the rest are lines of tensorstore's source
+        raise ValueError(f"{one_line(folder)} is damaged ({cause}); convert the checkpoint again") from None

@@ -1,7 +1,7 @@
-"""What the config.json beside a part's own file says of it, compared with the model that the part is read for.
+"""Compares the config.json next to a part's own file with the model that the part is read for.
 
-Shapes show widths and depths. Everything else that decides what the numbers mean (positions, activations, heads, norms,
-windows) stands in a config.json alone, where it is either what this model does, or the part is refused.
+Shapes show widths and depths. Everything else that determines what the parameters mean (positions, activations, heads,
+norms, windows) is only in config.json; a part is refused if any of it differs from what this model does.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from janus_jax.io.fields import Fields, shown
 from janus_jax.io.files import read_json_object
 from janus_jax.io.messages import one_line
 
-# Keys of LLaMA's relatives, and what they may be where they are in a config.json: this changes nothing.
+# Keys of LLaMA's relatives, with the values that change nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (None, 1, 1.0),
     "rotary_pct": (None, 1, 1.0),
@@ -65,8 +65,8 @@ _TIMM_IDLE = {
 def check_config(folder: pathlib.Path, config: JanusConfig, part: str) -> bool:
     """Compares `folder`'s config.json, if there is one, with the `part` of `config`.
 
-    Returns: whether it ties the head to the embedding, which only a LLaMA's can.
-    Raises: ValueError, in one line, for all that differs, or for another kind of model.
+    Returns: whether it ties the head to the embedding (only a LLaMA's can).
+    Raises: ValueError, in one line, listing all differences, or for another kind of model.
     """
     path = folder / "config.json"
     if not path.exists():
@@ -78,11 +78,11 @@ def check_config(folder: pathlib.Path, config: JanusConfig, part: str) -> bool:
     except ValueError as error:
         raise ValueError(f"{one_line(path)}: {error}") from None
     if differing:
-        told = "; ".join(
+        differences = "; ".join(
             f"{key} is {shown(theirs)}, the run's model has {shown(ours)}" for key, theirs, ours in differing
         )
         raise ValueError(
-            f"{one_line(path)} is of another model: {told}; set model.* of the run, or take another source"
+            f"{one_line(path)} describes another model: {differences}; set model.* of the run, or use another source"
         )
     return part == "language_model" and raw.get("tie_word_embeddings") is True
 
@@ -96,18 +96,18 @@ def _differing(found: Any, wanted: Any, *ignored: str) -> Differing:
 
 
 def differing_part(found: JanusConfig, wanted: JanusConfig, part: str) -> Differing:
-    """(key, found, wanted) where the `part` of two models would compute another thing from the same parameters."""
+    """(key, found, wanted) for differences that make the `part` compute something else from the same parameters."""
     if part == "language_model":
-        return _differing(found.language, wanted.language, "max_positions")  # no parameter knows of positions
+        return _differing(found.language, wanted.language, "max_positions")  # no parameter depends on positions
     if part == "vision_model":
         return _differing(found.vision, wanted.vision)
-    return _differing(found.gen_vision, wanted.gen_vision, "grid")  # nor of the size of a picture
+    return _differing(found.gen_vision, wanted.gen_vision, "grid")  # or on the size of an image
 
 
 def _check_language(raw: Mapping[str, Any], config: JanusConfig) -> Differing:
     kind = raw.get("model_type")
     if kind not in ("llama", "mistral"):
-        raise ValueError(f"model_type is {shown(kind)}; a Janus decoder is a LLaMA (model_type 'llama', or 'mistral')")
+        raise ValueError(f"model_type must be 'llama' or 'mistral' for a Janus decoder, got {shown(kind)}")
     raw = {**(_MISTRAL if kind == "mistral" else {}), **raw, "model_type": "llama"}
     if raw.get("hidden_act") == "swish":  # its other name
         raw["hidden_act"] = "silu"
@@ -116,19 +116,19 @@ def _check_language(raw: Mapping[str, Any], config: JanusConfig) -> Differing:
         for key, neutral in _NEUTRAL.items():
             value = block.get(key)
             if not any(type(value) is type(known) and value == known for known in neutral):
-                raise ValueError(f"{key} is {shown(value)}, which a Janus decoder has not")
+                raise ValueError(f"{key} is {shown(value)}, which Janus decoders do not support")
     for block in blocks[1:]:
         if any(isinstance(value, Mapping) for value in block.values()):
-            raise ValueError("its layers have rotary embeddings of several kinds, which Janus decoders have not")
+            raise ValueError("its layers have several kinds of rotary embeddings, which Janus decoders do not support")
     window = raw.get("sliding_window")
     if window is not None and not (type(window) is int and window >= config.language.max_positions):
         raise ValueError(
-            f"sliding_window is {shown(window)}: attention would be cut within the {config.language.max_positions} "
+            f"sliding_window is {shown(window)}: it would limit attention within the {config.language.max_positions} "
             "positions of the run's model"
         )
     kinds = raw.get("layer_types")
     if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
-        raise ValueError("layer_types has layers without full attention, which Janus decoders have not")
+        raise ValueError("layer_types has layers without full attention, which Janus decoders do not support")
     return _differing(parse_language(Fields(raw)), config.language, "max_positions")
 
 
@@ -136,10 +136,10 @@ def _check_vision(raw: Mapping[str, Any], config: JanusConfig) -> Differing:
     v, name = config.vision, raw.get("architecture")
     if not isinstance(name, str):
         kind = f"model_type is {shown(raw['model_type'])}" if "model_type" in raw else "there is no architecture"
-        raise ValueError(f"{kind}; vision_from takes SigLIP as timm has it, such as vit_large_patch16_siglip_384.webli")
+        raise ValueError(f"{kind}; vision_from needs a SigLIP from timm, such as vit_large_patch16_siglip_384.webli")
     match = _TIMM_SIGLIP.fullmatch(name)
     if not match:
-        raise ValueError(f"architecture is {shown(name)}, which is no SigLIP of timm's (vit_*_patch*_siglip_*)")
+        raise ValueError(f"architecture must be a SigLIP of timm's (vit_*_patch*_siglip_*), got {shown(name)}")
     if _TIMM_TANH.match(name):
         raise ValueError(f"architecture {shown(name)} has the activation 'gelu_tanh', Janus has 'gelu'")
     width, layers, heads = _TIMM_SIZES.get(match[1], (v.width, v.layers, None))
@@ -148,13 +148,11 @@ def _check_vision(raw: Mapping[str, Any], config: JanusConfig) -> Differing:
     given, data = (Fields(raw.get(key) or {}, key) for key in ("model_args", "pretrained_cfg"))
     size = data.get("input_size", [3, int(match[3]), int(match[3])], null=True)
     if not isinstance(size, list) or len(size) != 3 or size[0] != 3 or size[1] != size[2]:
-        raise ValueError(f"pretrained_cfg.input_size is {shown(size)}, not that of square RGB pictures")
+        raise ValueError(f"pretrained_cfg.input_size must be that of square RGB images, got {shown(size)}")
     found["image_size"] = size[1]
     for key in ("mean", "std"):
         if any(value != 0.5 for value in data.triple(key, -1e3, 1e3, float) or ()):
-            raise ValueError(
-                f"pretrained_cfg.{key} is {shown(data.get(key))}, where Janus's pictures have 0.5 for R, G and B"
-            )
+            raise ValueError(f"pretrained_cfg.{key} must be 0.5 for R, G and B, got {shown(data.get(key))}")
     names = {"img_size": "image_size", "embed_dim": "width", "depth": "layers", "num_heads": "heads"}
     for key, value in given.raw.items():
         if key in names or key in ("patch_size", "mlp_ratio"):
@@ -162,11 +160,11 @@ def _check_vision(raw: Mapping[str, Any], config: JanusConfig) -> Differing:
         elif key == "act_layer" and value not in (None, "gelu"):
             raise ValueError(f"model_args.act_layer is {shown(value)}, Janus has 'gelu'")
         elif key == "class_token" and value is not False:
-            raise ValueError("model_args.class_token is set, which Janus's encoder has not")
+            raise ValueError("model_args.class_token is set, which Janus's encoder does not support")
         elif key not in _TIMM_IDLE and key != "act_layer" and value is not None:
-            raise ValueError(f"model_args.{one_line(key, 40)} is {shown(value)}, which is not known here")
+            raise ValueError(f"model_args.{one_line(key, 40)} is {shown(value)}, which is not supported")
     if found["heads"] is None:
-        raise ValueError(f"architecture {shown(name)} does not say how many heads it has (model_args.num_heads)")
+        raise ValueError(f"architecture {shown(name)} needs model_args.num_heads to say how many heads it has")
     return [(key, value, getattr(v, key)) for key, value in found.items() if value != getattr(v, key)]
 
 
@@ -175,7 +173,7 @@ def _check_vq(raw: Mapping[str, Any], config: JanusConfig) -> Differing:
     block = raw.get("config") if isinstance(raw.get("config"), Mapping) else raw
     if "codebook_embed_dim" not in block and "codebook_size" not in block:
         kind = next((f"{key} is {shown(raw[key])}" for key in ("_class_name", "model_type") if key in raw), "")
-        raise ValueError(f"{kind or 'there is no codebook_size'}; vq_from takes LlamaGen's VQ-16")
+        raise ValueError(f"{kind or 'there is no codebook_size'}; vq_from needs LlamaGen's VQ-16")
     usual = {"codebook_size": 16384, "codebook_embed_dim": 8, "z_channels": 256, "codebook_l2_norm": True}
     usual |= {"encoder_ch_mult": [1, 1, 2, 2, 4], "decoder_ch_mult": [1, 1, 2, 2, 4]}
     wanted = {"codebook_size": g.codebook_size, "codebook_embed_dim": g.codebook_dim, "z_channels": g.z_channels}

@@ -1,6 +1,6 @@
-"""One part of Janus in a file of its own: the encoders and decoders that a Janus is first put together from.
+"""One part of Janus in a separate file: the encoders and decoders from which a Janus is first assembled.
 
-Names are those of the original dialect without the part's prefix, which are the names of the parts' own homes: timm's
+Names are those of the original dialect without the part's prefix, as in the projects that the parts come from: timm's
 SigLIP (`vision_model`), LlamaGen's VQ-16 (`gen_vision_model`) and a LLaMA such as DeepSeek-LLM (`language_model`).
 """
 
@@ -31,7 +31,7 @@ PREFIXES = {
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
-# What parts' own files have beside the part, and this model has no use for.
+# Tensors in the parts' own files that this model does not use.
 _UNUSED = {
     "vision_model": re.compile(r"(attn_pool|head|fc_norm)\."),
     "gen_vision_model": re.compile(r"quantize\.codebook_used$"),
@@ -40,29 +40,29 @@ _UNUSED = {
 
 
 def open_part(path: pathlib.Path, config: JanusConfig, part: str, note: Note = lambda text: None) -> LazyParams:
-    """The parameters of `part`, a key of PREFIXES, still in their file.
+    """The parameters of `part`, a key of PREFIXES, as lazy arrays still in their file.
 
     Args:
-      path: a .safetensors, .bin, .pt or .pth file, or a folder with model.safetensors or pytorch_model.bin. What the
-        folder's config.json says has to be what `config` says. Pooling heads, usage counts and buffers are left alone.
-      note: hears which of several sets of weights a file was read from.
-    Raises: FileNotFoundError where there is no such file, ValueError where config.json describes another model, or for
-      tensors that are missing, misshapen, or of no use to the part, such as biases and further layers.
+      path: a .safetensors, .bin, .pt or .pth file, or a folder with model.safetensors or pytorch_model.bin. The
+        folder's config.json has to agree with `config`. Pooling heads, usage counts and buffers are ignored.
+      note: called with a sentence that says which of several sets of weights in a file is read.
+    Raises: FileNotFoundError if there is no such file, ValueError if config.json describes another model, or for
+      tensors that are missing, misshapen, or not used by the part, such as biases and extra layers.
     """
     folder = path if path.is_dir() else path.parent
     is_tied = False
-    if path.is_dir() or path.name in WEIGHT_FILES:  # another name may be that of a file among others
+    if path.is_dir() or path.name in WEIGHT_FILES:  # a file of another name may have nothing to do with config.json
         is_tied = check_config(folder, config, part)
     tensors = open_tensors(path, note) if path.is_dir() else open_file(path, note)
     filled = _slots(config, part)
     unused = _UNUSED[part]
     if is_tied:
-        # As transformers does, whatever stands in the head's place.
+        # As transformers does, even if the file has a head.
         filled = [dataclasses.replace(s, name=_EMBEDDING) if s.name == _HEAD else s for s in filled]
         unused = re.compile(re.escape(_HEAD) + "$")
     expected = {slot.name: slot.tensor_shape for slot in filled}
     if problems := compare(tensors, expected, {}, lambda name: is_harmless(name) or bool(unused.match(name))):
-        raise ValueError(f"{one_line(path)} does not hold the {part} of this model: {summary(problems)}")
+        raise ValueError(f"{one_line(path)} does not contain the {part} of this model: {summary(problems)}")
     return leaves_of(filled, tensors)
 
 

@@ -1,6 +1,7 @@
 """Weight-only int8: the decoder's and the heads' kernels in one byte, with a float32 scale for each output channel.
 
-A decoding step reads every weight once and is bound by that; half the bytes are up to half the time, and half the room.
+A decoding step reads every weight once and is bound by that; half the bytes take up to half the time and half the
+memory.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ def quantize(params: Mapping[str, Any], delete: bool = False) -> dict[str, Any]:
     Embeddings, adapters, encoders, norms and biases stay as they are: they are read little, or once an image.
 
     Args:
-      params: of `Janus`, layers stacked or apart.
-      delete: give the memory of each kernel back once its int8 form stands.
+      params: of `Janus`, with layers stacked or separate.
+      delete: free the memory of each kernel once its int8 form is computed.
     """
     made: dict[str, Any] = {}
     for path, x in flatten(params).items():
@@ -37,7 +38,7 @@ def quantize(params: Mapping[str, Any], delete: bool = False) -> dict[str, Any]:
 
 
 def quantize_leaf(path: str, x: jax.Array, delete: bool = False) -> dict[str, jax.Array]:
-    """What `quantize` makes of one parameter, by path: itself, or its int8 form and the scales."""
+    """The arrays that `quantize` turns one parameter into, by path: itself, or its int8 form and the scales."""
     if not is_quantized(path):
         return {path: x}
     kept = output_axes(path) + is_stacked(path)
@@ -48,13 +49,13 @@ def quantize_leaf(path: str, x: jax.Array, delete: bool = False) -> dict[str, ja
 
 
 def is_quantized(path: str) -> bool:
-    """Whether `quantize` makes int8 of a parameter."""
+    """Whether `quantize` turns the parameter at `path` into int8."""
     return _KERNELS.fullmatch(path) is not None
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _to_int8(kernel: jax.Array, kept: int) -> tuple[jax.Array, jax.Array]:
-    """`kernel` in int8 and its scales, which have its first `kept` axes."""
+    """`kernel` as int8, and its scales, whose axes are its first `kept`."""
     contracted = tuple(range(kept, kernel.ndim))
     x = kernel.astype(jnp.float32)
     scale = jnp.abs(x).max(contracted, keepdims=True) / _LEVELS

@@ -1,9 +1,9 @@
-"""Which torch tensor is which parameter of ours: one table, two dialects, both ways.
+"""Maps torch tensors to parameters: one table, two dialects, both directions.
 
-A row says our path, the tensor's name in the *original* dialect (`deepseek-ai/*`), its name in the *transformers*
-dialect, how torch lays it out, and our shape in the axis legend of this package. `{i}` counts layers; our decoder and
+A row has our path, the tensor's name in the *original* dialect (`deepseek-ai/*`), its name in the *transformers*
+dialect, its layout in torch, and our shape in the axis legend of this package. `{i}` counts layers; our decoder and
 vision layers are stacked on a leading axis. `slots(config)` expands the table for one model: every torch tensor fills
-slots, every slot is filled by one tensor (or by a third of one: the original dialect fuses the vision q, k, v).
+slots, and every slot is filled by one tensor (or by a third of one: the original dialect fuses the vision q, k, v).
 
 Sources: the reference's checkpoints (janus/models/*) and transformers' `convert_janus_weights_to_hf.py`.
 """
@@ -22,12 +22,12 @@ from janus_jax.config import IMAGE_CHANNELS, JanusConfig
 DIALECTS = ("original", "transformers")
 Path = tuple[str, ...]
 
-# How torch lays a parameter out, against ours.
+# Layouts of a parameter in torch, compared with ours.
 PLAIN = "plain"  # the same
 POSITIONS = "positions"  # a leading axis of 1 in the original dialect
-LINEAR = "linear"  # [out, in], the same but for head axes that torch flattens
-CONV = "conv"  # [out, in, height, width] against [height, width, in, out]
-POINTWISE = "pointwise"  # a 1x1 convolution, [out, in, 1, 1] against [in, out]
+LINEAR = "linear"  # [out, in], the same except that torch flattens head axes
+CONV = "conv"  # [out, in, height, width], ours is [height, width, in, out]
+POINTWISE = "pointwise"  # a 1x1 convolution, [out, in, 1, 1], ours is [in, out]
 
 Names = tuple[str, str, str]  # our path, original name, transformers name
 Row = tuple[str, str, str, str, str]  # our path, original name, transformers name, layout, our shape
@@ -187,7 +187,7 @@ class Slot:
     """One parameter of ours (of one layer, where layers are stacked) and the torch tensor that fills it.
 
     `path` is the stacked parameter's path and `layer` the index into its leading axis (None: not stacked). `shape` is
-    ours, without the layer axis. `parts` is (index, count): the tensor holds `count` slots' rows one after another.
+    ours, without the layer axis. `section` is (index, count): the tensor has the rows of `count` slots in sequence.
     """
 
     path: Path
@@ -196,15 +196,15 @@ class Slot:
     layout: str
     name: str
     torch_shape: tuple[int, ...]  # of this slot's rows alone
-    parts: tuple[int, int]
+    section: tuple[int, int]
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
         """The whole torch tensor's shape."""
-        return (self.torch_shape[0] * self.parts[1], *self.torch_shape[1:])
+        return (self.torch_shape[0] * self.section[1], *self.torch_shape[1:])
 
     def from_torch(self, tensor: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
-        """[*torch_shape] -> the part of [*shape] under `index`, looking at nothing else of `tensor`."""
+        """[*torch_shape] -> the slice `index` of [*shape], without reading the rest of `tensor`."""
         if self.layout == CONV:
             return tensor.transpose(2, 3, 1, 0)[index]
         if self.layout == POINTWISE:
@@ -223,7 +223,7 @@ class Slot:
 def _shapes(
     layout: str, inputs: list[int], outputs: list[int], is_bias: bool, dialect: str
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Our shape and torch's of a row with the axes `inputs -> outputs`; without an arrow all of them are outputs."""
+    """Our shape and torch's for a row with the axes `inputs -> outputs`; without an arrow, all axes are outputs."""
     if layout == CONV:
         *window, channels = inputs
         return (*inputs, *outputs), (*outputs, channels, *window)
@@ -256,9 +256,9 @@ def slots(config: JanusConfig, dialect: str) -> list[Slot]:
             inputs, _, outputs = axis_names.rpartition("->")
             sizes = [[axes[a] if a in axes else int(a) for a in half.split()] for half in (inputs, outputs)]
             shape, torch_shape = _shapes(layout, *sizes, ours.endswith("/bias"), dialect)
-            part = re.search(r"\[(\d)\]$", name)
-            parts = (int(part[1]), 3) if part else (0, 1)
-            name = name[: part.start()] if part else name
+            third = re.search(r"\[(\d)\]$", name)
+            section = (int(third[1]), 3) if third else (0, 1)
+            name = name[: third.start()] if third else name
             for layer in range(layers) if "{i}" in name else (None,):
                 yield Slot(
                     path=tuple(ours.split("/")),
@@ -267,7 +267,7 @@ def slots(config: JanusConfig, dialect: str) -> list[Slot]:
                     layout=layout,
                     name=name.replace("{i}", str(layer)),
                     torch_shape=torch_shape,
-                    parts=parts,
+                    section=section,
                 )
 
     return [
@@ -281,7 +281,7 @@ def slots(config: JanusConfig, dialect: str) -> list[Slot]:
 
 
 def carried_shapes(config: JanusConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes, by name, of the original dialect's tensors that Janus never uses but that its strict loading wants."""
+    """Shapes, by name, of the original dialect's tensors that Janus never uses but its strict loading requires."""
     w, m = config.vision.width, config.vision.mlp_dim
     pool = {
         "latent": (1, 1, w),
@@ -302,10 +302,10 @@ def carried_shapes(config: JanusConfig) -> dict[str, tuple[int, ...]]:
     return shapes | {f"{_VQ}.quantize.codebook_used": (65536,)}
 
 
-# Buffers that older torch code saved along with the parameters; both are recomputed from the sizes.
+# Buffers that older torch code saved with the parameters; both are recomputed from the sizes.
 _BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids)$")
 
 
 def is_harmless(name: str) -> bool:
-    """Whether a tensor called `name` may be left unread."""
+    """Whether a tensor called `name` may be ignored."""
     return _BUFFERS.search(name) is not None

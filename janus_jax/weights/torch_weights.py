@@ -1,7 +1,7 @@
 """Parameters of a torch checkpoint folder, in either dialect, read and written through the table of `torch_names`.
 
-Nothing is read before it is asked for: a checkpoint becomes a flat dict of `LazyArray`s, which `place` turns into
-arrays on devices, `checkpoint.write_lazy` into an orbax checkpoint and `tensors_to_write` into torch tensors again.
+Nothing is read before it is needed: a checkpoint becomes a flat dict of `LazyArray`s, which `place` turns into arrays
+on devices, `checkpoint.write_lazy` into an orbax checkpoint, and `tensors_to_write` into torch tensors again.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Index = tuple[slice, ...]
 
 @dataclasses.dataclass(frozen=True)
 class LazyArray:
-    """An array still in its file: `read(index)` gives the part under one slice per axis, maybe a view of the file."""
+    """An array still in its file: `read(index)` gives the region under one slice per axis, maybe a view of the file."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -52,7 +52,7 @@ class LazyArray:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def astype(self, dtype: np.dtype, name: str = "array") -> LazyArray:
-        """The same, cast when read; ValueError where a finite number of it has no finite float16."""
+        """The same, cast when read; ValueError if a finite value would overflow float16."""
         if dtype == self.dtype:
             return self
 
@@ -61,7 +61,7 @@ class LazyArray:
             with np.errstate(over="ignore"):
                 result = source.astype(dtype)
             if dtype == np.float16 and np.any(np.isinf(result) & np.isfinite(source)):
-                raise ValueError(f"{name} has numbers beyond float16's range; take bfloat16 or float32 instead")
+                raise ValueError(f"{name} has values beyond float16's range; use bfloat16 or float32 instead")
             return result
 
         return LazyArray(self.shape, dtype, read)
@@ -83,7 +83,7 @@ def parse_dtype(dtype: Any) -> np.dtype | None:
 def abstract_params(config: JanusConfig, scan_layers: bool = True, dtype: Any = None) -> dict[str, Any]:
     """The parameter tree of `config` as nested dicts of `jax.ShapeDtypeStruct`, in `dtype` (None: the config's own).
 
-    With `scan_layers` the decoder's layers are stacked under `layers`, else each stands alone under `layers_<i>`.
+    With `scan_layers` the decoder's layers are stacked under `layers`, else each is separate under `layers_<i>`.
     """
     dtype = parse_dtype(dtype or config.dtype)
     leaves: LazyParams = {}
@@ -119,11 +119,11 @@ def read_params(
     """Parameters of a torch checkpoint folder in either dialect, and the tensors that are only carried along.
 
     Args:
-        folder: holds config.json and safetensors or `.bin` weights.
-        config: what the folder's config.json says (`config.read_config`).
-        dtype: what to cast to; None keeps the checkpoint's own.
+        folder: has config.json and safetensors or `.bin` weights.
+        config: the configuration in the folder's config.json (`config.read_config`).
+        dtype: dtype to cast to; None keeps the checkpoint's own.
         shardings: nested dict of `jax.sharding.Sharding` in the parameters' structure, or one for all: each device's
-            part is read straight onto it. None puts whole arrays onto the default device.
+            slice is read directly onto it. None puts whole arrays onto the default device.
         scan_layers: stacked decoder layers, or one subtree for each.
         as_numpy: leave the arrays in host memory as numpy arrays.
         progress: show a bar on stderr.
@@ -131,8 +131,8 @@ def read_params(
     Returns:
         (nested dict of arrays, {name in the original dialect: array}).
 
-    Raises FileNotFoundError for absent files and ValueError for damaged ones, and for tensors that are missing,
-    unexpected, misshapen or twice there: all of them in one message.
+    Raises FileNotFoundError for missing files and ValueError for damaged ones, and for tensors that are missing,
+    unexpected, misshapen or duplicated, all in one message.
     """
     leaves, carried = lazy_params(folder, config)
     params = place(leaves, dtype, shardings, scan_layers, as_numpy, progress)
@@ -140,11 +140,11 @@ def read_params(
 
 
 def read_raw_config(folder: pathlib.Path) -> dict[str, Any]:
-    """config.json of `folder` as it stands; FileNotFoundError or ValueError where it is not there or not JSON."""
+    """The parsed config.json of `folder`; FileNotFoundError if it is missing, ValueError if it is not JSON."""
     path = folder / "config.json"
     if not path.exists():
         raise FileNotFoundError(
-            f"{one_line(path)} does not exist: expected the config.json of a Janus checkpoint there"
+            f"{one_line(path)} does not exist; expected the config.json of a Janus checkpoint there"
         )
     return read_json_object(path)
 
@@ -157,14 +157,14 @@ def lazy_params(folder: str | pathlib.Path, config: JanusConfig) -> tuple[LazyPa
     tensors = open_tensors(folder, _say)
     by_path = _by_path(slots(config, dialect))
     if by_path[_LM_HEAD][0].name not in tensors and _is_tied(raw, dialect):
-        # The head's slot wants [vocabulary, width], which is what the embedding has.
+        # The head's slot needs [vocabulary, width], the shape of the embedding.
         by_path[_LM_HEAD] = [dataclasses.replace(by_path[_LM_HEAD][0], name=by_path[_EMBED_TOKENS][0].name)]
     expected = {slot.name: slot.tensor_shape for filled in by_path.values() for slot in filled}
     carried = carried_shapes(config) if dialect == "original" else {}
 
     if problems := compare(tensors, expected, carried, is_harmless):
         raise ValueError(
-            f"{one_line(folder)}: the tensors do not fit config.json ({dialect} dialect): {summary(problems)}"
+            f"{one_line(folder)}: the tensors do not match config.json ({dialect} dialect): {summary(problems)}"
         )
 
     leaves = leaves_of([slot for filled in by_path.values() for slot in filled], tensors)
@@ -182,12 +182,12 @@ def compare(
     carried: Mapping[str, tuple[int, ...]],
     is_harmless: Callable[[str], bool],
 ) -> list[Problem]:
-    """What does not fit between the arrays that were `found`, things with a shape and a dtype, and what is wanted.
+    """Mismatches between the arrays that were `found` (objects with a shape and a dtype) and those that are expected.
 
     Args:
-      expected: the shapes, by name, of what has to be there in a dtype of `DTYPES`.
-      carried: of what may be there.
-      is_harmless: whether what has this name may be there in any shape.
+      expected: shapes, by name, of arrays that must exist, in a dtype of `DTYPES`.
+      carried: shapes, by name, of arrays that may exist.
+      is_harmless: whether an array of this name may exist in any shape.
     """
     problems = [Problem("missing", name, str(list(shape))) for name, shape in expected.items() if name not in found]
     for name, array in found.items():
@@ -203,7 +203,7 @@ def compare(
 
 
 def _is_tied(raw: Mapping[str, Any], dialect: str) -> bool:
-    """Whether config.json lets the head share the embedding; both libraries' defaults for an absent key differ."""
+    """Whether config.json ties the head to the embedding; the two libraries' defaults for a missing key differ."""
     if dialect == "original":
         block = raw.get("language_config")
         return isinstance(block, dict) and bool(block.get("tie_word_embeddings", False))
@@ -217,17 +217,17 @@ def leaves_of(filled: list[Slot], tensors: dict[str, Tensor]) -> LazyParams:
 
 def _leaf(filled: list[Slot], tensors: dict[str, Tensor]) -> LazyArray:
     shape = _stacked_shape(filled)
-    # One layer in float32 must not lose it to its bfloat16 neighbors.
+    # A float32 layer must not lose precision to bfloat16 neighbors.
     dtypes = {tensors[slot.name].dtype for slot in filled}
     dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
 
     def read_slot(slot: Slot, index: Index) -> np.ndarray:
         rows = slot.torch_shape[0]
-        # Where several processes read their own parts of a file, none of them reads the whole of it for its checksum.
-        part = tensors[slot.name].view(verify=jax.process_count() == 1)[
-            slot.parts[0] * rows : (slot.parts[0] + 1) * rows
+        # When several processes each read a share of a file, none should read all of it to verify its checksum.
+        section = tensors[slot.name].view(verify=jax.process_count() == 1)[
+            slot.section[0] * rows : (slot.section[0] + 1) * rows
         ]
-        return slot.from_torch(part, index).astype(dtype, copy=False)
+        return slot.from_torch(section, index).astype(dtype, copy=False)
 
     def read(index: Index) -> np.ndarray:
         if filled[0].layer is None:
@@ -239,7 +239,7 @@ def _leaf(filled: list[Slot], tensors: dict[str, Tensor]) -> LazyArray:
 
 
 def unstack(leaves: LazyParams) -> LazyParams:
-    """Decoder leaves [L, ...] under `layers` -> leaves [...] under `layers_0`, `layers_1`, ...; others as they are."""
+    """Decoder leaves [L, ...] under `layers` -> leaves [...] under `layers_0`, `layers_1`, ...; others unchanged."""
 
     def layer(leaf: LazyArray, i: int) -> LazyArray:
         return LazyArray(leaf.shape[1:], leaf.dtype, lambda index: leaf.read((slice(i, i + 1), *index))[0])
@@ -265,7 +265,8 @@ def place(
 ) -> dict[str, Any]:
     """Reads lazy leaves into arrays; the arguments and the result are those of `read_params`.
 
-    `made` says what each array becomes, by path, as soon as it stands: several, such as int8 and scales, or itself.
+    `made(path, array)` is called as soon as each array is read, and returns what replaces it: several arrays by path,
+    such as int8 and scales, or the array itself.
     """
     dtype = parse_dtype(dtype)
     leaves = leaves if scan_layers else unstack(leaves)
@@ -274,7 +275,7 @@ def place(
         spread = traverse_util.flatten_dict(shardings)
         if spread.keys() != leaves.keys():
             wrong = sorted("/".join(path) for path in spread.keys() ^ leaves.keys())
-            raise ValueError(f"the shardings' structure is not the parameters': they differ in {', '.join(wrong)}")
+            raise ValueError(f"shardings must have the parameters' structure; they differ in {', '.join(wrong)}")
     elif shardings is not None:
         spread = dict.fromkeys(leaves, shardings)
 
@@ -297,20 +298,20 @@ def place(
 def _read_sharded(leaf: LazyArray, sharding: jax.sharding.Sharding) -> jax.Array:
     read: dict[tuple[tuple[int, int, int], ...], np.ndarray] = {}
 
-    def part(index: Index) -> np.ndarray:
-        # Devices that hold copies of one part ask for it one by one.
+    def shard(index: Index) -> np.ndarray:
+        # Devices with copies of the same shard ask for it one by one.
         key = tuple(axis.indices(size) for axis, size in zip(index, leaf.shape, strict=True))
         if key not in read:
             read[key] = read_now(leaf, index)
         return read[key]
 
-    return jax.make_array_from_callback(leaf.shape, sharding, part)
+    return jax.make_array_from_callback(leaf.shape, sharding, shard)
 
 
 def read_now(leaf: LazyArray, index: Index | None = None) -> np.ndarray:
-    """The part under `index` (None: all) in row-major memory of its own, read by blocks lest anything be held twice."""
+    """A row-major copy of the region under `index` (None: all), read in blocks so that nothing is held twice."""
     index = (slice(None),) * len(leaf.shape) if index is None else index
-    ranges = [range(*part.indices(size)) for part, size in zip(index, leaf.shape, strict=True)]
+    ranges = [range(*axis.indices(size)) for axis, size in zip(index, leaf.shape, strict=True)]
     result = np.empty([len(r) for r in ranges], leaf.dtype)
     rows = max(1, int(_BLOCK_BYTES / max(1, result[:1].nbytes)))
     for begin in range(0, len(result), rows):
@@ -321,7 +322,7 @@ def read_now(leaf: LazyArray, index: Index | None = None) -> np.ndarray:
 
 
 def total_bytes(leaves: LazyParams) -> int:
-    """What `leaves` weigh together."""
+    """The size of all `leaves` together."""
     return sum(leaf.num_bytes for leaf in leaves.values())
 
 
@@ -331,9 +332,9 @@ def total_bytes(leaves: LazyParams) -> int:
 def tensors_to_write(
     leaves: LazyParams, carried: Mapping[str, Tensor], config: JanusConfig, dialect: str
 ) -> list[TensorToWrite]:
-    """The torch tensors of `dialect` that hold `leaves`, in the order of the table, still to be read.
+    """The torch tensors of `dialect` for `leaves`, in the order of the table, still to be read.
 
-    The original dialect's unused tensors come from `carried`, as zeros where they are not there.
+    The original dialect's unused tensors come from `carried`, or are zeros if missing there.
     """
     tensors = tensors_of(slots(config, dialect), leaves)
     for name, shape in carried_shapes(config).items() if dialect == "original" else ():
@@ -364,7 +365,7 @@ def _tensor_to_write(name: str, filled: list[Slot], leaves: LazyParams) -> Tenso
         return slot.to_torch(leaves[slot.path].read((slice(slot.layer, slot.layer + 1), *whole))[0])
 
     def read() -> np.ndarray:
-        parts = [read_slot(slot) for slot in filled]
-        return (parts[0] if len(parts) == 1 else np.concatenate(parts)).astype(dtype, copy=False)
+        sections = [read_slot(slot) for slot in filled]
+        return (sections[0] if len(sections) == 1 else np.concatenate(sections)).astype(dtype, copy=False)
 
     return TensorToWrite(name, filled[0].tensor_shape, dtype, read)

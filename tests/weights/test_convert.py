@@ -154,7 +154,7 @@ def test_image_token_id(source, tmp_path):
     (folder / "tokenizer.json").unlink()
     notes = []
     to_torch(folder, tmp_path / "none", "transformers", note=notes.append)
-    assert "has no tokenizer.json: image_token_id is written as 100581" in notes[0]
+    assert "has no tokenizer.json: image_token_id is set to 100581" in notes[0]
     assert json.loads((tmp_path / "none" / "config.json").read_text())["image_token_id"] == 100581
 
 
@@ -189,7 +189,7 @@ def test_parse_size():
     for text, size in {"5GB": 5 * 10**9, "1.5 MB": 1_500_000, "4GiB": 4 << 30, "2k": 2000, "77": 77, 88: 88}.items():
         assert parse_size(text) == size
     for text in ("", "GB", "-1GB", "0", "5 apples", "0.1B"):
-        with pytest.raises(ValueError, match="is no size"):
+        with pytest.raises(ValueError, match="is not a size"):
             parse_size(text)
 
 
@@ -217,7 +217,7 @@ def test_damaged_weights_leave_nothing(source, tmp_path):
     data = (source / "model.safetensors").read_bytes()
     (tmp_path / "src" / "model.safetensors").write_bytes(data[:-1])
     for convert in (from_torch, lambda src, out: to_torch(src, out, "original")):
-        with pytest.raises(ValueError, match="is damaged or no safetensors file"):
+        with pytest.raises(ValueError, match="is damaged or not a safetensors file"):
             convert(tmp_path / "src", tmp_path / "out")
     assert names(tmp_path) == {"src"}
 
@@ -232,7 +232,7 @@ def test_verify_sees_one_wrong_bit(source, tmp_path, monkeypatch):
         write_lazy(folder, {**leaves, path: leaf}, progress)
 
     monkeypatch.setattr(conversion, "write_lazy", corrupted)
-    with pytest.raises(ValueError, match="gen_vision_model/quant_conv/bias was not written as it was read"):
+    with pytest.raises(ValueError, match="gen_vision_model/quant_conv/bias on disk differs from the source"):
         from_torch(source, tmp_path / "out", dtype="float32", verify=True)
     assert names(tmp_path) == set()
 
@@ -261,10 +261,10 @@ def test_what_is_never_overwritten(source, converted, tmp_path):
     shutil.copytree(source, tmp_path / "outer" / "inner")
     shutil.copyfile(source / "config.json", tmp_path / "outer" / "config.json")
     for out in ("outer/inner", "outer"):
-        with pytest.raises(ValueError, match="holds the source"):
+        with pytest.raises(ValueError, match="contains the source"):
             from_torch(tmp_path / "outer" / "inner", tmp_path / out, overwrite=True)
     assert (tmp_path / "outer" / "inner" / "model.safetensors").exists()
-    with pytest.raises(ValueError, match="is converted already"):
+    with pytest.raises(ValueError, match="is already converted"):
         from_torch(converted, tmp_path / "out")
     with pytest.raises(ValueError, match="unknown dialect 'jax'"):
         to_torch(converted, tmp_path / "out", "jax")

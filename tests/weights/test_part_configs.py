@@ -95,8 +95,8 @@ def test_what_a_janus_decoder_says_is_read(tmp_path, kind, changes):
         ("llama", {"num_hidden_layers": T.layers + 1}, f"layers is {T.layers + 1}, the run's model has {T.layers}"),
         ("llama", {"num_key_value_heads": 4}, "kv_heads is 4, the run's model has 2"),
         ("llama", {"head_dim": 8}, "head_dim is 8, the run's model has 16"),
-        ("mistral", {"sliding_window": 256}, "sliding_window is 256: attention would be cut within the 512 positions"),
-        ("qwen2", {}, "model_type is 'qwen2'; a Janus decoder is a LLaMA"),
+        ("mistral", {"sliding_window": 256}, "sliding_window is 256: it would limit attention within the 512"),
+        ("qwen2", {}, "model_type must be 'llama' or 'mistral' for a Janus decoder, got 'qwen2'"),
     ],
 )
 def test_what_the_runs_model_cannot_say_is_refused(tmp_path, kind, changes, told):
@@ -112,11 +112,11 @@ def test_what_the_runs_model_cannot_say_is_refused(tmp_path, kind, changes, told
         ({"rope_parameters": None, "rope_theta": 500000.0}, "rope_theta is 500000.0"),  # as transformers 4 writes it
         ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
-        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rotary embeddings of several kinds"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "several kinds of rotary embeddings"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
-        ({"model_type": "gemma"}, "model_type is 'gemma'"),
-        ({"model_type": "phi3"}, "model_type is 'phi3'"),
-        ({"model_type": ["llama"]}, "model_type is ['llama']"),
+        ({"model_type": "gemma"}, "for a Janus decoder, got 'gemma'"),
+        ({"model_type": "phi3"}, "for a Janus decoder, got 'phi3'"),
+        ({"model_type": ["llama"]}, "for a Janus decoder, got ['llama']"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
@@ -202,19 +202,19 @@ def test_timms_folder(siglip, params):  # noqa: F811
     ("changes", "told"),
     [
         ({"architecture": "vit_large_patch16_siglip_384", "model_args": {}}, "width is 1024, the run's model has 32"),
-        ({"architecture": "vit_large_patch16_384"}, "'vit_large_patch16_384', which is no SigLIP"),
+        ({"architecture": "vit_large_patch16_384"}, "must be a SigLIP of timm's"),
         ({"architecture": "vit_so400m_patch16_siglip_384"}, "activation 'gelu_tanh'"),
         ({"architecture": "vit_tiny_patch16_siglip_32"}, "patch_size is 16, the run's model has 8"),
         ({"model_args": {"num_heads": 8}}, "heads is 8, the run's model has 2"),
-        ({"model_args": {}}, "does not say how many heads"),
+        ({"model_args": {}}, "needs model_args.num_heads to say how many heads"),
         ({"model_args": {"num_heads": 2, "act_layer": "gelu_tanh"}}, "act_layer is 'gelu_tanh'"),
         ({"model_args": {"num_heads": 2, "class_token": True}}, "class_token is set"),
-        ({"model_args": {"num_heads": 2, "init_values": 1e-5}}, "init_values is 1e-05, which is not known"),
-        ({"model_args": [2]}, "model_args has the wrong type"),
+        ({"model_args": {"num_heads": 2, "init_values": 1e-5}}, "init_values is 1e-05, which is not supported"),
+        ({"model_args": [2]}, "model_args must be an object"),
         ({"pretrained_cfg": {"input_size": [3, 256, 256]}}, "image_size is 256, the run's model has 32"),
-        ({"pretrained_cfg": {"input_size": [3, 32, 64]}}, "not that of square RGB pictures"),
+        ({"pretrained_cfg": {"input_size": [3, 32, 64]}}, "must be that of square RGB images"),
         ({"pretrained_cfg": {"mean": [0.485, 0.456, 0.406]}}, "pretrained_cfg.mean"),
-        ({"architecture": None, "model_type": "siglip"}, "model_type is 'siglip'; vision_from takes SigLIP as timm"),
+        ({"architecture": None, "model_type": "siglip"}, "'siglip'; vision_from needs a SigLIP from timm"),
         ({"architecture": None}, "there is no architecture"),
     ],
 )
@@ -268,7 +268,7 @@ def test_other_tokenizers_are_refused_by_name(tmp_path, params, raw):  # noqa: F
     shutil.move(written(tmp_path, params, "gen_vision_model"), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(raw))
     message = refusal(folder, "gen_vision_model")
-    assert "vq_from takes LlamaGen's VQ-16" in message and all(str(value) in message for value in raw.values())
+    assert "vq_from needs LlamaGen's VQ-16" in message and all(str(value) in message for value in raw.values())
 
 
 def test_an_average_is_preferred_and_told(tmp_path, params):  # noqa: F811
@@ -277,4 +277,4 @@ def test_an_average_is_preferred_and_told(tmp_path, params):  # noqa: F811
     torch.save({"model": other, "ema": state, "optimizer": {}, "steps": 3}, tmp_path / "vq.pt")
     told = []
     check(open_part(tmp_path / "vq.pt", MODEL, "gen_vision_model", told.append), params, "gen_vision_model")
-    assert told == [f"{tmp_path / 'vq.pt'}: it holds ema and model, of which ema is read"]
+    assert told == [f"{tmp_path / 'vq.pt'}: it has ema and model; ema is read"]

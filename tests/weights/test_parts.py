@@ -118,7 +118,7 @@ def test_missing_misshapen_and_unsupported_tensors_are_named(tmp_path, params, p
     state |= {bent: torch.zeros(wrong), whole: state[whole].to(torch.int32)}
     save_file(state, path)
     message = refusal(path, part)
-    assert f"does not hold the {part} of this model" in message
+    assert f"does not contain the {part} of this model" in message
     assert f"missing: {lost} {shape}" in message
     assert f"misshapen: {bent} is {wrong}, expected {wrong[1:]}" in message
     assert f"unsupported: {whole} is int32" in message
@@ -148,4 +148,4 @@ def test_damaged_files_are_refused(tmp_path, params, part):
     cut.write_bytes(path.read_bytes()[:-10])
     assert "download it again" in refusal(cut, part)
     shutil.copyfile(path, tmp_path / "renamed.pt")
-    assert "cut off" in refusal(tmp_path / "renamed.pt", part)
+    assert "truncated" in refusal(tmp_path / "renamed.pt", part)

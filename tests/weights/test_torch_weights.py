@@ -71,11 +71,11 @@ def golden(config):
 def test_slots_and_tensors_match_one_to_one(name, dialect):
     filled = slots(SIZES[name], dialect)
     assert len({(slot.path, slot.layer) for slot in filled}) == len(filled)
-    parts = [(slot.name, slot.parts[0]) for slot in filled]
+    parts = [(slot.name, slot.section[0]) for slot in filled]
     assert len(set(parts)) == len(parts)
     for slot in filled:
         assert math.prod(slot.shape) == math.prod(slot.torch_shape), slot
-        assert sum(other.name == slot.name for other in filled) == slot.parts[1], slot
+        assert sum(other.name == slot.name for other in filled) == slot.section[1], slot
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_float16_overflow_is_an_error(config, folder, state):
     large = state["aligner.layers.0.bias"].clone()
     large[3] = 1e30
     save_file(state | {"aligner.layers.0.bias": large}, folder / "model.safetensors")
-    with pytest.raises(ValueError, match="aligner/layers_0/bias has numbers beyond float16's range"):
+    with pytest.raises(ValueError, match="aligner/layers_0/bias has values beyond float16's range"):
         read_params(folder, config, dtype="float16")
 
 
@@ -305,7 +305,7 @@ def test_every_misfit_is_listed(config, folder, state):
     with pytest.raises(ValueError) as caught:
         read_params(folder, config)
     first, told = str(caught.value).split(" dialect): ")
-    assert first == f"{folder}: the tensors do not fit config.json (original"
+    assert first == f"{folder}: the tensors do not match config.json (original"
     assert sorted(told.split("; ")) == [
         "misshapen: gen_embed.weight is [7, 8], expected [256, 8]",
         "misshapen: vision_model.vision_tower.attn_pool.latent is [2], expected [1, 1, 64]",

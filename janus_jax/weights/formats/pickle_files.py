@@ -1,8 +1,8 @@
-"""torch.save's files, read without torch and without running anything: a zip archive of a pickle and the storages.
+"""Reads files of torch.save without torch and without running code: a zip archive of a pickle and the storages.
 
-A pickle is a program for a small stack machine whose operations may call any function. Here a machine of our own runs
-it, which knows the operations that dicts of tensors are made of and calls nothing: what a training checkpoint holds
-beside its tensors becomes a mark without content. Size, operations and keys are bounded before anything is built.
+A pickle is a program for a small stack machine whose operations may call any function. The machine here knows only the
+operations that build dicts of tensors and calls nothing: other objects in a training checkpoint become placeholders
+without content. Size, operations and keys are bounded before anything is built.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _MAX_PICKLE = 16 << 20  # bytes; a tensor takes about 150
 _MAX_OPERATIONS = 500_000  # a tensor takes about 30
 _MAX_AXES, _MAX_INTEGER = 32, 1 << 62
-# Which of a training checkpoint's parameters are taken, as LlamaGen's own scripts choose: averaged ones first.
+# Which of a training checkpoint's sets of parameters is read, as in LlamaGen's own scripts: averaged ones first.
 _SETS = ("ema", "model", "state_dict")
 
 _STORAGES = {
@@ -39,7 +39,7 @@ _STORAGES = {
     "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
 }
-# What else training checkpoints hold; of all these nothing but the name is kept.
+# Other classes and functions in training checkpoints; only their names are kept.
 _INERT = {
     ("argparse", "Namespace"),
     ("collections", "defaultdict"),
@@ -74,28 +74,28 @@ class _Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class _Name:
-    """A class or function that the pickle asks for; it is never looked up."""
+    """A class or function that the pickle refers to; it is never imported."""
 
     module: str
     name: str
 
 
 class _Inert:
-    """Something that was built and of which nothing is kept: a list, a Namespace, a set."""
+    """Placeholder for an object whose content is dropped: a list, a Namespace, a set."""
 
 
 class _Tuple(tuple):
-    """Of nothing that is nested further than arguments of a tensor are."""
+    """A tuple that is nested no deeper than a tensor's arguments."""
 
     depth: int
 
 
 def open_pickle(path: pathlib.Path, note: Any = lambda text: None) -> dict[str, Tensor]:
-    """Every tensor of torch.save's file `path` by name; no code in it is run.
+    """Every tensor in the torch.save file `path`, by name; no code in it is run.
 
     Args:
-      note: hears, in a sentence, which set of tensors was taken where a training checkpoint has several.
-    Raises: OSError; ValueError where the file is none, is damaged, or holds more than tensors.
+      note: called with a sentence that says which set of tensors is read if a training checkpoint has several.
+    Raises: OSError; ValueError if it is not such a file, is damaged, or contains more than tensors.
     """
     with open_regular(path) as file:
         try:
@@ -109,8 +109,8 @@ def open_pickle(path: pathlib.Path, note: Any = lambda text: None) -> dict[str, 
             tensors = {name: _locate(path, name, tensor, records) for name, tensor in state.items()}
         except NoZip:
             raise ValueError(
-                f"{one_line(path)} is cut off, or in the format from before torch 1.6: download it again, or save it "
-                "with newer torch"
+                f"{one_line(path)} is truncated, or in the format from before torch 1.6; download it again, or save it "
+                "with a newer torch"
             ) from None
         except ValueError as error:
             raise ValueError(
@@ -122,7 +122,7 @@ def open_pickle(path: pathlib.Path, note: Any = lambda text: None) -> dict[str, 
 
 
 def _without_folder(records: dict[str, Record]) -> dict[str, Record]:
-    """`records` without the folder that all of them lie in."""
+    """`records` with the name of their common folder removed."""
     folders = {name.partition("/")[0] for name in records}
     if len(folders) > 1:
         raise ValueError("it is a zip archive of several folders")
@@ -131,15 +131,15 @@ def _without_folder(records: dict[str, Record]) -> dict[str, Record]:
 
 def _read(path: pathlib.Path, file, record: Record, limit: int) -> bytes:
     if record.size > limit:
-        raise ValueError(f"a record of it has {record.size:,} bytes, more than the {limit:,} expected of it")
-    # Through the same check of the checksum that tensors pass.
+        raise ValueError(f"a record of it has {record.size:,} bytes, more than the limit of {limit:,}")
+    # Read as a tensor, so that its checksum is verified.
     return Tensor(path, np.dtype(np.uint8), (record.size,), (1,), record.start, record).view().tobytes()
 
 
 def _choose(content: Any) -> tuple[dict[str, _Tensor], str]:
-    """The tensors of what a file holds, and which they are where there was a choice."""
+    """The tensors in a file's content, and a sentence on which they are if there was a choice."""
     if not isinstance(content, dict):
-        raise ValueError("it holds no dict of tensors")
+        raise ValueError("it is not a dict of tensors")
     sets = [name for name in _SETS if name in content and not isinstance(content[name], _Tensor | None)]
     sets = [name for name in sets if content[name] != {}]
     taken = ""
@@ -147,27 +147,27 @@ def _choose(content: Any) -> tuple[dict[str, _Tensor], str]:
     if sets:
         state = content[sets[0]]
         if len(sets) > 1:
-            taken = f"it holds {' and '.join(sets)}, of which {sets[0]} is read"
+            taken = f"it has {' and '.join(sets)}; {sets[0]} is read"
         if not isinstance(state, dict):
-            raise ValueError(f"its {sets[0]!r} is no dict of tensors")
+            raise ValueError(f"its {sets[0]!r} is not a dict of tensors")
     others = [
         one_line(name) for name, value in state.items() if not isinstance(value, _Tensor) or type(name) is not str
     ]
     if others:
         where = f"its {sets[0]!r}" if sets else "it"
-        raise ValueError(f"{where} holds more than tensors: {', '.join(others[:4])}")
+        raise ValueError(f"{where} contains more than tensors: {', '.join(others[:4])}")
     return state, taken
 
 
 def _locate(path: pathlib.Path, name: str, tensor: _Tensor, records: dict[str, Record]) -> Tensor:
-    storage, told = tensor.storage, one_line(name)
+    storage, label = tensor.storage, one_line(name)
     record = records.get(f"data/{storage.key}")
     if record is None:
-        raise ValueError(f"the storage of {told} is not there")
+        raise ValueError(f"the storage of {label} is missing")
     if storage.count * storage.dtype.itemsize != record.size:
-        raise ValueError(f"the storage of {told} has {record.size:,} bytes, not its {storage.count:,} elements")
+        raise ValueError(f"the storage of {label} has {record.size:,} bytes, not its {storage.count:,} elements")
     if tensor.offset + extent(tensor.shape, tensor.strides) > storage.count:
-        raise ValueError(f"{told} ends after its storage")
+        raise ValueError(f"{label} extends beyond its storage")
     start = record.start + tensor.offset * storage.dtype.itemsize
     return Tensor(path, storage.dtype, tensor.shape, tensor.strides, start, record)
 
@@ -176,7 +176,7 @@ def _locate(path: pathlib.Path, name: str, tensor: _Tensor, records: dict[str, R
 
 
 def _run(data: bytes) -> Any:
-    """What the pickle `data` builds, of dicts, texts, numbers, tuples, tensors and marks alone."""
+    """The object that the pickle `data` builds, from dicts, strings, numbers, tuples, tensors and placeholders only."""
     machine = _Machine()
     try:
         position = 0
@@ -185,7 +185,7 @@ def _run(data: bytes) -> Any:
                 raise ValueError(f"its pickle has more than {_MAX_OPERATIONS:,} operations")
             step = _STEPS.get(operation.name)
             if step is None:
-                raise ValueError(f"its pickle has the operation {operation.name}, which no state dict needs")
+                raise ValueError(f"its pickle has the operation {operation.name}, which state dicts do not need")
             step(machine, argument)
     except (IndexError, KeyError, UnicodeError):
         raise ValueError("its pickle is damaged") from None
@@ -221,7 +221,7 @@ class _Machine:
     def push_tuple(self, values: list[Any]):
         made = _Tuple(values)
         made.depth = 1 + max((value.depth for value in values if isinstance(value, _Tuple)), default=0)
-        # A tensor's arguments have depth 2; nothing walks down a tuple of any depth.
+        # A tensor's arguments have depth 2; deeper tuples are never walked.
         self.push(made if made.depth <= 3 and len(made) <= _MAX_AXES else _Inert())
 
     def set_items(self, pairs: list[Any]):
@@ -231,17 +231,17 @@ class _Machine:
         if isinstance(target, _Inert):
             return
         if type(target) is not dict:
-            raise ValueError("its pickle sets items of what is no dict")
+            raise ValueError("its pickle sets items of something that is not a dict")
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
             if type(key) not in (str, int):
-                raise ValueError(f"a dict in it has keys that are neither texts nor whole numbers: {_kind(key)}")
+                raise ValueError(f"a dict in it has keys that are neither strings nor integers: {_kind(key)}")
             if key in target:
                 raise ValueError(f"a dict in it has the key {one_line(key)} twice")
             target[key] = value
 
     def add_items(self, values: list[Any]):
         if type(self.stack[-1]) is not _Inert:
-            raise ValueError("its pickle appends to what is no list")
+            raise ValueError("its pickle appends to something that is not a list")
 
     def ask(self, module: str, name: str):
         tensors = [("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter")]
@@ -259,13 +259,13 @@ class _Machine:
     def call(self):
         arguments, function = self.pop(), self.pop()
         if not isinstance(function, _Name) or not isinstance(arguments, _Tuple | _Inert):
-            raise ValueError("its pickle calls what is no function")
+            raise ValueError("its pickle calls something that is not a function")
         match function.name:
             case "_rebuild_tensor_v2":
                 self.push(_tensor(arguments))
             case "_rebuild_parameter":
                 if not isinstance(arguments, _Tuple) or not arguments or not isinstance(arguments[0], _Tensor):
-                    raise ValueError("a parameter in it is no tensor")
+                    raise ValueError("a parameter in it is not a tensor")
                 self.push(arguments[0])
             case "OrderedDict":
                 if arguments != ():
@@ -278,9 +278,9 @@ class _Machine:
 
     def build(self):
         self.pop()
-        # The attributes of an OrderedDict are its versions, those of a Namespace a run's settings.
+        # An OrderedDict has version numbers as attributes, a Namespace the settings of a run.
         if type(self.stack[-1]) not in (dict, _Inert):
-            raise ValueError("its pickle gives attributes to what has none")
+            raise ValueError("its pickle gives attributes to something that has none")
 
     def find_storage(self):
         given = self.pop()
@@ -288,7 +288,7 @@ class _Machine:
             case ("storage", _Name("torch", kind), str(key), str(), int(count)) if kind in _STORAGES and count >= 0:
                 self.push(_Storage(np.dtype(_STORAGES[kind]), key, count))
             case _:
-                raise ValueError("a storage in it is described otherwise than torch does")
+                raise ValueError("a storage in it is not described as torch does")
 
 
 def _tensor(arguments: Any) -> _Tensor:
@@ -296,12 +296,12 @@ def _tensor(arguments: Any) -> _Tensor:
         case (_Storage() as storage, int(offset), tuple(shape), tuple(strides), _, hooks, *rest):
             numbers = (offset, *shape, *strides)
             if any(type(n) is not int or n < 0 for n in numbers) or len(shape) != len(strides):
-                raise ValueError("a tensor in it has sizes that are no whole numbers from 0")
-            # Hooks and flags such as "negated" would make other numbers of the stored ones.
+                raise ValueError("a tensor in it has sizes that are not integers of at least 0")
+            # Hooks and flags such as "negated" would change the stored values.
             if hooks != {} or rest not in ([], [None]):
                 raise ValueError("a tensor in it has hooks or flags")
             return _Tensor(storage, offset, tuple(shape), tuple(strides))
-    raise ValueError("a tensor in it is described otherwise than torch does")
+    raise ValueError("a tensor in it is not described as torch does")
 
 
 def _kind(value: Any) -> str:

@@ -1,7 +1,7 @@
-"""Files of the safetensors format: what its specification refuses is refused, headers alone are read, tensors written.
+"""Reads the headers of safetensors files, as strictly as the specification, and writes such files.
 
-The specification (huggingface/safetensors): 8 bytes of header size, a JSON object of at most 100 MB that says of every
-name its dtype, shape and place, then the tensors, which cover the rest of the file without holes or overlaps.
+The specification (huggingface/safetensors): 8 bytes of header size, a JSON object of at most 100 MB with the dtype,
+shape and offsets of each name, then the tensors, which cover the rest of the file without gaps or overlaps.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from janus_jax.io.messages import one_line
 from janus_jax.weights.formats.stored_tensor import Tensor, row_major
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
-_MAX_HEADER = 100_000_000  # bytes; the specification's
+_MAX_HEADER = 100_000_000  # bytes; the specification's limit
 _MAX_TENSORS = 100_000
 _MAX_AXES, _MAX_SIZE = 32, 1 << 62
 
@@ -41,41 +41,41 @@ _DTYPES = {name: np.dtype(dtype) for name, dtype in _DTYPES.items()}
 
 
 def open_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
-    """Every tensor of the file `path` by name; ValueError where it is not as the specification wants it."""
+    """Every tensor of the file `path`, by name; ValueError if it violates the specification."""
     with open_regular(path) as file:
         try:
             return _read_header(path, file, os.fstat(file.fileno()).st_size)
         except ValueError as error:
             raise ValueError(
-                f"{one_line(path)} is damaged or no safetensors file ({one_line(error, 500)}); download it again"
+                f"{one_line(path)} is damaged or not a safetensors file ({one_line(error, 500)}); download it again"
             ) from None
 
 
 def _read_header(path: pathlib.Path, file, size: int) -> dict[str, Tensor]:
     start = file.read(8)
     if len(start) < 8:
-        raise ValueError(f"it has {size} bytes")
+        raise ValueError(f"it has only {size} bytes")
     (header_size,) = struct.unpack("<Q", start)
     if header_size > _MAX_HEADER:
         raise ValueError(f"its header would have {header_size:,} bytes, the format allows {_MAX_HEADER:,}")
     if 8 + header_size > size:
-        raise ValueError("its header is cut off")
+        raise ValueError("its header is truncated")
     raw = file.read(header_size)
-    # What a JSON text grows to in memory is bounded by these, and it is little for a header.
+    # Bounds the memory that parsing the JSON takes; real headers stay far below.
     if raw.count(b"{") > 2 * _MAX_TENSORS or raw.count(b"[") > 2 * _MAX_TENSORS or raw.count(b",") > 2_000_000:
-        raise ValueError(f"its header is no list of at most {_MAX_TENSORS:,} tensors")
+        raise ValueError(f"its header is not a list of at most {_MAX_TENSORS:,} tensors")
     if not raw.startswith(b"{"):
         raise ValueError("its header does not begin with {")
     header = parse_json(raw.decode("utf-8"), "its header", unique_names=True)
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("__metadata__ is no object of texts")
+        raise ValueError("__metadata__ is not an object of strings")
     places = {name: _entry(name, entry) for name, entry in header.items()}
-    # The format wants the tensors side by side, from the first byte to the last.
+    # The tensors must follow each other without gaps, from the first byte to the last.
     end = 0
     for name, (_, _, begin, its_end) in sorted(places.items(), key=lambda item: item[1][2:]):
         if begin != end:
-            raise ValueError(f"{one_line(name)} begins at byte {begin} of the tensors, where {end} is the next one")
+            raise ValueError(f"{one_line(name)} begins at byte {begin} of the tensors instead of {end}")
         end = its_end
     if 8 + header_size + end != size:
         raise ValueError(f"it has {size:,} bytes, its header describes {8 + header_size + end:,}")
@@ -95,12 +95,12 @@ def _entry(name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
         raise ValueError(f"{name} has the unknown dtype {one_line(entry['dtype'], 40)}")
     for numbers in (shape, offsets):
         if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < _MAX_SIZE for n in numbers):
-            raise ValueError(f"the shape or the offsets of {name} are not whole numbers from 0")
+            raise ValueError(f"the shape or the offsets of {name} are not integers of at least 0")
     if len(shape) > _MAX_AXES or len(offsets) != 2:
         raise ValueError(f"{name} has {len(shape)} axes and {len(offsets)} offsets")
     dtype, (begin, end) = _DTYPES[entry["dtype"]], offsets
     if end - begin != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"the offsets of {name} do not fit its shape")
+        raise ValueError(f"the offsets of {name} do not match its shape")
     return dtype, tuple(shape), begin, end
 
 
@@ -109,7 +109,7 @@ def _entry(name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class TensorToWrite:
-    """A tensor to be written: `read()` gives [*shape] of `dtype` when its turn comes."""
+    """A tensor to be written: `read()` returns [*shape] of `dtype` when its turn comes."""
 
     name: str
     shape: tuple[int, ...]
@@ -124,7 +124,7 @@ class TensorToWrite:
 def write_safetensors(
     path: pathlib.Path, tensors: Iterable[TensorToWrite], on_bytes: Callable[[int], Any] = lambda n: None
 ):
-    """Writes one safetensors file, a tensor at a time; `on_bytes` hears of every tensor's bytes once written."""
+    """Writes one safetensors file, a tensor at a time; `on_bytes` is called with each tensor's size once written."""
     tensors = list(tensors)
     names = {dtype: name for name, dtype in _DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -140,7 +140,7 @@ def write_safetensors(
             array = np.ascontiguousarray(tensor.read())
             if array.shape != tensor.shape or array.dtype != tensor.dtype:
                 found, wanted = (f"{a.dtype} {list(a.shape)}" for a in (array, tensor))
-                raise ValueError(f"{tensor.name} came as {found}, not {wanted}")
+                raise ValueError(f"{tensor.name} must be {wanted}, got {found}")
             file.write(array.reshape(-1).view(np.uint8).data)
             on_bytes(tensor.num_bytes)
 

@@ -1,4 +1,4 @@
-"""A tensor that still lies in its file, whichever format the file has."""
+"""A tensor that is still in its file, whatever the file's format."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BLOCK_BYTES = 16 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """`size` bytes from byte `start` of a file, whose CRC-32 is `crc` (None: it was not computed)."""
+    """`size` bytes from byte `start` of a file, whose CRC-32 is `crc` (None: not recorded)."""
 
     start: int
     size: int
@@ -30,7 +30,7 @@ class Record:
 class Tensor:
     """A tensor inside a file: `strides` count elements, `offset` bytes from the file's start.
 
-    `record` is the part of the file whose checksum covers it, where the format has one.
+    `record` is the section of the file whose checksum covers it, if the format has checksums.
     """
 
     file: pathlib.Path
@@ -44,8 +44,8 @@ class Tensor:
         """The tensor as a read-only array over mapped pages of the file.
 
         Args:
-          verify: compare the record's checksum first, if this process has not done so yet.
-        Raises: ValueError where the file does not hold what its checksum says, or no longer all of it.
+          verify: verify the record's checksum first, unless this process has already done so.
+        Raises: ValueError if the checksum does not match, or the file has become shorter.
         """
         if 0 in self.shape:
             return np.zeros(self.shape, self.dtype)
@@ -58,7 +58,7 @@ class Tensor:
 
 
 def extent(shape: Sequence[int], strides: Sequence[int]) -> int:
-    """Elements from the first to past the last one of a strided tensor."""
+    """Number of elements that a strided tensor spans."""
     return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if 0 not in shape else 0
 
 
@@ -75,7 +75,7 @@ def _mapped(path: pathlib.Path, offset: int, num_bytes: int) -> mmap.mmap:
             mapped = mmap.mmap(file.fileno(), offset - start + num_bytes, access=mmap.ACCESS_READ, offset=start)
         except ValueError:
             raise ValueError(f"{one_line(path)} has become shorter since it was opened") from None
-    if hasattr(mmap, "MADV_WILLNEED"):  # transposing reads would otherwise fault in one page after another
+    if hasattr(mmap, "MADV_WILLNEED"):  # otherwise transposing reads would fault in pages one by one
         mapped.madvise(mmap.MADV_WILLNEED)
     return mapped
 
@@ -87,7 +87,7 @@ def _verify(path: pathlib.Path, record: Record):
     if record.crc is None:
         return
     status = path.stat()
-    # A file that was written anew is another one.
+    # A rewritten file counts as another one.
     key = (path, status.st_size, status.st_mtime_ns, record)
     if key in _verified:
         return
@@ -97,7 +97,7 @@ def _verify(path: pathlib.Path, record: Record):
         crc = zlib.crc32(pages[begin : begin + _BLOCK_BYTES], crc)
     if crc != record.crc:
         raise ValueError(
-            f"{one_line(path)} is damaged: the {record.size:,} bytes from byte {record.start:,} are not those that "
-            "were written; download it again"
+            f"{one_line(path)} is damaged: the {record.size:,} bytes from byte {record.start:,} do not match their "
+            "checksum; download it again"
         )
     _verified.add(key)

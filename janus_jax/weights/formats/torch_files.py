@@ -1,7 +1,7 @@
-"""Torch checkpoint files, read without torch: which files of a folder hold its weights, and what is in them.
+"""Reads torch checkpoint files without torch: finds the weight files of a folder, and the tensors in them.
 
-Opening reads headers only. A tensor's bytes are mapped when its `view()` is asked for and unmapped when the array goes,
-so that a process holds a few tensors at a time however large the checkpoint is.
+Opening reads headers only. A tensor's bytes are mapped by `view()` and unmapped when the array is freed, so that a
+process has only a few tensors in memory, however large the checkpoint.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from janus_jax.weights.formats.pickle_files import PICKLE, PICKLE_INDEX, open_pi
 from janus_jax.weights.formats.safetensors_files import SAFETENSORS, SAFETENSORS_INDEX, open_safetensors
 from janus_jax.weights.formats.stored_tensor import Tensor
 
-# Where a folder has several, the first is read, as transformers does.
+# If a folder has several, the first is read, as in transformers.
 WEIGHT_FILES = (SAFETENSORS, SAFETENSORS_INDEX, PICKLE, PICKLE_INDEX)
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 _MAX_SHARDS = 10_000
@@ -26,8 +26,8 @@ Note = Callable[[str], Any]
 
 
 def weight_file(folder: pathlib.Path) -> pathlib.Path | None:
-    """The file of `folder` that its weights are read from, None where there is none."""
-    # A link to nowhere counts: it is what is wrong with the folder.
+    """The file of `folder` from which its weights are read, or None."""
+    # A dangling link counts, so that the error names it.
     return next((folder / name for name in WEIGHT_FILES if os.path.lexists(folder / name)), None)
 
 
@@ -35,13 +35,13 @@ def open_tensors(folder: str | pathlib.Path, note: Note = lambda text: None) -> 
     """Every tensor of a checkpoint folder by name, from `model.safetensors` or `pytorch_model.bin`, whole or in shards.
 
     Args:
-      note: hears which of several sets of weights a file was read from.
-    Raises: FileNotFoundError where a file is absent, ValueError where one is damaged or a name stands in two shards.
+      note: called with a sentence that says which of several sets of weights in a file is read.
+    Raises: FileNotFoundError if a file is missing, ValueError if one is damaged or a name appears in two shards.
     """
     folder = pathlib.Path(folder)
     path = weight_file(folder)
     if path is None:
-        raise FileNotFoundError(f"{one_line(folder)} holds no weights: expected one of {', '.join(WEIGHT_FILES)}")
+        raise FileNotFoundError(f"{one_line(folder)} has no weights; expected one of {', '.join(WEIGHT_FILES)}")
     shards = _shards(path) if path.suffix == ".json" else [path]
     tensors: dict[str, Tensor] = {}
     twice = []
@@ -53,17 +53,17 @@ def open_tensors(folder: str | pathlib.Path, note: Note = lambda text: None) -> 
         tensors |= opened
     if twice:
         more = f" and {len(twice) - 4} more" if len(twice) > 4 else ""
-        raise ValueError(f"{one_line(folder)}: tensors that stand in two shards: {', '.join(sorted(twice)[:4])}{more}")
+        raise ValueError(f"{one_line(folder)}: tensors appear in two shards: {', '.join(sorted(twice)[:4])}{more}")
     return tensors
 
 
 def _shards(index: pathlib.Path) -> list[pathlib.Path]:
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ValueError(f"{one_line(index)} is not an index of shards: its weight_map names no file for each tensor")
+        raise ValueError(f"{one_line(index)} is not an index of shards: weight_map must map tensors to files")
     names = sorted(set(weight_map.values()))
     if len(names) > _MAX_SHARDS:
-        raise ValueError(f"{one_line(index)} names {len(names):,} shards, more than {_MAX_SHARDS:,}")
+        raise ValueError(f"{one_line(index)} names {len(names):,} shards, more than the limit of {_MAX_SHARDS:,}")
     for name in names:
         if pathlib.Path(name).name != name or name in ("", "..") or "\0" in name or "\\" in name:
             raise ValueError(f"{one_line(index)} names a shard outside its own folder: {one_line(name)}")
@@ -71,7 +71,7 @@ def _shards(index: pathlib.Path) -> list[pathlib.Path]:
     if absent:
         more = f" and {len(absent) - 4} more" if len(absent) > 4 else ""
         raise FileNotFoundError(
-            f"{one_line(index)} names shards that are not there: {', '.join(absent[:4])}{more}; download them again"
+            f"{one_line(index)} names shards that are missing: {', '.join(absent[:4])}{more}; download them again"
         )
     return [index.parent / name for name in names]
 
@@ -79,5 +79,5 @@ def _shards(index: pathlib.Path) -> list[pathlib.Path]:
 def open_file(path: pathlib.Path, note: Note = lambda text: None) -> dict[str, Tensor]:
     """Every tensor of one file, by name; `note` as for `open_tensors`."""
     if not os.path.lexists(path):
-        raise FileNotFoundError(f"{one_line(path)} does not exist: expected a file of tensors there")
+        raise FileNotFoundError(f"{one_line(path)} does not exist; expected a file of tensors there")
     return open_pickle(path, note) if path.suffix in _PICKLE_SUFFIXES else open_safetensors(path)

@@ -1,8 +1,8 @@
-"""The records of an uncompressed zip archive, as torch.save writes it: where each lies, by three accounts that agree.
+"""Locates the records of an uncompressed zip archive, as torch.save writes it, and cross-checks all its headers.
 
-A zip archive says of every record where it is and how large: in the directory at its end, in a header before the
-record, and often in a descriptor after it. Readers that believe one of them alone read other bytes where it is damaged.
-Here all have to agree, and the records to fill the archive without gaps.
+A zip archive states the place and size of each record several times: in the directory at its end, in a header before
+the record, and often in a descriptor after it. Readers that trust only one of them read wrong bytes if it is damaged.
+Here all have to agree, and the records have to fill the archive without gaps.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF
 
 
 class NoZip(ValueError):
-    """The file does not end as a zip archive does."""
+    """The file does not end like a zip archive."""
 
 
 def read_records(file: BinaryIO) -> dict[str, Record]:
-    """Every record of the archive `file` by name.
+    """Every record of the archive `file`, by name.
 
-    Raises: NoZip where the file is none, or cut off; ValueError where its accounts differ, or for what torch.save does
-      not write: compressed or encrypted records, archives in several parts.
+    Raises: NoZip if the file is not an archive, or truncated; ValueError if its headers disagree, or for anything that
+      torch.save does not write: compressed or encrypted records, multi-volume archives.
     """
     size = os.fstat(file.fileno()).st_size
     count, directory_size, directory_at = _find_directory(file, size)
@@ -52,25 +52,25 @@ def read_records(file: BinaryIO) -> dict[str, Record]:
             raise ValueError("its directory is damaged")
         raw_name = directory[name_at:extra_at]
         name = raw_name.decode("utf-8", "surrogateescape")
-        told = one_line(name)
+        label = one_line(name)
         sizes = _wide(directory[extra_at : extra_at + extra_size], unpacked, packed, header_at)
         unpacked, packed, header_at = sizes
         if method != 0 or packed != unpacked:
-            raise ValueError(f"its record {told} is compressed, which torch.save never does")
+            raise ValueError(f"its record {label} is compressed, which torch.save never does")
         if flags & ~(_DESCRIBED | _UTF8) or disk != 0:
-            raise ValueError(f"its record {told} is encrypted, or in another part of the archive")
+            raise ValueError(f"its record {label} is encrypted, or in another volume of the archive")
         if name in records:
-            raise ValueError(f"its record {told} stands twice")
+            raise ValueError(f"its record {label} appears twice")
         start, end = _check_local(file, raw_name, flags, crc, unpacked, header_at, directory_at)
-        # torch.serialization.set_crc32_options(False) leaves zeros.
+        # torch.serialization.set_crc32_options(False) writes zeros.
         records[name] = Record(start, unpacked, crc or None)
-        spans.append((header_at, end, told))
+        spans.append((header_at, end, label))
     if at != directory_size:
         raise ValueError("its directory is damaged")
     expected = 0
-    for header_at, end, told in sorted(spans):
+    for header_at, end, label in sorted(spans):
         if header_at != expected:
-            raise ValueError(f"its record {told} begins at byte {header_at:,}, where {expected:,} is the next one")
+            raise ValueError(f"its record {label} begins at byte {header_at:,} instead of {expected:,}")
         expected = end
     if expected != directory_at:
         raise ValueError(f"its records end at byte {expected:,}, its directory begins at {directory_at:,}")
@@ -83,12 +83,12 @@ def _find_directory(file: BinaryIO, size: int) -> tuple[int, int, int]:
     file.seek(size - tail_size)
     tail = file.read(tail_size)
     at = tail.rfind(b"PK\5\6")
-    while at >= 0:  # those bytes may stand in a comment, too
+    while at >= 0:  # those bytes may also appear in a comment
         if at + _END.size <= len(tail) and at + _END.size + _END.unpack_from(tail, at)[-1] == len(tail):
             break
         at = tail.rfind(b"PK\5\6", 0, at)
     if at < 0:
-        raise NoZip("it does not end as a zip archive does")
+        raise NoZip("it does not end like a zip archive")
     _, disk, first_disk, here, count, directory_size, directory_at, _ = _END.unpack_from(tail, at)
     end = size - tail_size + at
     if end >= _LOCATOR.size:
@@ -98,11 +98,11 @@ def _find_directory(file: BinaryIO, size: int) -> tuple[int, int, int]:
             wide = _read_end64(file, wide_at, end - _LOCATOR.size)
             narrow = (here, _FULL16), (count, _FULL16), (directory_size, _FULL32), (directory_at, _FULL32)
             if disks != 1 or any(n not in (full, w) for (n, full), w in zip(narrow, wide, strict=True)):
-                raise ValueError("its two directories' ends differ")
+                raise ValueError("the ends of its two directories differ")
             here, count, directory_size, directory_at = wide
             end = wide_at
     if disk or first_disk or here != count:
-        raise ValueError("it is a part of an archive in several parts")
+        raise ValueError("it is one volume of a multi-volume archive")
     if directory_at + directory_size != end:
         raise ValueError("its directory is not where the archive's end says")
     if count > _MAX_RECORDS or directory_size > _MAX_DIRECTORY:
@@ -123,7 +123,7 @@ def _read_end64(file: BinaryIO, at: int, end: int) -> tuple[int, int, int, int]:
 
 
 def _wide(extra: bytes, *narrow: int) -> list[int]:
-    """`narrow` numbers of 32 bits, those that are full replaced by the ones of 64 bits in the `extra` field."""
+    """The 32-bit values `narrow`, with each maximal one replaced by its 64-bit value from the `extra` field."""
     wide = b""
     at = 0
     while at < len(extra):
@@ -139,7 +139,7 @@ def _wide(extra: bytes, *narrow: int) -> list[int]:
     for number in narrow:
         if number == _FULL32:
             if len(wide) < 8:
-                raise ValueError("its directory lacks a number of 64 bits")
+                raise ValueError("its directory lacks a 64-bit value")
             number, wide = int.from_bytes(wide[:8], "little"), wide[8:]
         numbers.append(number)
     return numbers
@@ -149,28 +149,28 @@ def _check_local(
     file: BinaryIO, raw_name: bytes, flags: int, crc: int, size: int, at: int, limit: int
 ) -> tuple[int, int]:
     """First byte of the record whose header is at byte `at`, and the byte past its descriptor, if it has one."""
-    told = one_line(raw_name.decode("utf-8", "surrogateescape"))
+    label = one_line(raw_name.decode("utf-8", "surrogateescape"))
     if at + _LOCAL.size > limit:
-        raise ValueError(f"the header of its record {told} lies outside of the records")
+        raise ValueError(f"the header of its record {label} is outside the records")
     file.seek(at)
     fields = _LOCAL.unpack(file.read(_LOCAL.size))
     magic, _, its_flags, method, _, _, its_crc, packed, unpacked, name_size, extra_size = fields
     name, extra = file.read(name_size), file.read(extra_size)
     start = at + _LOCAL.size + name_size + extra_size
     if start + size > limit or magic != b"PK\3\4":
-        raise ValueError(f"its record {told} is not where the directory says")
+        raise ValueError(f"its record {label} is not where the directory says")
     unpacked, packed = _wide(extra, unpacked, packed)
     described = its_flags & _DESCRIBED and (its_crc, packed, unpacked) == (0, 0, 0)
     if (name, its_flags, method) != (raw_name, flags, 0) or not (
         described or (its_crc, packed, unpacked) == (crc, size, size)
     ):
-        raise ValueError(f"the header of its record {told} differs from the directory")
+        raise ValueError(f"the header of its record {label} differs from the directory")
     end = start + size
     if flags & _DESCRIBED:
-        # Sizes of 64 bits are written where those of 32 are not enough.
+        # 64-bit sizes are written only if 32 bits are not enough.
         form = struct.Struct("<4sI2I") if size < _FULL32 else struct.Struct("<4sI2Q")
         file.seek(end)
         if file.read(form.size) != form.pack(b"PK\7\10", crc, size, size):
-            raise ValueError(f"the descriptor after its record {told} differs from the directory")
+            raise ValueError(f"the descriptor after its record {label} differs from the directory")
         end += form.size
     return start, end

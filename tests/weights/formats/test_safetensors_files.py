@@ -48,24 +48,24 @@ def test_good_files(tmp_path):
 
 
 BAD = {
-    "overlapping": (text(GOOD | {"b": ("I16", [3], 6, 12)}), "b begins at byte 6 of the tensors, where 8 is the next"),
+    "overlapping": (text(GOOD | {"b": ("I16", [3], 6, 12)}), "b begins at byte 6 of the tensors instead of 8"),
     "the same place": (text(GOOD | {"c": ("F32", [2], 0, 8)}), "begins at byte 0"),
     "a hole": (text(GOOD | {"b": ("I8", [5], 9, 14)}), "begins at byte 9"),
     "a hole in front": (text({"b": ("I16", [3], 8, 14)}), "begins at byte 8"),
     "stray bytes": (text({"a": GOOD["a"]}), "bytes, its header describes"),
     "too long": (text(GOOD | {"b": ("I16", [4], 8, 16)}), "begins at byte 14 of the tensors|its header describes"),
-    "shape": (text(GOOD | {"a": ("F32", [3], 0, 8)}), "the offsets of a do not fit its shape"),
-    "dtype size": (text(GOOD | {"a": ("F16", [2], 0, 8)}), "the offsets of a do not fit its shape"),
+    "shape": (text(GOOD | {"a": ("F32", [3], 0, 8)}), "the offsets of a do not match its shape"),
+    "dtype size": (text(GOOD | {"a": ("F16", [2], 0, 8)}), "the offsets of a do not match its shape"),
     "dtype": (text(GOOD | {"a": ("F31", [2], 0, 8)}), "unknown dtype F31"),
-    "backwards": (text(GOOD | {"a": ("F32", [2], 8, 0)}), "do not fit its shape"),
-    "negative": (text(GOOD | {"a": ("F32", [-2], 0, -8)}), "not whole numbers from 0"),
-    "fractions": (text(GOOD | {"a": ("F32", [2.0], 0, 8)}), "not whole numbers from 0"),
-    "true": (text(GOOD | {"a": ("F32", [2, True], 0, 8)}), "not whole numbers from 0"),
-    "huge": (text(GOOD | {"a": ("F32", [2**70, 0], 0, 0)}), "not whole numbers from 0"),
+    "backwards": (text(GOOD | {"a": ("F32", [2], 8, 0)}), "do not match its shape"),
+    "negative": (text(GOOD | {"a": ("F32", [-2], 0, -8)}), "not integers of at least 0"),
+    "fractions": (text(GOOD | {"a": ("F32", [2.0], 0, 8)}), "not integers of at least 0"),
+    "true": (text(GOOD | {"a": ("F32", [2, True], 0, 8)}), "not integers of at least 0"),
+    "huge": (text(GOOD | {"a": ("F32", [2**70, 0], 0, 0)}), "not integers of at least 0"),
     "a list": ("[" + text(GOOD) + "]", "does not begin with {"),
     "no object": ('{"a": 3}', "a lacks dtype, shape or data_offsets"),
     "three offsets": (text(GOOD).replace("[0, 8]", "[0, 8, 8]"), "1 axes and 3 offsets"),
-    "metadata": ('{"__metadata__": {"a": 1}}', "__metadata__ is no object of texts"),
+    "metadata": ('{"__metadata__": {"a": 1}}', "__metadata__ is not an object of strings"),
     "no JSON": ("{", "not valid JSON"),
     "UTF-16": (text(GOOD).encode("utf-16-le"), "not valid JSON"),
     "not UTF-8": (b'{"\xff": 1}', "codec|UTF-8"),
@@ -78,7 +78,7 @@ BAD = {
 def test_bad_headers(tmp_path, kind):
     header, told = BAD[kind]
     path = write(tmp_path, header)
-    with pytest.raises(ValueError, match=rf"a\.safetensors is damaged or no safetensors file \(.*({told})") as raised:
+    with pytest.raises(ValueError, match=rf"a\.safetensors is damaged or not a safe.* file \(.*({told})") as raised:
         open_safetensors(path)
     assert str(raised.value).isprintable() and len(str(raised.value)) < 1000
     # "Duplicate keys are disallowed. Not all parsers may respect this."
@@ -91,7 +91,7 @@ def test_a_header_of_gigabytes_is_not_read(tmp_path):
     with pytest.raises(ValueError, match="its header would have 4,294,967,296 bytes, the format allows 100,000,000"):
         open_safetensors(path)
     path = write(tmp_path, b"{" + b"[]," * 1_000_000)
-    with pytest.raises(ValueError, match="no list of at most 100,000 tensors"):
+    with pytest.raises(ValueError, match="not a list of at most 100,000 tensors"):
         open_safetensors(path)
 
 
