@@ -61,5 +61,5 @@ def layouts(accumulate: dict[str, int], fsdp: int, tensor: dict[str, int] | None
     )
 
 
-# One image at a time: every chip holds a part of each layer.
+# One image at a time: every chip holds a shard of each layer.
 DRAWING = tuple(Layout(name, MeshConfig(fsdp=1, tensor=-1)) for name in ("v5e-8", "v6e-1", "v5p-8"))

@@ -42,16 +42,17 @@ def jobs(config: TrainConfig, place: Topology | None, sample: bool) -> Iterator[
     yield (laid_out(config, fitting[0]) if fitting else config), place
 
 
-_COLUMNS = ("program", "topology", "mesh", "parts", "parameters", "optimizer", "batch", "temporaries", "peak", "of HBM",
-            "collectives a step", "s a step at 50% MFU", "compiled in")  # fmt: skip
+_COLUMNS = ("program", "topology", "mesh", "micro-batches", "parameters", "optimizer", "batch", "temporaries", "peak",
+            "of HBM", "collectives a step", "s a step at 50% MFU", "compiled in")  # fmt: skip
 
 
 def table(compiled: Sequence[Compiled]) -> str:
     """A Markdown table, a line each."""
     rows = [_COLUMNS, ("---",) * len(_COLUMNS)]
     for one in compiled:
-        parts = one.parts
-        sizes = [parts.get("parameters", 0), parts.get("optimizer state", 0), parts.get("batch", parts.get("cache", 0))]
+        bytes_of = one.arguments.get
+        batch = bytes_of("batch", bytes_of("cache", 0))
+        sizes = [bytes_of("parameters", 0), bytes_of("optimizer state", 0), batch]
         rows.append((
             one.name, one.place.name, "x".join(str(n) for n in one.mesh.values()), str(one.accumulate),
             *(f"{size / GIB:.2f}" for size in (*sizes, one.temporaries, one.peak)), f"{one.peak / one.place.hbm:.0%}",

@@ -1,4 +1,4 @@
-"""What a training run is: frozen dataclasses, one for each part of it.
+"""What a training run is: frozen dataclasses, one for each side of it.
 
 A file in `configs/` returns one `TrainConfig`; `train.overrides` changes single fields from the command line.
 Sources: Janus-Pro report (arXiv 2501.17811), table 2 and section 3.1; Janus (arXiv 2410.13848), table 1.
@@ -125,9 +125,9 @@ class MeshConfig:
     """Devices on each mesh axis; -1 for all that are left. What an axis splits: see `janus_jax.sharding`.
 
     Attributes:
-      data: copies of the parameters, each with its part of the batch.
-      fsdp: parts of parameters and batch alike.
-      tensor: parts of heads, MLP and vocabulary.
+      data: copies of the parameters, each with its share of the batch.
+      fsdp: shards of parameters and batch alike.
+      tensor: shards of heads, MLP and vocabulary.
     """
 
     data: int = 1
@@ -167,7 +167,7 @@ class TrainConfig:
       tokenizer: folder with tokenizer.json; empty for that of `init_from`.
       steps: optimizer updates in all.
       batch_size: packed rows a step, over all hosts.
-      accumulate: parts that a step's rows are worked off in, one after the other.
+      accumulate: micro-batches of a step, worked off one after the other.
       seed: of initialization, order, dropout.
       compute_dtype: of activations and of the parameters' copies that products use; trained parameters are float32.
       reduce_dtype: in which gradients are summed over devices; see `train.step.step.gradients`.

@@ -105,7 +105,7 @@ def _changed(value: Any, hint: Any, changes: Mapping[tuple[str, ...], str], key:
     """`value` at the dotted `key`, of type `hint`, with `changes` by what remains of their paths."""
     if () in changes:
         if len(changes) > 1:
-            raise ValueError(f"{key} is set as a whole and in parts; give one or the other")
+            raise ValueError(f"{key} is set as a whole and field by field; give one or the other")
         return _parse(changes[()], hint, value, key)
     groups: dict[str, dict[tuple[str, ...], str]] = {}
     for (head, *rest), text in changes.items():
@@ -155,7 +155,7 @@ def _parse(text: str, hint: Any, value: Any, key: str) -> Any:
     below = fields_of(value, hint)
     if dataclasses.is_dataclass(inner) or any(dataclasses.is_dataclass(item) for item, _ in below.values()):
         shown = ", ".join(f"{key}.{name}" for name in below)
-        raise ValueError(f"{key} is not a single value; set its parts: {shown}")
+        raise ValueError(f"{key} is not a single value; set its fields: {shown}")
     try:
         return _value(text, inner)
     except ValueError as error:
@@ -169,11 +169,11 @@ def _value(text: str, hint: Any) -> Any:
             raise ValueError(f"{shown(text)} is not one of {', '.join(choices)}{did_you_mean(text, choices, 3)}")
         return choices[text]
     if typing.get_origin(hint) is tuple:
-        parts = _parts(text)
+        items = _items(text)
         args = typing.get_args(hint)
-        if args[-1] is not ... and len(parts) != len(args):
-            raise ValueError(f"needs {len(args)} values ({type_name(hint)}), got {len(parts)}")
-        return tuple(_value(part, _item_type(hint, i)) for i, part in enumerate(parts))
+        if args[-1] is not ... and len(items) != len(args):
+            raise ValueError(f"needs {len(args)} values ({type_name(hint)}), got {len(items)}")
+        return tuple(_value(item, _item_type(hint, i)) for i, item in enumerate(items))
     if hint is str:
         return text
     if hint is bool and text.lower() in _BOOLS:
@@ -200,7 +200,7 @@ def _number(text: str) -> int | float | None:
     return None
 
 
-def _parts(text: str) -> list[str]:
+def _items(text: str) -> list[str]:
     if not text.strip():
         return []
     if text.startswith("["):
@@ -208,16 +208,16 @@ def _parts(text: str) -> list[str]:
             return [item if isinstance(item, str) else json.dumps(item) for item in files.parse_json(text, "the list")]
         except ValueError as error:
             raise ValueError(f"{shown(text)} begins like a JSON list and is none ({error})") from None
-    parts = [part.strip() for part in text.split(",")]
-    if "" in parts:
+    items = [item.strip() for item in text.split(",")]
+    if "" in items:
         raise ValueError(f"{shown(text)} has nothing between two commas or after the last one")
-    return parts
+    return items
 
 
 def _unknown(key: str, root: Any) -> str:
     known = list(flat(root))
     *path, last = key.split(".")
-    # The right name in the wrong part, or without its part.
+    # The right name in the wrong place, or without it.
     near = [name for name in known if name.split(".")[-1] == last]
     near.sort(key=lambda name: -difflib.SequenceMatcher(None, name, key).ratio())
     near = [name for name in near if name != key]

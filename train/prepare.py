@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from janus_jax.config import read_config
+from janus_jax.io.files import parse_json
 from janus_jax.io.messages import print_any_text, print_error, print_line
 from janus_jax.io.progress import shown, step_bar
 from janus_jax.loading import resolve
@@ -176,8 +177,8 @@ def _probe(source: Sequence[RawSample]) -> str:
         try:
             raw = patiently(lambda item=int(item): read(item))
             images = [hashlib.sha256(image).hexdigest() for image in raw.images if isinstance(image, bytes)]
-            parts = (raw.messages, raw.text, raw.caption, images, *([raw.untrained] if raw.untrained else []))
-            digest.update(repr(parts).encode(errors="replace"))
+            content = (raw.messages, raw.text, raw.caption, images, *([raw.untrained] if raw.untrained else []))
+            digest.update(repr(content).encode(errors="replace"))
         except BadSample as error:
             digest.update(error.reason.encode())
     return digest.hexdigest()[:16]
@@ -254,7 +255,7 @@ def _pictures(out: pathlib.Path, kind: str) -> int:
 
 def _read_dropped(out: pathlib.Path) -> list[dict[str, Any]]:
     try:
-        found = [json.loads(line) for line in (out / DROPPED).read_text(encoding="utf-8").splitlines() if line]
+        found = [parse_json(line, DROPPED) for line in (out / DROPPED).read_text(encoding="utf-8").split("\n") if line]
     except (FileNotFoundError, ValueError):
         return []  # it is for people, and may have been edited
     return [one for one in found if isinstance(one, dict) and isinstance(one.get("item"), int) and "reason" in one]

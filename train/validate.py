@@ -85,7 +85,7 @@ def check_mesh(config: TrainConfig, mesh: Mesh):
     shards = batch_shards(mesh)
     if config.batch_size % (config.accumulate * shards):
         raise ValueError(
-            f"batch_size={config.batch_size} does not divide into accumulate={config.accumulate} parts over "
+            f"batch_size={config.batch_size} does not divide into accumulate={config.accumulate} micro-batches over "
             f"{shards} data x fsdp shards of the mesh; make it a multiple of {config.accumulate * shards}"
         )
 
@@ -98,14 +98,14 @@ def _require(condition: object, message: str):
 def _check_data(config: TrainConfig) -> list[str]:
     d, remarks = config.data, []
     _require(
-        len(d.ratio) == 3 and all(type(part) is int and part >= 0 for part in d.ratio) and sum(d.ratio) > 0,
+        len(d.ratio) == 3 and all(type(count) is int and count >= 0 for count in d.ratio) and sum(d.ratio) > 0,
         f"data.ratio must be three whole numbers of at least 0 ({' : '.join(KINDS)}), not all 0, "
         f"got {_commas(d.ratio)}",
     )
-    for kind, part in zip(KINDS, d.ratio, strict=True):
+    for kind, count in zip(KINDS, d.ratio, strict=True):
         folders, weights = getattr(d, kind), getattr(d, f"{kind}_weights")
         _require(
-            folders or not part,
+            folders or not count,
             f"data.ratio={_commas(d.ratio)} asks for {kind} samples, but data.{kind} names no folder",
         )
         _require(
@@ -116,8 +116,8 @@ def _check_data(config: TrainConfig) -> list[str]:
             all(0 < weight < math.inf for weight in weights),
             f"data.{kind}_weights must be numbers above 0, got {_commas(weights)}",
         )
-        if folders and not part:
-            remarks.append(f"data.{kind} is not read: its part of data.ratio={_commas(d.ratio)} is 0")
+        if folders and not count:
+            remarks.append(f"data.{kind} is not read: its share in data.ratio={_commas(d.ratio)} is 0")
     for key in ("guidance_dropout", "caption_cut", "max_bad_share"):
         _require(0 <= getattr(d, key) <= 1, f"data.{key} must be between 0 and 1, got {getattr(d, key)}")
     _require(d.workers >= 0, f"data.workers must be at least 0 (0 for threads), got {d.workers}")

@@ -175,8 +175,8 @@ def test_overrides_are_typed(text, key, value):
         ("pair=b,1", "pair=b,1: 'b' is not a whole number (int)"),
         ("names=a,,b", "names=a,,b: 'a,,b' has nothing between two commas"),
         ("names=[a", "names=[a: '[a' begins like a JSON list and is none"),
-        ("part=3", "part is not a single value; set its parts: part.steps, part.low"),
-        ("stages=", "stages is not a single value; set its parts: stages.0, stages.1"),
+        ("part=3", "part is not a single value; set its fields: part.steps, part.low"),
+        ("stages=", "stages is not a single value; set its fields: stages.0, stages.1"),
         ("part.low=10", "part.low=10: low 10 is above high 9"),
     ],
 )
@@ -190,7 +190,7 @@ def test_bad_overrides_get_one_line(text, message):
 def test_overrides_are_put_in_place_together_and_the_last_one_counts():
     part = override(Whole(), ["part.low=10", "part.high=1", "part.high=12"]).part
     assert (part.low, part.high) == (10, 12)
-    with pytest.raises(ValueError, match=r"^pair is set as a whole and in parts"):
+    with pytest.raises(ValueError, match=r"^pair is set as a whole and field by field"):
         override(Whole(), ["pair=1,b", "pair.0=2"])
 
 
@@ -199,7 +199,7 @@ def test_overrides_of_a_run():
     c = load_config("7b_stage3", [*words.split(), "data.understanding="])
     assert (c.optimizer.learning_rate, c.data.ratio, c.data.text) == (2e-5, (5, 1, 4), ("a", "b"))
     assert (c.model.language.layers, c.mesh.fsdp, c.stage, c.data.understanding) == (2, 8, 2, ())
-    with pytest.raises(ValueError, match=r"^model\.language\.heads=7: 7 attention heads are not a multiple"):
+    with pytest.raises(ValueError, match=r"^model\.language\.heads=7: 7 attention heads must be a multiple"):
         load_config("7b_stage3", ["model.language.heads=7"])
     with pytest.raises(ValueError, match=r"^unknown key 'learning_rate'; did you mean optimizer\.learning_rate\?$"):
         load_config("7b_stage3", ["learning_rate=1"])

@@ -305,7 +305,7 @@ def command(folders, start, tmp_path):
     "override, told",
     [
         ("data.text=nowhere", "nowhere"),
-        ("mesh.fsdp=3", "batch_size=8 does not divide into accumulate=1 parts over 3 data x fsdp shards"),
+        ("mesh.fsdp=3", "batch_size=8 does not divide into accumulate=1 micro-batches over 3 data x fsdp shards"),
         ("init_from=absent", "init_from: absent is not a folder"),
         ("init_from=tests", "init_from: tests"),
         ("vision_from=absent.safetensors", "vision_from: absent.safetensors does not exist"),

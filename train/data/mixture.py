@@ -21,7 +21,7 @@ from train.data.packing import pack
 from train.data.prepared import Prepared, open_prepared
 
 _TRIALS = 8  # steps on which the number of groups is tried out
-_TRIAL_GROUP = 1 << 40  # far from any real one: the trial reads other parts of the streams
+_TRIAL_GROUP = 1 << 40  # far from any real one: the trial reads other stretches of the streams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Mixture:
     def __init__(self, data: DataConfig, batch_size: int, seed: int):
         self.data, self.batch_size, self.seed = data, batch_size, seed
         divisor = math.gcd(*data.ratio)
-        self.ratio = {kind: part // divisor for kind, part in zip(KINDS, data.ratio, strict=True) if part}
+        self.ratio = {kind: count // divisor for kind, count in zip(KINDS, data.ratio, strict=True) if count}
         if data.early_steps and data.early_generation:
             early = self._phase(0, 0, data.early_generation, ())
             read = data.early_steps * early.groups  # understanding and text go on from there

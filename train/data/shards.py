@@ -18,11 +18,13 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from janus_jax.io.files import read_json_object
 from train.data.samples import Sample
 from train.data.tokenize import SampleTokenizer
 from train.raw.sources import BadSample
 from train.raw.storage import patiently
 
+_MAX_INDEX = 1 << 30  # bytes of a shard's index
 # Fewer samples say too little about the share of bad ones.
 _LEAST_READ = 100
 
@@ -188,8 +190,8 @@ def replace_file(path: pathlib.Path, text: str):
 def read_index(out: pathlib.Path, shard: int) -> dict[str, Any] | None:
     """The index of a complete shard, None of another."""
     try:
-        index = json.loads((out / index_file(shard)).read_text(encoding="utf-8"))
+        index = read_json_object(out / index_file(shard), _MAX_INDEX)
         whole = not index["lengths"] or (out / data_file(shard)).stat().st_size == index["bytes"]
-    except (FileNotFoundError, ValueError, KeyError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
     return index if whole else None

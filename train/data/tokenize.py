@@ -118,8 +118,8 @@ class SampleTokenizer:
     def _text(self, raw: RawSample) -> list[Sample]:
         tokenizer = self.processor.tokenizer
         ids = [*tokenizer.encode(self._clean(raw.text, raw), add_bos=False), tokenizer.eos_id]
-        parts = np.array_split(_ids(ids), -(-len(ids) // self.context))
-        return [self._sample([([tokenizer.bos_id], False), (part, True)], raw) for part in parts]
+        pieces = np.array_split(_ids(ids), -(-len(ids) // self.context))
+        return [self._sample([([tokenizer.bos_id], False), (piece, True)], raw) for piece in pieces]
 
     def _conversation(self, raw: RawSample) -> Sample:
         turns, system = self._turns(raw)
@@ -153,16 +153,16 @@ class SampleTokenizer:
         turns, places = [], []
         tag = re.compile("|".join(map(re.escape, raw.image_tags)))
         for message in messages:
-            parts = tag.split(message["content"])
-            cleaned = [self._clean(part, raw, allow_empty=len(parts) > 1) for part in parts]
+            texts = tag.split(message["content"])
+            cleaned = [self._clean(text, raw, allow_empty=len(texts) > 1) for text in texts]
             turns.append((message["role"], self.processor.tokenizer.image_placeholder.join(cleaned)))
-            places.append(len(parts) - 1)
+            places.append(len(texts) - 1)
         if sum(places) != len(raw.images) or any(places[1::2]):
             found = f"{sum(places[::2])} {raw.image_tags[0]} in questions, {sum(places[1::2])} in answers"
             raise BadSample("placeholder_mismatch", raw.place, f"{len(raw.images)} images but {found}")
         return turns, system
 
-    # ------------------------------------------------------------ parts
+    # ------------------------------------------------------------ pieces
 
     def _sample(self, pieces: list[tuple[list[int] | np.ndarray, bool]], raw: RawSample) -> Sample:
         ids = np.concatenate([_ids(piece) for piece, _ in pieces])
@@ -171,7 +171,7 @@ class SampleTokenizer:
         return Sample(self.kind, ids, answers, tuple(self._stored(image, raw.place) for image in raw.images))
 
     def _clean(self, text: str, raw: RawSample, allow_empty: bool = False) -> str:
-        """`text`, stripped unless it is part of one; refused where it is blank, no Unicode, or holds special tokens."""
+        """`text`, stripped unless it is a piece of one; refused if blank, no Unicode, or with special tokens."""
         if not allow_empty:
             text = text.strip()
             if not text:

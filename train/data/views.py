@@ -57,7 +57,7 @@ class View:
         return int(self.sample.answers.sum()) + len(self.sample.codes)
 
     def to_json(self) -> dict[str, Any]:
-        """What `--json` prints; `spans` are the trained parts of `text` as [begin, end)."""
+        """What `--json` prints; `spans` are what is trained of `text`, as [begin, end)."""
         ends = list(itertools.accumulate(len(piece.text) for piece in self.pieces))
         spans = [[end - len(p.text), end] for p, end in zip(self.pieces, ends, strict=True) if p.trained]
         return {

@@ -45,12 +45,12 @@ class Compiled:
 
     Attributes:
       name, place, mesh: what was compiled, for what.
-      parts: bytes of what is passed in, by name.
+      arguments: bytes of what is passed in, by name.
       temporaries: bytes of intermediate results.
       peak: bytes of everything at the worst moment.
       seconds: of compilation.
       collectives: of one run of the program, by kind.
-      accumulate: parts that a training step is worked off in.
+      accumulate: micro-batches of a training step.
       copies: lines of the copies in loops that are as large as a layer's cache or kernel (sampling alone).
       flops: of a training step over all chips.
       accessed: bytes of main memory that one sampling step reads and writes.
@@ -60,7 +60,7 @@ class Compiled:
     name: str
     place: Topology
     mesh: dict[str, int]
-    parts: dict[str, int]
+    arguments: dict[str, int]
     temporaries: int
     peak: int
     seconds: float
@@ -80,7 +80,7 @@ class Compiled:
         """The report of one program."""
         mesh = " x ".join(f"{axis} {size}" for axis, size in self.mesh.items())
         yield f"{self.name} on {self.place.name}: {self.place.chips} chips, {mesh}"
-        for name, size in (*self.parts.items(), ("temporaries", self.temporaries)):
+        for name, size in (*self.arguments.items(), ("temporaries", self.temporaries)):
             yield f"  {name:16} {size / GIB:8.2f} GiB a chip"
         verdict = "" if self.fits else f"; less than {SPARE:.0%} to spare"
         yield (
@@ -142,12 +142,12 @@ def compile_training(config: TrainConfig, place: Topology) -> Compiled:
     step = make_train_step(config, mesh, ImageSettings(config.model.vision.image_size))
     with jax.set_mesh(mesh):
         made = _compile(step.lower(state, frozen, batch))
-    parts = {
+    arguments = {
         "parameters": _shard_bytes((state.trained, frozen)),
         "optimizer state": _shard_bytes(state.opt_state),
         "batch": _shard_bytes(batch),
     }
-    return _report(config.name, place, mesh, parts, made, flops=typical_flops(config), accumulate=config.accumulate)
+    return _report(config.name, place, mesh, arguments, made, flops=typical_flops(config), accumulate=config.accumulate)
 
 
 def compile_sampling(
@@ -224,10 +224,10 @@ def _compile(lowered: Any) -> _Made:
         return _Made(compiled, largest.read_text(encoding="utf-8"), seconds)
 
 
-def _report(name: str, place: Topology, mesh: Mesh, parts: dict[str, int], made: _Made, **more: Any) -> Compiled:
+def _report(name: str, place: Topology, mesh: Mesh, arguments: dict[str, int], made: _Made, **more: Any) -> Compiled:
     memory = made.compiled.memory_analysis()
     # What a program does not use lies in memory all the same.
-    passed = max(memory.argument_size_in_bytes, sum(parts.values()))
+    passed = max(memory.argument_size_in_bytes, sum(arguments.values()))
     peak = (
         passed
         + memory.output_size_in_bytes
@@ -236,7 +236,7 @@ def _report(name: str, place: Topology, mesh: Mesh, parts: dict[str, int], made:
         + memory.generated_code_size_in_bytes
     )
     return Compiled(
-        name, place, dict(mesh.shape), parts, memory.temp_size_in_bytes, peak, made.seconds,
+        name, place, dict(mesh.shape), arguments, memory.temp_size_in_bytes, peak, made.seconds,
         hlo.collectives(made.text), **more,
     )  # fmt: skip
 

@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import errno
 import functools
-import json
 import logging
 import pathlib
 import re
@@ -31,6 +30,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from janus_jax.config import original_config
+from janus_jax.io.files import read_json_object
 from janus_jax.io.messages import one_line
 from janus_jax.io.staging import Staging
 from janus_jax.processing.processor_files import PROCESSOR_FILES, TOKENIZER_FILES, copy_files
@@ -141,7 +141,7 @@ class Workdir:
         path, data = self.folder / RUN, run["data"]
         if path.exists():
             try:
-                earlier = json.loads(path.read_text(encoding="utf-8"))
+                earlier = read_json_object(path)
                 free = tuple(key for key in _FREE if key != "steps" or self.config.optimizer.schedule != "cosine")
                 differing = [key for key in diff(earlier["config"], run["config"]) if not key.startswith(free)]
                 changed = sorted(name for name in data if earlier["data"].get(name) != data[name])

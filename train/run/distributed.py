@@ -80,7 +80,7 @@ def _started_as_several() -> bool:
 
 
 def _has_tpu() -> bool:
-    """Whether JAX will find a TPU here: one host's, or its part of a pod."""
+    """Whether JAX will find a TPU here: one host's, or this host's chips of a pod."""
     if os.environ.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu" or importlib.util.find_spec("libtpu") is None:
         return False
     return any(pathlib.Path(device).exists() for device in _TPU_FILES)

@@ -18,7 +18,7 @@ import threading
 import time
 from typing import Any
 
-from janus_jax.io.files import read_json_object
+from janus_jax.io.files import parse_json, read_json_object
 from janus_jax.io.messages import one_line
 from train.run.faults import STOPPED, Stopped
 
@@ -138,7 +138,8 @@ class Lease:
         while not self._over.wait(RENEW):
             # What the storage refuses for a moment is tried again; who waits for the lapse sees no change meanwhile.
             with contextlib.suppress(OSError, ValueError), self._path.open("r+", encoding="utf-8") as file:
-                if json.load(file).get("id") != self._mine["id"]:
+                found = parse_json(file.read(), FILE)
+                if not isinstance(found, dict) or found.get("id") != self._mine["id"]:
                     self._held = False
                     return
                 self._count += 1

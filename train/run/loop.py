@@ -158,7 +158,7 @@ def _describe(config: TrainConfig, mesh: Mesh, mixture: Mixture, state: TrainSta
 
     devices = mesh.devices.flat
     sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    samples = {kind: mixture.groups(first) * part for kind, part in mixture.ratio.items()}
+    samples = {kind: mixture.groups(first) * count for kind, count in mixture.ratio.items()}
     say(f"{config.name}: stage {config.stage}, {len(devices)} x {devices[0].device_kind}, {sizes}")
     say(f"  trained {', '.join(sorted(state.trained))}: {count(state.trained)}; frozen: {count(frozen)}")
     say(f"  a step: {config.batch_size} rows of {config.data.context}, samples {samples}")

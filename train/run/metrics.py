@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from janus_jax.io.files import parse_json
 from train.run.distributed import say
 from train.run.failures import Failures
 
@@ -120,14 +121,14 @@ class Metrics:
             while left:
                 left = left[self._file.write(left) :]
         except OSError:
-            # On a full disk a part of it may have come through: the next line must not follow half a one.
+            # On a full disk some of it may have come through: the next line must not follow half a one.
             with contextlib.suppress(OSError):
                 self._file.truncate(before)
             raise
         self._pending.clear()
 
     def _line(self, step: int, values: Mapping[str, Any], prefix: str) -> str:
-        parts = [f"step {step}/{self.total_steps}"]
+        words = [f"step {step}/{self.total_steps}"]
         if prefix == "train":
             now, (last_step, last_time) = time.monotonic(), self._last
             if step > last_step and now > last_time:
@@ -138,21 +139,21 @@ class Metrics:
                 if self._compiling:
                     self._rate, self._compiling = None, False
                 self._last = (step, now)
-                parts += [f"{rate:.3g} steps/s", f"{duration(left)} left"]
+                words += [f"{rate:.3g} steps/s", f"{duration(left)} left"]
         else:
-            parts.append(prefix)
-        parts += [f"{name} {float(values[name]):.4g}" for name in _SHOWN if name in values]
+            words.append(prefix)
+        words += [f"{name} {float(values[name]):.4g}" for name in _SHOWN if name in values]
         if prefix != "train":
-            parts += [f"{name} {float(value):.4g}" for name, value in values.items() if name not in _SHOWN]
-        return "  ".join(parts)
+            words += [f"{name} {float(value):.4g}" for name, value in values.items() if name not in _SHOWN]
+        return "  ".join(words)
 
 
 def duration(seconds: float) -> str:
     """Seconds as 42s, 5m10s, 3h05m or 2d07h."""
     seconds = round(seconds)
-    for unit, part, size, part_size in (("d", "h", 86400, 3600), ("h", "m", 3600, 60), ("m", "s", 60, 1)):
+    for unit, below, size, below_size in (("d", "h", 86400, 3600), ("h", "m", 3600, 60), ("m", "s", 60, 1)):
         if seconds >= size:
-            return f"{seconds // size}{unit}{seconds % size // part_size:02d}{part}"
+            return f"{seconds // size}{unit}{seconds % size // below_size:02d}{below}"
     return f"{seconds}s"
 
 
@@ -179,10 +180,10 @@ def _lines(path: pathlib.Path, damaged: list[int] | None = None) -> list[tuple[d
     lines = []
     for number, text in enumerate(raw, 1):
         try:
-            line = json.loads(text)
+            line = parse_json(text, FILE)
             if not isinstance(line, dict) or type(line.get("step")) is not int:
                 raise ValueError
-        except (ValueError, RecursionError):  # of JSON and of UTF-8 too
+        except ValueError:
             if damaged is None:
                 raise ValueError(f"{path}, line {number} is not a line of metrics with a step") from None
             damaged.append(number)

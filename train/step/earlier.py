@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from typing import Any
 
 from janus_jax.config import JanusConfig
+from janus_jax.io.files import read_json_object
 from janus_jax.weights import checkpoint
 from janus_jax.weights.torch_weights import LazyParams, abstract_params
 from train.step.state import split
@@ -22,7 +22,7 @@ def open_run(folder: pathlib.Path) -> tuple[JanusConfig, LazyParams] | None:
     if not (folder / RUN).exists():
         return None
     try:
-        raw = json.loads((folder / RUN).read_text(encoding="utf-8"))["config"]
+        raw = read_json_object(folder / RUN)["config"]
         config = model_config(raw["model"])
         trained, frozen = split(abstract_params(config), raw["stage"])
     except (ValueError, KeyError, TypeError) as error:
@@ -42,11 +42,11 @@ def complete_steps(folder: pathlib.Path) -> list[int]:
 def model_config(raw: dict[str, Any]) -> JanusConfig:
     """The JanusConfig that `overrides.to_json` wrote."""
     usual = JanusConfig()
-    parts = {name: value for name, value in raw.items() if not isinstance(value, dict)}
+    made = {name: value for name, value in raw.items() if not isinstance(value, dict)}
     for name, values in raw.items():
         if isinstance(values, dict):
             cls = type(getattr(usual, name))
-            parts[name] = cls(
+            made[name] = cls(
                 **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
             )
-    return JanusConfig(**parts)
+    return JanusConfig(**made)

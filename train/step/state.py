@@ -117,11 +117,11 @@ def put_rows(batch: Mapping[str, np.ndarray], rows: Sequence[int], mesh: Mesh, b
     sharding = batch_sharding(mesh)
 
     def put(x: np.ndarray) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
             begin, end, _ = index[0].indices(batch_size)
             return x[place[begin] : place[end - 1] + 1]
 
-        return jax.make_array_from_callback((batch_size, *x.shape[1:]), sharding, part)
+        return jax.make_array_from_callback((batch_size, *x.shape[1:]), sharding, shard)
 
     return {name: put(x) for name, x in batch.items()}
 

@@ -86,38 +86,38 @@ def gradients(
 ) -> tuple[Params, dict[str, jax.Array]]:
     """Gradients of the mean loss a target token with regard to `trained`, and the batch's `loss_sums`.
 
-    The batch is worked off in `config.accumulate` parts whose sums are added up in float32 and divided once. What is
-    added up is computed in `config.compute_dtype`, each device's share of a part for itself, and then summed over the
-    devices in `config.reduce_dtype`: with 'bfloat16' each share, and the sum on its way, keeps 8 bits of its mantissa;
-    with 'float32' only the products before it are rounded, and twice the bytes travel. A run in float32 sums in
-    float32 always. The gradients returned are float32 arrays either way.
+    The batch is worked off in `config.accumulate` micro-batches whose sums are added up in float32 and divided once.
+    What is added up is computed in `config.compute_dtype`, each device's share of a micro-batch for itself, and then
+    summed over the devices in `config.reduce_dtype`: with 'bfloat16' each share, and the sum on its way, keeps 8 bits
+    of its mantissa; with 'float32' only the products before it are rounded, and twice the bytes travel. A run in
+    float32 sums in float32 always. The gradients returned are float32 arrays either way.
     """
     wide = config.reduce_dtype == "float32"
-    cast = trained if wide else _cast(trained, config.compute_dtype)  # once, and not in every part
+    cast = trained if wide else _cast(trained, config.compute_dtype)  # once, and not in every micro-batch
     sums_of = _make_sums(config, mesh, settings)
 
-    def loss(trained: Params, part: Batch):
-        sums = sums_of(trained, frozen, part)
+    def loss(trained: Params, micro_batch: Batch):
+        sums = sums_of(trained, frozen, micro_batch)
         return sums["loss"], sums
 
     objective = jax.grad(loss, has_aux=True)
 
-    def add(total, part: Batch):
-        new = objective(cast, part)
+    def add(total, micro_batch: Batch):
+        new = objective(cast, micro_batch)
         return jax.tree.map(lambda t, n: t + n.astype(t.dtype), total, new), None
 
     if config.accumulate == 1:
         grads, sums = objective(cast, batch)
     else:
-        parts = jax.tree.map(lambda x: _parts(x, config.accumulate), batch)
-        abstract = jax.eval_shape(objective, cast, jax.tree.map(lambda x: x[0], parts))
+        micro_batches = jax.tree.map(lambda x: _micro_batches(x, config.accumulate), batch)
+        abstract = jax.eval_shape(objective, cast, jax.tree.map(lambda x: x[0], micro_batches))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), abstract)
-        (grads, sums), _ = jax.lax.scan(add, zeros, parts)
+        (grads, sums), _ = jax.lax.scan(add, zeros, micro_batches)
     count = jnp.maximum(sums["tokens"], 1)
     return jax.tree.map(lambda g: g.astype(jnp.float32) / count, grads), sums
 
 
-def _parts(x: jax.Array, count: int) -> jax.Array:
+def _micro_batches(x: jax.Array, count: int) -> jax.Array:
     """[B, ...] as [count, B / count, ...], each device keeping its rows."""
     return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
 
