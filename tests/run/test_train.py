@@ -16,14 +16,12 @@ import pytest
 import janus_jax
 from examples.tiny import run as tiny_run
 from examples.tiny.run import MODEL, compiled_once, params_of, tiny_config, write_checkpoint, write_data
-from janus_jax.config import LlamaConfig
 from janus_jax.sharding import flatten, make_mesh
 from janus_jax.weights import checkpoint
 from janus_jax.weights.conversion import to_torch
 from janus_jax.weights.torch_weights import abstract_params
 from train.config import EvalConfig, MeshConfig, SampleConfig, TrainConfig
 from train.main import main
-from train.overrides import load_config
 from train.run import faults, loop
 from train.run.lease import Lease
 from train.run.metrics import read_metrics
@@ -367,47 +365,3 @@ def test_too_many_damaged_samples_stop_the_run(command, capsys, monkeypatch):
     code, lines = command(capsys, "evaluation.every=0", "data.max_bad_share=0.5")
     assert code == faults.STOPPED
     assert len(lines) == 1 and "samples were damaged, more than data.max_bad_share=0.5" in lines[0]
-
-
-# ---------------------------------------------------------------- the recipe of 7B
-
-
-@pytest.mark.slow
-def test_7b_stage3_takes_a_step(folders, tmp_path, monkeypatch):
-    """All of the recipe but its size: a thousandth of the parameters on eight devices."""
-    config = load_config("7b_stage3")
-    real = config.model
-    language = LlamaConfig(
-        vocab_size=416, width=64, mlp_dim=128, layers=3, heads=4, kv_heads=4, head_dim=16, max_positions=512
-    )
-    model = dataclasses.replace(
-        real,
-        vision=dataclasses.replace(MODEL.vision, layers=2),
-        gen_vision=MODEL.gen_vision,
-        language=language,
-        gen_head_width=64,
-    )
-    kinds = {kind: (folders[kind],) for kind in ("understanding", "text", "generation")}
-    config = dataclasses.replace(
-        config,
-        workdir=str(tmp_path / "run"),
-        model=model,
-        init_from=str(write_checkpoint(tmp_path / "checkpoint", model)),
-        tokenizer=folders["tokenizer"],
-        steps=1,
-        batch_size=8,
-        data=dataclasses.replace(config.data, **kinds, context=128, workers=0),
-        mesh=MeshConfig(fsdp=8),
-        evaluation=EvalConfig(),
-        samples=SampleConfig(),
-        loss_chunk=64,
-    )
-    assert (config.compute_dtype, config.frozen_dtype, config.remat) == ("bfloat16", "bfloat16", "full")
-    assert config.data.ratio == (5, 1, 4)
-    run = Run(config, loop.train(config))
-    (line,) = read_metrics(run.folder)
-    kinds = [line[f"train/loss_{kind}"] for kind in ("understanding", "text", "generation")]
-    assert all(0 < loss < 20 for loss in kinds)
-    assert line["train/grad_norm"] > 0 and line["train/skipped_updates"] == 0
-    params = run.params()
-    assert {path.split("/")[0] for path, x in params.items() if x.dtype != np.float32} == {"gen_vision_model"}
