@@ -6,7 +6,9 @@ Imports are read from the source, those within functions too: a late import is s
 from __future__ import annotations
 
 import ast
+import collections
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -118,3 +120,30 @@ def test_planning_loads_no_data():
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert {"train.plan.programs", "train.plan.topologies", "train.step.step"} <= set(loaded.split())
     assert not [name for name in loaded.split() if name.startswith(("grain", "train.data", "train.raw"))]
+
+
+# ---------------------------------------------------------------- the map, and sizes
+
+# Where users look: tests mirror the modules, and a config is a file a run.
+MAPPED = ("janus_jax", "train", "convert", "examples", "benchmarks")
+MOST_LINES, MOST_MODULES = 400, 12
+
+
+def test_the_map_names_every_module_once():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    part = re.search(r"^## Map\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)[1]
+    rows = re.findall(r"^\| `([^`]+\.py)` \| (.*) \|$", part, re.MULTILINE)
+    named = [path for path, _ in rows]
+    there = [path.relative_to(ROOT).as_posix() for name, path in MODULES.items() if name.split(".")[0] in MAPPED]
+    assert sorted(named) == sorted(path for path in there if not path.endswith("__init__.py"))
+    assert all(len(meaning) > 10 for _, meaning in rows)
+
+
+def test_no_file_is_too_long():
+    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES.values()}
+    assert not {str(path.relative_to(ROOT)): count for path, count in lines.items() if count > MOST_LINES}
+
+
+def test_no_folder_is_too_full():
+    counts = collections.Counter(path.parent for path in MODULES.values() if path.name != "__init__.py")
+    assert not {str(folder.relative_to(ROOT)): count for folder, count in counts.items() if count > MOST_MODULES}

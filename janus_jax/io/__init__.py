@@ -1,0 +1,1 @@
+"""Files, messages and commands, safe against whatever somebody else wrote."""

@@ -1,0 +1,1 @@
+"""Text and pictures into what the model reads."""

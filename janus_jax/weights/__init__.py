@@ -1,0 +1,1 @@
+"""Checkpoints: every kind read, two kinds written, parameters in other forms."""

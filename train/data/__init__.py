@@ -1,0 +1,1 @@
+"""From raw samples over prepared folders to batches."""

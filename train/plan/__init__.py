@@ -1,0 +1,1 @@
+"""What a run needs on devices that are not at hand; it loads no data."""

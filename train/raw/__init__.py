@@ -1,0 +1,1 @@
+"""Training data as people have them, to raw samples."""

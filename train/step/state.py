@@ -1,4 +1,4 @@
-"""What a run carries from step to step, where it lies on the mesh, and what it starts from."""
+"""What a run carries from step to step, and where it lies on the mesh."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Files of tensors that torch writes, read without torch."""
