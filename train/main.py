@@ -47,7 +47,7 @@ def runner_of(config: Any) -> Callable[[Any, bool], Any]:
     """
     runner = getattr(config, "RUNNER", None)
     if not isinstance(runner, str):
-        raise ValueError(f"a {type(config).__name__} has no RUNNER, so train.main cannot run it; return a TrainConfig")
+        raise ValueError(f"the config is a {type(config).__name__}, which names no RUNNER; return a TrainConfig")
     return pkgutil.resolve_name(runner)
 
 

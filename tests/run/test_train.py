@@ -365,3 +365,18 @@ def test_too_many_damaged_samples_stop_the_run(command, capsys, monkeypatch):
     code, lines = command(capsys, "evaluation.every=0", "data.max_bad_share=0.5")
     assert code == faults.STOPPED
     assert len(lines) == 1 and "samples were damaged, more than data.max_bad_share=0.5" in lines[0]
+
+
+def test_a_config_names_what_runs_it(tmp_path, capsys):
+    (tmp_path / "own.py").write_text(
+        "import dataclasses\nfrom typing import ClassVar\n\n"
+        "@dataclasses.dataclass(frozen=True)\nclass Own:\n"
+        "    RUNNER: ClassVar[str] = 'builtins:print'\n    workdir: str = 'here'\n\n"
+        "def get_config():\n    return Own()\n"
+    )
+    assert main(["--config", str(tmp_path / "own.py"), "workdir=there"]) == 0
+    assert capsys.readouterr().out == "Own(workdir='there') False\n"
+    text = (tmp_path / "own.py").read_text().replace("RUNNER: ClassVar[str]", "other: str")
+    (tmp_path / "own.py").write_text(text)
+    assert main(["--config", str(tmp_path / "own.py")]) == 2
+    assert capsys.readouterr().err == "error: the config is a Own, which names no RUNNER; return a TrainConfig\n"
