@@ -141,6 +141,18 @@ def test_other_settings_into_the_same_folder_are_refused(captions, processor, tm
         run(captions, tmp_path / "mine" / "thesis.tex", processor)
 
 
+def test_folders_of_before_schemas_are_the_same_preparation(captions, processor, tmp_path):
+    """They call the schema a format; what is read is what their probe says."""
+    report = run(captions, tmp_path / "out", processor)
+    path = tmp_path / "out" / "prepared.json"
+    meta = json.loads(path.read_text())
+    source = meta["settings"]["source"]
+    assert (source.pop("schema"), source["format"]) == ("captions", "json")
+    source["format"] = "captions"
+    path.write_text(json.dumps(meta))
+    assert run(captions, tmp_path / "out", processor) == report
+
+
 def test_the_platform_of_the_codes_is_recorded(captions, processor, tmp_path, capsys):
     """Begun on one platform, gone on with on another: noted, and no error."""
     run(captions, tmp_path / "out", processor)
