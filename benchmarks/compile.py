@@ -45,7 +45,7 @@ def compile_programs(model: Any, params: Any, names: Sequence[str] = PROGRAMS) -
     import jax
     import jax.numpy as jnp
 
-    from janus_jax.sampling.cache import bucket
+    from janus_jax.processing.chat import bucket
     from janus_jax.sampling.images import continue_image, decode_images, start_image
     from janus_jax.sampling.sampler import make_sampler
     from janus_jax.sampling.text import embed_prompt

@@ -68,7 +68,7 @@ def time_jax(args: argparse.Namespace, dtype: str) -> common.Run:
     import jax.numpy as jnp
 
     from janus_jax.config import get_preset
-    from janus_jax.sampling.cache import bucket
+    from janus_jax.processing.chat import bucket
     from janus_jax.sampling.images import decode_images
     from janus_jax.sampling.sampler import make_sampler
     from janus_jax.sampling.text import continue_text, embed_prompt, start_text

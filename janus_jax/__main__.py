@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import math
 import pathlib
@@ -22,7 +23,7 @@ from janus_jax.processing.chat import Processor
 from janus_jax.processing.images import contact_sheet, open_image
 from janus_jax.processing.roles import ROLES
 from janus_jax.sampling.memory import OutOfMemory
-from janus_jax.sampling.sampler import check_guidance, make_sampler
+from janus_jax.sampling.sampler import Options
 from janus_jax.sharding import MESH_AXES, flatten
 from janus_jax.weights.checkpoint import open_checkpoint
 from janus_jax.weights.torch_weights import DTYPES, abstract_params
@@ -59,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--n", type=int, default=1, help="images a prompt (default 1)")
     generate.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR", help="where the files go")
     generate.add_argument(
-        "--guidance", type=float, default=5.0, help="classifier-free guidance, 1 for none (default 5)"
+        "--guidance", dest="cfg_weight", type=float, default=5.0, help="classifier-free; 1 for none (default 5)"
     )
     generate.add_argument("--batch-size", type=int, help="images at a time (default: as many as fit the memory)")
     _add_sampling(generate, temperature=1.0)
@@ -89,10 +90,17 @@ def _add_model(parser: argparse.ArgumentParser):
 
 
 def _add_sampling(parser: argparse.ArgumentParser, temperature: float):
-    parser.add_argument("--temperature", type=float, default=temperature, help=f"0 is greedy (default {temperature:g})")
-    parser.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest tokens of this much mass")
-    parser.add_argument("--top-k", type=int, help="draw among this many of the likeliest tokens")
-    parser.add_argument("--seed", type=int, default=0)
+    for field in dataclasses.fields(Options):
+        if field.metadata:
+            default = temperature if field.name == "temperature" else field.default
+            parser.add_argument("--" + field.name.replace("_", "-"), default=default, **field.metadata)
+
+
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """The command's settings of `Options`; what is wrong with them shows before minutes of loading, not after."""
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Options) if field.name in args}
+    Options(**given)
+    return given
 
 
 def _mesh(text: str | None) -> dict[str, int] | None:
@@ -111,14 +119,10 @@ def _load(args: argparse.Namespace, ahead: Callable[[JanusPipeline], Any] | None
 
 
 def _generate(args: argparse.Namespace):
-    # What is wrong with these shows before minutes of loading and drawing, not after.
-    make_sampler(args.temperature, args.top_k, args.top_p)
-    check_guidance(args.guidance)
-    what = (args.prompt, args.n, args.guidance, args.temperature, args.top_k)
-    how = {"top_p": args.top_p, "batch_size": args.batch_size}
+    how = {"n": args.n, "batch_size": args.batch_size} | _sampling(args)
     with new_folder(args.out):
-        janus = _load(args, ahead=lambda janus: janus.compile_images(*what, **how))
-        images = janus.generate_images(*what, args.seed, **how)
+        janus = _load(args, ahead=lambda janus: janus.compile_images(args.prompt, **how))
+        images = janus.generate_images(args.prompt, **how)
         for index, image in enumerate(images):
             prompt, number = divmod(index, args.n)
             _write_png(image, args.out / f"{prompt:03d}_{number:03d}.png")
@@ -135,14 +139,12 @@ def _write_png(image: Image.Image, path: pathlib.Path):
 
 
 def _chat(args: argparse.Namespace):
-    make_sampler(args.temperature, args.top_k, args.top_p)
+    how = {"max_new_tokens": args.max_new_tokens} | _sampling(args)
     images = [open_image(path) for path in args.image]
-    what = (args.question, images, args.max_new_tokens, args.temperature, args.top_p)
-    how: dict[str, Any] = {"top_k": args.top_k, "seed": args.seed}
     if args.system is not None:
         how["system_prompt"] = args.system
-    janus = _load(args, ahead=lambda janus: janus.compile_chat(*what, **how))
-    pieces = janus.stream_chat(*what, **how)
+    janus = _load(args, ahead=lambda janus: janus.compile_chat(args.question, images, **how))
+    pieces = janus.stream_chat(args.question, images, **how)
     # The first piece begins with the space that the template leaves to the answer.
     first = next(pieces, "").lstrip()
     _say_roles(janus.processor)

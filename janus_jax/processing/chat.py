@@ -139,6 +139,14 @@ def normalize_messages(
     return turns, images or found
 
 
+def bucket(length: int, smallest: int = 32) -> int:
+    """The next of 32, 48, 64, 96, 128, 192, ...: lengths are padded to these, so that few programs are compiled."""
+    size = smallest
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size // 3 * 4
+    return size
+
+
 # ---------------------------------------------------------------- processor
 
 
@@ -224,6 +232,45 @@ class Processor:
         expanded = [i for token in ids for i in (image if token == tokenizer.image_placeholder_id else [token])]
         self._check_length(len(expanded), max_new_tokens)
         return expanded
+
+    def understanding_batch(
+        self,
+        conversations: Sequence[str | Sequence[Mapping[str, Any]]],
+        images: Sequence[Any],
+        system_prompt: str = SYSTEM_PROMPT,
+        max_new_tokens: int = 0,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]:
+        """What the model takes for conversations, each with its `images` (as for `normalize_messages`).
+
+        Returns: ids [B, T] int32, padded on the left; where the image placeholders are, [B, T] bool; pixels
+          [B, M, S, S, 3] float32, blank behind a conversation's own, or None without images; mask [B, T] bool.
+        """
+        rows, pixels = [], []
+        for messages, own in zip(conversations, images, strict=True):
+            turns, sources = normalize_messages(messages, own, self.tokenizer.image_placeholder)
+            rows.append(self.understanding_prompt(turns, len(sources), system_prompt, max_new_tokens))
+            pixels.append(self.understanding_pixels(sources))
+        ids, mask = self._padded(rows)
+        where = (ids == self.tokenizer.image_placeholder_id) & mask
+        stacked = np.zeros((len(pixels), max(map(len, pixels)), *pixels[0].shape[1:]), np.float32)
+        for row, own in zip(stacked, pixels, strict=True):
+            row[: len(own)] = own
+        return ids, where, stacked if stacked.shape[1] else None, mask
+
+    def drawing_batch(self, prompts: Sequence[str], copies: int, guided: bool) -> tuple[np.ndarray, np.ndarray]:
+        """What the model takes for `copies` images of each prompt.
+
+        Returns: ids [len(prompts) * copies, P, T] int32, padded on the left, where P is 2 (prompt and `unconditional`)
+          if guided, else 1; mask as ids, bool.
+        """
+        rows = [self.text_to_image_prompt(prompt) for prompt in prompts]
+        pairs = [[row, self.unconditional(row)] if guided else [row] for row in rows for _ in range(copies)]
+        ids, mask = self._padded([row for pair in pairs for row in pair])
+        return tuple(x.reshape(len(pairs), -1, x.shape[-1]) for x in (ids, mask))
+
+    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+        ids, mask = self.left_pad(rows, bucket(max(len(row) for row in rows)))
+        return ids, mask.astype(bool)
 
     def text_to_image_prompt(self, prompt: str) -> list[int]:
         """Ids that ask for an image of `prompt`, ending with begin_of_image; without a system prompt.

@@ -7,7 +7,7 @@ import os
 import pathlib
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import tokenizers
 
@@ -136,6 +136,23 @@ class Tokenizer:
     def stream(self, skip_special_tokens: bool = True) -> StreamDecoder:
         """A new `StreamDecoder` over this tokenizer."""
         return StreamDecoder(self, skip_special_tokens)
+
+    def answer(self, ids: Sequence[int]) -> str:
+        """The text of `ids` in front of EOS, stripped."""
+        end = ids.index(self.eos_id) if self.eos_id in ids else len(ids)
+        return self.decode(ids[:end]).strip()
+
+    def stream_answer(self, pieces: Iterable[Iterable[int]]) -> Iterator[str]:
+        """The text of ids that come in pieces, as it becomes certain; ids behind EOS in a piece are ignored."""
+        stream = self.stream()
+        for piece in pieces:
+            for token in piece:
+                if token == self.eos_id:
+                    break
+                if text := stream.push(int(token)):
+                    yield text
+        if text := stream.finish():
+            yield text
 
 
 def _token_names(folder: pathlib.Path) -> Callable[[str, str], str]:

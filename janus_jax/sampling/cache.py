@@ -51,11 +51,3 @@ def grown_shapes(model: Janus, state: Any, slots: list[int]) -> Iterator[Any]:
     for size in slots:
         cache = jax.eval_shape(functools.partial(empty_cache, model, rows, size))
         yield dataclasses.replace(state, cache=cache)
-
-
-def bucket(length: int, smallest: int = 32) -> int:
-    """The next of 32, 48, 64, 96, 128, 192, ...: lengths are padded to these, so that few programs are compiled."""
-    size = smallest
-    while size < length:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size // 3 * 4
-    return size

@@ -31,14 +31,14 @@ class NotFinite(ValueError):
         others = f" and {len(self.rows) - 1} more" if len(self.rows) > 1 else ""
         super().__init__(f"{unit} {self.rows[0]}{others}: {reason}")
 
-    def of_part(self, part: slice) -> NotFinite:
-        """The same where the batch was a part of a larger one, padded behind its last row."""
-        rows = [part.start + row for row in self.rows if part.start + row < part.stop]
-        return NotFinite(self.unit, rows or [part.start], self.reason)
+    def of_batch(self, batch: slice) -> NotFinite:
+        """The same where the rows are those of one `batch` of a call, padded behind its last row."""
+        rows = [batch.start + row for row in self.rows if batch.start + row < batch.stop]
+        return NotFinite(self.unit, rows or [batch.start], self.reason)
 
 
 def on_host(x: jax.Array) -> np.ndarray:
-    """All of `x`, also of the parts that lie on other processes' devices."""
+    """All of `x`, also what lies on other processes' devices."""
     return np.asarray(x) if jax.process_count() == 1 or x.is_fully_replicated else process_allgather(x, tiled=True)
 
 

@@ -1,4 +1,4 @@
-"""How much memory a model and what it is asked for take, estimated before anything is allocated."""
+"""How much memory a model's parameters take, known before anything is allocated."""
 
 from __future__ import annotations
 
@@ -11,43 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from janus_jax.config import JanusConfig, LlamaConfig, SiglipConfig, VQConfig
+from janus_jax.config import JanusConfig
 from janus_jax.io.messages import one_line
-from janus_jax.model.janus import Janus
-from janus_jax.model.kv_cache import cache_bytes
 from janus_jax.sampling import memory
 from janus_jax.sharding import flatten, is_stacked, output_axes
 from janus_jax.weights.quantize import is_quantized
 from janus_jax.weights.torch_weights import abstract_params
-
-
-def bytes_to_draw(model: Janus, pair: int, length: int) -> int:
-    """Of memory an image, while the codes of prompts [pair, length] are drawn."""
-    c = model.config
-    cache = cache_bytes(c.language, pair, length + c.gen_vision.num_tokens, model.dtype)
-    return cache + _prefill_bytes(c.language, pair, length)
-
-
-def bytes_to_answer(model: Janus, length: int, images: int, new_tokens: int) -> int:
-    """Of memory a conversation of `length` tokens with `images` images, while so many tokens are drawn."""
-    c = model.config
-    cache = cache_bytes(c.language, 1, length + new_tokens, model.dtype)
-    return cache + max(_prefill_bytes(c.language, 1, length), images * _image_bytes(c.vision))
-
-
-def bytes_of_pixels(config: VQConfig, dtype: Any) -> int:
-    """Of memory an image, while the VQ model decodes or encodes it in `dtype`."""
-    # Convolutions at full resolution hold a handful of activations, and im2col copies of some, at a time.
-    return 16 * config.image_size**2 * config.ch * max(config.ch_mult[:2]) * jnp.dtype(dtype).itemsize
-
-
-def _prefill_bytes(c: LlamaConfig, rows: int, length: int) -> int:
-    return rows * length * (4 * c.heads * length + (3 * c.mlp_dim + 6 * c.width) * 4)
-
-
-def _image_bytes(c: SiglipConfig) -> int:
-    pixels = c.image_size**2 * 3 * 4
-    return pixels + c.num_patches * (4 * c.heads * c.num_patches + (3 * c.mlp_dim + 6 * c.width) * 4)
 
 
 def params_bytes(

@@ -14,7 +14,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from janus_jax.config import VQConfig
 from janus_jax.model.janus import Janus, run
 from janus_jax.model.kv_cache import KVCache, grow_cache, tile_cache
 from janus_jax.sampling.cache import cache_sizes, empty_cache, grown_shapes, pieces
@@ -183,6 +185,17 @@ def compile_decoding(model: Janus, params: Any, batch: int):
     """Compiles `decode_images` for `batch` images; of `params` the shapes are enough."""
     codes = jax.ShapeDtypeStruct((batch, model.config.gen_vision.num_tokens), jnp.int32)
     decode_images.lower(model, params, codes).compile()
+
+
+def checked_codes(config: VQConfig, codes: np.ndarray) -> np.ndarray:
+    """`codes` as an array; ValueError where they are no codes [B, num_tokens]."""
+    codes = np.asarray(codes)
+    if codes.ndim != 2 or codes.shape[1] != config.num_tokens or not len(codes):
+        raise ValueError(f"codes of shape {list(codes.shape)} are no images: expected [B, {config.num_tokens}]")
+    # XLA clamps an index that is out of range, and another picture would come out.
+    if not np.issubdtype(codes.dtype, np.integer) or codes.min() < 0 or codes.max() >= config.codebook_size:
+        raise ValueError(f"codes must be whole numbers from 0 to {config.codebook_size - 1}")
+    return codes
 
 
 @functools.partial(jax.jit, static_argnames=("model",))

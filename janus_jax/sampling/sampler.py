@@ -1,13 +1,19 @@
-"""How one token is drawn from logits: temperature, top-k, top-p."""
+"""How one token is drawn from logits: temperature, top-k, top-p; and the random keys of it.
+
+A new setting is a field of `Options`, a check there, and what `Sampler` does with it; the pipeline's methods show it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import numbers
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from janus_jax.io.messages import one_line
 
@@ -43,27 +49,84 @@ class Sampler:
         return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 
+def _setting(default: Any, kind: type, about: str) -> Any:
+    """A field of Options that the command line offers too."""
+    return dataclasses.field(default=default, metadata={"type": kind, "help": about})
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a caller says of how tokens are drawn, checked.
+
+    The pipeline's methods and the command line take these by name, in this order.
+
+    Attributes:
+      temperature: divides the logits; 0 takes the likeliest token (greedy), 1 draws from what the model says.
+      top_k: draw among this many of the likeliest tokens; None keeps all.
+      top_p: draw among the likeliest tokens up to this much probability; 1 keeps all.
+      seed: from 0 to 2**32 - 1; for images also one for each, see `image_keys`.
+      cfg_weight: weight of classifier-free guidance, for images; 1 is the conditional model alone.
+    Raises: ValueError that names the setting out of range and the range.
+    """
+
+    temperature: float = _setting(1.0, float, "0 is greedy (default %(default)g)")
+    top_k: int | None = _setting(None, int, "draw among this many of the likeliest tokens (default: all)")
+    top_p: float = _setting(1.0, float, "draw among the likeliest tokens of this much probability (default 1: all)")
+    seed: int | Sequence[int] = _setting(0, int, "what is drawn depends on it (default 0)")
+    cfg_weight: float = 1.0
+
+    def __post_init__(self):
+        x = self.temperature
+        if not (_is_number(x) and 0 <= x <= _LARGEST):
+            raise ValueError(f"temperature {one_line(x)} is out of range: 0 (greedy) or above, in float32")
+        if not (_is_number(self.top_p) and 0 < self.top_p <= 1):
+            raise ValueError(f"top_p {one_line(self.top_p)} is out of range: above 0, up to 1 (all tokens)")
+        k = self.top_k
+        if k is not None and (not isinstance(k, numbers.Integral) or k < 1):
+            raise ValueError(f"top_k {one_line(k)} is out of range: a whole number from 1, or None (all tokens)")
+        for seed in self.seed if isinstance(self.seed, Iterable) else [self.seed]:
+            seed_key(seed)
+        check_guidance(self.cfg_weight)
+
+    @property
+    def sampler(self) -> Sampler:
+        """The arrays that a compiled loop takes."""
+        greedy = self.temperature < 1e-6  # where float32 logits would overflow, only the largest has a chance
+        return Sampler(
+            temperature=jnp.float32(1 if greedy else self.temperature),
+            top_k=jnp.int32(min(self.top_k or 0, 2**31 - 1)),
+            top_p=jnp.float32(max(self.top_p, _SMALLEST)),  # 0 would keep nothing, not even the likeliest token
+            greedy=greedy,
+            truncated=not greedy and (self.top_k is not None or self.top_p < 1),
+        )
+
+
 def make_sampler(temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0) -> Sampler:
-    """A checked Sampler; temperature 0 is greedy. ValueError names the setting out of range and the range."""
-    if not (_is_number(temperature) and 0 <= temperature <= _LARGEST):
-        raise ValueError(f"temperature {one_line(temperature)} is out of range: 0 (greedy) or above, in float32")
-    if not (_is_number(top_p) and 0 < top_p <= 1):
-        raise ValueError(f"top_p {one_line(top_p)} is out of range: above 0, up to 1 (all tokens)")
-    if top_k is not None and (not isinstance(top_k, numbers.Integral) or top_k < 1):
-        raise ValueError(f"top_k {one_line(top_k)} is out of range: a whole number from 1, or None (all tokens)")
-    greedy = temperature < 1e-6  # where float32 logits would overflow, only the largest has a chance
-    return Sampler(
-        temperature=jnp.float32(1 if greedy else temperature),
-        top_k=jnp.int32(min(top_k or 0, 2**31 - 1)),
-        top_p=jnp.float32(max(top_p, _SMALLEST)),  # 0 would keep nothing, not even the likeliest token
-        greedy=greedy,
-        truncated=not greedy and (top_k is not None or top_p < 1),
-    )
+    """The Sampler of such `Options`."""
+    return Options(temperature, top_k, top_p).sampler
 
 
 def step_keys(keys: jax.Array, step: jax.Array | int) -> jax.Array:
     """`keys` [B] of one step of a loop."""
     return jax.vmap(lambda key: jax.random.fold_in(key, step))(keys)
+
+
+def image_keys(seed: int | Sequence[int], prompts: int, n: int) -> jax.Array:
+    """Random keys [prompts * n]: of an image by its seed and its index among the n of its prompt."""
+    if not isinstance(seed, Iterable):
+        keys = jax.vmap(functools.partial(jax.random.fold_in, seed_key(seed)))(jnp.arange(n))
+        return jnp.tile(keys, prompts)
+    keys = [seed_key(s) for s in seed]
+    if len(keys) != prompts * n:
+        raise ValueError(f"{len(keys)} seeds for {prompts * n} images; give one seed, or one for each image")
+    return jnp.stack([jax.random.fold_in(key, 0) for key in keys])
+
+
+def seed_key(seed: Any) -> jax.Array:
+    """The random key of a seed; ValueError where it is none."""
+    if not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed {one_line(seed)} is out of range: a whole number from 0 to {2**32 - 1}")
+    return jax.random.key(int(seed))
 
 
 def check_guidance(cfg_weight: float) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import strategies as st
 from scipy import stats
 
-from janus_jax.sampling.cache import bucket
+from janus_jax.processing.chat import bucket
 from janus_jax.sampling.images import guide
 from janus_jax.sampling.sampler import Sampler, _kept, make_sampler
 

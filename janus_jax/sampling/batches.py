@@ -1,0 +1,201 @@
+"""Work on many rows, in batches that fit the memory.
+
+Everything about batches is here: what a row takes, how many fit, cutting, padding, putting them on the devices, halving
+where memory runs out, and joining the results.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from janus_jax.config import LlamaConfig, SiglipConfig, VQConfig
+from janus_jax.io.progress import shown, step_bar
+from janus_jax.model.janus import Janus
+from janus_jax.model.kv_cache import cache_bytes
+from janus_jax.sampling.finite import NotFinite, on_host
+from janus_jax.sampling.memory import OutOfMemory, least_available_bytes
+from janus_jax.sharding import activation_spec, batch_shards
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Some rows of a call, padded to `size` of them.
+
+    Attributes:
+      rows: which of the call's rows.
+      size: rows with padding, which repeats the last one.
+      mesh: what the rows are split over; None for one device.
+      progress: to be called with a number of steps when they are done; None where nobody looks.
+    """
+
+    rows: slice
+    size: int
+    mesh: Mesh | None = None
+    progress: Callable[[int], Any] | None = None
+
+    def put(self, x: Any) -> jax.Array | None:
+        """The batch's rows of `x`, which holds all rows of the call, padded and on the devices; None stays None."""
+        return None if x is None else self.put_own(x[self.rows])
+
+    def put_own(self, x: Any) -> jax.Array:
+        """`x`, which holds the batch's own rows alone, padded and on the devices."""
+        return put(x[np.minimum(np.arange(self.size), len(x) - 1)], self.mesh)
+
+
+def put(x: Any, mesh: Mesh | None) -> jax.Array:
+    """`x` on the device, or split over the mesh by its first axis."""
+    if mesh is None:
+        return jnp.asarray(x)
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(put(jax.random.key_data(x), mesh))
+    x = np.asarray(x)
+    spec = activation_spec(x.shape, ("batch",) + (None,) * (x.ndim - 1), mesh.shape)
+    # Each process puts what its own devices hold.
+    return jax.make_array_from_callback(x.shape, NamedSharding(mesh, PartitionSpec(*spec)), x.__getitem__)
+
+
+def using(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+    """A context in which computations see `mesh`, if there is one."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def each_using(mesh: Mesh | None, pieces: Iterator[jax.Array]) -> Iterator[np.ndarray]:
+    """`pieces` on the host, computed under the mesh."""
+    while True:
+        # Set only while we compute, never across a yield: it would leak into the caller's code.
+        with using(mesh):
+            piece = next(pieces, None)
+        if piece is None:
+            return
+        yield on_host(piece)
+
+
+def in_batches(
+    work: Callable[[Batch], np.ndarray],
+    total: int,
+    size: int,
+    mesh: Mesh | None,
+    *,
+    name: str,
+    unit: str = "image",
+    multiple: int | None = None,
+    steps: int | None = None,
+    progress: bool | None = False,
+) -> np.ndarray:
+    """Runs `work` over `total` rows in equal batches of at most `size`, and joins what it returns for them.
+
+    Batches halve when the device runs out of memory, unless `mesh` spans processes.
+
+    Args:
+      work: gets a Batch, runs under the mesh, and returns an array on the host, a row for each of the batch.
+      name, unit: of the work and of a row, for the bar and for errors.
+      multiple: sizes are multiples of it; default the shards of the mesh.
+      steps: which `work` reports to `Batch.progress`; default one, when it is done.
+      progress: see `progress.shown`.
+    Raises: OutOfMemory where not even one row fits; NotFinite with the rows' numbers in the whole call.
+    """
+    multiple = multiple or batch_shards(mesh)
+    while True:
+        cut, padded = even_batches(total, size, multiple)
+        with step_bar(name, (steps or 1) * len(cut), shown(progress)) as bar:
+            results = []
+            try:
+                for rows in cut:
+                    batch = Batch(rows, padded, mesh, None if bar.disable else bar.update)
+                    results.append(_run(work, batch)[: rows.stop - rows.start])
+                    if steps is None:
+                        bar.update()
+                return np.concatenate(results)
+            except jax.errors.JaxRuntimeError as error:
+                if not OutOfMemory.says(error):
+                    raise
+                if padded <= multiple:
+                    raise OutOfMemory(f"{name} one {unit} at a time does not fit the device's memory") from error
+                if mesh is not None and mesh.is_multi_process:
+                    # Others may have had room for it: they wait within it for this one, and would never try the half.
+                    raise OutOfMemory(
+                        f"{name} {padded} {unit}s at a time does not fit the device's memory, and several processes "
+                        f"cannot go back and try {padded // 2}; ask for fewer at a time"
+                    ) from error
+                size = padded // 2
+
+
+def _run(work: Callable[[Batch], np.ndarray], batch: Batch) -> np.ndarray:
+    try:
+        with using(batch.mesh):
+            return work(batch)
+    except NotFinite as error:
+        raise error.of_batch(batch.rows) from None
+
+
+def even_batches(total: int, size: int, multiple: int = 1) -> tuple[list[slice], int]:
+    """Cuts `total` rows into the fewest equal batches of at most `size` (at least `multiple`).
+
+    Returns: the rows of each, and the size to pad each of them to: a multiple of `multiple`.
+    """
+    size = max(size // multiple, 1) * multiple
+    count = -(-total // size)
+    even = -(-total // count)
+    padded = -(-even // multiple) * multiple
+    return [slice(start, min(start + padded, total)) for start in range(0, total, padded)], padded
+
+
+def first(total: int, size: int, mesh: Mesh | None = None) -> Batch:
+    """The first Batch of `in_batches`, for who compiles ahead of it or takes no other."""
+    cut, padded = even_batches(total, size)
+    return Batch(cut[0], padded, mesh)
+
+
+def fitting(total: int, per_row: int, mesh: Mesh | None, coming: Any) -> int:
+    """How many of `total` rows, of `per_row` bytes each, fit the memory that is free now; at least one.
+
+    Args:
+      mesh: what the rows are spread over; None for one device.
+      coming: a tree, in which shapes stand for arrays that are still to be allocated.
+    """
+    shards = batch_shards(mesh)
+    free = least_available_bytes(mesh)
+    if free is None:
+        return -(-total // shards) * shards
+    free -= sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(coming) if isinstance(x, jax.ShapeDtypeStruct))
+    return max(1, free * 8 // 10 // max(per_row // shards, 1))
+
+
+# ---------------------------------------------------------------- what a row takes
+
+
+def bytes_to_draw(model: Janus, pair: int, length: int) -> int:
+    """Of memory an image, while the codes of prompts [pair, length] are drawn."""
+    c = model.config
+    cache = cache_bytes(c.language, pair, length + c.gen_vision.num_tokens, model.dtype)
+    return cache + _prefill_bytes(c.language, pair, length)
+
+
+def bytes_to_answer(model: Janus, length: int, images: int, new_tokens: int) -> int:
+    """Of memory a conversation of `length` tokens with `images` images, while so many tokens are drawn."""
+    c = model.config
+    cache = cache_bytes(c.language, 1, length + new_tokens, model.dtype)
+    return cache + max(_prefill_bytes(c.language, 1, length), images * _image_bytes(c.vision))
+
+
+def bytes_of_pixels(config: VQConfig, dtype: Any) -> int:
+    """Of memory an image, while the VQ model decodes or encodes it in `dtype`."""
+    # Convolutions at full resolution hold a handful of activations, and im2col copies of some, at a time.
+    return 16 * config.image_size**2 * config.ch * max(config.ch_mult[:2]) * jnp.dtype(dtype).itemsize
+
+
+def _prefill_bytes(c: LlamaConfig, rows: int, length: int) -> int:
+    return rows * length * (4 * c.heads * length + (3 * c.mlp_dim + 6 * c.width) * 4)
+
+
+def _image_bytes(c: SiglipConfig) -> int:
+    pixels = c.image_size**2 * 3 * 4
+    return pixels + c.num_patches * (4 * c.heads * c.num_patches + (3 * c.mlp_dim + 6 * c.width) * 4)
