@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from janus_jax.config import JanusConfig
+from janus_jax.io.messages import one_line
 from janus_jax.model.janus import Janus
 from janus_jax.processing.chat import SYSTEM_PROMPT, Processor, bucket
 from janus_jax.processing.images import generation_pixels
@@ -396,5 +397,5 @@ def _prompts_of(batch: Batch, prompts: np.ndarray) -> jax.Array:
 def _check_count(name: str, value: Any) -> int:
     # Also NaN, which is not below 1 either.
     if not isinstance(value, (int, np.integer)) or value < 1:
-        raise ValueError(f"{name} {value!r} is out of range: a whole number from 1")
+        raise ValueError(f"{name} must be an integer from 1, got {one_line(value)}")
     return int(value)

@@ -194,7 +194,7 @@ def checked_codes(config: VQConfig, codes: np.ndarray) -> np.ndarray:
         raise ValueError(f"codes of shape {list(codes.shape)} are no images: expected [B, {config.num_tokens}]")
     # XLA clamps an index that is out of range, and another picture would come out.
     if not np.issubdtype(codes.dtype, np.integer) or codes.min() < 0 or codes.max() >= config.codebook_size:
-        raise ValueError(f"codes must be whole numbers from 0 to {config.codebook_size - 1}")
+        raise ValueError(f"codes must be integers from 0 to {config.codebook_size - 1}")
     return codes
 
 

@@ -66,7 +66,7 @@ class Options:
       top_p: draw among the likeliest tokens up to this much probability; 1 keeps all.
       seed: from 0 to 2**32 - 1; for images also one for each, see `image_keys`.
       cfg_weight: weight of classifier-free guidance, for images; 1 is the conditional model alone.
-    Raises: ValueError that names the setting out of range and the range.
+    Raises: ValueError that names the setting, what it must be and what it is.
     """
 
     temperature: float = _setting(1.0, float, "0 is greedy (default %(default)g)")
@@ -78,12 +78,12 @@ class Options:
     def __post_init__(self):
         x = self.temperature
         if not (_is_number(x) and 0 <= x <= _LARGEST):
-            raise ValueError(f"temperature {one_line(x)} is out of range: 0 (greedy) or above, in float32")
+            raise ValueError(f"temperature must be 0 (greedy) or above, in float32, got {one_line(x)}")
         if not (_is_number(self.top_p) and 0 < self.top_p <= 1):
-            raise ValueError(f"top_p {one_line(self.top_p)} is out of range: above 0, up to 1 (all tokens)")
+            raise ValueError(f"top_p must be above 0 and at most 1 (all tokens), got {one_line(self.top_p)}")
         k = self.top_k
         if k is not None and (not isinstance(k, numbers.Integral) or k < 1):
-            raise ValueError(f"top_k {one_line(k)} is out of range: a whole number from 1, or None (all tokens)")
+            raise ValueError(f"top_k must be an integer from 1, or None (all tokens), got {one_line(k)}")
         for seed in self.seed if isinstance(self.seed, Iterable) else [self.seed]:
             seed_key(seed)
         check_guidance(self.cfg_weight)
@@ -125,14 +125,14 @@ def image_keys(seed: int | Sequence[int], prompts: int, n: int) -> jax.Array:
 def seed_key(seed: Any) -> jax.Array:
     """The random key of a seed; ValueError where it is none."""
     if not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed {one_line(seed)} is out of range: a whole number from 0 to {2**32 - 1}")
+        raise ValueError(f"seed must be an integer from 0 to {2**32 - 1}, got {one_line(seed)}")
     return jax.random.key(int(seed))
 
 
 def check_guidance(cfg_weight: float) -> None:
     """ValueError where `cfg_weight`, the weight of classifier-free guidance, is out of range."""
     if not (_is_number(cfg_weight) and 0 <= cfg_weight <= _LARGEST):
-        raise ValueError(f"cfg_weight {one_line(cfg_weight)} is out of range: 0 or above in float32, 1 for no guidance")
+        raise ValueError(f"cfg_weight must be 0 or above, in float32 (1 is no guidance), got {one_line(cfg_weight)}")
 
 
 def _is_number(x: Any) -> bool:

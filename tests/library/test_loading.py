@@ -18,7 +18,7 @@ from janus_jax.sampling.footprint import gib, params_bytes
 from janus_jax.sampling.memory import OutOfMemory
 from janus_jax.sharding import flatten
 from janus_jax.weights import conversion
-from tests.library.test_pipeline import SHORT, codes, folder, janus, quick_compilation, raises_one_line  # noqa: F401
+from tests.library.tiny_janus import SHORT, codes, folder, janus, quick_compilation, raises_one_line  # noqa: F401
 
 # ruff: noqa: F811
 

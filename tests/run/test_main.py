@@ -15,7 +15,7 @@ from janus_jax.__main__ import main
 from janus_jax.pipeline import JanusPipeline
 from janus_jax.sharding import flatten
 from janus_jax.weights import checkpoint, conversion
-from tests.library.test_pipeline import GOLDEN, OTHER, QUESTION, SHORT, folder, janus, quick_compilation  # noqa: F401
+from tests.library.tiny_janus import GOLDEN, OTHER, QUESTION, SHORT, folder, janus, quick_compilation  # noqa: F401
 
 # ruff: noqa: F811
 
@@ -118,14 +118,14 @@ def test_info_of_every_layout(folder, tmp_path, capfd):
         ("generate --model {tmp}/absent --prompt cat --out {tmp}/out", "absent is neither a folder nor a hub id"),
         ("generate --model {tmp}/empty --prompt cat --out {tmp}/out", "config.json does not exist"),
         ("generate --model {model} --prompt= --out {tmp}/out", "the prompt must be text that says what to draw, got"),
-        ("generate --model {model} --prompt cat --n 0 --out {tmp}/out", "n 0 is out of range"),
-        ("generate --model {model} --prompt cat --top-p 1.5 --out {tmp}/out", "top_p 1.5 is out of range"),
-        ("generate --model {model} --prompt cat --top-p nan --out {tmp}/out", "top_p nan is out of range"),
-        ("generate --model {model} --prompt cat --top-k 0 --out {tmp}/out", "top_k 0 is out of range"),
-        ("generate --model {model} --prompt cat --temperature -1 --out {tmp}/out", "temperature -1.0"),
-        ("generate --model {model} --prompt cat --guidance nan --out {tmp}/out", "cfg_weight nan"),
-        ("generate --model {model} --prompt cat --batch-size 0 --out {tmp}/out", "batch_size 0"),
-        ("generate --model {model} --prompt cat --seed -1 --out {tmp}/out", "seed -1"),
+        ("generate --model {model} --prompt cat --n 0 --out {tmp}/out", "n must be ..., got 0"),
+        ("generate --model {model} --prompt cat --top-p 1.5 --out {tmp}/out", "top_p must be ..., got 1.5"),
+        ("generate --model {model} --prompt cat --top-p nan --out {tmp}/out", "top_p must be ..., got nan"),
+        ("generate --model {model} --prompt cat --top-k 0 --out {tmp}/out", "top_k must be ..., got 0"),
+        ("generate --model {model} --prompt cat --temperature -1 --out {tmp}/out", "temperature must be ..., got -1.0"),
+        ("generate --model {model} --prompt cat --guidance nan --out {tmp}/out", "cfg_weight must be ..., got nan"),
+        ("generate --model {model} --prompt cat --batch-size 0 --out {tmp}/out", "batch_size must be ..., got 0"),
+        ("generate --model {model} --prompt cat --seed -1 --out {tmp}/out", "seed must be ..., got -1"),
         ("generate --model {model} --prompt cat --mesh fsdp --out {tmp}/out", "'fsdp' is not of the form"),
         ("generate --model {model} --prompt cat --mesh rows=8 --out {tmp}/out", "mesh axis 'rows' is unknown"),
         ("generate --model {model} --prompt cat --mesh fsdp=3 --out {tmp}/out", "does not make up the 8 devices"),
@@ -137,9 +137,9 @@ def test_info_of_every_layout(folder, tmp_path, capfd):
         ("chat --model {model} What --image {tmp}/absent.png", "absent.png"),
         ("chat --model {model} What --image {tmp}/file", "not an image"),
         ("chat --model {model} What --image {tmp}/empty", "found a folder"),
-        ("chat --model {model} What --top-p 0", "top_p 0.0"),
-        ("chat --model {model} What --max-new-tokens 0", "max_new_tokens 0"),
-        ("chat --model {model} What --max-new-tokens 4 --seed 99999999999", "seed 99999999999"),
+        ("chat --model {model} What --top-p 0", "top_p must be ..., got 0.0"),
+        ("chat --model {model} What --max-new-tokens 0", "max_new_tokens must be ..., got 0"),
+        ("chat --model {model} What --max-new-tokens 4 --seed 99999999999", "seed must be ..., got 99999999999"),
         ("chat --model {model} What", "512 new tokens exceeds the model's 512 positions"),
         ("chat --model {model} <image_placeholder>", "there are 0 images"),
         ("info --model {tmp}/absent", "absent is neither"),
@@ -155,7 +155,7 @@ def test_one_line_for_bad_input(folder, tmp_path, capfd, monkeypatch, arguments,
     shown = capfd.readouterr()
     assert shown.out == ""
     assert shown.err.startswith("error: ") and shown.err.count("\n") == 1 and shown.err.endswith("\n")
-    assert message in shown.err
+    assert all(words in shown.err for words in message.split("..."))
     assert not (tmp_path / "out").exists()
 
 
