@@ -23,22 +23,22 @@ EXHAUSTED = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1234 byt
 
 
 @given(total=st.integers(1, 300), size=st.integers(0, 400), multiple=st.integers(1, 16))
-def test_parts_cover_everything_once(total, size, multiple):
-    parts, padded = even_batches(total, size, multiple)
-    assert [i for part in parts for i in range(part.start, part.stop)] == list(range(total))
-    assert all(part.stop - part.start == padded for part in parts[:-1])
-    assert 0 < parts[-1].stop - parts[-1].start <= padded
+def test_batches_cover_everything_once(total, size, multiple):
+    batches, padded = even_batches(total, size, multiple)
+    assert [i for batch in batches for i in range(batch.start, batch.stop)] == list(range(total))
+    assert all(batch.stop - batch.start == padded for batch in batches[:-1])
+    assert 0 < batches[-1].stop - batches[-1].start <= padded
 
 
 @given(total=st.integers(1, 300), size=st.integers(0, 400), multiple=st.integers(1, 16))
-def test_parts_are_few_and_fit(total, size, multiple):
-    parts, padded = even_batches(total, size, multiple)
+def test_batches_are_few_and_fit(total, size, multiple):
+    batches, padded = even_batches(total, size, multiple)
     assert padded % multiple == 0
     assert padded <= max(size, multiple), "larger than asked for"
     most = max(size // multiple, 1) * multiple
-    assert len(parts) == math.ceil(total / most), "more parts than needed"
-    # Equal: no smaller size would do with as many parts.
-    assert padded == multiple or (padded - multiple) * len(parts) < total
+    assert len(batches) == math.ceil(total / most), "more batches than needed"
+    # Equal: no smaller size would do with as many batches.
+    assert padded == multiple or (padded - multiple) * len(batches) < total
 
 
 # ---------------------------------------------------------------- in the pipeline
