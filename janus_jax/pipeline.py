@@ -395,7 +395,6 @@ def _prompts_of(batch: Batch, prompts: np.ndarray) -> jax.Array:
 
 
 def _check_count(name: str, value: Any) -> int:
-    # Also NaN, which is not below 1 either.
     if not isinstance(value, (int, np.integer)) or value < 1:
         raise ValueError(f"{name} must be an integer from 1, got {one_line(value)}")
     return int(value)
