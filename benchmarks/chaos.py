@@ -117,7 +117,7 @@ def check_death(process: Process, kill: Kill, code: int, seen: int, before: int,
         if process.minds_sigterm:
             raise Failed("SIGTERM ended it although its handler was in place")
     elif kill.signal == signal.SIGTERM and code == AGAIN:
-        told = re.search(r"told to end; saved after step (\d+)", process.last_words)
+        told = re.search(r"preempted; saved after step (\d+)", process.last_words)
         if not told or int(told[1]) != newest:
             raise Failed(f"the newest complete checkpoint is of step {newest}, it said: {process.last_words}")
         # The step that the signal comes in is still done, and what was known may be a step old.

@@ -53,7 +53,7 @@ def read_config(path: str | pathlib.Path) -> JanusConfig:
         path = path / "config.json"
     if not path.exists():
         name = one_line(path)
-        raise FileNotFoundError(f"{name} does not exist: expected the config.json of a Janus checkpoint there")
+        raise FileNotFoundError(f"{name} does not exist; expected the config.json of a Janus checkpoint there")
     raw = files.read_json(path)
     try:
         return parse_config(raw)

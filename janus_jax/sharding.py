@@ -1,14 +1,14 @@
-"""Where arrays lie on a mesh: the whole contract between mesh axes, parameters, activations and batches.
+"""How arrays are split over a mesh: the whole contract between mesh axes, parameters, activations and batches.
 
-What each mesh axis (`MESH_AXES`) splits, and who sees to it in a training step (`axes_by_hand`):
+What each mesh axis (`MESH_AXES`) splits, and what does it in a training step (`axes_by_hand`):
 
     axis      parameters              activations    rows of a batch  in a training step
-    `data`    nothing: copies         by their rows  yes              by hand: gradients are summed
-    `fsdp`    width                   by their rows  yes              by hand: layers gather parameters where they use
-                                                                      them (`gather_layer`), gradients are scattered
+    `data`    nothing (copies)        rows           yes              by hand: gradients are summed
+    `fsdp`    width                   rows           yes              by hand: layers gather their parameters
+                                                                      (`gather_layer`), gradients are scattered
     `tensor`  heads, MLP, vocabulary  heads, MLP     no               by the compiler
 
-Every dimension has a logical axis, which `RULES` maps to mesh axes; None is whole on every device. By the letters of
+Every dimension has a logical axis, which `RULES` maps to mesh axes; None is whole on every device. In the letters of
 the model's einsums:
 
     letter  dimension                  in parameters  in activations
@@ -23,21 +23,21 @@ the model's einsums:
             stacked layers             None           None
 
 - Parameters: one row of `PARAMETER_AXES` for each path, for training and sampling alike (`param_shardings`).
-- Activations: `constrain` where they are made, in `model/{llama,kv_cache,siglip,vq,janus}.py` and the sampling loops.
-  The kernels of `model/attention.py` get each device's rows and heads, at their whole length.
-- Batches in training: `batch_sharding` in `train/step/state.py` cuts rows and nothing else, `local_rows` are those that
-  a process makes, and `train/data/batches.py` makes whichever rows it is asked for and knows no mesh. `batch_size` is a
-  multiple of `accumulate` times `batch_shards`.
+- Activations: `constrain` where they are computed, in `model/{llama,kv_cache,siglip,vq,janus}.py` and the sampling
+  loops. The kernels of `model/attention.py` get each device's rows and heads, at their whole length.
+- Batches in training: `batch_sharding` in `train/step/state.py` splits rows and nothing else, `local_rows` are those
+  that a process makes, and `train/data/batches.py` makes any rows it is asked for, independent of the mesh.
+  `batch_size` is a multiple of `accumulate` times `batch_shards`.
 - Batches in sampling: the rows of a call are padded to a multiple of `batch_shards`.
 - The training step (`train/step/step.py`) computes losses and gradients inside `jax.shard_map` over `axes_by_hand`,
-  each device of its own rows. In there `constrain` speaks of the other axes alone.
+  on each device for its rows. There `constrain` applies to the other axes only.
 
-To add a mesh axis: name it in `MESH_AXES`, say in `RULES` what it splits (in `PARAMETER_AXES` too, if that has no
-logical axis yet), and give `MeshConfig` in `train/config.py` a field of that name. Then, by what it splits:
+To add a mesh axis: name it in `MESH_AXES`, declare in `RULES` what it splits (in `PARAMETER_AXES` too, if that has no
+logical axis yet), and give `MeshConfig` in `train/config.py` a field of that name. Then, depending on what it splits:
 
-- "batch", beside `data`: nothing more; batches, gradients, memory estimates and `janus_jax.load` follow the tables.
-- "heads", "kv_heads", "mlp", "vocab", beside `tensor`: nothing more; the compiler splits the work.
-- "embed", beside `fsdp`: `_whole` below gathers over one axis, and `_only` in `train/step/step.py` keeps one.
+- "batch", like `data`: nothing more; batches, gradients, memory estimates and `janus_jax.load` follow the tables.
+- "heads", "kv_heads", "mlp", "vocab", like `tensor`: nothing more; the compiler splits the work.
+- "embed", like `fsdp`: `_whole` below gathers over one axis, and `_only` in `train/step/step.py` keeps one.
 - "length": the kernels in `model/attention.py` and the losses in `train/step/loss.py`, which reorder a row's tokens.
 """
 
@@ -68,7 +68,7 @@ RULES: dict[str, str | tuple[str, ...]] = {
     "length": (),
 }
 
-# (parameter path, logical axes without the layer axis). Stacked layers gain a leading None on their own.
+# (parameter path, logical axes without the layer axis). Stacked layers get a leading None.
 _PROJ = r"(vision_model/blocks/attn)"
 _BLOCK = r"language_model/layers(_\d+)?"
 PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
@@ -115,24 +115,24 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     """Mesh with the axes `data`, `fsdp`, `tensor`.
 
     Args:
-      shape: size of each axis; absent ones are 1, and one may be -1 ("the rest"). Default: all devices on `fsdp`.
+      shape: size of each axis; missing axes are 1, and one may be -1 ("the rest"). Default: all devices on `fsdp`.
       devices: default `jax.devices()`.
-    Raises: ValueError for an unknown axis, or when the sizes do not multiply to the number of devices.
+    Raises: ValueError for an unknown axis, or if the product of the sizes is not the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = dict.fromkeys(MESH_AXES, 1) | dict({"fsdp": -1} if shape is None else shape)
     unknown = [name for name in sizes if name not in MESH_AXES]
     if unknown:
-        raise ValueError(f"mesh axis {unknown[0]!r} is unknown; the axes are {', '.join(MESH_AXES)}")
+        raise ValueError(f"mesh axis {unknown[0]!r} is unknown; known: {', '.join(MESH_AXES)}")
     free = [name for name, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if len(free) == 1 and fixed > 0 and len(devices) % fixed == 0:
         sizes[free[0]] = len(devices) // fixed
     if any(size < 1 for size in sizes.values()) or math.prod(sizes.values()) != len(devices):
         asked = " x ".join(f"{name}={size}" for name, size in sizes.items())
-        raise ValueError(f"a mesh of {asked} does not make up the {len(devices)} devices at hand")
+        raise ValueError(f"a mesh of {asked} does not match the {len(devices)} available devices")
     grid = tuple(sizes[name] for name in MESH_AXES)
-    # A slice's physical axes are split where the sizes ask for it: 32 x 2 fits no whole axes of 4 x 4 x 4 chips.
+    # Allows sizes that split a slice's physical axes: 32 x 2 does not fit whole axes of 4 x 4 x 4 chips.
     placed = mesh_utils.create_device_mesh(grid, devices, allow_split_physical_axes=True)
     return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
@@ -158,12 +158,12 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def logical_axes(path: str, ndim: int) -> tuple[str | None, ...]:
-    """Logical axes of the parameter at `path`. ValueError unless exactly one row of PARAMETER_AXES matches."""
+    """Logical axes of the parameter at `path`; ValueError unless exactly one row of PARAMETER_AXES matches."""
     axes = _axes_in_layer(path) or (None,) * ndim
     if is_stacked(path):
         axes = (None, *axes)
     if len(axes) != ndim:
-        raise ValueError(f"parameter {path!r} has {ndim} axes, the sharding table gives it {len(axes)}")
+        raise ValueError(f"parameter {path!r} has {ndim} axes, but {len(axes)} in the sharding table")
     return axes
 
 
@@ -173,17 +173,17 @@ def _axes_in_layer(path: str) -> tuple[str | None, ...]:
         return _axes_in_layer(kernel)[: output_axes(kernel)]
     rows = [axes for pattern, axes in PARAMETER_AXES if re.fullmatch(pattern, path)]
     if len(rows) != 1:
-        raise ValueError(f"parameter {path!r} matches {len(rows)} rows of the sharding table, not exactly one")
+        raise ValueError(f"parameter {path!r} must match exactly one row of the sharding table, got {len(rows)}")
     return rows[0]
 
 
 def is_stacked(path: str) -> bool:
-    """Whether the parameter at `path` is that of all layers, on a first axis."""
+    """Whether the parameter at `path` has all layers, stacked on a leading axis."""
     return _STACKED.match(path) is not None
 
 
 def output_axes(path: str) -> int:
-    """How many of a layer's kernel's axes, its first ones, are what the product adds."""
+    """How many leading axes of a layer's kernel are output axes."""
     name = path.split("/")[-2]
     return {"q_proj": 2, "k_proj": 2, "v_proj": 2, "qkv_proj": 3, "gate_up_proj": 2}.get(name, 1)
 
@@ -197,8 +197,8 @@ def param_shardings(abstract: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
     """NamedSharding of every parameter.
 
     Args:
-      abstract: nested dict of things with a `shape`.
-    Raises: ValueError naming each parameter whose axes the mesh does not divide.
+      abstract: nested dict of objects with a `shape`.
+    Raises: ValueError naming the parameters whose axes the mesh does not divide.
     """
     shardings, misfits = {}, []
     for path, leaf in flatten(abstract).items():
@@ -217,7 +217,7 @@ def param_shardings(abstract: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """`x` with its axes laid on the current mesh by logical name; as it is where no mesh is set.
+    """`x` constrained to the current mesh by the logical names of its axes; unchanged if no mesh is set.
 
     A dimension that the mesh axes do not divide (one chat on eight data shards) stays whole.
     """
@@ -226,22 +226,22 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def automatic_axes() -> dict[str, int]:
-    """Sizes of the current mesh's axes that the compiler splits work over; inside a `shard_map`, of the others."""
+    """Sizes of the current mesh's axes over which the compiler splits work; inside `shard_map`, those it leaves."""
     mesh = jax.sharding.get_abstract_mesh()
     sizes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
     return {name: size for name, size, kind in sizes if kind == AxisType.Auto}
 
 
 def axes_by_hand(mesh: Mesh) -> set[str]:
-    """The mesh axes that a training step takes by hand, in `jax.shard_map`; the compiler splits over the others."""
+    """The mesh axes that a training step handles by hand, in `jax.shard_map`; the compiler splits over the others."""
     by_hand = set(RULES["batch"])
-    # With nothing to split the compiler has no say.
+    # If nothing is left for the compiler to split, all axes are taken by hand.
     left = any(size > 1 for axis, size in mesh.shape.items() if axis not in by_hand)
     return by_hand if left else set(mesh.axis_names)
 
 
 def manual_axes() -> tuple[str, ...]:
-    """The axes of the `jax.shard_map` that we are in."""
+    """The axes of the enclosing `jax.shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return tuple(name for name, kind in kinds if kind == AxisType.Manual)
@@ -253,7 +253,7 @@ def gather_layer(prefix: str, dtype: Any, variables: Mapping[str, Any]) -> dict[
     Shards are gathered in `dtype`. The gradient of a gathered parameter is reduce-scattered in their own dtype.
 
     Args:
-      prefix: of the parameters' paths, as 'language_model/layers/'.
+      prefix: prefix of the parameters' paths, such as 'language_model/layers/'.
     """
     return {
         kind: _gather({prefix + path: x for path, x in flatten(tree).items()}, dtype, prefix)
@@ -262,7 +262,7 @@ def gather_layer(prefix: str, dtype: Any, variables: Mapping[str, Any]) -> dict[
 
 
 def gather_but_layers(params: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
-    """All `params` whole and in `dtype` but those of stacked layers, which the layers gather; see `gather_layer`."""
+    """All `params` whole and in `dtype`, except those of stacked layers, which the layers gather (`gather_layer`)."""
     flat = flatten(params)
     layers = {path: x for path, x in flat.items() if is_stacked(path)}
     others = {path: x for path, x in flat.items() if path not in layers}
@@ -281,8 +281,8 @@ def _gather(flat: Mapping[str, jax.Array], dtype: Any, prefix: str = "") -> dict
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _whole(axis: int, dtype: Any, own: Any, x: jax.Array) -> jax.Array:
-    # Over a first axis of its own: along the last one TPU's compiler makes an all-reduce of the gradient's
-    # reduce-scatter, twice the traffic.
+    # Over a new leading axis: along the last axis, TPU's compiler turns the gradient's reduce-scatter into an
+    # all-reduce, with twice the traffic.
     shards = jax.lax.all_gather(x.astype(dtype), RULES["embed"])
     return jnp.moveaxis(shards, 0, axis).reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
 
@@ -306,5 +306,5 @@ def activation_spec(shape: Sequence[int], names: Sequence[str | None], mesh_shap
 
 
 def batch_shards(mesh: Mesh | None) -> int:
-    """Over how many shards the rows of a batch are split; 1 without a mesh."""
+    """The number of shards over which the rows of a batch are split; 1 without a mesh."""
     return 1 if mesh is None else int(np.prod([mesh.shape[axis] for axis in RULES["batch"]]))

@@ -1,4 +1,4 @@
-"""The command line of a run: a config by name, changes of its fields, and where its other processes are."""
+"""The command line of a run: a config by name, overrides of its fields, and how to find its other processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class _Parser(argparse.ArgumentParser):
 def parse_args(
     argv: Sequence[str] | None = None, prog: str = "python -m train.main"
 ) -> tuple[Any, dict[str, str | int | None]]:
-    """The config that `--config NAME [key=value ...]` asks for, `train.run.distributed.start`'s arguments, and `steal`.
+    """The config of `--config NAME [key=value ...]`, the arguments of `train.run.distributed.start`, and `steal`.
 
     `--help` (with a config: all its fields) and `--print-config` print and exit with 0; bad input prints one line,
     `error: ...`, on standard error and exits with 2.
@@ -33,16 +33,16 @@ def parse_args(
         epilog=f"configs: {', '.join(config_names())}",
     )  # fmt: skip
     parser.add_argument("--config", metavar="NAME", help="a config by name, or a .py file with get_config()")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes of single fields")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of single fields")
     parser.add_argument("--help", "-h", action="store_true", help="with --config, list every field of that config")
     parser.add_argument("--print-config", action="store_true", help="print every field's value and do nothing")
     parser.add_argument(
-        "--steal", action="store_true", help="take the workdir from another start that writes to it; that one ends"
+        "--steal", action="store_true", help="take over the workdir from another start, which then ends"
     )
-    several = parser.add_argument_group("several processes", "found by themselves on TPU pods and under SLURM")
-    several.add_argument("--coordinator", metavar="HOST:PORT", default="", help="where process 0 runs, and a free port")
-    several.add_argument("--processes", metavar="N", type=int, help="how many processes there are")
-    several.add_argument("--process", metavar="I", type=int, help="which of them this is, from 0")
+    several = parser.add_argument_group("several processes", "detected automatically on TPU pods and under SLURM")
+    several.add_argument("--coordinator", metavar="HOST:PORT", default="", help="host of process 0, and a free port")
+    several.add_argument("--processes", metavar="N", type=int, help="number of processes")
+    several.add_argument("--process", metavar="I", type=int, help="index of this process, from 0")
     several.add_argument(
         "--timeout", metavar="SECONDS", type=int, default=300, help="how long to wait for the others (default: 300)"
     )
@@ -64,7 +64,7 @@ def parse_args(
 
 
 def help_text(config: Any) -> str:
-    """A line for each field of `config`: dotted key, type, value, and what its class's docstring says of it."""
+    """A line for each field of `config`: dotted key, type, value, and its description in the class's docstring."""
     rows = list(_help_rows(config, "", ""))
     widths = [min(max((len(row[i]) for row in rows), default=0), 40) for i in (0, 1)]
     return "\n".join(

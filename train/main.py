@@ -18,7 +18,7 @@ from train.run import distributed, faults
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one configuration; 0 when it is done, else one of the codes of `train.run.faults` and one line."""
+    """Runs one configuration; returns 0 on success, else an exit code of `train.run.faults`, with one line why."""
     print_any_text()
     config, processes = parse_args(argv)
     steal = processes.pop("steal")
@@ -33,17 +33,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except jax.errors.JaxRuntimeError as error:
         if not OutOfMemory.says(error):
             raise
-        told = "a step does not fit the devices' memory; raise accumulate, or give mesh.fsdp more devices"
-        return _end(f"stopped: {told}", faults.STOPPED)
+        cause = "a step does not fit in the devices' memory; raise accumulate, or give mesh.fsdp more devices"
+        return _end(f"stopped: {cause}", faults.STOPPED)
     except KeyboardInterrupt:
-        return _end("interrupted; the same command goes on from the last checkpoint", faults.INTERRUPTED)
+        return _end("interrupted; run the same command to resume from the last checkpoint", faults.INTERRUPTED)
     return 0
 
 
 def runner_of(config: Any) -> Callable[[Any, bool], Any]:
-    """What runs `config`: the function that its class names as `RUNNER`; ValueError where it names none.
+    """The function that runs `config`, named by its class as `RUNNER`; ValueError if there is none.
 
-    By name, so that a config says it without importing what it takes to run.
+    By name, so that configs need not import the code that runs them.
     """
     runner = getattr(config, "RUNNER", None)
     if not isinstance(runner, str):
@@ -56,7 +56,7 @@ def _end(line: str, code: int, alone: bool = False) -> int:
     if not several or jax.process_index() == 0 or alone:
         print_line(line)
     if several and code != faults.AGAIN and faults.is_own_process():
-        # The way out through JAX waits for the other processes, which may be waiting for this one.
+        # A normal exit waits in JAX for the other processes, which may be waiting for this one.
         sys.stdout.flush()
         os._exit(code)
     return code

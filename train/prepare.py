@@ -316,7 +316,7 @@ def main(argv: list[str] | None = None) -> int:
         print_error("out of memory; run the same command again with lower --workers or --batch-size to continue")
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; run the same command to continue from here", file=sys.stderr)
         return 130
     _say(report)
     return 0

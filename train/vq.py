@@ -4,8 +4,8 @@ The quantizer and its losses are the reference's (LlamaGen's VectorQuantizer as 
 and commitment loss on L2-normalized vectors, straight-through gradient. The reconstruction loss here is the mean
 squared error alone: LlamaGen's perceptual and adversarial losses, which sharpen large photographs, are left out.
 
-The images are read while it trains. The state is kept in `DIR/training` every `--save_every` steps, from where the same
-command goes on, to the same numbers; what is left at the end is the checkpoint.
+The images are read during training. The state is saved in `DIR/training` every `--save_every` steps; the same command
+resumes from there, with the same results. At the end only the checkpoint remains.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ class VQTrainConfig:
 
     Attributes:
       model: sizes.
-      steps: updates in all.
-      batch_size: images a step, drawn at random.
-      learning_rate: of Adam, falling to 0 along a cosine.
+      steps: number of updates.
+      batch_size: images per step, drawn at random.
+      learning_rate: learning rate of Adam, decayed to 0 along a cosine.
       beta: weight of the commitment loss.
-      reseed_every: steps after which codes that none of them used are set to encoder outputs. The same steps are the
+      reseed_every: interval, in steps, after which codes not used within it are set to encoder outputs. It is also the
         window over which usage is counted.
-      reseed_until: no code is re-seeded from this step on; from 1 on, all codes start from encoder outputs.
-      seed: of initialization, batches and re-seeding.
+      reseed_until: the step from which codes are no longer re-seeded; from 1 on, all codes start as encoder outputs.
+      seed: seed of initialization, batches and re-seeding.
     """
 
     model: VQConfig
@@ -71,14 +71,14 @@ class VQTrainConfig:
     def __post_init__(self):
         for name in ("steps", "batch_size", "reseed_every"):
             if getattr(self, name) < 1:
-                raise ValueError(f"VQ training: {name} is {getattr(self, name)}, not a whole number from 1")
+                raise ValueError(f"VQ training: {name} must be at least 1, got {getattr(self, name)}")
         for name in ("learning_rate", "beta"):
             if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"VQ training: {name} is {getattr(self, name)}, not a number above 0")
+                raise ValueError(f"VQ training: {name} must be a number above 0, got {getattr(self, name)}")
 
 
 class VQState(NamedTuple):
-    """Everything that a step changes; `counts` [codebook_size] are the uses of each code in this window."""
+    """Everything that a step changes; `counts` [codebook_size] are the uses of each code in the current window."""
 
     step: jax.Array
     params: dict[str, Any]
@@ -87,7 +87,7 @@ class VQState(NamedTuple):
 
 
 def _optimizer(config: VQTrainConfig) -> optax.GradientTransformation:
-    # Flattened: one small program instead of one for each of a hundred arrays, which XLA takes seconds to compile.
+    # Flattened into one small program: XLA takes seconds to compile one for each of a hundred arrays.
     return optax.flatten(optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps)))
 
 
@@ -97,7 +97,7 @@ def init_vq_state(config: VQTrainConfig) -> VQState:
     model, rng = VQModel(config.model), np.random.default_rng(config.seed)
     abstract = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros(shape))["params"])
 
-    # By numpy: XLA takes half a minute to compile flax's own initialization on a CPU.
+    # With numpy: XLA takes half a minute to compile flax's own initialization on a CPU.
     def made(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
         name = path[-1].key
         if name in ("bias", "scale"):
@@ -111,16 +111,16 @@ def init_vq_state(config: VQTrainConfig) -> VQState:
 
 
 def draw(config: VQTrainConfig, step: int, size: int, count: int) -> np.ndarray:
-    """`count` whole numbers below `size`, which depend on the seed and the step alone."""
+    """`count` integers below `size`, which depend only on the seed and the step."""
     return np.random.default_rng((config.seed, step)).integers(size, size=count)
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
 def reseed(config: VQTrainConfig, state: VQState, batch: jax.Array, rows: jax.Array) -> VQState:
-    """The state with a new window of counts, and every code that had no count in the last one set to an encoder output.
+    """The state with a new window of counts, and every code not used in the last window set to an encoder output.
 
-    `rows` [codebook_size] says which of the batch's, [B * num_tokens] of them. Before the first step nothing has been
-    counted, so that every code starts so.
+    `rows` [codebook_size] selects the output for each code, among the B * num_tokens of the batch. Before the first
+    step nothing has been counted, so every code starts as an encoder output.
     """
     z = VQModel(config.model).apply({"params": state.params}, batch, method="reconstruct")[1].z
     z, codebook = z.reshape(-1, config.model.codebook_dim), state.params["quantize"]["embedding"]
@@ -135,8 +135,8 @@ def vq_train_step(config: VQTrainConfig, state: VQState, batch: jax.Array) -> tu
 
     Args:
       batch: images [B, image_size, image_size, 3] in [-1, 1].
-    Returns: the new state, and scalars: `reconstruction`, `codebook` and `commitment` (unweighted) losses, and of the
-      counts so far `usage`, the share of codes in use, and `perplexity`, the exponential of the codes' entropy.
+    Returns: the new state, and scalars: the `reconstruction`, `codebook` and `commitment` (unweighted) losses, and from
+      the counts so far `usage`, the share of codes in use, and `perplexity`, the exponential of the codes' entropy.
     """
 
     def loss_fn(params):
@@ -157,7 +157,7 @@ def vq_train_step(config: VQTrainConfig, state: VQState, batch: jax.Array) -> tu
 
 
 def usage(counts: jax.Array) -> dict[str, jax.Array]:
-    """`usage`, the share of codes with a count above 0, and `perplexity` of counts [codebook_size]."""
+    """`usage`, the share of codes with a count above 0, and `perplexity`, of counts [codebook_size]."""
     p = counts / jnp.maximum(jnp.sum(counts), 1)
     entropy = -jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1)), 0))
     return {"usage": jnp.mean(counts > 0), "perplexity": jnp.exp(entropy)}
@@ -170,16 +170,15 @@ def train_vq(
     kept: KeptTraining | None = None,
     told: Callable[[int], bool] = lambda step: False,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Trains a VQ model from random parameters, or from where `kept` is.
+    """Trains a VQ model from random parameters, or from the state saved in `kept`.
 
     Args:
       images: float32 [N, image_size, image_size, 3] in [-1, 1], or files that are read when they are drawn.
       progress: show a bar; default in a terminal or a notebook.
-      kept: where the state is saved; None for nowhere.
-      told: asked after each step whether to save and stop there.
-    Returns: the parameters, a nested dict as under `gen_vision_model`, and what `vq_train_step` reports, [steps] each.
-    Raises: ValueError for images of another shape or range, and where the loss stops being a number; Stopped where it
-      was told to stop.
+      kept: saves and restores the state; None to save nothing.
+      told: called after each step; True to save and stop there.
+    Returns: the parameters, a nested dict as under `gen_vision_model`, and `vq_train_step`'s reports, [steps] each.
+    Raises: ValueError for images of another shape or range, and if the loss is not finite; Stopped if `told` stops it.
     """
     images = images if isinstance(images, ImageFiles) else _checked(images, config.model.image_size)
     state, history = init_vq_state(config), {name: [] for name in REPORTED}
@@ -217,8 +216,8 @@ def train_vq(
             if save:
                 kept.save(state, history)
             if stop:
-                where = f"; saved after step {done}, and the same command goes on" if kept else ""
-                raise Stopped(f"told to end{where}", AGAIN)
+                where = f"; saved after step {done}; run the same command to resume" if kept else ""
+                raise Stopped(f"preempted{where}", AGAIN)
             bar.update()
     return state.params, {name: np.array(values) for name, values in history.items()}
 
@@ -226,14 +225,14 @@ def train_vq(
 def _checked(images: np.ndarray, size: int) -> np.ndarray:
     images = np.asarray(images, np.float32)
     if images.ndim != 4 or images.shape[1:] != (size, size, IMAGE_CHANNELS) or not len(images):
-        raise ValueError(f"images of shape {list(images.shape)} do not fit: expected [N, {size}, {size}, 3]")
+        raise ValueError(f"images must have shape [N, {size}, {size}, 3], got {list(images.shape)}")
     if not (np.abs(images) <= 1).all():
-        raise ValueError("images must lie in [-1, 1], as images.generation_pixels makes them")
+        raise ValueError("images must be in [-1, 1], as from images.generation_pixels")
     return images
 
 
 def _take(history: dict[str, list[float]], pending: list[dict[str, jax.Array]]):
-    """Moves what `pending` steps reported from the device into `history`."""
+    """Moves the reports of `pending` steps from the device into `history`."""
     for metrics in jax.device_get(pending):
         for name, value in metrics.items():
             history[name].append(value)
@@ -241,15 +240,15 @@ def _take(history: dict[str, list[float]], pending: list[dict[str, jax.Array]]):
 
 
 class KeptTraining:
-    """The state of a training in `folder`, saved every `every` steps.
+    """The state of a VQ training in `folder`, saved every `every` steps.
 
-    Raises: ValueError where the folder holds the state of a training with other settings or other images.
+    Raises: ValueError if the folder has the state of a training with other settings or other images.
     """
 
     def __init__(self, folder: pathlib.Path, config: VQTrainConfig, images: str, every: int):
-        """`images` tells the images of one training from another's."""
+        """`images` is a fingerprint of the images."""
         if every < 1:
-            raise ValueError(f"VQ training: save_every is {every}, not a whole number from 1")
+            raise ValueError(f"VQ training: save_every must be at least 1, got {every}")
         self.folder, self.every = folder, every
         self._run = json.loads(json.dumps(dataclasses.asdict(config) | {"images": images}))
         path = folder / _RUN
@@ -258,18 +257,18 @@ class KeptTraining:
             other = [name for name in self._run if earlier.get(name) != self._run[name]]
             if other:
                 raise ValueError(
-                    f"{one_line(folder)} holds a training with other settings ({', '.join(other)}); give its own, or "
-                    "delete that folder to begin anew"
+                    f"{one_line(folder)} has a training with other settings ({', '.join(other)}); use the same, or "
+                    "delete that folder to start over"
                 )
         self._saved = folder / "state"
 
     @property
     def latest(self) -> int:
-        """Steps of the newest state that is whole; 0 for none."""
+        """Step of the newest complete state; 0 for none."""
         return max((int(p.name) for p in self._saved.glob("*") if p.name.isdigit()), default=0)
 
     def save(self, state: VQState, history: dict[str, list[float]]):
-        """Writes the state after its step, whole or not at all, and then deletes the one before; OSError on failure."""
+        """Writes the state after its step, atomically, then deletes the previous one; OSError on failure."""
         self.folder.mkdir(parents=True, exist_ok=True)
         replace_file(self.folder / _RUN, json.dumps(self._run, indent=2) + "\n")
         arrays = {name: np.array(values, np.float32) for name, values in history.items()}
@@ -277,7 +276,7 @@ class KeptTraining:
         try:
             ocp.save((self._saved / str(int(state.step))).absolute(), _tree(state, arrays), overwrite=True)
         except ValueError as error:  # tensorstore's
-            raise OSError(f"the training's state could not be written to {self.folder}: {one_line(error)}") from error
+            raise OSError(f"the training state could not be written to {self.folder}: {one_line(error)}") from error
         if before and before != int(state.step):
             shutil.rmtree(self._saved / str(before))
 
@@ -292,12 +291,12 @@ class KeptTraining:
         except (ValueError, OSError, KeyError) as error:
             raise ValueError(
                 f"the state in {self._saved / str(step)} cannot be read ({one_line(error)}); delete {self.folder} to "
-                "begin anew"
+                "start over"
             ) from None
         return VQState(**found["state"]), {name: list(np.asarray(found["history"][name])) for name in REPORTED}
 
     def remove(self):
-        """Deletes what is no longer needed when the checkpoint is written."""
+        """Deletes the state, which is not needed once the checkpoint is written."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -306,10 +305,10 @@ def _tree(state: VQState, history: dict[str, Any]) -> dict[str, Any]:
 
 
 def save_vq(folder: pathlib.Path, config: VQConfig, params: dict[str, Any]) -> None:
-    """Writes a checkpoint folder around a VQ model: all other parts of Janus are there, zeros and one unit wide.
+    """Writes a checkpoint folder around a VQ model: all other parts of Janus are one unit wide and zero.
 
     So everything that opens a Janus checkpoint opens it: `janus_jax.load(folder).encode_images`, or a run's `vq_from`.
-    Raises ValueError where the folder has parameters already.
+    Raises ValueError if the folder already has parameters.
     """
     whole = JanusConfig(
         vision=SiglipConfig(image_size=1, patch_size=1, width=1, layers=1, heads=1),
@@ -329,12 +328,12 @@ def save_vq(folder: pathlib.Path, config: VQConfig, params: dict[str, Any]) -> N
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 when it is done, else a code of `train.run.faults`, and one line on standard error."""
+    """Returns 0 on success, else an exit code of `train.run.faults`, with one line on standard error."""
     print_any_text()
     parser = argparse.ArgumentParser(prog="python -m train.vq", description="Train a VQ image tokenizer.")
     parser.add_argument("--images", type=pathlib.Path, required=True, help="folder of image files")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="checkpoint folder to write")
-    parser.add_argument("--save_every", type=int, default=1000, help="steps between saved states (default 1000)")
+    parser.add_argument("--save_every", type=int, default=1000, help="steps between saves of the state (default 1000)")
     sizes, usual = VQConfig(), VQTrainConfig(model=VQConfig())
     for name in ("ch", "num_res_blocks", "z_channels", "codebook_size", "codebook_dim", "grid", "norm_groups"):
         parser.add_argument(f"--{name}", type=int, default=getattr(sizes, name))
@@ -351,28 +350,28 @@ def main(argv: list[str] | None = None) -> int:
         print_error(error)
         return BAD_INPUT
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last saved state", file=sys.stderr)
+        print("interrupted; run the same command to resume from the last saved state", file=sys.stderr)
         return INTERRUPTED
     print(f"{args['out']}: " + ", ".join(f"{name} {value:.4g}" for name, value in last.items()))
     return 0
 
 
 def _run(args: dict[str, Any]) -> dict[str, float]:
-    """Trains as the command line says; returns what the last step reported."""
+    """Trains with the settings of the command line; returns the report of the last step."""
     out = args["out"]
     if (out / checkpoint.PARAMS).exists():
-        raise ValueError(f"{out} holds a checkpoint already: give another --out")
+        raise ValueError(f"{out} already has a checkpoint; choose another --out")
 
     def chosen(cls: type) -> dict[str, Any]:
         return {f.name: args[f.name] for f in dataclasses.fields(cls) if f.name in args}
 
     model = VQConfig(**chosen(VQConfig) | {"ch_mult": tuple(args["ch_mult"])})
-    JanusConfig(gen_vision=model)  # checks that the sizes go together
+    JanusConfig(gen_vision=model)  # checks that the sizes are consistent
     config = VQTrainConfig(model=model, **chosen(VQTrainConfig))
     images = ImageFiles(args["images"], model.image_size)
     kept = KeptTraining(out / "training", config, images.fingerprint(), args["save_every"])
     if kept.latest:
-        print(f"going on after step {kept.latest}", flush=True)
+        print(f"resuming after step {kept.latest}", flush=True)
     with Notice() as notice:
         params, history = train_vq(config, images, kept=kept, told=notice.after)
     save_vq(out, model, params)

@@ -1,4 +1,4 @@
-"""Pictures of a folder as batches for `train.vq`, read while the device works: memory holds a few batches, not all."""
+"""Batches of a folder's images for `train.vq`, read while the device works: only a few batches are in memory."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ _MAX_BAD_SHARE = 0.01
 class ImageFiles:
     """The image files under `folder`, by name; `[i]` is float32 [image_size, image_size, 3] in [-1, 1].
 
-    In the place of one that cannot be decoded stands the next one, and standard error names it; more than one in a
-    hundred of them end the training. Raises FileNotFoundError where there are none, ValueError for too many bad ones.
+    An image that cannot be decoded is named on standard error and replaced by the next one; more than one such image in
+    a hundred ends the training. Raises FileNotFoundError if there are no images, ValueError for too many bad ones.
     """
 
     def __init__(self, folder: pathlib.Path, image_size: int):
         self.folder, self.image_size = folder, image_size
         if not folder.is_dir():
-            raise FileNotFoundError(f"{one_line(folder)} is no folder; --images names a folder of image files")
+            raise FileNotFoundError(f"{one_line(folder)} is not a folder; --images must be a folder of image files")
         self._names = sorted(_image_names(folder))
         if not self._names:
-            raise FileNotFoundError(f"{one_line(folder)} holds no image files (.jpg, .png, .webp and the like)")
+            raise FileNotFoundError(f"{one_line(folder)} has no image files (.jpg, .png, .webp and the like)")
         self._bad: set[int] = set()
         self._lock = threading.Lock()
 
@@ -57,19 +57,19 @@ class ImageFiles:
         raise ValueError(f"no image in {one_line(self.folder)} can be read")
 
     def _note(self, index: int, path: pathlib.Path, error: Exception):
-        told = one_line(error, 300)
-        if path.name not in told:
-            told = f"{one_line(path)}: {told}"
+        cause = one_line(error, 300)
+        if path.name not in cause:
+            cause = f"{one_line(path)}: {cause}"
         with self._lock:
             if index in self._bad:
                 return
             self._bad.add(index)
             if len(self._bad) > _MAX_BAD_SHARE * len(self):
-                raise ValueError(f"{len(self._bad)} of {len(self)} images cannot be read, the last one {told}")
-            print(f"left out: {told}", file=sys.stderr, flush=True)
+                raise ValueError(f"{len(self._bad)} of {len(self)} images cannot be read; the last one is {cause}")
+            print(f"skipped: {cause}", file=sys.stderr, flush=True)
 
     def fingerprint(self) -> str:
-        """A hash of the names: a training goes on with the images that it began with."""
+        """A hash of the names, so that a training resumes only with the images that it began with."""
         return hashlib.sha256("\0".join(self._names).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
@@ -84,7 +84,7 @@ def _image_names(folder: pathlib.Path) -> Iterator[str]:
 def read_ahead(
     images: np.ndarray | ImageFiles, drawn: Callable[[int], np.ndarray], steps: range
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """(step, float32 [B, size, size, 3]) of the images that `drawn` numbers for each of `steps`, made ahead of time."""
+    """(step, float32 [B, size, size, 3]) for each of `steps`, of the images with indices `drawn(step)`, read ahead."""
     if isinstance(images, np.ndarray):
         yield from ((step, images[drawn(step)]) for step in steps)
         return

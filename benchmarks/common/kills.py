@@ -91,7 +91,7 @@ class Process:
     @property
     def began_after(self) -> int | None:
         """The step that it went on after; None where it did not come so far as to tell."""
-        found = re.search(r"going on after step (\d+)\n", self._text)
+        found = re.search(r"resuming after step (\d+)\n", self._text)
         return int(found[1]) if found else 0 if self.steps else None
 
     @property

@@ -19,8 +19,8 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = No
     Args:
       q: [B, T, N, H].
       k, v: [B, K, S, H], heads before length as in the KV cache; N is a multiple of K.
-      mask: boolean [B or 1, T or 1, S], True where a query may look; None looks everywhere.
-    Returns: [B, T, N, H] in q's dtype. A query that may look nowhere gets the mean of the values.
+      mask: boolean [B or 1, T or 1, S], True where a query may attend; None attends everywhere.
+    Returns: [B, T, N, H] in q's dtype. A query whose mask is all False gets the mean of the values.
     """
     batch, length, heads, head_dim = q.shape
     q = q.reshape(batch, length, k.shape[1], -1, head_dim)
@@ -32,10 +32,10 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = No
 
 
 def causal_mask(segment_ids: jax.Array) -> jax.Array:
-    """Boolean [B, T, T]: each token looks at itself and at earlier ones of its own segment.
+    """Boolean [B, T, T]: each token attends to itself and to earlier tokens of its segment.
 
     Args:
-      segment_ids: [B, T]; padding is a segment of its own (0 by convention), so it never leaks into others.
+      segment_ids: [B, T]; padding is a separate segment (0 by convention), so it never leaks into others.
     """
     length = segment_ids.shape[1]
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
@@ -45,14 +45,14 @@ def causal_mask(segment_ids: jax.Array) -> jax.Array:
 def attend_segments(
     q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, implementation: str = "xla"
 ) -> jax.Array:
-    """Causal attention in which tokens look at their own segment only.
+    """Causal attention in which tokens attend only within their segment.
 
     Args:
       q: [B, T, N, H].
       k, v: [B, K, T, H]; N is a multiple of K.
       segment_ids: [B, T], see `causal_mask`.
-      implementation: 'xla', which holds the scores of all pairs; 'cpu', which holds one head's, see `cpu.attend`;
-        or a kernel that never does: 'splash' (TPU) or 'cudnn' (GPU), see `takes` for their shapes.
+      implementation: 'xla', which holds the scores of all pairs; 'cpu', which holds those of one head, see
+        `cpu.attend`; or a kernel that holds none: 'splash' (TPU) or 'cudnn' (GPU), see `takes` for their shapes.
     Returns: [B, T, N, H] in q's dtype.
     """
     if implementation in ("xla", "cpu"):
@@ -63,9 +63,9 @@ def attend_segments(
 
 
 def attend_all(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str = "xla") -> jax.Array:
-    """Attention in which every token looks at every other, as in an encoder.
+    """Attention in which every token attends to every other, as in an encoder.
 
-    Shapes and implementations as in `attend_segments`. Where a kernel does not take them, 'xla' does it.
+    Shapes and implementations as in `attend_segments`; falls back to 'xla' if a kernel does not support the shapes.
     """
     if implementation == "cpu":
         return cpu.attend(q, k, v)
@@ -76,18 +76,18 @@ def attend_all(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str = "
 
 
 _LANES = 128  # of a TPU's vector registers
-_BLOCK = 128  # tokens that splash takes at least at a time
+_BLOCK = 128  # the fewest tokens that splash takes at a time
 _LARGEST_BLOCK = 512
-# Set by tests, to run the kernels elsewhere: interpreted, and what `jax.nn.dot_product_attention` computes with.
+# Tests set these to run the kernels on CPU: interpreted, or by another implementation of dot_product_attention.
 _INTERPRET, _CUDNN = False, "cudnn"
 
 
 def takes(
     implementation: str, length: int, heads: int, kv_heads: int, head_dim: int, dtype: jnp.dtype | str = jnp.bfloat16
 ) -> bool:
-    """Whether an implementation of `attend_segments` works on rows of `length` tokens.
+    """Whether an implementation of `attend_segments` supports rows of `length` tokens.
 
-    Splash's blocks divide its sizes. cuDNN takes 16-bit numbers and heads of up to 128 (NVIDIA's cuDNN frontend,
+    Splash's blocks must divide its sizes. cuDNN needs 16-bit values and heads of at most 128 (NVIDIA's cuDNN frontend,
     "Scaled Dot Product Attention"), on GPUs of compute capability 8.0 and up.
     """
     return {
@@ -98,7 +98,7 @@ def takes(
 
 
 def _by_shard(kernel, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-    """`kernel` on each device's rows and heads: the compiler cannot split a kernel by itself."""
+    """Runs `kernel` on each device's rows and heads: the compiler cannot split a kernel by itself."""
     if precision_of(q.dtype) is not None:
         kernel = _exactly(kernel)
     mesh = automatic_axes()
@@ -131,7 +131,7 @@ def _exactly(kernel):
 
 
 def _splash(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
-    # Imported where it is used: it takes a second, and only TPUs have the kernel.
+    # Imported here since it takes a second, and only TPUs have the kernel.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -153,7 +153,7 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) ->
 
 
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, causal: bool) -> jax.Array:
-    # The public way to cuDNN's kernel knows no segments; a mask over pairs is 2 bytes of each, for all heads together.
+    # The public API to cuDNN's kernel has no segment ids; a mask takes 2 bytes per pair, shared by all heads.
     mask = None if segment_ids is None else (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation=_CUDNN)

@@ -1,11 +1,11 @@
-"""Everything that is computed otherwise because XLA:CPU is slow at the plain way; it stands here and nowhere else.
+"""All workarounds for operations that XLA:CPU is slow at.
 
-Results are the same up to rounding, and whoever reads the model may read past every call: `product` is its first
-argument, `attend` is `attention.attend`, `cache_rows` and `as_cached` are what they are given. `Janus.cpu` switches it
-on, and `janus_jax.loading.layout` is the one place that does, on one CPU device. Of products of few tokens the compiler
-takes the branch of its platform, whatever the model says.
+Results are the same up to rounding, so readers of the model can ignore every call: `product` is its first argument,
+`attend` is `attention.attend`, `cache_rows` and `as_cached` return their first argument. `Janus.cpu` switches them on,
+and only `janus_jax.loading.layout` sets it, on a single CPU device. For products of few tokens, the compiler picks the
+branch of its platform, whatever the model says.
 
-(Not here, since it is so on every platform and as plain: `vq.GroupNorm` sums over space before it sums over groups.)
+(Not here, since it is the same on every platform: `vq.GroupNorm` sums over space before it sums over groups.)
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import jax.numpy as jnp
 
 from janus_jax.model.precision import einsum
 
-# Up to so many tokens XLA:CPU is faster with the kernel on the left (measured: 2.6 times for 2, 1.3 for 128).
+# Up to this many tokens XLA:CPU is faster with the kernel on the left (measured: 2.6 times for 2, 1.3 for 128).
 _FEW_TOKENS = 128
-_BLOCK = 128  # rows of an int8 kernel that XLA:CPU widens at a time
+_BLOCK = 128  # rows of an int8 kernel that are widened at a time
 
 
 # ---------------------------------------------------------------- linear layers
@@ -35,13 +35,13 @@ def product(
     out_dtype: Any,
     as_matrix: bool,
 ) -> jax.Array:
-    """`plain(x, kernel)`, or on a CPU the same by matrices.
+    """`plain(x, kernel)`, or on a CPU the same as a product of matrices.
 
     Args:
       plain: the einsum `spec` into `out_dtype`.
-      kernel: outputs first, then what is summed over; int8 is widened to x's dtype.
-      as_matrix: multiply by the kernel as a matrix however many tokens there are: one of three axes XLA:CPU would
-        transpose in every call.
+      kernel: output axes first, then those that are summed over; int8 is widened to x's dtype.
+      as_matrix: multiply by the kernel as a matrix for any number of tokens: XLA:CPU would transpose a kernel of three
+        axes in every call.
     """
     inputs, kernel_axes = spec.split("->")[0].split(",")
     contracted = sum(axis in inputs for axis in kernel_axes)
@@ -67,18 +67,18 @@ def product(
 
 
 def _multiply(matrix: jax.Array, rows: jax.Array, out_dtype: Any) -> jax.Array:
-    """[F, D] by [T, D] to [F, T], with the matrix as the left operand for good.
+    """[F, D] by [T, D] to [F, T], with the matrix fixed as the left operand.
 
-    XLA:CPU repacks the right operand of a product, however large; the barrier keeps it from swapping them.
+    XLA:CPU repacks the right operand of a product, however large; the barrier keeps it from swapping the two.
     """
     y = einsum("FD,TD->FT", matrix.astype(rows.dtype), rows, out_dtype)
     return jax.lax.optimization_barrier(y)
 
 
 def _multiply_in_blocks(matrix: jax.Array, rows: jax.Array, out_dtype: Any) -> jax.Array:
-    """`_multiply` of an int8 matrix, widened a block at a time: the wide form stays in the processor's cache.
+    """`_multiply` of an int8 matrix, widened a block at a time, so that the wide form stays in the processor's cache.
 
-    XLA:CPU would otherwise write the whole matrix out in float32 and read it again: 2.5 times the time.
+    XLA:CPU would otherwise write out the whole matrix in float32 and read it again, which takes 2.5 times as long.
     """
 
     def step(i: jax.Array, y: jax.Array) -> jax.Array:
@@ -94,9 +94,9 @@ def _multiply_in_blocks(matrix: jax.Array, rows: jax.Array, out_dtype: Any) -> j
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """`attention.attend`, one row's key/value head after the other.
+    """`attention.attend`, one key/value head of one row at a time.
 
-    XLA:CPU multiplies matrices two to three times as fast as batches of them, and one head's scores stay in its caches.
+    XLA:CPU multiplies single matrices two to three times as fast as batches, and one head's scores stay in the cache.
     """
     batch, length, heads, head_dim = q.shape
     kv_heads, slots = k.shape[1:3]
@@ -120,13 +120,13 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = No
 
 
 def cache_rows(batch: int) -> int:
-    """Rows to keep of `batch`: a single one is kept twice where layers are apart.
+    """Number of rows to keep for `batch` rows, if layers are separate: a single row is kept twice.
 
-    XLA:CPU would copy a cache of one row several times a step.
+    XLA:CPU would copy a cache of one row several times per step.
     """
     return max(batch, 2)
 
 
 def as_cached(x: jax.Array, rows: int) -> jax.Array:
-    """`x` [B, ...], or its one row as often as the cache keeps it."""
+    """`x` [B, ...], or its single row repeated to the cache's `rows`."""
     return x if len(x) == rows else jnp.broadcast_to(x, (rows, *x.shape[1:]))

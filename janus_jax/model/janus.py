@@ -31,7 +31,7 @@ class GenHead(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         types = {"use_bias": True, "dtype": self.dtype, "param_dtype": self.param_dtype}
         x = Linear("...D,FD->...F", (self.hidden, self.width), **types, name="output_mlp_projector")(x)
-        # Whole on every device, or TPU's partitioner passes its pieces round a ring, one product each.
+        # Whole on every device, or TPU's partitioner passes its pieces around a ring, one product each.
         x = constrain(gelu(x), "batch", *(None,) * (x.ndim - 1))
         shape = (self.codebook_size, self.hidden)
         return Linear("...F,VF->...V", shape, **types, out_dtype=jnp.float32, name="vision_head")(x)
@@ -43,14 +43,14 @@ class Janus(nn.Module):
     Attributes:
       config: sizes.
       dtype: compute dtype; parameters are cast to it where they are used.
-      param_dtype: dtype of parameters that `init` makes.
+      param_dtype: dtype of the parameters that `init` creates.
       scan_layers: layout of the decoder's parameters, see `Llama`.
-      remat: what training computes twice to save memory, see `layers.rematerialized`.
+      remat: what training recomputes to save memory, see `layers.rematerialized`.
       attention: see `attention.attend_segments`, and for SigLIP `attention.attend_all`.
       fsdp: whether the parameters of layers are this device's shards along the mesh axis `fsdp`, to be gathered where
         they are used; inside `jax.shard_map` (training).
       fused: whether the decoder's q, k and v, and gate and up, are one product each, on parameters of `fuse.fuse`.
-      cpu: whether to compute as XLA:CPU is fastest at, see `janus_jax.model.cpu`; `attention` then has no say.
+      cpu: whether to compute in the way that is fastest on XLA:CPU, see `janus_jax.model.cpu`; overrides `attention`.
     """
 
     config: JanusConfig
@@ -146,7 +146,7 @@ def place_images(x: jax.Array, where: jax.Array, features: jax.Array) -> jax.Arr
     Args:
       x: text embeddings [B, T, D].
       where: [B, T] bool, the placeholders.
-      features: [B, Q, D], each row's image features one after the other; as many are read as there are placeholders.
+      features: [B, Q, D], each row's image features in sequence; as many are used as there are placeholders.
     """
     index = jnp.clip(jnp.cumsum(where, axis=1) - 1, 0, features.shape[1] - 1)
     placed = jnp.take_along_axis(features, index[..., None], axis=1)
@@ -159,7 +159,7 @@ def run(model: Janus, params: dict[str, Any], method: str, *args):
 
 
 def init_params(model: Janus, key: jax.Array) -> dict[str, Any]:
-    """Random parameters of `model` (jit it, or `jax.eval_shape` it for the shapes alone)."""
+    """Random parameters of `model` (use it in `jax.jit`, or in `jax.eval_shape` for the shapes alone)."""
     v, g = model.config.vision.image_size, model.config.gen_vision.image_size
     inputs = (
         jnp.zeros((1, 2), jnp.int32),

@@ -1,4 +1,4 @@
-"""The decoder's key/value cache: its arrays, and how they are written and attended to."""
+"""The decoder's key/value cache: its arrays, how they are written, and attention to them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from janus_jax.sharding import constrain
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of all layers, with static length S slots.
+    """Keys and values of all layers, with a static number of slots S.
 
     Attributes:
-      keys, values: tuples of arrays: one [layers, B, K, S, H] when layers are scanned, else one [B, K, S, H] a layer.
-        Heads come before length, so that one query reads each head's keys in one piece.
+      keys, values: tuples of arrays: one [layers, B, K, S, H] if layers are scanned, else one [B, K, S, H] per layer.
+        Heads come before length, so that a query reads each head's keys from contiguous memory.
       mask: [B, S] bool, the slots that may be attended to.
-      length: int32 scalar, the slots filled so far (the same in every row: prompts are padded on the left).
+      length: int32 scalar, the number of slots filled so far (the same in every row: prompts are padded on the left).
       positions: [B] int32, the position of each row's next token.
     """
 
@@ -58,7 +58,7 @@ def init_cache(
 
 
 def tile_cache(cache: KVCache, times: int) -> KVCache:
-    """`cache` with all its rows `times` times over, one round after the other."""
+    """`cache` with its rows repeated `times` times, as in `jnp.tile`."""
     rows = len(cache.positions)
 
     def tile(x: jax.Array) -> jax.Array:
@@ -74,7 +74,7 @@ def tile_cache(cache: KVCache, times: int) -> KVCache:
 
 
 def grow_cache(cache: KVCache, slots: int) -> KVCache:
-    """`cache` with `slots` slots. Its arrays are deleted one after the other, so that no two whole caches are held."""
+    """`cache` grown to `slots` slots; old arrays are deleted one by one, so that no two whole caches are held."""
     if cache.mask.shape[1] == slots:
         return cache
 
@@ -112,11 +112,11 @@ def _constrain_kv(x: jax.Array) -> jax.Array:
 def store(
     kv: tuple[jax.Array, jax.Array], k: jax.Array, v: jax.Array, layer: jax.Array | None, slot: jax.Array | int
 ) -> tuple[jax.Array, jax.Array]:
-    """`kv` with the new keys and values [B, K, T, H] of one layer from `slot` on.
+    """`kv` with the new keys and values [B, K, T, H] of one layer written from `slot` on.
 
     Args:
       kv: cached keys and values, of all layers [layers, B, K, S, H] or of this one [B, K, S, H].
-      layer: index of the layer in them, None where they are of this one.
+      layer: index of the layer in them; None if they are of this one layer.
     """
     return _store(kv[0], k, layer, slot), _store(kv[1], v, layer, slot)
 

@@ -28,7 +28,7 @@ class Embed(nn.Module):
     @nn.compact
     def __call__(self, ids: jax.Array) -> jax.Array:
         table = self.param("embedding", nn.initializers.normal(0.02), (self.num, self.features), self.param_dtype)
-        # Gathered over fsdp like any other weight: its width split there would fight the batch for the same axis.
+        # Gathered over fsdp like any other weight: split there, its width would compete with the batch for the axis.
         table = constrain(table, self.rows, None)
         return jnp.take(table, ids, axis=0).astype(self.dtype)
 
@@ -49,14 +49,14 @@ class RMSNorm(nn.Module):
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """The exact erf form, which every GELU of Janus is."""
+    """GELU in its exact erf form, as everywhere in Janus."""
     return jax.nn.gelu(x, approximate=False)
 
 
 class MlpProjector(nn.Module):
     """Adapter: Linear, then (GELU, Linear) depth - 1 times (reference: janus/models/projector.py).
 
-    Layers carry the indices of the reference's nn.Sequential: layers_0, layers_2, ...
+    Layers have the indices of the reference's nn.Sequential: layers_0, layers_2, ...
     """
 
     in_width: int
@@ -90,7 +90,7 @@ def apply_rope(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-# What a block's backward pass finds saved instead of computing it again.
+# What is saved for a block's backward pass instead of being recomputed.
 _REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -98,12 +98,12 @@ _REMAT_POLICIES = {
 
 
 def rematerialized(block: type[nn.Module], remat: str) -> type[nn.Module]:
-    """`block`, whose backward pass computes activations again.
+    """`block` with a backward pass that recomputes activations.
 
     Args:
-      remat: 'none' keeps all activations, 'dots' the matrix products, 'full' only the block's input.
+      remat: 'none' saves all activations, 'dots' the matrix products, 'full' only the block's input.
     """
     if remat == "none":
         return block
-    # In a scan XLA cannot undo the recomputation by common-subexpression elimination, and barriers would cost time.
+    # Inside a scan, XLA's common-subexpression elimination cannot undo the recomputation, and barriers would cost time.
     return nn.remat(block, policy=_REMAT_POLICIES[remat], prevent_cse=False)

@@ -1,7 +1,7 @@
-"""The one linear layer of the decoder, the encoders' towers, the adapters and the heads.
+"""The one linear layer, used by the decoder, the encoders' towers, the adapters and the heads.
 
 Its kernel is plain or int8 (`janus_jax.weights.quantize`), of one map or of several that read the same input
-(`janus_jax.weights.fuse`, which gives them an axis of their own). Axis letters: see `janus_jax.model.layers`.
+(`janus_jax.weights.fuse`, which stacks them on a new axis). Axis letters: see `janus_jax.model.layers`.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from janus_jax.model.precision import einsum_with_narrow_gradients
 
 
 class Linear(nn.Module):
-    """Linear map over named axes, with a bias over the axes that it adds: y = einsum(spec, x, kernel) + bias.
+    """Linear map over named axes, with a bias over its output axes: y = einsum(spec, x, kernel) + bias.
 
-    Kernels are laid out as in torch, outputs first: conversion is then a copy, and a row of the kernel meets one token
-    in one contiguous dot product.
+    Kernels are laid out as in torch, outputs first: conversion is then a copy, and each output of a token is one
+    contiguous dot product.
 
     Attributes:
       spec: einsum of input and kernel, such as "...D,NHD->...NH".
-      shape: kernel shape: the outputs' axes, then those that are summed over.
-      dtype: of input and kernel in the product, whatever they come in.
-      out_dtype: what the product is accumulated and returned in; default `dtype`.
+      shape: kernel shape: the output axes, then those that are summed over.
+      dtype: dtype to which input and kernel are cast for the product.
+      out_dtype: dtype in which the product is accumulated and returned; default `dtype`.
       cpu: see `cpu.product`.
     """
 
@@ -44,14 +44,14 @@ class Linear(nn.Module):
         init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=contracted, out_axis=outputs)
         kernel = self.param("kernel", init, self.shape, self.param_dtype)
         y = self._product(x.astype(self.dtype), kernel)
-        # Here the product of a low-rank adapter is added.
+        # The product of a low-rank adapter would be added here.
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, self.shape[: len(outputs)], self.param_dtype)
             y = y + bias.astype(y.dtype)
         return y
 
     def _product(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        """`x` times the kernel, in whichever form it is stored: each further form is one more branch here."""
+        """`x` times the kernel, in whatever form it is stored: a new form is one more branch here."""
         if self.has_variable("params", "kernel_scale"):  # int8, with a scale for each output
             scale = self.get_variable("params", "kernel_scale")
             y = self._einsum(x, kernel, jnp.float32) * scale
@@ -65,7 +65,7 @@ class Linear(nn.Module):
         return cpu.product(plain, self.spec, x, kernel, out_dtype, self.cpu)
 
     def _kernel_axes(self) -> tuple[range, range]:
-        """The kernel's axes that the product adds, and those that it sums over."""
+        """The kernel's output axes, and those that are summed over."""
         inputs, kernel = self.spec.split("->")[0].split(",")
         added = sum(axis not in inputs for axis in kernel)
         return range(added), range(added, len(kernel))

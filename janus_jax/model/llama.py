@@ -79,10 +79,10 @@ class Block(nn.Module):
         Args:
           carry: (x [B, T, D], kv, layer): kv is None or (keys, values), of all layers [layers, B, K, S, H] with this
             one at index `layer`, or of this layer alone [B, K, S, H] with `layer` None.
-          where: what is attended to: segment ids [B, T] where `slot` is None, else a mask [B, T, keys] of the cache.
-          slot: where the cache takes the new keys and from which on it is read; None writes at 0 and attends to the
-            new keys alone.
-        Returns: (carry, None), as nn.scan wants it.
+          where: what is attended to: segment ids [B, T] if `slot` is None, else a mask [B, T, keys] of the cache.
+          slot: the slot at which the new keys are written to the cache, which is then attended to; None writes at 0 and
+            attends to the new keys alone.
+        Returns: (carry, None), as nn.scan expects.
         """
         x, kv, layer = carry
         c, types = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
@@ -101,8 +101,8 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """Embedding, layers, final norm and text head.
 
-    `scan_layers` says how parameters are laid out: `layers` stacked on a first axis (training, conversion), or
-    `layers_0`, `layers_1`, ... apart (decoding: on CPU and GPU slicing the stack costs a copy of the weights a step).
+    `scan_layers` is the layout of the parameters: `layers` stacked on a leading axis (training, conversion), or
+    separate `layers_0`, `layers_1`, ... (decoding: on CPU and GPU, slicing the stack copies the weights in each step).
     `remat`: see `layers.rematerialized`. `attention`: see `attention.attend_segments`.
     `fsdp`, `fused`, `cpu`: see `Janus`.
     """

@@ -1,7 +1,7 @@
-"""Products that are as exact as their dtype says, on every platform.
+"""Products at the full precision of their dtype, on every platform.
 
-TPUs round the operands of float32 products to bfloat16 and NVIDIA GPUs from Ampere on to TF32 (10 bits) unless a
-precision is asked for, or `jax_default_matmul_precision` says otherwise. A model in float32 is to compute in float32.
+By default, TPUs round the operands of float32 products to bfloat16, and NVIDIA GPUs from Ampere on to TF32 (10 bits),
+unless a precision or `jax_default_matmul_precision` is set. A model in float32 should compute in float32.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import jax.numpy as jnp
 
 
 def precision_of(dtype: Any) -> jax.lax.Precision | None:
-    """What products and convolutions of `dtype` ask for: all bits of float32; narrower ones lose none as they are."""
+    """The precision for products and convolutions of `dtype`: the highest for float32; narrower dtypes lose nothing."""
     return jax.lax.Precision.HIGHEST if jnp.finfo(dtype).bits >= 32 else None
 
 
 def einsum(spec: str, x: jax.Array, y: jax.Array, out_dtype: Any = None) -> jax.Array:
-    """jnp.einsum of two arrays of one float dtype, at its precision, accumulated and returned in `out_dtype`."""
+    """jnp.einsum of two arrays of the same float dtype at full precision, accumulated and returned in `out_dtype`."""
     return jnp.einsum(spec, x, y, precision=precision_of(x.dtype), preferred_element_type=out_dtype)
 
 
 def einsum_with_narrow_gradients(spec: str, x: jax.Array, y: jax.Array, out_dtype: Any = None) -> jax.Array:
-    """`einsum` into `out_dtype`, whose gradients are products of the operands' own dtype.
+    """`einsum` into `out_dtype`, with gradients computed as products in the operands' dtype.
 
-    JAX's are products of `out_dtype`: of float32 for bfloat16 operands, on GPUs half as fast or less.
+    JAX would compute them in `out_dtype`: for bfloat16 operands in float32, at half the speed or less on GPUs.
     """
     if out_dtype in (None, x.dtype):
         return einsum(spec, x, y)
@@ -54,6 +54,6 @@ _widening_einsum.defvjp(_einsum_forward, _einsum_backward)
 
 
 def exact(dtype: Any) -> contextlib.AbstractContextManager:
-    """The same for products that others write and that take no precision, such as kernels."""
+    """Context with the same effect on products that do not take a precision, such as those in kernels."""
     precise = precision_of(dtype) is not None
     return jax.default_matmul_precision("highest") if precise else contextlib.nullcontext()

@@ -78,7 +78,7 @@ class Block(nn.Module):
 class Siglip(nn.Module):
     """Pixels [B, image_size, image_size, 3], normalized, to patch features [B, num_patches, width].
 
-    The final LayerNorm is applied; there is no class token and no pooling, as the reference uses the tower.
+    The final LayerNorm is applied; as in the reference, there is no class token and no pooling.
     `remat`: see `layers.rematerialized`. `fsdp`, `cpu`: see `Janus`. `attention`: see `attention.attend_all`.
     """
 

@@ -1,7 +1,7 @@
 """Generation tokenizer: VQ-16 of LlamaGen (reference: janus/models/vq_model.py). Images are NHWC in [-1, 1].
 
-Modules compute in the dtype of what they are given. Codes are decided in float32 whatever the model's dtype: data are
-encoded once, on one machine, and read by models that see and draw on others.
+Modules compute in the dtype of their input. Codes are always computed in float32, whatever the model's dtype: data are
+encoded once, on one machine, and then used by models on others.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from janus_jax.sharding import constrain
 class GroupNorm(nn.Module):
     """Norm over space and groups of channels, in float32 and two passes.
 
-    Sums go over space first: XLA:CPU takes one and a half times as long for flax's, over space and groups at once.
+    Sums go over space first: flax's norm, which sums over space and groups at once, takes 1.5 times as long on XLA:CPU.
     """
 
     groups: int
@@ -44,7 +44,7 @@ class GroupNorm(nn.Module):
 
 
 class _VQModule(nn.Module):
-    """What all share: the config, the parameters' dtype, and modules, convolutions and norms built from them."""
+    """Base class: the config, the parameters' dtype, and modules, convolutions and norms built from them."""
 
     config: VQConfig
     param_dtype: Any
@@ -178,7 +178,7 @@ class Quantizer(_VQModule):
         )
 
     def nearest(self, z: jax.Array) -> jax.Array:
-        """Codes [...] int32 of vectors z [..., codebook_dim]; -1, which is none, where a number is not finite."""
+        """Codes [...] int32 of vectors z [..., codebook_dim]; -1, which is not a code, if a vector is not finite."""
         z, codebook = l2_normalize(z), l2_normalize(self.embedding)
         distances = (
             jnp.sum(z**2, -1, keepdims=True) + jnp.sum(codebook**2, -1) - 2 * einsum("...C,VC->...V", z, codebook)
@@ -201,10 +201,10 @@ class Quantizer(_VQModule):
 
 
 class QuantizerOutput(NamedTuple):
-    """What training needs of the quantizer.
+    """The quantizer's output for training.
 
     Attributes:
-      z_q: unit code vectors [..., codebook_dim]; their gradient goes to the encoder as it is (straight-through).
+      z_q: unit code vectors [..., codebook_dim]; their gradient is passed unchanged to the encoder (straight-through).
       codes: [...] int32.
       z: the encoder's unit vectors [..., codebook_dim].
       codebook_loss: mean((z_q - sg(z))**2), which moves the codebook.
@@ -236,7 +236,7 @@ class VQModel(nn.Module):
     def encode(self, images: jax.Array) -> jax.Array:
         """Codes [B, grid * grid], row by row, of images [B, image_size, image_size, 3] in [-1, 1].
 
-        -1, which is no code, stands where the encoder's numbers are not finite.
+        -1, which is not a code, marks vectors of the encoder that are not finite.
         """
         z = self.quant_conv(self.encoder(images.astype(jnp.float32)))
         return self.quantize.nearest(z).reshape(images.shape[0], -1)

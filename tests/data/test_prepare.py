@@ -380,4 +380,4 @@ def test_interrupting_says_how_to_go_on(captions, model_folder, tmp_path, monkey
     monkeypatch.setattr(prepare_module, "prepare", interrupted)
     options = ["--source", str(captions), "--model", str(model_folder[0]), "--out", str(tmp_path / "out")]
     assert main(["--kind", "understanding", *options]) == 130
-    assert "the same command goes on from here" in capsys.readouterr().err
+    assert "run the same command to continue from here" in capsys.readouterr().err

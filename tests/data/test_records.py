@@ -240,10 +240,10 @@ def test_the_loop_ends_resumably_when_the_data_cannot_be_read(folder, few, monke
     made = assembler(folder, 2)
     monkeypatch.setattr(records, "ArrayRecordReader", Failing)
     Failing.said, Failing.times = os.strerror(errno.EIO), 10**6
-    with pytest.raises(Stopped, match="could not be read, though nothing says that they are damaged") as caught:
+    with pytest.raises(Stopped, match="could not be read, though they do not seem damaged") as caught:
         _next(load_batches(made, range(2), 0, 1, workers=0))
     Failing.times = 0
-    assert caught.value.code == STORAGE and "same command goes on" in str(caught.value)
+    assert caught.value.code == STORAGE and "run the same command to resume" in str(caught.value)
     assert "delete" not in str(caught.value)
 
 

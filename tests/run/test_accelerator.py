@@ -90,7 +90,7 @@ def test_killed_and_resumed_it_comes_to_the_same(config, env, tmp_path):
         assert [code for code, _, _ in outcome(processes)] == [-signal.SIGKILL] * 2
     told = outcome(start(config, env, tmp_path, "steps=6", "workdir=run"))
     assert [code for code, _, _ in told] == [0, 0], told
-    assert "going on after step 4" in told[0][1]
+    assert "resuming after step 4" in told[0][1]
     check(tmp_path / "run", 6)
     ours, theirs = params_of(tmp_path / "run"), params_of(tmp_path / "whole")
     assert ours.keys() == theirs.keys()

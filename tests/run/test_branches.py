@@ -87,7 +87,7 @@ def test_other_versions_of_libraries_are_told(monkeypatch):
 
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(distributed, "gather", gather)
-    with pytest.raises(ValueError, match=rf"process 1 \(host-1\) has other code .*jax {jax.__version__}; jax 0.1$"):
+    with pytest.raises(ValueError, match=rf"code of process 1 \(host-1\) differs .*jax {jax.__version__}; jax 0.1$"):
         distributed.check_same({"steps": 3}, {})
 
 
@@ -97,7 +97,7 @@ def test_leases_where_there_is_no_proc(tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     first = lease.Lease(tmp_path / "run")
     assert first.acquire() == ""
-    with pytest.raises(ValueError, match="is being written by another start"):
+    with pytest.raises(ValueError, match="is in use by another start"):
         lease.Lease(tmp_path / "run").acquire()
     path = tmp_path / "run" / lease.FILE
     gone = os.fork()

@@ -83,7 +83,7 @@ def test_what_fails_beside_the_steps_is_reported_and_counted(config_of, monkeypa
     assert not any(failing.values())
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("failed: ")]
     assert len(told) == 4
-    for what in ("the evaluation after step 2 (OSError: ", "the picture after step 2 (MemoryError", "tensorboard"):
+    for what in ("the evaluation after step 2 (OSError: ", "the sample grid after step 2 (MemoryError", "tensorboard"):
         assert sum(what in line for line in told) == 1, told
     # What could not be written is written with the next line.
     assert steps_of(folder) == [(1, "train"), (2, "train"), (3, "train"), (4, "train"), (4, "eval")]
@@ -157,9 +157,8 @@ def test_a_picture_that_kills_every_start_is_left_out(config_of, monkeypatch, tm
             loop.train(config)
     monkeypatch.undo()
     loop.train(config)
-    assert (
-        "failed: the picture after step 2 (RuntimeError: 2 starts of this run ended in it)" in capsys.readouterr().out
-    )
+    line = "failed: the sample grid after step 2 (RuntimeError: 2 starts of this run ended while making it)"
+    assert line in capsys.readouterr().out
     assert [path.name for path in (folder / "samples").iterdir()] == ["0000003.png"]
 
 
@@ -186,8 +185,8 @@ def test_one_process_that_fails_alone_amid_common_work_stops(tmp_path, monkeypat
     monkeypatch.setattr("train.run.failures._WAIT", 0.5)
     met = []
     monkeypatch.setattr("train.run.failures.barrier", lambda: met.append(1))
-    failures, what = Failures(tmp_path), "the picture after step 2"
-    with pytest.raises(Stopped, match="the picture after step 2 failed in process 0 alone") as stopped:  # noqa: SIM117
+    failures, what = Failures(tmp_path), "the sample grid after step 2"
+    with pytest.raises(Stopped, match="the sample grid after step 2 failed in process 0 only") as stopped:  # noqa: SIM117
         with failures.alike(what):
             raise RuntimeError("out of luck")
     assert stopped.value.code == faults.HUNG and stopped.value.alone and not met
@@ -214,7 +213,7 @@ def test_a_run_whose_workdir_is_taken_over_stops_before_it_writes(config_of, mon
         taken.acquire(steal=True)
 
     monkeypatch.setattr(Metrics, "write", steal)
-    with pytest.raises(Stopped, match=r"was taken over by another start .* writes to it no more") as stopped:
+    with pytest.raises(Stopped, match=r"was taken over by another start .* ends without writing to it") as stopped:
         loop.train(config_of(tmp_path))
     assert stopped.value.code == faults.STOPPED and taken.held
     assert steps_of(folder) == [(1, "train")]
@@ -315,7 +314,7 @@ def test_a_damaged_checkpoint_is_named_with_the_way_on(saved, tmp_path, capfd, d
     told = str(damaged.value)
     assert "\n" not in told and len(told) < 900
     assert told.startswith(f"{folder}/checkpoints/4 is damaged (")
-    assert told.endswith("delete that folder, and the same command goes on from the one before it, of step 2")
+    assert told.endswith("run the same command to resume from the previous checkpoint, of step 2")
     assert capfd.readouterr().err == ""
     # What it says is so.
     shutil.rmtree(folder / "checkpoints" / "4")
@@ -329,12 +328,12 @@ def test_a_damaged_only_checkpoint_and_damaged_frozen_parameters(saved, tmp_path
     folder = pathlib.Path(shutil.copytree(saved.workdir, tmp_path / "run"))
     config = dataclasses.replace(saved, workdir=str(folder))
     (folder / "frozen" / "state" / "manifest.ocdbt").unlink()
-    told = r"run/frozen is damaged \(.*bring it back from a copy of the workdir"
+    told = r"run/frozen is damaged \(.*restore it from a copy of the workdir"
     with Workdir(config, {}) as workdir, pytest.raises(ValueError, match=told):
         workdir.restore(abstract(some_state(0)), abstract(frozen()))
     shutil.rmtree(folder / "checkpoints" / "4")
     truncate(folder / "checkpoints" / "2")
-    with Workdir(config, {}) as workdir, pytest.raises(ValueError, match=r"and the same command starts anew$"):
+    with Workdir(config, {}) as workdir, pytest.raises(ValueError, match=r"and run the same command to start over$"):
         workdir.restore(abstract(some_state(0)), abstract(frozen()))
 
 
@@ -349,7 +348,7 @@ def test_a_full_disk_is_one_error_without_orbaxs_tracebacks(saved, tmp_path, cap
         capfd.readouterr()
         resource.setrlimit(resource.RLIMIT_FSIZE, (8 << 10, hard))
         try:
-            with pytest.raises(Stopped, match=r"could not be written .*the checkpoint of step 2 is whole") as stopped:
+            with pytest.raises(Stopped, match=r"could not be written .*checkpoint of step 2 is complete") as stopped:
                 workdir.save(4, some_state(4))
                 workdir.wait()
         finally:

@@ -71,7 +71,7 @@ def test_a_notice_saves_and_the_same_command_goes_on(config, folders, start, tmp
     handler = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
         at_step(patch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(Stopped, match="told to end; saved after step 2, and the same command goes on") as stopped:
+        with pytest.raises(Stopped, match="preempted; saved after step 2; run the same command to resume") as stopped:
             loop.train(config)
     assert stopped.value.code == faults.AGAIN
     assert signal.getsignal(signal.SIGTERM) is handler
@@ -108,7 +108,7 @@ def test_too_many_updates_that_are_not_finite_stop_the_run(config, folders, tmp_
     told = capsys.readouterr().out
     for step in (1, 2):
         (line,) = [line for line in told.splitlines() if line.startswith(f"step {step}: ")]
-        assert "generation is not finite; the update is left out" in line
+        assert "generation is not finite; the update is skipped" in line
     # What is saved are the parameters as they were.
     for path, x in params_of(config.workdir).items():
         part, *rest = path.split("/")
@@ -136,7 +136,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(config, monkeypatch, tmp_path)
 
         at_step(patch, 3, fill)
         try:
-            with pytest.raises(Stopped, match=r"could not be written.*the checkpoint of step 2 is whole") as stopped:
+            with pytest.raises(Stopped, match=r"could not be written.*the checkpoint of step 2 is complete") as stopped:
                 loop.train(config)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

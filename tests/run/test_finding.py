@@ -88,8 +88,8 @@ def test_a_single_tpu_is_no_pod(tmp_path, metadata, case):
     done = start(tmp_path, "localhost:1" if case == "no server" else server, case, **env)
     assert done.returncode == 0, done.stderr
     note, alone = done.stdout.splitlines()
-    assert alone == "alone" and note.startswith("note: this host has a TPU, and nothing tells of other hosts (")
-    assert "going on in one process" in note and "Traceback" not in done.stderr
+    assert alone == "alone" and note.startswith("note: this host has a TPU, and no other hosts were found (")
+    assert "continuing in one process" in note and "Traceback" not in done.stderr
 
 
 def test_one_host_of_a_pod_is_several(tmp_path, metadata):

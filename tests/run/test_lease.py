@@ -69,7 +69,7 @@ def test_a_living_one_refuses_and_a_killed_one_does_not(tmp_path):
 
 def test_another_process_of_the_same_number(tmp_path):
     assert Lease(tmp_path).acquire() == ""
-    with pytest.raises(ValueError, match="is being written"):
+    with pytest.raises(ValueError, match="is in use"):
         Lease(tmp_path).acquire()
     path = tmp_path / FILE
     path.write_text(json.dumps(json.loads(path.read_text()) | {"started": "1"}))
@@ -82,7 +82,7 @@ def test_on_another_machine_it_lapses(tmp_path, soon):
     ours = Lease(tmp_path)
     began = time.monotonic()
     told = ours.acquire()
-    assert "belongs to another start (process" in told and "on host-7)" in told and "waits until then" in told
+    assert "is held by another start (process" in told and "on host-7)" in told and "waits until then" in told
     while told := ours.acquire():
         time.sleep(0.05)
     assert 0.5 < time.monotonic() - began < 5 and ours.held
@@ -95,7 +95,7 @@ def test_on_another_machine_it_is_renewed(tmp_path, soon):
     ours = Lease(tmp_path)
     assert ours.acquire()
     elsewhere(tmp_path, renewed=1)
-    with pytest.raises(ValueError, match=r"is being written by another start \(process \d+ on host-7\)"):
+    with pytest.raises(ValueError, match=r"is in use by another start \(process \d+ on host-7\)"):
         ours.acquire()
 
 
@@ -158,7 +158,7 @@ def test_a_second_start_deletes_nothing(tmp_path):
         time.sleep(1)  # orbax clears away what is left of earlier starts in a thread
         writing.mkdir()
         before = sorted(tmp_path.rglob("*"))
-        with pytest.raises(ValueError, match=r"run is being written by another start .*--steal") as refused:
+        with pytest.raises(ValueError, match=r"run is in use by another start .*--steal") as refused:
             Workdir(config, {})
         assert "\n" not in str(refused.value) and sorted(tmp_path.rglob("*")) == before
         with Workdir(config, {}, steal=True) as second:

@@ -142,7 +142,7 @@ def test_a_notice_to_one_ends_both(folders, start, env, tmp_path):
     told = outcome(processes)
     assert [code for code, _, _ in told] == [faults.AGAIN] * 2, told
     (saved,) = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()]
-    assert f"told to end; saved after step {saved}, and the same command goes on" in told[0][2]
+    assert f"preempted; saved after step {saved}; run the same command to resume" in told[0][2]
     assert len(losses(tmp_path / "run")) >= 3
 
 
@@ -262,7 +262,7 @@ def test_a_coordinator_that_does_not_answer(folders, start, env, tmp_path):
     [
         ({"coordinator": "localhost:1"}, "go together"),
         ({"coordinator": "localhost", "processes": 2, "process": 0}, "host:port"),
-        ({"coordinator": "localhost:1", "processes": 2, "process": 2}, "--process 2 is not one of the 2"),
+        ({"coordinator": "localhost:1", "processes": 2, "process": 2}, "--processes 2, got 2"),
     ],
 )
 def test_flags_that_do_not_go_together(flags, told):

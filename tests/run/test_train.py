@@ -102,7 +102,7 @@ def copy_of(run: Run, folder: pathlib.Path) -> pathlib.Path:
 def test_two_and_two_steps_are_four(whole, half, tmp_path, capsys):
     config = dataclasses.replace(half.config, workdir=str(copy_of(half, tmp_path)), steps=4)
     run = Run(config, loop.train(config))
-    assert "going on after step 2" in capsys.readouterr().out
+    assert "resuming after step 2" in capsys.readouterr().out
     assert run.losses() == whole.losses() and list(run.losses()) == [1, 2, 3, 4]
     assert run.losses("eval") == whole.losses("eval") and list(run.losses("eval")) == [2, 4]
     ours, theirs = run.params(), whole.params()
@@ -245,7 +245,7 @@ def test_workdir_of_another_run(half, tmp_path):
     assert "another configuration" in told and "optimizer.learning_rate" in told and "seed" in told
     (tmp_path / "letter.txt").write_text("mine")
     told = refused(dataclasses.replace(half.config, workdir=str(tmp_path)))
-    assert f"{tmp_path} is not empty and holds no run" in told
+    assert f"{tmp_path} is not empty and has no run in it" in told
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
     (tmp_path / "run.json").write_text("[]")
     assert "run.json is not a run's description" in refused(dataclasses.replace(half.config, workdir=str(tmp_path)))
@@ -258,7 +258,7 @@ def test_data_that_changed(half, tmp_path):
     run["data"][name] = "other"
     (folder / "run.json").write_text(json.dumps(run))
     told = refused(dataclasses.replace(half.config, workdir=str(folder), steps=3))
-    assert f"holds a run on other data: {name} changed" in told
+    assert f"has a run on other data: {name} changed" in told
 
 
 def test_data_of_another_model(get_config, tmp_path):
@@ -326,7 +326,7 @@ def test_a_second_start_is_one_line(command, capsys, tmp_path):
     before = sorted((tmp_path / "run").rglob("*"))
     code, lines = command(capsys)
     assert code == 2 and len(lines) == 1, lines
-    assert lines[0].startswith("error: ") and "is being written by another start" in lines[0] and "--steal" in lines[0]
+    assert lines[0].startswith("error: ") and "is in use by another start" in lines[0] and "--steal" in lines[0]
     assert sorted((tmp_path / "run").rglob("*")) == before
     other.release()
 

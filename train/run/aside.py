@@ -1,6 +1,7 @@
-"""What a run does beside its steps: evaluations, pictures, exports, once the step's checkpoint is whole.
+"""Callbacks that work with the model between steps: evaluations, sample grids and exports.
 
-What kills the process here costs no step, and what a start that died had not come to is made up for by the next one.
+They run once the step's checkpoint is complete, so that a crash here loses no step; the next start catches up on what a
+crashed one had not finished.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from train.step.loss import combined
 from train.step.state import Params, TrainState, make_model, put_rows
 from train.step.step import make_eval_step
 
-_TRIES = 2  # how often an evaluation or a picture may take the process with it before it is left out
+_TRIES = 2  # how often an evaluation or a sample grid may kill the process before it is skipped
 
 
 class Aside(Callback):
     """Work that is due after some steps.
 
     Attributes:
-      name: what it makes, for messages.
+      name: what it produces, for messages.
     """
 
     name: str
@@ -43,15 +44,15 @@ class Aside(Callback):
         self.run = run
 
     def due(self, moment: Moment) -> bool:
-        """Whether the config asks for it then."""
+        """Whether the config asks for it after this step."""
         raise NotImplementedError
 
     def made(self, done: int) -> bool:
-        """Whether an earlier start came to its end after `done` steps; process 0 knows."""
+        """Whether an earlier start finished it after `done` steps; only process 0's answer counts."""
         return False
 
     def make(self, moment: Moment):
-        """Does it."""
+        """Does the work."""
         raise NotImplementedError
 
     def resume(self, moment: Moment):
@@ -70,7 +71,7 @@ class Aside(Callback):
 
 
 class Look(Aside):
-    """A look at the model: a failure of it is reported and counted, and never ends the run."""
+    """An optional look at the model: its failures are reported and counted, and never end the run."""
 
     every: int
 
@@ -85,7 +86,7 @@ class Look(Aside):
         is_main, what = jax.process_index() == 0, f"the {self.name} after step {moment.done}"
         begun = from_first(self._tries.begin(moment.done, self.name) if is_main else 0)
         if begun >= _TRIES:
-            self.run.failures.report(what, RuntimeError(f"{begun} starts of this run ended in it"))
+            self.run.failures.report(what, RuntimeError(f"{begun} starts of this run ended while making it"))
         else:
             with self.run.failures.alike(what):
                 self.look(moment)
@@ -117,9 +118,9 @@ class Evaluate(Look):
 
 
 class Draw(Look):
-    """The config's sample prompts, drawn by the model as it stands."""
+    """Images of the config's sample prompts, as the model draws them after this step."""
 
-    name = "picture"
+    name = "sample grid"
 
     def __init__(self, run: Run):
         super().__init__(run)
@@ -137,17 +138,17 @@ class Draw(Look):
 
 
 class Export(Aside):
-    """A checkpoint folder in bfloat16; not to be failed, since it is what the run was asked for."""
+    """A checkpoint folder in bfloat16; its failures end the run, since exports are what the run is for."""
 
     name = "export"
 
     def due(self, moment: Moment) -> bool:
         every = self.run.config.export_every
-        # At the end the run exports anyway.
+        # The run exports at its end anyway.
         return bool(every) and moment.done % every == 0 and not moment.last
 
     def make(self, moment: Moment):
-        # It looks for itself whether there is one.
+        # `export` checks by itself whether there is one.
         self.run.workdir.export(moment.done, moment.state.trained, moment.frozen)
 
 
@@ -155,7 +156,7 @@ class Export(Aside):
 
 
 def get_held_out(config: TrainConfig, assembler: Assembler) -> Assembler | None:
-    """Assembles batches of the evaluation's folders: all kinds alike, and nothing dropped or cut."""
+    """An assembler for the evaluation's folders: all kinds in equal shares, with nothing dropped or cut."""
     folders = {kind: getattr(config.evaluation, kind) for kind in KINDS}
     if not any(folders.values()) or not config.evaluation.every:
         return None
@@ -172,7 +173,7 @@ def get_held_out(config: TrainConfig, assembler: Assembler) -> Assembler | None:
 
 
 class Evaluator:
-    """Mean losses over the evaluation's batches, which are made once."""
+    """Mean losses over the evaluation's batches, which are made only once."""
 
     def __init__(
         self, config: TrainConfig, mesh: Mesh, assembler: Assembler, rows: Sequence[int], settings: ImageSettings
@@ -199,13 +200,13 @@ class Evaluator:
         self._batches = [batch for batch, _ in made]
 
 
-# ---------------------------------------------------------------- pictures
+# ---------------------------------------------------------------- sample grids
 
 
 def draw_samples(
     config: TrainConfig, processor: Processor, mesh: Mesh, state: TrainState, frozen: Params, path: pathlib.Path
 ):
-    """Draws the config's sample prompts as they stand after this step and writes them as one picture."""
+    """Draws the config's sample prompts with the parameters of `state` and writes them as one sample grid."""
     s = config.samples
     model = make_model(config)
     params = _cast({**state.trained, **frozen}, model.dtype)
@@ -214,10 +215,10 @@ def draw_samples(
     with together(Exception):
         if jax.process_index() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Beside it and then in its place: what is there is whole.
-            beside = path.with_suffix(".tmp")
-            contact_sheet(images, columns=s.images, gap=2).save(beside, format="PNG")
-            beside.replace(path)
+            # Written under another name and renamed, so that `path` is always complete.
+            temporary = path.with_suffix(".tmp")
+            contact_sheet(images, columns=s.images, gap=2).save(temporary, format="PNG")
+            temporary.replace(path)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -1,4 +1,4 @@
-"""What goes on around the steps of a run: each callback has one job, and the loop calls them in order."""
+"""Callbacks around the steps of a run: each has one job, and the loop calls them in order."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from train.step.state import Params, TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What callbacks work with, from the start to the end."""
+    """What callbacks use throughout the run."""
 
     config: TrainConfig
     mesh: Mesh
@@ -37,7 +37,7 @@ class Moment:
 
     Attributes:
       last: whether these are all its steps.
-      told: whether it was told to end here, before its last step.
+      told: whether a preemption notice asks it to end here, before its last step.
     """
 
     done: int
@@ -51,20 +51,20 @@ class Callback:
     """One job around the steps. All processes of a run call the same hooks at the same steps."""
 
     def resume(self, moment: Moment):
-        """An earlier start came as far as `moment`, and may have died before its callbacks were called."""
+        """Called when a run resumes at `moment`; the earlier start may have died before its callbacks were called."""
 
     def before(self, step: int):
-        """`step`, counted from 0, is about to begin."""
+        """Called before `step`, counted from 0."""
 
     def after(self, moment: Moment):
-        """A step was given to the devices, and `moment.state` is what it will have made."""
+        """Called after a step was dispatched to the devices; `moment.state` is its result."""
 
     def close(self):
-        """There are no more steps."""
+        """Called after the last step."""
 
 
 class Profile(Callback):
-    """Traces the steps that the config names, or as many of them as this process does."""
+    """Traces the config's `profile_steps` in process 0."""
 
     def __init__(self, run: Run):
         self._run, self._running = run, False
@@ -109,7 +109,7 @@ class Report(Callback):
 
 
 class Save(Callback):
-    """Saves in the background every `save_every` steps and at the end, and ends the run where it was told to end."""
+    """Saves in the background every `save_every` steps and at the end, and ends the run after a preemption notice."""
 
     def __init__(self, run: Run):
         self._run = run
@@ -121,4 +121,4 @@ class Save(Callback):
             run.workdir.save(done, moment.state)
         if moment.told:
             run.workdir.wait()
-            raise Stopped(f"told to end; saved after step {done}, and the same command goes on", AGAIN)
+            raise Stopped(f"preempted; saved after step {done}; run the same command to resume", AGAIN)

@@ -1,9 +1,9 @@
-"""A run's workdir: what it holds, how a run goes on from it, and what is exported from it.
+"""A run's workdir: its files, resuming from it, and exporting from it.
 
-run.json          the configuration, and what the data were
+run.json          the configuration, and fingerprints of the data
 lease.json        the start that writes to the folder, renewed while it runs
 damaged-P.txt     the samples that process P could not read
-failures.txt      tracebacks of what failed beside the steps
+failures.txt      tracebacks of failures that did not end the run
 frozen/           the parameters that the stage does not train, written once
 checkpoints/N/    after N steps: `trained` (float32 parameters) and `rest` (optimizer state and counters)
 export/N/         a checkpoint folder in bfloat16 for `janus_jax.load` and `convert/to_torch.py`
@@ -45,12 +45,12 @@ from train.run.lease import Lease
 from train.step.earlier import CHECKPOINTS, FROZEN, RUN, complete_steps
 from train.step.state import Params, TrainState
 
-_BESIDE, _EXPORT = "run.tmp", "export"
+_TEMPORARY, _EXPORT = "run.tmp", "export"
 DAMAGED = "damaged-*.txt"
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
-_ASK_AGAIN = 2  # seconds between looks at a lease that may lapse
-_SEEN_WITHIN = 30  # seconds in which a shared folder shows a new file everywhere
-# What may change between the starts of one run: how it is computed and watched, not what is computed.
+_ASK_AGAIN = 2  # seconds between checks of a lease that may lapse
+_SEEN_WITHIN = 30  # seconds within which a new file in a shared folder must be visible to all hosts
+# Settings that may change when a run resumes: how it is computed and watched, not what is computed.
 _FREE = (
     "workdir", "steps", "accumulate", "remat", "loss_chunk", "mesh.", "evaluation.", "samples.", "log_every",
     "save_every", "keep", "export_every", "profile_start", "profile_steps", "max_skipped", "watchdog",
@@ -61,9 +61,9 @@ _FREE = (
 
 
 class Workdir:
-    """The folder of one run. Every process of the run makes one; process 0 writes the small files, and has the lease.
+    """The folder of one run. Every process creates one; process 0 writes the small files and holds the lease.
 
-    Raises: ValueError where the folder holds a run of another configuration or other data, or another start is at it.
+    Raises: ValueError if the folder has a run with another configuration or other data, or another start writes to it.
     """
 
     def __init__(self, config: TrainConfig, data: dict[str, str], steal: bool = False):
@@ -84,11 +84,11 @@ class Workdir:
     def _open(self, run: dict[str, Any]):
         config = self.config
         with together():
-            self._check_claim(run)  # once more: what there was may have been the beginning of another run
+            self._check_claim(run)  # again: another run may have begun in the folder before the lease was taken
             if jax.process_index() == 0:
-                # Beside it and then in its place: a kill leaves a whole one.
-                checkpoint.write_json(self.folder / _BESIDE, run)
-                (self.folder / _BESIDE).replace(self.folder / RUN)
+                # Written under another name and renamed, so that a kill leaves a complete file.
+                checkpoint.write_json(self.folder / _TEMPORARY, run)
+                (self.folder / _TEMPORARY).replace(self.folder / RUN)
         if jax.process_count() > 1:
             self._check_shared()
         self._context = checkpoint.saving_context()
@@ -112,30 +112,30 @@ class Workdir:
             self._lease.release()
 
     def _take_lease(self, steal: bool):
-        told = waiting = ""
+        reported = waiting = ""
         while True:
             with together():
                 if jax.process_index() == 0:
                     self.folder.mkdir(parents=True, exist_ok=True)
                     waiting = self._lease.acquire(steal)
-            # Agreed upon again and again, since no process may wait for long in a collective.
+            # In short rounds, since no process may wait long in a collective.
             if not (waiting := from_first(waiting)):
                 return
-            if waiting != told:
+            if waiting != reported:
                 say(f"waiting: {waiting}")
-            told = waiting
+            reported = waiting
             time.sleep(_ASK_AGAIN)
 
     def check(self):
-        """Raises Stopped, in every process, where another start has taken the folder over; asked before writing."""
-        told = ""
+        """Raises Stopped, in every process, if another start has taken over the folder; called before writing."""
+        reason = ""
         if jax.process_index() == 0:
             try:
                 self._lease.check()
             except Stopped as error:
-                told = str(error)
-        if told := from_first(told):
-            raise Stopped(told, STOPPED)
+                reason = str(error)
+        if reason := from_first(reason):
+            raise Stopped(reason, STOPPED)
 
     def _check_claim(self, run: dict[str, Any]):
         path, data = self.folder / RUN, run["data"]
@@ -147,16 +147,16 @@ class Workdir:
                 changed = sorted(name for name in data if earlier["data"].get(name) != data[name])
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path} is not a run's description ({error}); choose another workdir") from None
-            cure = "give the run's own settings, or another workdir"
+            cure = "use the run's own settings, or another workdir"
             if differing:
-                raise ValueError(f"{self.folder} holds a run of another configuration: {'; '.join(differing)}; {cure}")
+                raise ValueError(f"{self.folder} has a run with another configuration: {'; '.join(differing)}; {cure}")
             if changed:
-                raise ValueError(f"{self.folder} holds a run on other data: {', '.join(changed)} changed; {cure}")
+                raise ValueError(f"{self.folder} has a run on other data: {', '.join(changed)} changed; {cure}")
         elif self.folder.is_dir() and any(not _is_passing(other.name) for other in self.folder.iterdir()):
-            raise ValueError(f"{self.folder} is not empty and holds no run; choose another workdir")
+            raise ValueError(f"{self.folder} is not empty and has no run in it; choose another workdir")
 
     def _check_shared(self):
-        """Whether all processes see the folder of process 0, by a file of a name that none of them has seen before."""
+        """Checks that all processes see the folder of process 0, by a file with a new random name."""
         mark = self.folder / f"shared-{from_first(secrets.token_hex(8))}"
         with together():
             if jax.process_index() == 0:
@@ -167,8 +167,8 @@ class Workdir:
                 while not mark.exists():
                     if time.monotonic() > deadline:
                         raise ValueError(
-                            f"workdir={self.folder} is not the folder that process 0 sees; choose one on storage that "
-                            "all hosts share"
+                            f"workdir={self.folder} is not the folder that process 0 sees; choose a folder on storage "
+                            "that all hosts share"
                         )
                     time.sleep(0.5)
         finally:
@@ -176,7 +176,7 @@ class Workdir:
                 mark.unlink()
 
     def note_damaged(self, step: int, problems: Sequence[str]):
-        """Keeps the samples of `step` that could not be read; process 0 also tells them."""
+        """Records the samples of `step` that could not be read; process 0 also prints them."""
         if not problems or (jax.process_index() == 0 and not self._lease.held):
             return
         lines = [f"step {step}: left out {problem}" for problem in problems]
@@ -189,31 +189,31 @@ class Workdir:
 
     @property
     def latest(self) -> int | None:
-        """Steps of the newest complete checkpoint; None where there is none."""
+        """Step of the newest complete checkpoint, or None."""
         found = self._checkpointer.latest
         return None if found is None else found.step
 
     def save_frozen(self, frozen: Params):
-        """Writes what no step changes, over that of a start that did not come to its first checkpoint."""
+        """Writes the frozen parameters, replacing those of a start that did not reach its first checkpoint."""
         self.check()
         if frozen:
             with self._storing("the frozen parameters"), checkpoint.saving_context():
                 ocp.save(self.folder.absolute() / FROZEN, frozen, overwrite=True)
 
     def save(self, step: int, state: TrainState):
-        """Begins to save `state` in the background, after `step` steps; first waits for the save before it."""
+        """Starts saving `state` after `step` steps in the background; first waits for the previous save."""
         self.check()
         with self._storing(f"the checkpoint of step {step} or the one before it"), self._context:
             self._checkpointer.save_checkpointables_async(step, _trees(state), overwrite=True)
 
     def wait(self):
-        """Until the save in the background is complete; raises what it met."""
+        """Waits until the background save is complete; raises its errors."""
         with self._storing("the last checkpoint"), self._context:
             self._checkpointer.wait()
 
     @contextlib.contextmanager
     def storing(self) -> Iterator[None]:
-        """Tells what could not be written to the folder, pictures and metrics too, as the end of the run."""
+        """Turns a full or failing disk, also for sample grids and metrics, into the end of the run."""
         try:
             yield
         except OSError as error:
@@ -230,27 +230,27 @@ class Workdir:
 
     def _no_room(self, what: str, error: Exception) -> Stopped:
         latest = max(complete_steps(self.folder), default=None)
-        left = f"the checkpoint of step {latest} is whole" if latest else "there is no complete checkpoint"
+        left = f"the checkpoint of step {latest} is complete" if latest else "there is no complete checkpoint"
         return Stopped(
-            f"{what} could not be written to {self.folder}: {_first_cause(error)}; {left}. Make room there, and the "
-            "same command goes on",
+            f"{what} could not be written to {self.folder}: {_first_cause(error)}; {left}; make room there and run "
+            "the same command to resume",
             STORAGE,
             alone=True,
         )
 
-    # ------------------------------------------------------------ going on
+    # ------------------------------------------------------------ resuming
 
     def restore(self, abstract: TrainState, frozen: Params) -> tuple[TrainState, Params]:
-        """The newest checkpoint and the frozen parameters, laid out as the `abstract` ones, on any mesh."""
+        """The newest checkpoint and the frozen parameters, in the layout of the `abstract` ones, on any mesh."""
         step = self.latest
         earlier = max((other for other in complete_steps(self.folder) if other < step), default=None)
-        on = "starts anew" if earlier is None else f"goes on from the one before it, of step {earlier}"
-        cure = f"delete that folder, and the same command {on}"
+        on = "start over" if earlier is None else f"resume from the previous checkpoint, of step {earlier}"
+        cure = f"delete that folder and run the same command to {on}"
         with self._whole(self.folder / CHECKPOINTS / str(step), cure):
             found = self._checkpointer.load_checkpointables(step, _trees(abstract))
         if frozen:
-            cure = "bring it back from a copy of the workdir; without one, start in another workdir, with init_from an "
-            cure += f"export of this run ({self.folder / _EXPORT}) if there is one"
+            cure = "restore it from a copy of the workdir; without one, start in another workdir, with init_from="
+            cure += f"an export of this run ({self.folder / _EXPORT}) if there is one"
             with self._whole(self.folder / FROZEN, cure):
                 frozen = ocp.load(self.folder.absolute() / FROZEN, frozen)
         return TrainState(trained=found["trained"], **found["rest"]), frozen
@@ -273,24 +273,24 @@ class Workdir:
         """Writes a checkpoint folder in bfloat16 with the files of the run's tokenizer; returns it."""
         folder = self.folder / _EXPORT / str(step)
         self.check()
-        # It comes to its place whole: where it is, an earlier start was done with it.
+        # Exports appear only when complete: if there is one, an earlier start finished it.
         if from_first(checkpoint.has_arrays(folder / checkpoint.PARAMS)):
             return folder
         num_bytes = 2 * sum(leaf.size for leaf in jax.tree.leaves((trained, frozen)))
-        with self._storing("the export"), _staged(folder, num_bytes) as beside:
+        with self._storing("the export"), _staged(folder, num_bytes) as staging:
             with together():
                 if jax.process_index() == 0:
                     tokenizer = pathlib.Path(self.config.tokenizer or self.config.init_from)
-                    copy_files(tokenizer, beside, TOKENIZER_FILES + PROCESSOR_FILES)
-                    checkpoint.write_json(beside / "config.json", exported_config(self.config))
+                    copy_files(tokenizer, staging, TOKENIZER_FILES + PROCESSOR_FILES)
+                    checkpoint.write_json(staging / "config.json", exported_config(self.config))
             cast = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype("bfloat16"), tree))
-            checkpoint.save_params(beside / checkpoint.PARAMS, cast({**trained, **frozen}))
+            checkpoint.save_params(staging / checkpoint.PARAMS, cast({**trained, **frozen}))
         return folder
 
 
 @contextlib.contextmanager
 def _staged(folder: pathlib.Path, num_bytes: int) -> Iterator[pathlib.Path]:
-    """As `staging.staged`, for all processes alike: process 0 makes the folder and puts it in its place."""
+    """Like `staging.staged`, for all processes: process 0 creates the folder and moves it into place."""
     staging = None
     try:
         with together():
@@ -308,7 +308,7 @@ def _staged(folder: pathlib.Path, num_bytes: int) -> Iterator[pathlib.Path]:
 
 
 def _clear(folder: pathlib.Path):
-    """Removes the files of an export that was killed in the making, from before exports were staged."""
+    """Removes the files of a killed export from before exports were staged."""
     names = {"config.json", *TOKENIZER_FILES, *PROCESSOR_FILES}
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.name in names:
@@ -318,32 +318,32 @@ def _clear(folder: pathlib.Path):
 
 
 def exported_config(config: TrainConfig) -> dict[str, Any]:
-    """The config.json of what the run exports; ValueError where the original dialect cannot say the model's sizes."""
+    """The config.json of the run's exports; ValueError if the original dialect cannot express the model's sizes."""
     return original_config(dataclasses.replace(config.model, dtype="bfloat16"))
 
 
 def _first_cause(error: BaseException) -> str:
-    """What went wrong first, without tensorstore's account of all that it was asked."""
+    """The message of the first error in the chain, without tensorstore's dump of its request."""
     while cause := error.__cause__ or error.__context__:
         error = cause
     return one_line(re.split(r" \[(?:tensorstore_spec|source locations)", str(error))[0], 300)
 
 
 def _is_repeated(record: logging.LogRecord) -> bool:
-    """Whether it is an error that orbax also passes on to us: a traceback from each of its threads."""
+    """Whether it is an error that orbax also raises to the caller: a traceback from each of its threads."""
     return record.levelno >= logging.ERROR and "orbax" in pathlib.PurePath(record.pathname).parts
 
 
 @functools.cache
 def _quiet_orbax():
-    # For good: its threads speak up after the run has ended, too.
+    # Permanently: its threads may log after the run has ended, too.
     logging.getLogger("absl").addFilter(lambda record: not _is_repeated(record))
     warnings.filterwarnings("ignore", r"coroutine '\w+\._background_load' was never awaited", RuntimeWarning)
 
 
 def _is_passing(name: str) -> bool:
-    """Whether a start leaves a file of that `name` before there is a run."""
-    return name == _BESIDE or name.startswith(lease.FILE)
+    """Whether a start may leave a file called `name` before there is a run."""
+    return name == _TEMPORARY or name.startswith(lease.FILE)
 
 
 def _trees(state: TrainState) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Several processes as one run: how they find each other, agree, and fail together."""
+"""Several processes as one run: finding each other, agreeing on values, and failing together."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ TIMEOUT = 300  # seconds to wait for the other processes at the start
 def start(
     coordinator: str = "", processes: int | None = None, process: int | None = None, timeout: int = TIMEOUT
 ) -> None:
-    """Joins the other processes of this run, where there are any; before anything else touches a device.
+    """Joins the other processes of this run, if there are any; call it before anything else uses a device.
 
-    On a TPU pod and under SLURM or Open MPI the processes find each other; elsewhere all three of `coordinator`
-    (host:port of process 0), `processes` (how many) and `process` (which one, from 0) say it.
+    On a TPU pod and under SLURM or Open MPI the processes find each other; elsewhere give all three of `coordinator`
+    (host:port of process 0), `processes` (how many) and `process` (the index of this one).
 
-    Raises: ValueError in one line for flags that do not go together; TimeoutError when the others do not come.
+    Raises: ValueError in one line for inconsistent flags; TimeoutError if the other processes do not join in time.
     """
     given = [bool(coordinator), processes is not None, process is not None]
     if any(given) and not all(given):
@@ -54,72 +54,72 @@ def start(
         )
     except Exception as error:
         if maybe_alone and _finds_no_pod(error):
-            # As on Colab and Kaggle: a TPU of one host, without the metadata of a pod. Where it is a pod after all, and
-            # its metadata are out of order, the workdir's lease keeps its hosts from working side by side.
+            # As on Colab and Kaggle: a TPU of one host, without the metadata of a pod. If it is a pod with broken
+            # metadata, the workdir's lease keeps its hosts from training independently.
             print(
-                f"note: this host has a TPU, and nothing tells of other hosts ({one_line(error, 150)}); going on in "
-                "one process. If there are others, give --coordinator, --processes and --process",
+                f"note: this host has a TPU, and no other hosts were found ({one_line(error, 150)}); continuing in one "
+                "process. If there are other hosts, give --coordinator, --processes and --process",
                 flush=True,
             )
             return
         if not isinstance(error, RuntimeError) or "DEADLINE_EXCEEDED" not in str(error):
             raise
         raise TimeoutError(
-            f"the {processes or ''} processes of the run did not all come together within {timeout} seconds "
-            "(--timeout); are all of them started, and with the same coordinator?".replace("the  ", "the ")
+            f"the {processes or ''} processes of the run did not all connect within {timeout} seconds (--timeout); "
+            "have all of them been started, with the same coordinator?".replace("the  ", "the ")
         ) from None
 
 
 def _started_as_several() -> bool:
-    """Whether this process is one of several that SLURM or Open MPI started."""
+    """Whether this process is one of several started by SLURM or Open MPI."""
     for count in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
-        step = count != "SLURM_NTASKS" or "SLURM_STEP_NODELIST" in os.environ  # else it is not started by srun
+        step = count != "SLURM_NTASKS" or "SLURM_STEP_NODELIST" in os.environ  # otherwise not started by srun
         if step and int(os.environ.get(count) or 1) > 1:
             return True
     return False
 
 
 def _has_tpu() -> bool:
-    """Whether JAX will find a TPU here: one host's, or this host's chips of a pod."""
+    """Whether JAX will find a TPU here: that of a single host, or this host's share of a pod."""
     if os.environ.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu" or importlib.util.find_spec("libtpu") is None:
         return False
     return any(pathlib.Path(device).exists() for device in _TPU_FILES)
 
 
 def _finds_no_pod(error: Exception) -> bool:
-    """Whether JAX says by `error` that it knows of no other hosts, and the environment tells of none."""
+    """Whether `error` means that JAX found no other hosts, and the environment names none."""
     hosts = (os.environ.get(name, "") for name in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"))
     if any("," in listed for listed in hosts) or jax.distributed.is_initialized():
         return False
     if os.environ.get("MEGASCALE_NUM_SLICES", "1") not in ("", "1"):
         return False
-    # No metadata, no server for them (requests' errors are OSErrors), no requests; or, in a notebook, devices are in
-    # use already, as they cannot be before the processes of a pod have met.
+    # No metadata, no metadata server (requests' errors are OSErrors), or no requests; or devices are already in use, as
+    # in a notebook, which cannot happen before the processes of a pod have connected.
     return isinstance(error, ValueError | OSError | ImportError) or "must be called before" in str(error)
 
 
 def _check_flags(coordinator: str, processes: int, process: int):
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit():
-        raise ValueError(f"--coordinator {coordinator} is not of the form host:port")
+        raise ValueError(f"--coordinator must be host:port, got {coordinator}")
     if not 0 <= process < processes:
-        raise ValueError(f"--process {process} is not one of the {processes} processes, which count from 0")
+        raise ValueError(f"--process must be from 0 to below --processes {processes}, got {process}")
 
 
 def _reach(coordinator: str, timeout: int):
-    """Waits for process 0's door, since JAX ends the process with a stack trace when it stays shut."""
+    """Waits for process 0's port to open, since JAX aborts with a stack trace if it stays closed."""
     host, _, port = coordinator.rpartition(":")
-    deadline, told = time.monotonic() + timeout, "no answer"
+    deadline, reason = time.monotonic() + timeout, "no answer"
     while time.monotonic() < deadline:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
             return
         except OSError as error:
-            told = error.strerror or str(error)
+            reason = error.strerror or str(error)
             time.sleep(0.5)
     raise TimeoutError(
-        f"the coordinator {coordinator} cannot be reached within {timeout} seconds (--timeout): {told}; "
-        "is process 0 running there, and does the network let this port through?"
+        f"the coordinator {coordinator} cannot be reached within {timeout} seconds (--timeout): {reason}; "
+        "is process 0 running there, and does the firewall allow this port?"
     )
 
 
@@ -127,7 +127,7 @@ def _reach(coordinator: str, timeout: int):
 
 
 def gather(text: str) -> list[str]:
-    """The `text` of every process, by process."""
+    """The `text` of every process, in order of process index."""
     if jax.process_count() == 1:
         return [text]
     from jax.experimental.multihost_utils import process_allgather
@@ -139,17 +139,17 @@ def gather(text: str) -> list[str]:
 
 
 def from_first(value: Any) -> Any:
-    """Process 0's `value`, which JSON can hold, in every process."""
+    """Process 0's `value`, which must be JSON-serializable, in every process."""
     return json.loads(gather(json.dumps(value))[0])
 
 
 def barrier():
-    """Until every process is here."""
+    """Waits until every process gets here."""
     gather("")
 
 
 def say(line: str):
-    """Prints `line`, in process 0 alone; a run outlives whoever read what it prints."""
+    """Prints `line` in process 0 only; errors are ignored, since a run may outlive the reader of its output."""
     if jax.process_index() == 0:
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         with contextlib.suppress(OSError, ValueError):
@@ -157,20 +157,20 @@ def say(line: str):
 
 
 class Agreed(ValueError):
-    """What one process met, and all know of."""
+    """An error of one process, raised in all of them."""
 
 
 @contextlib.contextmanager
 def together(*kinds: type[Exception]) -> Iterator[None]:
-    """What one process refuses inside this, in one line, every process refuses; else the others would wait for ever.
+    """Raises an error of one process in every process, in one line; otherwise the others would wait forever.
 
     Nothing inside may wait for other processes.
 
     Args:
-      kinds: of exceptions that count, OSError and ValueError by default.
-    Raises: in one process alone what was raised; else Agreed in all of them.
+      kinds: the exceptions to share, OSError and ValueError by default.
+    Raises: with a single process the original error; else Agreed in all of them.
     """
-    told, kinds = "", kinds or (OSError, ValueError)
+    failed, kinds = "", kinds or (OSError, ValueError)
     try:
         yield
     except Stopped:
@@ -178,17 +178,17 @@ def together(*kinds: type[Exception]) -> Iterator[None]:
     except kinds as error:
         if jax.process_count() == 1:
             raise
-        told = f"process {jax.process_index()} ({socket.gethostname()}): {one_line(error, 1000)}"
-    for line in gather(told):
+        failed = f"process {jax.process_index()} ({socket.gethostname()}): {one_line(error, 1000)}"
+    for line in gather(failed):
         if line:
             raise Agreed(line)
 
 
 def check_same(config: dict[str, Any], data: dict[str, str]):
-    """ValueError in every process when one sees another configuration, other data or other code than process 0.
+    """ValueError in every process if the configuration, data or code of any process differs from process 0's.
 
     Args:
-      config: by dotted key.
+      config: values by dotted key.
       data: fingerprints by folder.
     """
     if jax.process_count() == 1:
@@ -203,7 +203,7 @@ def check_same(config: dict[str, Any], data: dict[str, str]):
                 shown = "; ".join(_difference(kind, name, ours.get(name), theirs[kind].get(name)) for name in wrong[:3])
                 more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
                 raise ValueError(
-                    f"process {number} ({host}) has other {kind} than process 0 ({first[0]}): {shown}{more}"
+                    f"the {kind} of process {number} ({host}) differs from process 0's ({first[0]}): {shown}{more}"
                 )
 
 
@@ -215,7 +215,7 @@ def _difference(kind: str, name: str, ours: Any, theirs: Any) -> str:
 
 @functools.cache
 def code_fingerprint() -> dict[str, str]:
-    """What of each module of ours, and which versions of the libraries that decide a step, this process runs."""
+    """Hashes of our modules, and versions of the libraries that determine a step, as this process runs them."""
     import flax
     import optax
 

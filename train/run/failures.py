@@ -1,4 +1,4 @@
-"""What fails beside the steps, and does not end the run: evaluations, pictures, metrics."""
+"""Failures that do not end the run: in evaluations, sample grids and metrics."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from train.run.faults import HUNG, Stopped
 
 FILE = "failures.txt"
 _TRIES = "tries.json"
-_WAIT = 60  # seconds in which the other processes fail alike, if they do
+_WAIT = 60  # seconds within which the other processes fail in the same way, if they do
 
 
 class Failures:
-    """Reports and counts what fails without need to end the run; tracebacks go to failures.txt.
+    """Reports and counts failures that need not end the run; tracebacks go to failures.txt.
 
     Args:
-      folder: the run's, which all processes see.
+      folder: the run's folder, shared by all processes.
 
     Attributes:
       count: failures of this process since the start.
@@ -36,7 +36,7 @@ class Failures:
 
     @contextlib.contextmanager
     def alone(self, what: str) -> Iterator[None]:
-        """For what this process does by itself: an exception inside is reported and goes no further."""
+        """For work of this process alone: an exception inside is reported and suppressed."""
         try:
             yield
         except Stopped:
@@ -46,11 +46,11 @@ class Failures:
 
     @contextlib.contextmanager
     def alike(self, what: str) -> Iterator[None]:
-        """For what all processes do as one: an exception in all of them is reported and goes no further.
+        """For work that all processes do together: an exception in all of them is reported and suppressed.
 
-        What one of them may meet alone, on its disk for one, belongs inside `distributed.together(Exception)`. Where
-        one fails alone in the midst of the devices' common work, the others wait for it there and hear nothing: then
-        this process stops, so that the run can be started again.
+        Errors that may occur in a single process, such as those of its disk, belong inside
+        `distributed.together(Exception)`. If one process fails alone in the middle of a collective, the others wait for
+        it there: then this process stops, so that the run can be started again.
         """
         try:
             yield
@@ -65,14 +65,14 @@ class Failures:
         """One line on the console, the traceback in the file."""
         self.count += 1
         kind = "" if isinstance(error, Agreed) else f"{type(error).__name__}: "
-        told = one_line(f"{kind}{error}", 400)
-        say(f"failed: {what} ({told}); the run goes on without it, and {FILE} has the traceback")
+        cause = one_line(f"{kind}{error}", 400)
+        say(f"failed: {what} ({cause}); the run continues without it; see {FILE} for the traceback")
         if jax.process_index() == 0:
             with contextlib.suppress(OSError), (self._folder / FILE).open("a", encoding="utf-8") as file:
                 file.write(f"{what}\n{''.join(traceback.format_exception(error))}\n")
 
     def _await_others(self, what: str, error: Exception):
-        # Over files: the devices' own way may be blocked by what did not come to its end there.
+        # Through files: collectives may be blocked by the one that was not finished.
         name = "failed-" + "".join(c if c.isalnum() else "-" for c in what)
         marks = [self._folder / f"{name}.{process}" for process in range(jax.process_count())]
         mark, deadline = marks[jax.process_index()], time.monotonic() + _WAIT
@@ -81,35 +81,35 @@ class Failures:
             while not all(other.exists() for other in marks):
                 if time.monotonic() > deadline:
                     raise Stopped(
-                        f"{what} failed in process {jax.process_index()} alone ({one_line(error, 300)}); the same "
-                        "command goes on from the last checkpoint",
+                        f"{what} failed in process {jax.process_index()} only ({one_line(error, 300)}); run the same "
+                        "command to resume from the last checkpoint",
                         HUNG,
                         alone=True,
                     )
                 time.sleep(0.2)
-            barrier()  # until all have seen it; nobody is left in the midst of other work
+            barrier()  # until all have seen it; no process is inside other collectives
         finally:
             mark.unlink(missing_ok=True)
 
 
 class Tries:
-    """Remembers across starts how often what follows a step was begun and did not come to its end.
+    """Remembers across starts how often the work after a step was begun and not finished.
 
-    It is what keeps a picture that kills the process from killing every start after it too.
+    This keeps a sample grid that kills the process from killing every later start too.
     """
 
     def __init__(self, folder: pathlib.Path):
         self._path = folder / _TRIES
 
     def begin(self, step: int, what: str) -> int:
-        """Takes down that `what` begins after `step`; returns how often it had begun before in vain."""
+        """Records that `what` begins after `step`; returns how often it was begun before and not finished."""
         counts = self._read(step)
         before = counts.get(what, 0)
         self._write(step, counts | {what: before + 1})
         return before
 
     def end(self, step: int, what: str):
-        """It came to its end."""
+        """Records that `what` was finished."""
         counts = self._read(step)
         counts.pop(what, None)
         self._write(step, counts)
@@ -126,6 +126,6 @@ class Tries:
             if not counts:
                 self._path.unlink(missing_ok=True)
                 return
-            beside = self._path.with_suffix(".tmp")
-            write_json(beside, {"step": step, "begun": counts})
-            beside.replace(self._path)
+            temporary = self._path.with_suffix(".tmp")
+            write_json(temporary, {"step": step, "begun": counts})
+            temporary.replace(self._path)

@@ -1,4 +1,4 @@
-"""What ends a run before its last step: exit codes, notices to end, and a watchdog."""
+"""What ends a run before its last step: exit codes, preemption notices, and a watchdog."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ import jax
 
 # Exit codes of `python -m train.main`; those above 64 are sysexits.h's nearest.
 BAD_INPUT = 2  # refused before the first step
-STOPPED = 3  # the data or the numbers need a person
+STOPPED = 3  # the data or the losses need attention
 HUNG = 70
 STORAGE = 74  # a checkpoint could not be written
-AGAIN = 75  # told to end, and saved: the same command goes on
+AGAIN = 75  # preempted and saved: run the same command to resume
 INTERRUPTED = 130
 
 _own = False
 
 
 def own_process():
-    """Tells that this process is the command line's own, to be ended where it cannot go on; nobody else's is."""
+    """Declares that this process is the command line's own, so that it may be ended if it cannot continue."""
     global _own
-    # `%run` gives a module the name of a command, in a notebook's kernel.
+    # In a notebook, `%run` runs a module as `__main__` inside the kernel.
     _own = not hasattr(builtins, "__IPYTHON__")
 
 
 def is_own_process() -> bool:
-    """Whether this process may be ended, by `os._exit` too: not in a notebook, nor in whatever calls `train`."""
+    """Whether this process may be ended, even by `os._exit`: not in a notebook or a program that calls `train`."""
     return _own
 
 
 class Stopped(RuntimeError):
-    """A run ended before its last step, for a reason that its one line tells.
+    """A run ended before its last step; the message is one line with the reason.
 
     Attributes:
       code: the exit code.
-      alone: whether this process may be the only one to know.
+      alone: whether this process may be the only one that stops.
     """
 
     def __init__(self, message: str, code: int, alone: bool = False):
@@ -50,13 +50,13 @@ class Stopped(RuntimeError):
 
 
 class Notice:
-    """Whether this run was told to end, by SIGTERM to any of its processes. A context manager."""
+    """Tells whether this run was asked to end, by SIGTERM to any of its processes. A context manager."""
 
     def __init__(self):
         self._told, self._before = False, None
 
     def __enter__(self) -> Notice:
-        # With several processes JAX's own handler is in place, which tells all of them.
+        # With several processes, JAX's own handler is installed, which informs all of them.
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._tell)
         return self
@@ -69,7 +69,7 @@ class Notice:
         self._told = True
 
     def after(self, step: int) -> bool:
-        """Whether to end after `step`; all processes, asked after each step, come to the same answer."""
+        """Whether to end after `step`; called after each step, it returns the same in all processes."""
         if jax.process_count() == 1:
             return self._told
         from jax.experimental.multihost_utils import reached_preemption_sync_point
@@ -78,15 +78,14 @@ class Notice:
 
 
 class Watchdog:
-    """Ends the run when nothing has got on for long; a context manager.
+    """Ends the run if it makes no progress for too long; a context manager.
 
-    The command line's process ends with it. Elsewhere, in a notebook for one, the main thread is interrupted, and comes
-    out of the context with Stopped as soon as it runs Python again; where the run is another thread's, nothing can be
-    done but telling.
+    A command-line process is ended. Elsewhere, such as in a notebook, the main thread is interrupted, and leaves the
+    context with Stopped as soon as it runs Python again; if the run is in another thread, it can only be reported.
 
     Args:
       seconds: how long; 0 for never.
-      end: called with the exit code, in place of all that.
+      end: called with the exit code instead.
     """
 
     def __init__(self, seconds: float, end: Callable[[int], None] | None = None):
@@ -112,11 +111,11 @@ class Watchdog:
         if is_own_process():
             os._exit(code)
         if self._in_main_thread:
-            # A signal, since it wakes what waits; as Ctrl-C does.
+            # A signal, as by Ctrl-C, since it wakes blocking calls.
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
     def doing(self, what: str):
-        """Tells that the run has got on, and what it is about to do."""
+        """Reports progress, and what the run is about to do."""
         self._doing, self._since = what, time.monotonic()
 
     def _watch(self):
@@ -125,10 +124,10 @@ class Watchdog:
                 continue
             self._hung = (
                 f"process {jax.process_index()} has been {self._doing} for more than {self._seconds:g} seconds "
-                "(watchdog); the same command goes on from the last checkpoint"
+                "(watchdog); run the same command to resume from the last checkpoint"
             )
-            print(f"stopped: {self._hung}; where its threads are follows", file=sys.stderr, flush=True)
-            # The real one: a notebook's has no file behind it.
+            print(f"stopped: {self._hung}; stacks of its threads follow", file=sys.stderr, flush=True)
+            # The real stderr: a notebook's has no file descriptor.
             faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
             self._end(HUNG)
             return

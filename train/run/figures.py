@@ -1,4 +1,4 @@
-"""Pictures of a run."""
+"""Figures of a run: loss curves."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from collections.abc import Sequence
 from train.config import KINDS
 from train.run.metrics import read_metrics
 
-_COLOURS = {"understanding": "#2563eb", "text": "#059669", "generation": "#dc2626"}
+_COLORS = {"understanding": "#2563eb", "text": "#059669", "generation": "#dc2626"}
 
 
 def loss_curves(
     metrics: str | pathlib.Path | Sequence[str | pathlib.Path], out_png: str | pathlib.Path, title: str = ""
 ) -> pathlib.Path:
-    """Draws the training loss of each task over the steps, smoothed over raw, and held-out losses as dots.
+    """Draws the training loss of each task over the steps, raw and smoothed, with held-out losses as dots.
 
     Args:
-      metrics: a metrics.jsonl or workdir; or several, stages drawn one after the other with a line between them.
-      out_png: where the picture goes.
-      title: over the picture.
-    Returns: `out_png`. Raises: FileNotFoundError, or ValueError where there is no loss to draw or no matplotlib.
+      metrics: a metrics.jsonl or workdir; or several, drawn as consecutive stages with a line between them.
+      out_png: the image file to write.
+      title: title of the figure.
+    Returns: `out_png`. Raises: FileNotFoundError, or ValueError if there is no loss to draw or matplotlib is missing.
     """
     paths = [metrics] if isinstance(metrics, (str, pathlib.Path)) else list(metrics)
     runs = [read_metrics(path) for path in paths]
@@ -29,9 +29,9 @@ def loss_curves(
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError("drawing the loss curves needs matplotlib: pip install matplotlib") from None
+        raise ValueError("drawing the loss curves needs matplotlib; pip install matplotlib") from None
 
-    # A Figure of its own, so that whatever backend the process uses stays as it is.
+    # A separate Figure, so that the process keeps its matplotlib backend.
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -43,7 +43,7 @@ def loss_curves(
             if steps:
                 label = kind if kind not in drawn else None
                 drawn.add(kind)
-                shifted, color = [start + step for step in steps], _COLOURS[kind]
+                shifted, color = [start + step for step in steps], _COLORS[kind]
                 axes.plot(shifted, losses, color=color, alpha=0.22, linewidth=0.8)
                 axes.plot(shifted, smooth(losses), color=color, linewidth=1.8, label=label)
             steps, losses = _series(run, f"eval/loss_{kind}")
@@ -52,7 +52,7 @@ def loss_curves(
                 drawn.add(f"{kind}, held out")
                 shifted = [start + step for step in steps]
                 axes.plot(
-                    shifted, losses, "o", color=_COLOURS[kind], markersize=4.5, markeredgecolor="white", label=label
+                    shifted, losses, "o", color=_COLORS[kind], markersize=4.5, markeredgecolor="white", label=label
                 )
         start += max((line["step"] for line in run), default=0)
     if not drawn:
@@ -69,7 +69,7 @@ def loss_curves(
     axes.set_xlim(0, max(start, 1))
     axes.set_ylim(bottom=0)
     axes.set_xlabel("step")
-    axes.set_ylabel("cross entropy a token (nats)")
+    axes.set_ylabel("cross entropy per token (nats)")
     if title:
         axes.set_title(title, pad=22 if len(runs) > 1 else 8)
     axes.grid(color="0.92")

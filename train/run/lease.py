@@ -1,8 +1,8 @@
-"""Who writes to a workdir: one run at a time, which says so in a file that it renews.
+"""The lease on a workdir: only one run at a time writes to it, and holds a lease file that it renews.
 
-A start that finds a lease which is being renewed is refused. One whose run is dead lapses: at once where its process
-ran on this machine and is no more, else `LAPSE` seconds after it was last renewed, which a start waits for. Only
-changes of the file count, never what its clock says: clocks of hosts differ.
+A start is refused while another run renews the lease. The lease of a dead run lapses: at once if its process ran on
+this machine and is gone, else `LAPSE` seconds after the last renewal, for which a start waits. Only changes of the file
+count, never its timestamps, since the clocks of hosts differ.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _PROC = pathlib.Path("/proc")
 
 
 class Lease:
-    """The lease of the run in `folder`, taken by `acquire` and given back by `release`."""
+    """The lease on `folder`, taken by `acquire` and given back by `release`."""
 
     def __init__(self, folder: pathlib.Path):
         self._path = folder / FILE
@@ -43,10 +43,10 @@ class Lease:
     # ------------------------------------------------------------ taking it
 
     def acquire(self, steal: bool = False) -> str:
-        """Tries to take the lease; '' when it is taken, else whose lapse has to be waited for: call it again soon.
+        """Tries to take the lease; returns '' on success, else why it has to wait: then call it again soon.
 
         Args:
-          steal: take it whoever has it.
+          steal: take it from any holder.
         Raises: ValueError in one line while another run renews it.
         """
         if self._create():
@@ -54,20 +54,20 @@ class Lease:
             threading.Thread(target=self._renew, name="lease", daemon=True).start()
             return ""
         found = self._read()
-        if found is None:  # given back in this moment
+        if found is None:  # it was given back just now
             return self.acquire(steal)
         if steal or self._lapsed(found):
             self._take_away(found)
             return self.acquire(steal)
         return (
-            f"{self._path} belongs to {_name(found)}; it lapses when it has not been renewed for {LAPSE} seconds, and "
-            "this start waits until then"
+            f"{self._path} is held by {_name(found)}; it lapses if it is not renewed for {LAPSE} seconds, and this "
+            "start waits until then"
         )
 
     def _create(self) -> bool:
         self._mine["time"] = time.time()
         try:
-            # Exclusively: of two starts at one time, one gets it.
+            # Exclusively: of two simultaneous starts, one gets it.
             with self._path.open("x", encoding="utf-8") as file:
                 file.write(json.dumps(self._mine))
         except FileExistsError:
@@ -83,7 +83,7 @@ class Lease:
         except FileNotFoundError:
             return None
         except (OSError, ValueError):
-            return {}  # half written, or nobody's: it lapses like any other
+            return {}  # half written or not a lease: it lapses like any other
 
     def _lapsed(self, found: dict[str, Any]) -> bool:
         if found.get("machine") == self._mine["machine"] and type(pid := found.get("pid")) is int:
@@ -98,16 +98,16 @@ class Lease:
 
     def _refuse(self, found: dict[str, Any]):
         raise ValueError(
-            f"{self._path.parent} is being written by {_name(found)}; stop that run first, choose another workdir, or "
-            "take this one from it with --steal"
+            f"{self._path.parent} is in use by {_name(found)}; stop that run first, choose another workdir, or take "
+            "over this one with --steal"
         )
 
     def _take_away(self, found: dict[str, Any]):
-        # Renamed, not deleted: its holder goes on writing to the file that it has open, and not to ours.
+        # Renamed, not deleted: its holder may still write to the file that it has open, and must not write to ours.
         moved = self._path.with_name(f"{FILE}{_MOVED}-{self._mine['id']}")
         with contextlib.suppress(FileNotFoundError):
             self._path.rename(moved)
-            # Another start may have put its own there since we looked.
+            # Another start may have taken the lease since we read it.
             with contextlib.suppress(OSError, ValueError):
                 taken = read_json_object(moved)
                 if taken.get("id") != found.get("id"):
@@ -119,24 +119,24 @@ class Lease:
 
     @property
     def held(self) -> bool:
-        """Whether this run still has it; False for ever once another start took it."""
+        """Whether this run still holds it; False forever once another start has taken it."""
         if self._held:
             with contextlib.suppress(OSError, ValueError):
                 self._held = read_json_object(self._path, missing_ok=True).get("id") == self._mine["id"]
         return self._held
 
     def check(self):
-        """Raises Stopped where another start took the lease."""
+        """Raises Stopped if another start took the lease."""
         if not self.held:
             found = self._read() or {}
             raise Stopped(
-                f"{self._path.parent} was taken over by {_name(found)}; this run writes to it no more and ends",
+                f"{self._path.parent} was taken over by {_name(found)}; this run ends without writing to it",
                 STOPPED,
             )
 
     def _renew(self):
         while not self._over.wait(RENEW):
-            # What the storage refuses for a moment is tried again; who waits for the lapse sees no change meanwhile.
+            # Errors of the storage are retried at the next renewal, well before the lease lapses.
             with contextlib.suppress(OSError, ValueError), self._path.open("r+", encoding="utf-8") as file:
                 found = parse_json(file.read(), FILE)
                 if not isinstance(found, dict) or found.get("id") != self._mine["id"]:
@@ -148,7 +148,7 @@ class Lease:
                 file.truncate()
 
     def release(self):
-        """Gives it back, if it is still this run's."""
+        """Gives it back, if this run still holds it."""
         self._over.set()
         if self.held:
             self._held = False
@@ -166,7 +166,7 @@ def _name(found: dict[str, Any]) -> str:
 
 
 def _machine() -> str:
-    """Where process numbers mean the same processes: this boot of this machine, this namespace of it."""
+    """Identifies where process ids are comparable: this boot of this machine, in this pid namespace."""
     try:
         boot = (_PROC / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink(_PROC / 'self/ns/pid')}"
@@ -175,7 +175,7 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """What tells process `pid` from an earlier one of that number; None where it is dead, or nothing tells."""
+    """The start time of process `pid`, which tells it from earlier ones; None if it is dead or cannot be read."""
     try:
         state, *fields = (_PROC / str(pid) / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         return None if state in "ZX" else fields[18]
@@ -184,7 +184,7 @@ def _started(pid: int) -> str | None:
 
 
 def _alive(pid: int, started: Any) -> bool:
-    """Whether process `pid` lives and is the one that had `started`."""
+    """Whether process `pid` is alive and has the start time `started`."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -192,6 +192,6 @@ def _alive(pid: int, started: Any) -> bool:
     except OSError:
         pass  # another user's
     now = _started(pid)
-    # Without a readable /proc/pid a process that answers is taken for the one that is meant. A killed one answers until
-    # its parent has asked for its end.
+    # Without a readable /proc/pid, a process that answers counts as the same one. (A killed process answers until its
+    # parent has reaped it.)
     return now == started if now is not None else not (_PROC / str(pid) / "stat").exists()

@@ -36,17 +36,17 @@ from train.validate import check_mesh, validate
 
 
 def train(config: TrainConfig, steal: bool = False) -> pathlib.Path:
-    """Runs `config` to its last step, from its workdir's newest checkpoint where there is one.
+    """Runs `config` to its last step, from its workdir's newest checkpoint if there is one.
 
-    Every process of a run calls it; the console is process 0's.
+    Every process of a run calls it; only process 0 prints.
 
     Args:
-      steal: take the workdir from another start that writes to it, or seems to.
+      steal: take over the workdir from another start that writes to it, or seems to.
     Returns: the exported checkpoint folder.
-    Raises: FileNotFoundError or ValueError, in one line, for what cannot work, before the first step; Stopped for what
-      ends the run later.
+    Raises: FileNotFoundError or ValueError, in one line, for bad input, before the first step; Stopped if the run ends
+      later.
     """
-    # ------------------------------------------------------------ what the run is made of
+    # ------------------------------------------------------------ inputs
     is_main = jax.process_index() == 0
     with together():
         config = choose_layout(config)
@@ -82,7 +82,7 @@ def train(config: TrainConfig, steal: bool = False) -> pathlib.Path:
         else:
             if workdir.latest > config.steps:
                 raise ValueError(
-                    f"steps={config.steps}, but {workdir.folder} is at step {workdir.latest} already; "
+                    f"steps={config.steps}, but {workdir.folder} is already at step {workdir.latest}; "
                     "raise steps, or choose another workdir"
                 )
             state, frozen = workdir.restore(*abstract_state(config, mesh))
@@ -91,7 +91,7 @@ def train(config: TrainConfig, steal: bool = False) -> pathlib.Path:
             say(f"note: {remark}")
         _describe(config, mesh, mixture, state, frozen, first)
 
-        # -------------------------------------------------------- what goes on around the steps
+        # -------------------------------------------------------- callbacks
         step_fn = make_train_step(config, mesh, processor.settings)
         batches = load_batches(assembler, rows, first, config.steps, config.data.workers)
         failures, window, health = Failures(workdir.folder), Window(config, mesh), Health(config)
@@ -101,7 +101,7 @@ def train(config: TrainConfig, steal: bool = False) -> pathlib.Path:
             callbacks = [
                 Profile(run),
                 Report(run, flow, window, health),
-                # What comes after it may kill the process, and costs no step.
+                # First of all that may kill the process, so that no step is lost.
                 Save(run),
                 Evaluate(run, held_out, rows),
                 Draw(run),
@@ -132,19 +132,19 @@ def train(config: TrainConfig, steal: bool = False) -> pathlib.Path:
                 except NotFinite as error:
                     workdir.save(done, state)
                     workdir.wait()
-                    raise Stopped(f"{error}; saved after step {done}, as after the last good update", STOPPED) from None
+                    raise Stopped(f"{error}; saved after step {done}, with the last good update", STOPPED) from None
                 window.start()
             for callback in callbacks:
                 callback.close()
 
-        # -------------------------------------------------------- what is left behind
+        # -------------------------------------------------------- outputs
         watchdog.doing("exporting")
         workdir.wait()
         exported = workdir.export(config.steps, state.trained, frozen)
-        with failures.alone("the picture of the loss curves"):
+        with failures.alone("the figure of the loss curves"):
             if is_main and (workdir.folder / FILE).exists():
                 loss_curves(workdir.folder / FILE, workdir.folder / "curves.png", config.name)
-    say(f"{config.name}: {config.steps} steps done; load {exported}")
+    say(f"{config.name}: {config.steps} steps done; exported to {exported}")
     return exported
 
 
@@ -158,9 +158,9 @@ def _describe(config: TrainConfig, mesh: Mesh, mixture: Mixture, state: TrainSta
 
     devices = mesh.devices.flat
     sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    samples = {kind: mixture.groups(first) * count for kind, count in mixture.ratio.items()}
+    samples = {kind: mixture.groups(first) * share for kind, share in mixture.ratio.items()}
     say(f"{config.name}: stage {config.stage}, {len(devices)} x {devices[0].device_kind}, {sizes}")
     say(f"  trained {', '.join(sorted(state.trained))}: {count(state.trained)}; frozen: {count(frozen)}")
     say(f"  a step: {config.batch_size} rows of {config.data.context}, samples {samples}")
     if first:
-        say(f"  going on after step {first}")
+        say(f"  resuming after step {first}")

@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, TensorBoard, and a line on the console."""
+"""Writes a run's metrics: metrics.jsonl, TensorBoard, and a line on the console."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from train.run.distributed import say
 from train.run.failures import Failures
 
 FILE = "metrics.jsonl"
-# What a console line shows, in this order, of what is there.
+# The metrics in a console line, in this order, if present.
 _SHOWN = ("loss", "loss_understanding", "loss_text", "loss_generation", "grad_norm", "learning_rate", "mfu")
 
 
 class Metrics:
     """Writes metrics of a run; a context manager.
 
-    Lines of an existing metrics.jsonl after `start_step` are cut off, and so is a torn last one: they belong to a
-    history that is no more. Where other lines are damaged, the file is kept beside it under another name.
+    Lines of an existing metrics.jsonl after `start_step` are removed, as is an incomplete last one: those steps are
+    repeated. If other lines are damaged, the old file is kept under another name.
 
     Args:
-      workdir: where metrics.jsonl and the TensorBoard folder `tensorboard` go.
-      total_steps: of the whole run.
-      start_step: the steps done before this process.
+      workdir: folder for metrics.jsonl and the TensorBoard folder `tensorboard`.
+      total_steps: steps of the whole run.
+      start_step: steps done before this process.
       enabled: False on hosts that report nothing.
-      failures: takes what a writer meets, which then goes no further.
+      failures: reports and suppresses errors of the writers.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Metrics:
         try:
             from tensorboardX import SummaryWriter
         except ImportError:
-            print("hint: pip install tensorboardX for TensorBoard; metrics go to metrics.jsonl alone", file=sys.stderr)
+            print("hint: pip install tensorboardX for TensorBoard; metrics go to metrics.jsonl only", file=sys.stderr)
             return
         with self._guard("opening tensorboard"):
             folder, purge = str(self._path.parent / "tensorboard"), start_step + 1 if start_step else None
@@ -75,7 +75,7 @@ class Metrics:
         self.close()
 
     def close(self):
-        """Writes out what is held back; more than once does no harm."""
+        """Writes pending lines; may be called more than once."""
         with self._guard(f"writing {FILE}"):
             if self._pending:
                 self._append()
@@ -86,18 +86,18 @@ class Metrics:
         self._file = self._board = None
 
     def has(self, step: int, prefix: str) -> bool:
-        """Whether there is a line of `step` and `prefix`, of this start or an earlier one."""
+        """Whether there is a line of `step` and `prefix`, from this start or an earlier one."""
         return (step, prefix) in self._seen
 
     def write(self, step: int, values: Mapping[str, Any], prefix: str = "train"):
-        """Reports scalars after `step` steps; where the prefix is 'train' the console line tells rate and time left.
+        """Reports scalars after `step` steps; with the prefix 'train', the console line has the rate and time left.
 
         A line that could not be written is written with the next one.
         """
         if not self.enabled:
             return
         named = {f"{prefix}/{name}": float(value) for name, value in values.items()}
-        # JSON has no NaN and no infinities; null is what every reader takes.
+        # JSON has no NaN and no infinities; every reader accepts null.
         finite = {name: value if math.isfinite(value) else None for name, value in named.items()}
         self._pending.append(f"{json.dumps({'step': int(step), **finite})}\n".encode())
         self._seen.add((int(step), prefix))
@@ -121,58 +121,58 @@ class Metrics:
             while left:
                 left = left[self._file.write(left) :]
         except OSError:
-            # On a full disk some of it may have come through: the next line must not follow half a one.
+            # On a full disk, part of the line may have been written: the next line must not follow half a line.
             with contextlib.suppress(OSError):
                 self._file.truncate(before)
             raise
         self._pending.clear()
 
     def _line(self, step: int, values: Mapping[str, Any], prefix: str) -> str:
-        words = [f"step {step}/{self.total_steps}"]
+        pieces = [f"step {step}/{self.total_steps}"]
         if prefix == "train":
             now, (last_step, last_time) = time.monotonic(), self._last
             if step > last_step and now > last_time:
                 rate = (step - last_step) / (now - last_time)
-                # Averaged, so that the time left is calm; the first stretch holds the compilation and is no measure.
+                # Averaged, so that the time left is steady; the first interval includes compilation and does not count.
                 self._rate = rate if self._rate is None else 0.7 * self._rate + 0.3 * rate
                 left = max(self.total_steps - step, 0) / self._rate
                 if self._compiling:
                     self._rate, self._compiling = None, False
                 self._last = (step, now)
-                words += [f"{rate:.3g} steps/s", f"{duration(left)} left"]
+                pieces += [f"{rate:.3g} steps/s", f"{duration(left)} left"]
         else:
-            words.append(prefix)
-        words += [f"{name} {float(values[name]):.4g}" for name in _SHOWN if name in values]
+            pieces.append(prefix)
+        pieces += [f"{name} {float(values[name]):.4g}" for name in _SHOWN if name in values]
         if prefix != "train":
-            words += [f"{name} {float(value):.4g}" for name, value in values.items() if name not in _SHOWN]
-        return "  ".join(words)
+            pieces += [f"{name} {float(value):.4g}" for name, value in values.items() if name not in _SHOWN]
+        return "  ".join(pieces)
 
 
 def duration(seconds: float) -> str:
     """Seconds as 42s, 5m10s, 3h05m or 2d07h."""
     seconds = round(seconds)
-    for unit, below, size, below_size in (("d", "h", 86400, 3600), ("h", "m", 3600, 60), ("m", "s", 60, 1)):
+    for unit, lesser, size, lesser_size in (("d", "h", 86400, 3600), ("h", "m", 3600, 60), ("m", "s", 60, 1)):
         if seconds >= size:
-            return f"{seconds // size}{unit}{seconds % size // below_size:02d}{below}"
+            return f"{seconds // size}{unit}{seconds % size // lesser_size:02d}{lesser}"
     return f"{seconds}s"
 
 
 def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, or of the one in a workdir, in order; None stands for what was not finite.
+    """The lines of a metrics.jsonl, or of the one in a workdir, in order; None is a value that was not finite.
 
-    A torn last line is left out: the run was cut off, or writes it just now. ValueError names any other bad line.
+    An incomplete last line is left out: the run was killed, or is just writing it. ValueError names any other bad line.
     """
     path = pathlib.Path(path)
     path = path / FILE if path.is_dir() else path
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: expected the metrics of a run there")
+        raise FileNotFoundError(f"{path} does not exist; expected the metrics of a run there")
     return [line for line, _ in _lines(path)]
 
 
 def _lines(path: pathlib.Path, damaged: list[int] | None = None) -> list[tuple[dict[str, Any], bytes]]:
-    """Parsed and raw lines of `path`, without a torn last one.
+    """Parsed and raw lines of `path`, without an incomplete last one.
 
-    Raises: ValueError at the first line that is none of metrics; with a list `damaged`, its number goes there instead.
+    Raises: ValueError at the first bad line; with a list `damaged`, the numbers of bad lines go there instead.
     """
     raw = path.read_bytes().splitlines(keepends=True)
     if raw and not raw[-1].endswith(b"\n"):
@@ -193,7 +193,7 @@ def _lines(path: pathlib.Path, damaged: list[int] | None = None) -> list[tuple[d
 
 
 def _cut(path: pathlib.Path, start_step: int) -> set[tuple[int, str]]:
-    """Leaves the lines up to `start_step` in `path`; returns the steps and prefixes of their metrics."""
+    """Keeps only the lines up to `start_step` in `path`; returns the steps and prefixes of their metrics."""
     damaged: list[int] = []
     lines = [(line, text) for line, text in _lines(path, damaged) if line["step"] <= start_step]
     kept = b"".join(text for _, text in lines)
@@ -202,8 +202,8 @@ def _cut(path: pathlib.Path, start_step: int) -> set[tuple[int, str]]:
         path.rename(aside)
         say(f"note: {path}, line {damaged[0]} is not a line of metrics; the file is kept as {aside.name}")
     if damaged or kept != path.read_bytes():
-        # Beside it and then in its place: a run that ends just here keeps one or the other.
-        beside = path.with_suffix(".tmp")
-        beside.write_bytes(kept)
-        beside.replace(path)
+        # Written under another name and renamed, so that a kill leaves the old file or the new one.
+        temporary = path.with_suffix(".tmp")
+        temporary.write_bytes(kept)
+        temporary.replace(path)
     return {(line["step"], name.partition("/")[0]) for line, _ in lines for name in line if "/" in name}

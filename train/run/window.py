@@ -1,4 +1,4 @@
-"""What happened in the steps since the last report, in numbers."""
+"""Metrics of the steps since the last report."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from train.step.loss import combined
 class Window:
     """The steps since the last report: their metrics, and the time that they took.
 
-    Time counts between `start` and `stop` alone: saving, evaluating and drawing are no part of the steps' time.
+    Time counts only between `start` and `stop`: saving, evaluating and drawing are not included.
     """
 
     def __init__(self, config: TrainConfig, mesh: Mesh):
@@ -31,11 +31,11 @@ class Window:
         self._waited, self._elapsed, self._since = 0.0, 0.0, time.monotonic()
 
     def start(self):
-        """From now on time counts."""
+        """Starts the clock."""
         self._since = time.monotonic()
 
     def stop(self):
-        """Time has counted up to now."""
+        """Adds the time since `start`."""
         now = time.monotonic()
         self._elapsed, self._since = self._elapsed + now - self._since, now
 
@@ -47,12 +47,12 @@ class Window:
         self._waited += time.monotonic() - since
 
     def add(self, _step: int, values: dict[str, float], report: dict[str, Any]):
-        """Takes in a step that is done."""
+        """Adds a finished step."""
         self._metrics.append(values)
         self._reports.append(report)
 
     def summary(self) -> dict[str, float]:
-        """The metrics of all steps since the last summary, combined, and what they say of speed and data."""
+        """The combined metrics of all steps since the last summary, with speed and data statistics."""
         metrics, reports, config = self._metrics, self._reports, self._config
         tokens = sum(report["tokens"] for report in reports)
         values = combined(metrics) | {
