@@ -1,12 +1,12 @@
-"""Compiles a run for TPUs or GPUs that are not at hand, and says what it would need there.
+"""Compiles a run for TPUs or GPUs that need not be present, and reports what it would need there.
 
     python -m train.compile --config 7b_stage3 --topology v5p:4x8x8
     python -m train.compile --config 7b_stage3 --topology v5e-8 --sampling
     python -m train.compile --config 7b_stage3 --topology h100-1 --sampling --images 16 --int8
     python -m train.compile --all --table compiled.md
 
-The compiler is TPU's own (libtpu, extra `tpu`), which needs no TPU, or XLA's for GPUs (extra `cuda`), which needs none.
-What is compiled is the very program that runs there, but that on a GPU XLA also chooses among kernels by timing them.
+It uses TPU's own compiler (libtpu, extra `tpu`), which needs no TPU, or XLA's for GPUs (extra `cuda`), without a GPU.
+The program is exactly the one that would run there, except that on a GPU, XLA also chooses kernels by timing them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from train.plan.topologies import GIB, KNOWN, Topology, laid_out, topology
 
 
 def jobs(config: TrainConfig, place: Topology | None, sample: bool) -> Iterator[tuple[TrainConfig, Topology]]:
-    """What to compile for `config`: on `place`, with its layout there if it has one; without `place` on each."""
+    """What to compile for `config`: for `place`, with its layout there if it has one; for None, all its layouts."""
     layouts = config.sampling_layouts if sample else config.layouts
     if place is None:
         yield from ((laid_out(config, layout), topology(layout.topology)) for layout in layouts)
@@ -47,7 +47,7 @@ _COLUMNS = ("program", "topology", "mesh", "micro-batches", "parameters", "optim
 
 
 def table(compiled: Sequence[Compiled]) -> str:
-    """A Markdown table, a line each."""
+    """A Markdown table with a row for each program."""
     rows = [_COLUMNS, ("---",) * len(_COLUMNS)]
     for one in compiled:
         bytes_of = one.arguments.get
@@ -69,24 +69,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", help="name of a configuration, or path of its file")
     parser.add_argument(
         "--topology",
-        help="a TPU slice, as v5e-256 or v5p:4x8x8, or GPUs, as h100-8; default: all that the config names",
+        help="a TPU slice such as v5e-256 or v5p:4x8x8, or GPUs such as h100-8; default: all that the config names",
     )
     parser.add_argument(
-        "--sampling", action="store_true", help="the sampling loop and the VQ decoder, not the train step"
+        "--sampling", action="store_true", help="compile the sampling loop and VQ decoder instead of the train step"
     )
-    parser.add_argument("--images", type=int, default=1, help="drawn at once, with --sampling (default 1)")
-    parser.add_argument(
-        "--int8", action="store_true", help="with --sampling: the decoder's kernels in one byte a weight"
-    )
-    parser.add_argument("--all", action="store_true", help="every configuration on every topology that it names")
+    parser.add_argument("--images", type=int, default=1, help="with --sampling: images drawn at once (default 1)")
+    parser.add_argument("--int8", action="store_true", help="with --sampling: int8 kernels in the decoder")
+    parser.add_argument("--all", action="store_true", help="compile every config on every topology that it names")
     parser.add_argument("--table", type=pathlib.Path, help="write a Markdown table into this file")
-    parser.add_argument("overrides", nargs="*", help="fields of the configuration, as mesh.tensor=2")
+    parser.add_argument("overrides", nargs="*", help="fields of the config, such as mesh.tensor=2")
     args = parser.parse_args(argv)
     try:
         if bool(args.config) == args.all:
             raise ValueError("give --config NAME, or --all")
         if args.images < 1:
-            raise ValueError(f"--images {args.images} is out of range: a whole number from 1")
+            raise ValueError(f"--images must be at least 1, got {args.images}")
         if (args.images, args.int8) != (1, False) and not args.sampling:
             raise ValueError("--images and --int8 are for --sampling")
         names = [args.config] if args.config else config_names()
@@ -127,7 +125,7 @@ def _run(todo: Sequence[tuple[TrainConfig, Topology, bool]], args: argparse.Name
             args.table.write_text(table(done) + "\n", encoding="utf-8")
     if len(todo) > 1:
         print(
-            f"{len(done)} programs compiled, {failed} of them or of what is missing do not fit"
+            f"{len(done)} programs compiled; {failed} failed or do not fit"
             if failed
             else f"{len(done)} programs compiled; all fit"
         )
@@ -135,10 +133,10 @@ def _run(todo: Sequence[tuple[TrainConfig, Topology, bool]], args: argparse.Name
 
 
 def _environment():
-    # libtpu asks the cloud's metadata server otherwise, and would take the host's own TPU.
+    # Otherwise libtpu would query the cloud's metadata server, and use the host's own TPU.
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU is used that two could quarrel about
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU is used, so processes cannot conflict
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     jax.config.update("jax_platforms", "cpu")

@@ -1,4 +1,4 @@
-"""What a training run is: frozen dataclasses, one for each side of it.
+"""The configuration of a training run: frozen dataclasses, one for each aspect.
 
 A file in `configs/` returns one `TrainConfig`; `train.overrides` changes single fields from the command line.
 Sources: Janus-Pro report (arXiv 2501.17811), table 2 and section 3.1; Janus (arXiv 2410.13848), table 1.
@@ -12,10 +12,10 @@ from typing import ClassVar, Literal
 from janus_jax.config import JanusConfig
 
 KINDS = ("understanding", "text", "generation")
-# What a position is trained to predict: nothing (0), or the next element of a sample of that kind.
+# What a position is trained to predict: nothing (0), or the next token of a sample of that kind.
 TASKS = {kind: number for number, kind in enumerate(KINDS, 1)}
 
-# The subtrees that each stage trains; every other one is frozen (report, section 2.2 and figure 3).
+# The parts that each stage trains; all others are frozen (report, section 2.2 and figure 3).
 ADAPTERS = ("aligner", "gen_aligner", "gen_embed", "gen_head")
 TRAINED: dict[int, tuple[str, ...]] = {
     1: ADAPTERS,
@@ -26,22 +26,22 @@ TRAINED: dict[int, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What is read, and how it is mixed into rows.
+    """The training data, and how it is mixed into rows.
 
     Attributes:
       understanding, text, generation: prepared folders (see `train.prepare`) of each kind.
-      understanding_weights, text_weights, generation_weights: how often each folder of a kind is drawn from, beside
-        the others; empty for equally often.
-      early_generation: folders that stand in for `generation` at first (Janus's stage 2 begins with ImageNet).
-      early_steps: for how many steps they do.
+      understanding_weights, text_weights, generation_weights: relative weights with which the folders of a kind are
+        drawn; empty for equal weights.
+      early_generation: folders used instead of `generation` at first (Janus's stage 2 begins with ImageNet).
+      early_steps: for how many steps.
       ratio: samples understanding : text : generation, exact in every step.
-      context: tokens a row, T.
-      images_per_row: at most so many understanding images in a row: the encoder works on this many for each.
-      guidance_dropout: share of generation samples whose prompt becomes pads, for classifier-free guidance.
+      context: tokens per row, T.
+      images_per_row: the most understanding images in a row; the encoder processes this many for every row.
+      guidance_dropout: share of generation samples whose prompt is replaced by padding, for classifier-free guidance.
       caption_cut: share of generation samples whose caption is cut to its first sentence.
-      text_loss: 'all' tokens of text samples, or the 'answers' only.
+      text_loss: train on 'all' tokens of text samples, or only on the 'answers'.
       workers: processes that assemble batches ahead; 0 assembles them in threads of this process.
-      max_bad_share: stop when more than this share of the samples read turned out damaged.
+      max_bad_share: stop if more than this share of the samples read is damaged.
     """
 
     understanding: tuple[str, ...] = ()
@@ -67,9 +67,9 @@ class EvalConfig:
     """Losses on held-out data.
 
     Attributes:
-      understanding, text, generation: prepared folders; all kinds that have any count alike.
+      understanding, text, generation: prepared folders; all kinds that have any are evaluated in equal shares.
       every: steps between evaluations, 0 for none.
-      batches: how many batches are looked at, the same ones each time.
+      batches: number of batches, the same ones each time.
     """
 
     understanding: tuple[str, ...] = ()
@@ -81,12 +81,12 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-    """A grid of images drawn by the model as it stands.
+    """A grid of sample images drawn by the model during training.
 
     Attributes:
-      every: steps between grids, 0 for none.
-      prompts: a row of the grid each.
-      images: a prompt.
+      every: steps between sample grids, 0 for none.
+      prompts: one row of the grid for each.
+      images: images per prompt.
       guidance, temperature: as in sampling.
     """
 
@@ -102,12 +102,12 @@ class OptimizerConfig:
     """AdamW.
 
     Attributes:
-      learning_rate: after the warm-up.
-      schedule: 'constant', or 'cosine' down to 0 at the last step.
-      warmup_steps: in which the rate rises linearly from 0.
-      b1, b2, eps: of AdamW.
-      weight_decay: of kernels and embeddings; norms and biases have none.
-      clip: the largest norm of all gradients together.
+      learning_rate: learning rate after the warm-up.
+      schedule: 'constant', or 'cosine' decaying to 0 at the last step.
+      warmup_steps: steps in which the rate rises linearly from 0.
+      b1, b2, eps: parameters of AdamW.
+      weight_decay: weight decay of kernels and embeddings; norms and biases have none.
+      clip: the largest global norm of the gradients.
     """
 
     learning_rate: float = 1e-4
@@ -122,11 +122,11 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices on each mesh axis; -1 for all that are left. What an axis splits: see `janus_jax.sharding`.
+    """Number of devices on each mesh axis; -1 for all that are left. For what an axis splits see `janus_jax.sharding`.
 
     Attributes:
-      data: copies of the parameters, each with its share of the batch.
-      fsdp: shards of parameters and batch alike.
+      data: copies of the parameters, each for a share of the batch.
+      fsdp: shards of both the parameters and the batch.
       tensor: shards of heads, MLP and vocabulary.
     """
 
@@ -137,11 +137,11 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Devices that a run is meant for, and how it is laid out there.
+    """Devices that a run is meant for, and its settings there.
 
     Attributes:
-      topology: a TPU slice, as v5e-256 or v5p:4x4x4; see `train.plan.topologies`.
-      mesh, accumulate, remat: in place of the run's.
+      topology: a TPU slice such as v5e-256 or v5p:4x4x4; see `train.plan.topologies`.
+      mesh, accumulate, remat: used instead of the run's.
     """
 
     topology: str
@@ -155,36 +155,36 @@ class TrainConfig:
     """One run of one stage.
 
     Attributes:
-      name: of the run, for messages and metrics.
-      workdir: everything that the run writes goes here.
+      name: name of the run, for messages and metrics.
+      workdir: folder for everything that the run writes.
       model: sizes; checked against those of `init_from`.
-      stage: 1, 2 or 3: what is trained, see `TRAINED`.
-      init_from: where the parameters start: a checkpoint folder that `janus_jax.load` reads, or the workdir of an
-        earlier run; empty for random ones.
-      language_from: where `language_model` starts instead: a Janus checkpoint folder, or a LLaMA's own file or folder.
-      vision_from: where `vision_model` starts instead: a Janus checkpoint folder, or timm's SigLIP in its own file.
-      vq_from: where `gen_vision_model` starts instead: a Janus checkpoint folder, or LlamaGen's VQ-16 in its own file.
+      stage: 1, 2 or 3: which parts are trained, see `TRAINED`.
+      init_from: source of the first parameters: a checkpoint folder that `janus_jax.load` reads, or the workdir of an
+        earlier run; empty for random parameters.
+      language_from: another source for `language_model`: a Janus checkpoint folder, or a LLaMA's own file or folder.
+      vision_from: another source for `vision_model`: a Janus checkpoint folder, or timm's SigLIP in its own file.
+      vq_from: another source for `gen_vision_model`: a Janus checkpoint folder, or LlamaGen's VQ-16 in its own file.
       tokenizer: folder with tokenizer.json; empty for that of `init_from`.
-      steps: optimizer updates in all.
-      batch_size: packed rows a step, over all hosts.
-      accumulate: micro-batches of a step, worked off one after the other.
-      seed: of initialization, order, dropout.
-      compute_dtype: of activations and of the parameters' copies that products use; trained parameters are float32.
-      reduce_dtype: in which gradients are summed over devices; see `train.step.step.gradients`.
-      frozen_dtype: of parameters that are not trained.
-      remat: what the backward pass computes again: 'none', all but matrix products ('dots'), or 'full' layers.
-      attention: of the decoder: 'xla', 'splash' (TPU's kernel), 'cudnn' (a GPU's), or 'auto' for the best that the
+      steps: number of optimizer updates.
+      batch_size: packed rows per step, over all hosts.
+      accumulate: number of micro-batches into which a step's rows are split.
+      seed: seed of initialization, data order and dropout.
+      compute_dtype: dtype of activations and of the parameters' copies in products; trained parameters are float32.
+      reduce_dtype: dtype in which gradients are summed over devices; see `train.step.step.gradients`.
+      frozen_dtype: dtype of parameters that are not trained.
+      remat: what the backward pass recomputes: 'none', all but matrix products ('dots'), or 'full' layers.
+      attention: implementation in the decoder: 'xla', 'splash' (TPU), 'cudnn' (GPU), or 'auto' for the best that the
         devices and the sizes allow.
-      loss_chunk: tokens of a row whose logits exist at a time.
-      layouts: devices that the run is meant for; it takes their mesh, accumulate and remat where it finds itself on
-        them with `mesh` as it is by default.
-      sampling_layouts: devices that its model draws on, for `train.compile`.
-      log_every, save_every: in steps.
-      keep: checkpoints kept, the newest ones.
-      export_every: steps between exported bfloat16 parameters (0: at the end only).
-      max_skipped: stop after so many steps in a row whose loss or gradients were not finite.
-      watchdog: end the process when nothing has got on for so many seconds; 0 for never.
-      profile_start, profile_steps: a trace of so many steps from this one on is written to workdir/profile.
+      loss_chunk: tokens of a row whose logits are in memory at a time.
+      layouts: devices that the run is meant for; on these it uses their mesh, accumulate and remat, unless `mesh` is
+        set.
+      sampling_layouts: devices for sampling with its model, for `train.compile`.
+      log_every, save_every: steps between lines of metrics, and between checkpoints.
+      keep: number of newest checkpoints to keep.
+      export_every: steps between exports of bfloat16 parameters (0: only at the end).
+      max_skipped: stop after this many steps in a row whose loss or gradients were not finite.
+      watchdog: end the process after this many seconds without progress; 0 for never.
+      profile_start, profile_steps: first step, and number of steps, of a trace written to workdir/profile.
     """
 
     RUNNER: ClassVar[str] = "train.run.loop:train"  # what `train.main` calls with the config and `steal`

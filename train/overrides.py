@@ -1,4 +1,4 @@
-"""Run configurations by name, and their fields from the command line: `optimizer.learning_rate=2e-5 data.ratio=5,1,4`.
+"""Loads run configurations by name, with overrides of fields: `optimizer.learning_rate=2e-5 data.ratio=5,1,4`.
 
 Works on any frozen dataclasses, nested or in tuples; types are those of the annotations.
 """
@@ -24,7 +24,7 @@ from janus_jax.io.messages import did_you_mean, nearest, one_line
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
 _LONGEST_KEY = 200
-_MOST = 2**63  # integers below it are what arrays and files can hold
+_MOST = 2**63  # above the integers that arrays and files can hold
 _BOOLS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -37,9 +37,9 @@ def config_names() -> list[str]:
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> Any:
-    """What `get_config()` of `configs/<name>.py`, or of the .py file at the path `name`, returns, with overrides.
+    """The config from `get_config()` in `configs/<name>.py`, or in the .py file at the path `name`, with overrides.
 
-    Raises: ValueError in one line for an unknown name, a file that does not give a dataclass, or a bad override.
+    Raises: ValueError in one line for an unknown name, a file that does not return a dataclass, or a bad override.
     """
     if name in config_names():
         path = CONFIGS / f"{name}.py"
@@ -69,7 +69,7 @@ def _get_config(path: pathlib.Path) -> Any:
         if not dataclasses.is_dataclass(config) or isinstance(config, type):
             raise ValueError(f"its get_config() returns a {type(config).__name__}, not a dataclass instance")
     except Exception as error:
-        # The config is the user's own text: its line is what they need, not the way that led there.
+        # The config is the user's own code: they need its line, not our frames above it.
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         place = one_line(f"{path}:{frames[-1].lineno}" if frames else path)
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
@@ -81,20 +81,20 @@ def _get_config(path: pathlib.Path) -> Any:
 
 
 def override(config: Any, overrides: Sequence[str]) -> Any:
-    """`config` with each `key=value` of `overrides` in place; the last one of a key counts.
+    """`config` with each `key=value` of `overrides` applied; the last one for a key wins.
 
-    Values: whole numbers (also 1_000 and 1e3), numbers, true or false, text, one of a Literal's, `none` where it is
-    optional; tuples with commas, or as a JSON list where their texts hold commas; nothing after the `=` for ().
+    Values: integers (also 1_000 and 1e3), numbers, true or false, text, a choice of a Literal, `none` if optional;
+    tuples with commas, or as a JSON list if their strings contain commas; nothing after the `=` for ().
     Fields of a tuple of dataclasses are named by index: `stages.0.steps=5`.
-    All are put in place together, so that fields which a `__post_init__` compares can change at once.
+    All are applied together, so that fields which a `__post_init__` compares can change at once.
 
-    Raises: ValueError in one line naming the key, for an unknown one with the nearest ones.
+    Raises: ValueError in one line naming the key, and for an unknown key the nearest ones.
     """
     changes: dict[tuple[str, ...], str] = {}
     for item in overrides:
         key, equals, text = item.partition("=")
         if not equals or not key:
-            raise ValueError(f"the override {shown(item)} is not of the form key=value")
+            raise ValueError(f"an override must be key=value, got {shown(item)}")
         if len(key) > _LONGEST_KEY:
             raise ValueError(f"unknown key {shown(key)}")
         changes[tuple(key.split("."))] = text
@@ -105,7 +105,7 @@ def _changed(value: Any, hint: Any, changes: Mapping[tuple[str, ...], str], key:
     """`value` at the dotted `key`, of type `hint`, with `changes` by what remains of their paths."""
     if () in changes:
         if len(changes) > 1:
-            raise ValueError(f"{key} is set as a whole and field by field; give one or the other")
+            raise ValueError(f"{key} is set both as a whole and by its fields; give one or the other")
         return _parse(changes[()], hint, value, key)
     groups: dict[str, dict[tuple[str, ...], str]] = {}
     for (head, *rest), text in changes.items():
@@ -127,7 +127,7 @@ def _changed(value: Any, hint: Any, changes: Mapping[tuple[str, ...], str], key:
 
 
 def fields_of(value: Any, hint: Any) -> dict[str, tuple[Any, Any]]:
-    """(value, type) by name of what lies in a dataclass, or by index in a tuple; {} for anything else."""
+    """(value, type) by name for a dataclass's fields, or by index for a tuple's items; {} for anything else."""
     if dataclasses.is_dataclass(value):
         hints = typing.get_type_hints(type(value))
         return {f.name: (getattr(value, f.name), hints[f.name]) for f in dataclasses.fields(value) if f.init}
@@ -148,7 +148,7 @@ def _without_none(hint: Any) -> Any:
 
 
 def _parse(text: str, hint: Any, value: Any, key: str) -> Any:
-    """The value of type `hint` that `text` says; `value` is the one in place."""
+    """`text` parsed as a value of type `hint`; `value` is the present one."""
     inner = _without_none(hint)
     if inner is not hint and text.lower() == "none":
         return None
@@ -185,11 +185,11 @@ def _value(text: str, hint: Any) -> Any:
     raise ValueError(f"{shown(text)} is not {_WANTED.get(hint, f'a {type_name(hint)}')}")
 
 
-_WANTED = {int: "a whole number (int)", float: "a number (float)", bool: "true or false (bool)"}
+_WANTED = {int: "an integer", float: "a number", bool: "true or false"}
 
 
 def _number(text: str) -> int | float | None:
-    """The finite number that `text` says, exactly where it is whole; else None."""
+    """`text` as a finite number, exact if it is an integer; None if it is not a number."""
     for convert in (int, float):
         try:
             number = convert(text)
@@ -207,7 +207,7 @@ def _items(text: str) -> list[str]:
         try:
             return [item if isinstance(item, str) else json.dumps(item) for item in files.parse_json(text, "the list")]
         except ValueError as error:
-            raise ValueError(f"{shown(text)} begins like a JSON list and is none ({error})") from None
+            raise ValueError(f"{shown(text)} begins like a JSON list but is not one ({error})") from None
     items = [item.strip() for item in text.split(",")]
     if "" in items:
         raise ValueError(f"{shown(text)} has nothing between two commas or after the last one")
@@ -217,7 +217,7 @@ def _items(text: str) -> list[str]:
 def _unknown(key: str, root: Any) -> str:
     known = list(flat(root))
     *path, last = key.split(".")
-    # The right name in the wrong place, or without it.
+    # The right name under the wrong prefix, or without a prefix.
     near = [name for name in known if name.split(".")[-1] == last]
     near.sort(key=lambda name: -difflib.SequenceMatcher(None, name, key).ratio())
     near = [name for name in near if name != key]
@@ -237,9 +237,9 @@ def _one_line(error: BaseException) -> str:
 
 
 def check_types(config: Any, key: str = ""):
-    """ValueError naming the first field of `config`, a dataclass, that holds no value of its annotation's type.
+    """ValueError naming the first field of `config`, a dataclass, whose value is not of its annotated type.
 
-    A config is Python: `steps="5"` would go wrong where it is first compared, or count characters.
+    A config is Python: `steps="5"` would fail only when it is first compared, or count characters.
     """
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
@@ -271,14 +271,14 @@ def _check_type(value: Any, hint: Any, name: str):
             return
     elif not isinstance(inner, type) or isinstance(value, inner):
         return
-    raise ValueError(f"{name} is {shown(value)}, not {_WANTED.get(inner, type_name(inner))}")
+    raise ValueError(f"{name} must be {_WANTED.get(inner, type_name(inner))}, got {shown(value)}")
 
 
 # ---------------------------------------------------------------- writing
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Values of `config` (or of what `to_json` made of one) by dotted key; a tuple of plain values is one value."""
+    """Values of `config` (or of the output of `to_json`) by dotted key; a tuple of plain values is one value."""
     if isinstance(config, Mapping):
         below = config
     elif dataclasses.is_dataclass(config):
@@ -294,12 +294,12 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def to_json(config: Any) -> dict[str, Any]:
-    """`config` as what JSON can say: nested dicts, with lists for tuples."""
+    """`config` in JSON types: nested dicts, with lists for tuples."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def diff(a: Any, b: Any) -> list[str]:
-    """Dotted keys whose values differ between two configs, each a dataclass or what `to_json` made of one."""
+    """Dotted keys whose values differ between two configs, each a dataclass or the output of `to_json`."""
     left, right = flat(a), flat(b)
     missing = object()
     return [key for key in left | right if left.get(key, missing) != right.get(key, missing)]

@@ -13,7 +13,7 @@ from janus_jax.model.attention import takes
 from janus_jax.sharding import batch_shards
 from train.config import KINDS, TRAINED, TrainConfig
 
-# Counts beyond what any run has, at which arrays of them would no longer be made, or 32-bit counters wrap.
+# Counts larger than any run's, beyond which arrays would be too large or 32-bit counters wrap.
 _COUNT = 2**31 - 1
 _MOST = dict.fromkeys(("steps", "log_every", "save_every", "keep", "max_skipped", "export_every"), _COUNT)
 _MOST |= dict.fromkeys(("profile_start", "profile_steps", "optimizer.warmup_steps", "data.early_steps"), _COUNT)
@@ -23,9 +23,9 @@ _MOST |= {"samples.guidance": 1e6, "samples.temperature": 1e6, "watchdog": 1e9}
 
 
 def validate(config: TrainConfig) -> list[str]:
-    """Checks `config` alone, no file and no device.
+    """Checks `config` by itself, without files or devices.
 
-    Returns: remarks, a line each, on what works but is hardly meant.
+    Returns: remarks, one line each, on settings that work but are probably not intended.
     Raises: ValueError in one line, naming the first key that cannot work.
     """
     c, d = config, config.data
@@ -47,12 +47,12 @@ def validate(config: TrainConfig) -> list[str]:
     _require(
         c.attention == "auto"
         or takes(c.attention, d.context, language.heads, language.kv_heads, language.head_dim, c.compute_dtype),
-        f"attention={c.attention} does not take data.context={d.context} with {language.heads} heads of "
-        f"{language.head_dim} and {language.kv_heads} key/value heads in {c.compute_dtype}; give attention=auto",
+        f"attention={c.attention} does not support data.context={d.context} with {language.heads} heads of "
+        f"{language.head_dim} and {language.kv_heads} key/value heads in {c.compute_dtype}; use attention=auto",
     )
     _require(
         c.batch_size % c.accumulate == 0,
-        f"batch_size={c.batch_size} is not a multiple of accumulate={c.accumulate}, the micro-batches of a step",
+        f"batch_size={c.batch_size} must be a multiple of accumulate={c.accumulate}, the micro-batches of a step",
     )
     remarks = _check_data(config)
     _check_optimizer(config)
@@ -76,12 +76,12 @@ def validate(config: TrainConfig) -> list[str]:
     try:
         original_config(dataclasses.replace(c.model, dtype="bfloat16"))  # as the run exports it, at the end
     except ValueError as error:
-        raise ValueError(f"model: {error}, which is what a run exports; change the model's sizes") from None
+        raise ValueError(f"model: {error}, so the run could not export it; change the model's sizes") from None
     return remarks
 
 
 def check_mesh(config: TrainConfig, mesh: Mesh):
-    """ValueError in one line where `mesh` does not suit the rest of `config`."""
+    """ValueError in one line if `mesh` does not fit the rest of `config`."""
     shards = batch_shards(mesh)
     if config.batch_size % (config.accumulate * shards):
         raise ValueError(
@@ -98,14 +98,13 @@ def _require(condition: object, message: str):
 def _check_data(config: TrainConfig) -> list[str]:
     d, remarks = config.data, []
     _require(
-        len(d.ratio) == 3 and all(type(count) is int and count >= 0 for count in d.ratio) and sum(d.ratio) > 0,
-        f"data.ratio must be three whole numbers of at least 0 ({' : '.join(KINDS)}), not all 0, "
-        f"got {_commas(d.ratio)}",
+        len(d.ratio) == 3 and all(type(share) is int and share >= 0 for share in d.ratio) and sum(d.ratio) > 0,
+        f"data.ratio must be three integers of at least 0 ({' : '.join(KINDS)}), not all 0, got {_commas(d.ratio)}",
     )
-    for kind, count in zip(KINDS, d.ratio, strict=True):
+    for kind, share in zip(KINDS, d.ratio, strict=True):
         folders, weights = getattr(d, kind), getattr(d, f"{kind}_weights")
         _require(
-            folders or not count,
+            folders or not share,
             f"data.ratio={_commas(d.ratio)} asks for {kind} samples, but data.{kind} names no folder",
         )
         _require(
@@ -116,8 +115,8 @@ def _check_data(config: TrainConfig) -> list[str]:
             all(0 < weight < math.inf for weight in weights),
             f"data.{kind}_weights must be numbers above 0, got {_commas(weights)}",
         )
-        if folders and not count:
-            remarks.append(f"data.{kind} is not read: its share in data.ratio={_commas(d.ratio)} is 0")
+        if folders and not share:
+            remarks.append(f"data.{kind} is not read: its share of data.ratio={_commas(d.ratio)} is 0")
     for key in ("guidance_dropout", "caption_cut", "max_bad_share"):
         _require(0 <= getattr(d, key) <= 1, f"data.{key} must be between 0 and 1, got {getattr(d, key)}")
     _require(d.workers >= 0, f"data.workers must be at least 0 (0 for threads), got {d.workers}")
@@ -134,18 +133,20 @@ def _check_data(config: TrainConfig) -> list[str]:
     most = config.model.language.max_positions
     _require(1 <= d.context <= most, f"data.context must be from 1 to the model's {most} positions, got {d.context}")
     codes = config.model.gen_vision.num_tokens
-    _require(not d.ratio[2] or codes < d.context, f"data.context={d.context} does not hold an image of {codes} codes")
+    _require(
+        not d.ratio[2] or codes < d.context, f"data.context must exceed the {codes} codes of an image, got {d.context}"
+    )
     if d.ratio[0]:
         patches = config.model.vision.num_patches
         _require(
             d.images_per_row >= 1,
             f"data.images_per_row must be at least 1 for understanding samples, got {d.images_per_row}",
         )
-        _require(patches < d.context, f"data.context={d.context} does not hold an image of {patches} patches")
+        _require(patches < d.context, f"data.context must exceed the {patches} patches of an image, got {d.context}")
         if d.images_per_row * patches > d.context:
             remarks.append(
-                f"data.images_per_row={d.images_per_row}: a row of {d.context} tokens holds {d.context // patches} "
-                f"images of {patches} patches; the encoder works on the rest for nothing"
+                f"data.images_per_row={d.images_per_row}: a row of {d.context} tokens only has room for "
+                f"{d.context // patches} images of {patches} patches; encoding the rest is wasted"
             )
     return remarks
 

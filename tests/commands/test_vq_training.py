@@ -263,7 +263,7 @@ def test_command_line_refuses(images, tmp_path, capsys):
         assert line.startswith("error: ") and line.count("\n") == 1
         return line
 
-    assert "channels 4 x 2 are not a multiple of 32 norm groups" in told("images")
+    assert "channels 4 x 2 must be a multiple of 32 norm groups" in told("images")
     assert "empty has no image files" in told("empty", "--norm_groups", "4")
     assert "nowhere is not a folder" in told("nowhere", "--norm_groups", "4")
     bad = told("images", "--norm_groups", "4")
@@ -381,6 +381,6 @@ def test_a_training_that_is_told_to_end_saves_and_goes_on(images, tmp_path):
 def test_a_damaged_state_is_one_line(images, tmp_path):
     kept = KeptTraining(tmp_path / "training", CONFIG, "", every=1000)
     (tmp_path / "training" / "state" / "9").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"state/9 cannot be read .*; delete .*training to begin anew") as caught:
+    with pytest.raises(ValueError, match=r"state/9 cannot be read .*; delete .*training to start over") as caught:
         train_vq(CONFIG, images, progress=False, kept=kept)
     assert "\n" not in str(caught.value)

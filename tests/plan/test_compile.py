@@ -88,7 +88,7 @@ def test_a_mesh_that_is_given_stays():
         (["--config", "7b_stage3", "--topology", "v5x-8"], "unknown topology 'v5x-8'"),
         (["--config", "debug"], "debug names no topology; give --topology"),
         (["--config", "debug", "--int8"], "--images and --int8 are for --sampling"),
-        (["--config", "debug", "--sampling", "--images", "0"], "--images 0 is out of range"),
+        (["--config", "debug", "--sampling", "--images", "0"], "--images must be at least 1, got 0"),
     ],
 )
 def test_bad_input_is_one_line(arguments, told, capsys):

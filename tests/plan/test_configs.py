@@ -151,8 +151,8 @@ def test_overrides_are_typed(text, key, value):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("steps", "the override 'steps' is not of the form key=value"),
-        ("=3", "the override '=3' is not of the form key=value"),
+        ("steps", "an override must be key=value, got 'steps'"),
+        ("=3", "an override must be key=value, got '=3'"),
         ("part.stps=3", "unknown key 'part.stps'; did you mean part.steps"),
         ("prt.steps=3", "unknown key 'prt.steps'; did you mean part.steps"),
         ("rate=3", "unknown key 'rate'; did you mean part.rate"),
@@ -162,19 +162,19 @@ def test_overrides_are_typed(text, key, value):
         ("qqq=3", "unknown key 'qqq'; known in the config: part, stages, pair, flag, kind, names, title"),
         ("part.steps.more=3", "unknown key 'part.steps.more'"),
         ("stages.2.steps=3", "unknown key 'stages.2.steps'; did you mean stages."),
-        ("part.steps=many", "part.steps=many: 'many' is not a whole number (int)"),
-        ("part.steps=1.5", "part.steps=1.5: '1.5' is not a whole number (int)"),
-        ("part.steps=", "part.steps=: '' is not a whole number (int)"),
-        ("part.steps=none", "part.steps=none: 'none' is not a whole number (int)"),
-        ("part.rate=fast", "part.rate=fast: 'fast' is not a number (float)"),
-        ("part.rate=nan", "part.rate=nan: 'nan' is not a number (float)"),
-        ("part.rate=inf", "part.rate=inf: 'inf' is not a number (float)"),
-        ("flag=maybe", "flag=maybe: 'maybe' is not true or false (bool)"),
+        ("part.steps=many", "part.steps=many: 'many' is not an integer"),
+        ("part.steps=1.5", "part.steps=1.5: '1.5' is not an integer"),
+        ("part.steps=", "part.steps=: '' is not an integer"),
+        ("part.steps=none", "part.steps=none: 'none' is not an integer"),
+        ("part.rate=fast", "part.rate=fast: 'fast' is not a number"),
+        ("part.rate=nan", "part.rate=nan: 'nan' is not a number"),
+        ("part.rate=inf", "part.rate=inf: 'inf' is not a number"),
+        ("flag=maybe", "flag=maybe: 'maybe' is not true or false"),
         ("kind=gren", "kind=gren: 'gren' is not one of red, green, 3; did you mean green?"),
         ("pair=1", "pair=1: needs 2 values (int,str), got 1"),
-        ("pair=b,1", "pair=b,1: 'b' is not a whole number (int)"),
+        ("pair=b,1", "pair=b,1: 'b' is not an integer"),
         ("names=a,,b", "names=a,,b: 'a,,b' has nothing between two commas"),
-        ("names=[a", "names=[a: '[a' begins like a JSON list and is none"),
+        ("names=[a", "names=[a: '[a' begins like a JSON list but is not one"),
         ("part=3", "part is not a single value; set its fields: part.steps, part.low"),
         ("stages=", "stages is not a single value; set its fields: stages.0, stages.1"),
         ("part.low=10", "part.low=10: low 10 is above high 9"),
@@ -190,7 +190,7 @@ def test_bad_overrides_get_one_line(text, message):
 def test_overrides_are_put_in_place_together_and_the_last_one_counts():
     part = override(Whole(), ["part.low=10", "part.high=1", "part.high=12"]).part
     assert (part.low, part.high) == (10, 12)
-    with pytest.raises(ValueError, match=r"^pair is set as a whole and field by field"):
+    with pytest.raises(ValueError, match=r"^pair is set both as a whole and by its fields"):
         override(Whole(), ["pair=1,b", "pair.0=2"])
 
 
@@ -266,7 +266,7 @@ def test_help_lists_every_field(capsys):
     lines = help_text(load_config("debug", ["steps=77"])).splitlines()
     assert [line.split()[0] for line in lines] == list(flat(load_config("debug")))
     told = {line.split()[0]: line for line in lines}
-    assert "= 77  # optimizer updates in all." in told["steps"]
+    assert "= 77  # number of optimizer updates." in told["steps"]
     assert "constant|cosine" in told["optimizer.schedule"]
     text = help_text(Whole())
     assert "part.steps      int" in text and "# updates, on two lines." in text
@@ -328,7 +328,7 @@ def test_names_are_found_from_anywhere(tmp_path):
         ("workdir=", "workdir is empty"),
         ("tokenizer=", "tokenizer is empty, and there is no init_from"),
         ("steps=0", "steps must be at least 1, got 0"),
-        ("accumulate=3", "batch_size=8 is not a multiple of accumulate=3"),
+        ("accumulate=3", "batch_size=8 must be a multiple of accumulate=3"),
         ("accumulate=0", "accumulate must be at least 1"),
         ("save_every=-1", "save_every must be at least 1"),
         ("log_every=0", "log_every must be at least 1"),
@@ -336,9 +336,9 @@ def test_names_are_found_from_anywhere(tmp_path):
         ("export_every=-1", "export_every must be at least 0"),
         ("profile_steps=-1", "profile_steps must be at least 0"),
         ("loss_chunk=100", "loss_chunk=100 does not divide data.context=256"),
-        ("attention=splash data.context=256", "attention=splash does not take data.context=256 with 4 heads of 24"),
-        ("data.ratio=0,0,0", "data.ratio must be three whole numbers of at least 0"),
-        ("data.ratio=1,-1,2", "data.ratio must be three whole numbers of at least 0"),
+        ("attention=splash data.context=256", "attention=splash does not support data.context=256 with 4 heads of 24"),
+        ("data.ratio=0,0,0", "data.ratio must be three integers of at least 0"),
+        ("data.ratio=1,-1,2", "data.ratio must be three integers of at least 0"),
         ("data.text=", "data.ratio=2,1,2 asks for text samples, but data.text names no folder"),
         ("data.text_weights=1,2", "data.text_weights has 2 weights for the 1 folders of data.text"),
         ("data.text_weights=-1", "data.text_weights must be numbers above 0, got -1.0"),
@@ -348,7 +348,7 @@ def test_names_are_found_from_anywhere(tmp_path):
         ("data.early_steps=5", "data.early_steps=5 and data.early_generation=: give both, or neither"),
         ("data.early_generation=a", "data.early_steps=0 and data.early_generation=a: give both, or neither"),
         ("data.context=1024", "data.context must be from 1 to the model's 512 positions, got 1024"),
-        ("data.context=16 loss_chunk=16", "data.context=16 does not hold an image of 16 codes"),
+        ("data.context=16 loss_chunk=16", "data.context must exceed the 16 codes of an image, got 16"),
         ("data.images_per_row=0", "data.images_per_row must be at least 1 for understanding samples"),
         ("optimizer.learning_rate=0", "optimizer.learning_rate must be a number above 0"),
         ("optimizer.warmup_steps=-1", "optimizer.warmup_steps must be at least 0"),

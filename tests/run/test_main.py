@@ -128,7 +128,7 @@ def test_info_of_every_layout(folder, tmp_path, capfd):
         ("generate --model {model} --prompt cat --seed -1 --out {tmp}/out", "seed must be ..., got -1"),
         ("generate --model {model} --prompt cat --mesh fsdp --out {tmp}/out", "'fsdp' is not of the form"),
         ("generate --model {model} --prompt cat --mesh rows=8 --out {tmp}/out", "mesh axis 'rows' is unknown"),
-        ("generate --model {model} --prompt cat --mesh fsdp=3 --out {tmp}/out", "does not match the 8 available"),
+        ("generate --model {model} --prompt cat --mesh fsdp=3 --out {tmp}/out", "does not match the 8 devices"),
         ("generate --model {model} --prompt cat --mesh tensor=8 --out {tmp}/out", "does not divide the model"),
         ("generate --model {model} --prompt cat --roles robot --out {tmp}/out", "unknown roles 'robot'"),
         ("generate --model {model} --prompt cat --out {tmp}/file", "file"),

@@ -228,7 +228,7 @@ def test_other_data_and_missing_data_are_found_out(folders, start, env, tmp_path
     relative["tokenizer"] = folders["tokenizer"]
     config = write_config(tmp_path / "two.py", relative, start)
     line = refusal(outcome(launch(config, env, [hosts[0], hosts[1]])))
-    assert "process 1 (" in line and "other data than process 0" in line and "data/" in line
+    assert "the data of process 1 (" in line and "differs from process 0's" in line and "data/" in line
     line = refusal(outcome(launch(config, env, [hosts[0], hosts[2]])))
     assert "process 1 (" in line and "data/understanding" in line
     assert not (hosts[0] / "run").exists()

@@ -141,7 +141,7 @@ def test_a_finished_run_is_left_as_it_is(half, capsys):
     before = half.losses()
     assert loop.train(half.config) == half.exported
     assert half.losses() == before
-    with pytest.raises(ValueError, match=r"steps=1, but .* is at step 2 already"):
+    with pytest.raises(ValueError, match=r"steps=1, but .* is already at step 2"):
         loop.train(dataclasses.replace(half.config, steps=1))
 
 

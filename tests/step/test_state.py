@@ -212,7 +212,7 @@ def test_from_an_earlier_run_exactly(config, mesh, tmp_path):
     expected = numpy_of({**state.trained, **frozen})
     with Workdir(earlier, {}) as workdir:
         workdir.save_frozen(frozen)
-        with pytest.raises(ValueError, match="holds a run without a complete checkpoint"):
+        with pytest.raises(ValueError, match="has a run without a complete checkpoint"):
             open_sources(dataclasses.replace(config, init_from=str(tmp_path / "run")))
         workdir.save(7, state)
         workdir.wait()
@@ -262,7 +262,7 @@ def test_other_sizes_are_told(config, start, tmp_path):
         open_sources(own)
     with pytest.raises(
         ValueError,
-        match=r"language_from: .* holds a language_model of another model: mlp_dim is 64, the config's model has 72",
+        match=r"language_from: .* has a language_model of another model: mlp_dim is 64, the config's model has 72",
     ):
         open_sources(dataclasses.replace(own, init_from="", language_from=start))
     write_part(tmp_path / "l.safetensors", MODEL, "language_model", checkpoint.load_params(start)["language_model"])

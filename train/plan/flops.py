@@ -1,8 +1,8 @@
-"""Analytic FLOPs of a training step, and what devices can do: for model FLOPs utilization (PaLM, appendix B).
+"""Analytic FLOPs of a training step, and peak FLOP/s of devices: for model FLOPs utilization (PaLM, appendix B).
 
-Counted is what the model needs, 2 FLOPs a multiply-add of every matrix product: nothing for what remat computes again,
-for padding, for empty image slots, or for norms, activations and softmax. XLA's own count will not do: it misses
-kernels, and takes the body of a scan once.
+Counts what the model needs, 2 FLOPs per multiply-add of every matrix product: nothing for recomputation by remat,
+padding, empty image slots, norms, activations and softmax. XLA's own count does not work here: it misses kernels, and
+counts the body of a scan once.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _PEAKS: tuple[tuple[str, float], ...] = (
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 FLOP/s of a device of that `jax.Device.device_kind`; None where unknown, as on CPU."""
+    """Dense bfloat16 FLOP/s of a device of that `jax.Device.device_kind`; None if unknown, as for CPUs."""
     return next((peak for pattern, peak in _PEAKS if re.fullmatch(pattern, device_kind.strip())), None)
 
 
@@ -55,16 +55,16 @@ def step_flops(
 ) -> float:
     """FLOPs of one training step of `config`'s stage over the whole batch.
 
-    Forward every product counts once; backward once for the gradient of its input where something trained lies
-    upstream, and once for that of its kernel where the kernel is trained.
+    Every product counts once in the forward pass; in the backward pass once for the gradient of its input, if something
+    upstream is trained, and once for that of its kernel, if the kernel is trained.
 
     Args:
       tokens: tokens of the decoder, without padding.
       images: understanding images.
-      text_targets, image_targets: tokens that the text head and the image head are asked for. The codes that go in
-        are as many as the image targets, less the last of every image.
-      sample_length: the length of the sample that a token belongs to, on average over tokens (sum of squared lengths
-        by sum of lengths): causal attention looks at half of it. Default: the whole context, too many where packed.
+      text_targets, image_targets: target tokens of the text head and the image head. The input codes are as many as the
+        image targets, minus the last one of each image.
+      sample_length: the length of a token's sample, averaged over tokens (sum of squared lengths divided by the sum of
+        lengths): causal attention covers half of it. Default: the whole context, too much for packed rows.
     """
     model, trained = config.model, TRAINED[config.stage]
     c, v = model.language, model.vision
@@ -100,28 +100,28 @@ def step_flops(
     )
 
 
-# Tokens of a usual sample of each kind, and how many of an understanding sample's answers.
+# Tokens of a typical sample of each kind, and the share of its text that is answers.
 _TYPICAL = {"understanding": 900, "text": 600, "generation": 640}
 _ANSWERS = 0.5
 
 
 def typical_flops(config: TrainConfig) -> float:
-    """`step_flops` of a full step of usual samples: 900 tokens one with an image, 600 a text, 64 a prompt to draw."""
+    """`step_flops` of a full step of typical samples: 900 tokens with an image, 600 of text, 64 of a prompt to draw."""
     model = config.model
-    ratio = dict(zip(_TYPICAL, config.data.ratio, strict=True))
-    group = sum(_TYPICAL[kind] * count for kind, count in ratio.items())
+    lengths = dict(zip(_TYPICAL, config.data.ratio, strict=True))
+    group = sum(_TYPICAL[kind] * share for kind, share in lengths.items())
     tokens = config.batch_size * config.data.context
-    samples = {kind: count * tokens / group for kind, count in ratio.items()}
+    samples = {kind: share * tokens / group for kind, share in lengths.items()}
     answers = samples["understanding"] * max(_TYPICAL["understanding"] - model.vision.num_patches, 0)
     texts = samples["text"] * _TYPICAL["text"]
     text_targets = _ANSWERS * answers + (1 if config.data.text_loss == "all" else _ANSWERS) * texts
     drawn = samples["generation"] * model.gen_vision.num_tokens
-    squares = sum(_TYPICAL[kind] ** 2 * count for kind, count in ratio.items())
+    squares = sum(_TYPICAL[kind] ** 2 * share for kind, share in lengths.items())
     return step_flops(config, tokens, samples["understanding"], text_targets, drawn, squares / group)
 
 
 def _kernel_sizes(config: JanusConfig) -> dict[str, int]:
-    """Elements of all kernels of a part, all layers together: the multiply-adds of one item that passes through."""
+    """Elements of the kernels of each module, all layers together: the multiply-adds for one item passing through."""
     sizes: dict[str, int] = {}
     for path, leaf in flatten(abstract_params(config)).items():
         part, name, *_ = keys = path.split("/")

@@ -1,4 +1,4 @@
-"""What a compiled program does, read from its HLO text: collectives and copies, counted as often as loops run them."""
+"""Collectives and copies of a compiled program, read from its HLO text and counted as often as loops run them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[([0-9,]*)\](?:\{([^}
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """An array's type: HLO's dtype, its shape, and whether it lies in a chip's fast memory, which its layout tells."""
+    """An array's type: HLO's dtype, its shape, and whether its layout places it in a chip's fast memory."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -28,7 +28,7 @@ class Array:
 
     @property
     def bytes(self) -> int:
-        """Of the whole array."""
+        """Size of the whole array."""
         digits = re.search(r"\d+", self.dtype)
         bits = _BITS.get(self.dtype, int(digits[0]) if digits else 0)
         return math.prod(self.shape) * bits // 8
@@ -40,11 +40,11 @@ class Instruction:
 
     Attributes:
       opcode: HLO's name, without the -start of its asynchronous form.
-      arrays: of its result.
-      line: the text.
-      computation: where it stands.
-      times: how often; loops of unknown length count as one turn.
-      in_loop: whether it stands in the body of a loop.
+      arrays: the arrays of its result.
+      line: its text.
+      computation: the computation that contains it.
+      times: how often it runs; loops of unknown length count as one iteration.
+      in_loop: whether it is in the body of a loop.
     """
 
     opcode: str
@@ -56,7 +56,7 @@ class Instruction:
 
     @property
     def bytes(self) -> int:
-        """Of its largest array."""
+        """Size of its largest array."""
         return max((array.bytes for array in self.arrays), default=0)
 
 
@@ -77,7 +77,7 @@ def instructions(text: str) -> Iterator[Instruction]:
             match = _INSTRUCTION.match(line)
             if not match or match["opcode"].endswith(("-done", "-update")):
                 continue
-            # One that runs beside other work stands in the fusions of all of it; its start is enough.
+            # An asynchronous collective appears in every fusion that runs meanwhile; counting its start is enough.
             if match["name"].startswith("async-collective-done"):
                 continue
             opcode = match["opcode"]
@@ -93,7 +93,7 @@ def instructions(text: str) -> Iterator[Instruction]:
 
 
 def _turns(line: str, computations: dict[str, list[str]]) -> int:
-    """How often the loop of this line runs: as the compiler says, or as it counts from 0 up to a constant."""
+    """How often the loop of this line runs: the compiler's own count, or the constant up to which it counts from 0."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', line):
         return int(known[1])
     condition = re.search(r"\bcondition=%?([\w.\-]+)", line)
@@ -121,7 +121,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Collectives of one kind in one run: how many, and the bytes of their larger sides, in all and of the largest."""
+    """Collectives of one kind in one run: their number, and the bytes of their larger sides, total and largest."""
 
     count: int = 0
     bytes: int = 0
@@ -136,7 +136,7 @@ def collectives(text: str) -> dict[str, Traffic]:
             continue
         kind, size = one.opcode, one.bytes
         if kind == "reduce-scatter":
-            size *= _group_size(one.line)  # its result is what is left to one device
+            size *= _group_size(one.line)  # its result is the share of one device
         elif one.computation.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"  # as TPU's compiler writes it: an all-reduce of which each device keeps a slice
         so_far = found.get(kind, Traffic())
@@ -164,7 +164,7 @@ def copies(text: str, at_least: int) -> list[Instruction]:
     ]
 
 
-# Instructions that move nothing by themselves.
+# Instructions that move no data by themselves.
 _FREE = {
     "parameter",
     "get-tuple-element",
@@ -179,10 +179,10 @@ _FREE = {
 
 
 def loop_bytes(text: str) -> int:
-    """Bytes that the bodies of loops read from and write to main memory in one turn each.
+    """Bytes that the bodies of loops read from and write to main memory in one iteration each.
 
-    What lies in a chip's fast memory is told by its layout; a transfer between the two counts once, by what arrives;
-    an array that is changed in place does not count.
+    Layouts show which arrays are in a chip's fast memory; a transfer between the two counts once, by the bytes that
+    arrive; an array that is updated in place does not count.
     """
     computations, _ = _computations(text)
     bodies = {match[1] for lines in computations.values() for line in lines if (match := _BODY.search(line))}

@@ -1,4 +1,4 @@
-"""The programs of a run, compiled for TPUs or GPUs that are not at hand, and what they need there."""
+"""Compiles the programs of a run for TPUs or GPUs that need not be present, and reports what they need there."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ from train.step.state import abstract_batch, abstract_state
 from train.step.step import make_train_step
 from train.validate import check_mesh
 
-SPARE = 0.05  # of a chip's memory, that a program should leave
+SPARE = 0.05  # the share of a chip's memory that a program should leave free
 _PROMPT = 64  # tokens of a sampled prompt
 _MFUS = (0.4, 0.5, 0.6)
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What a chip needs for a program, in bytes, and what the program does.
+    """The memory that a chip needs for a program, in bytes, and what the program does.
 
     Attributes:
-      name, place, mesh: what was compiled, for what.
-      arguments: bytes of what is passed in, by name.
+      name, place, mesh: what was compiled, and for what.
+      arguments: their bytes, by name.
       temporaries: bytes of intermediate results.
-      peak: bytes of everything at the worst moment.
-      seconds: of compilation.
-      collectives: of one run of the program, by kind.
+      peak: bytes of everything at the peak.
+      seconds: compilation time.
+      collectives: the collectives in one run of the program, by kind.
       accumulate: micro-batches of a training step.
-      copies: lines of the copies in loops that are as large as a layer's cache or kernel (sampling alone).
+      copies: lines of the copies in loops that are as large as a layer's cache or kernel (sampling only).
       flops: of a training step over all chips.
       accessed: bytes of main memory that one sampling step reads and writes.
       floor: bytes of parameters and cache that a sampling step has to read.
@@ -73,15 +73,15 @@ class Compiled:
 
     @property
     def fits(self) -> bool:
-        """Whether the chip keeps SPARE of its memory."""
+        """Whether SPARE of the chip's memory stays free."""
         return self.peak <= (1 - SPARE) * self.place.hbm
 
     def lines(self) -> Iterator[str]:
-        """The report of one program."""
+        """The lines of the program's report."""
         mesh = " x ".join(f"{axis} {size}" for axis, size in self.mesh.items())
         yield f"{self.name} on {self.place.name}: {self.place.chips} chips, {mesh}"
         for name, size in (*self.arguments.items(), ("temporaries", self.temporaries)):
-            yield f"  {name:16} {size / GIB:8.2f} GiB a chip"
+            yield f"  {name:16} {size / GIB:8.2f} GiB per chip"
         verdict = "" if self.fits else f"; less than {SPARE:.0%} to spare"
         yield (
             f"  {'peak':16} {self.peak / GIB:8.2f} GiB of {self.place.hbm / GIB:.2f} "
@@ -89,11 +89,11 @@ class Compiled:
         )
         for kind, traffic in self.collectives.items():
             yield (
-                f"  {kind:16} {traffic.count:8,} of {traffic.bytes / GIB:.2f} GiB together on each chip, "
+                f"  {kind:16} {traffic.count:8,} with {traffic.bytes / GIB:.2f} GiB in total on each chip, "
                 f"the largest {traffic.largest / GIB:.3f}"
             )
         if self.flops is not None:
-            yield f"  {self.flops / 1e15:.2f} PFLOP a step: " + ", ".join(
+            yield f"  {self.flops / 1e15:.2f} PFLOP per step: " + ", ".join(
                 f"{seconds:.2f} s at {mfu:.0%} MFU" for mfu, seconds in self.step_seconds().items()
             )
         if self.accessed is not None:
@@ -103,12 +103,12 @@ class Compiled:
         yield f"  compiled in {self.seconds:.0f} s"
 
     def step_seconds(self) -> dict[float, float]:
-        """Seconds that a training step takes, by model FLOPs utilization."""
+        """Seconds that a training step would take, by model FLOPs utilization."""
         return {mfu: self.flops / (mfu * self.place.chips * peak_flops(self.place.device_kind)) for mfu in _MFUS}
 
 
 def devices_of(place: Topology) -> list[Any]:
-    """The devices of `place`, for compilation alone. ImportError where the compiler is missing."""
+    """The devices of `place`, for compilation only. ImportError if the compiler is missing."""
     from jax.experimental import topologies
 
     if gpu := GPUS.get(place.generation):
@@ -126,7 +126,7 @@ def devices_of(place: Topology) -> list[Any]:
 
 
 def _bounds(place: Topology) -> dict[str, Any]:
-    # A host of the flat slices drives up to eight chips; libtpu takes four for granted.
+    # Hosts of v5e and v6e slices have up to eight chips; libtpu assumes four.
     if place.generation in ("v5e", "v6e") and place.chips <= 8:
         x, y = (int(n) for n in place.name.split(":")[1].split("x"))
         return {"chips_per_host_bounds": (x, y, 1)}
@@ -155,7 +155,7 @@ def compile_sampling(
 ) -> list[Compiled]:
     """`config`'s model for `place` in bfloat16: the image loop with guidance and, with `decoder`, the VQ decoder.
 
-    `int8`: see `quantize`. A cache that grows is taken at its largest.
+    `int8`: see `quantize`. A cache that grows is compiled at its largest size.
     """
     devices = devices_of(place)
     mesh = make_mesh(dataclasses.asdict(config.mesh), devices)
@@ -217,7 +217,7 @@ class _Made(NamedTuple):
 def _compile(lowered: Any) -> _Made:
     with tempfile.TemporaryDirectory() as folder:
         started = time.monotonic()
-        # From a file: the program's own way to text fails on instructions that only TPU's compiler knows.
+        # From a dump, since `as_text` fails on instructions that only TPU's compiler knows.
         compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         seconds = time.monotonic() - started
         largest = max(pathlib.Path(folder).glob("*after_optimizations.txt"), key=lambda path: path.stat().st_size)
@@ -226,7 +226,7 @@ def _compile(lowered: Any) -> _Made:
 
 def _report(name: str, place: Topology, mesh: Mesh, arguments: dict[str, int], made: _Made, **more: Any) -> Compiled:
     memory = made.compiled.memory_analysis()
-    # What a program does not use lies in memory all the same.
+    # Arguments that a program does not use still occupy memory.
     passed = max(memory.argument_size_in_bytes, sum(arguments.values()))
     peak = (
         passed
@@ -254,9 +254,9 @@ def _shard_bytes(tree: Any) -> int:
 def compile_job(
     config: TrainConfig, place: Topology, sample: bool, images: int = 1, int8: bool = False, decoder: bool = True
 ) -> list[Compiled]:
-    """Everything of one job, or all but the VQ decoder.
+    """Compiles the programs of one job, with or without the VQ decoder.
 
-    Raises: ValueError in one line where it cannot be compiled, or needs more memory than there is.
+    Raises: ValueError in one line if a program cannot be compiled, or needs more memory than there is.
     """
     try:
         if sample:
@@ -266,7 +266,7 @@ def compile_job(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", str(error))
-        what = f"{used[1]} of {used[2]} a chip" if used else str(error).split(". ")[0]
+        what = f"{used[1]} of {used[2]} per chip" if used else str(error).split(". ")[0]
         raise DoesNotFit(
-            f"{config.name} does not fit {place.name}: {what}; give the mesh more chips, or raise accumulate"
+            f"{config.name} does not fit on {place.name}: {what}; give the mesh more chips, or raise accumulate"
         ) from None

@@ -1,4 +1,4 @@
-"""TPU slices and hosts of GPUs by name, and how a run is laid out on those that it is meant for."""
+"""TPU slices and GPU hosts by name, and a run's layout on those that its config names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from train.config import Layout, MeshConfig, TrainConfig
 from train.plan.flops import peak_flops
 
 GIB = 2**30
-# Generation -> (memory of a chip that programs may use in bytes, `jax.Device.device_kind`).
+# Generation -> (bytes of a chip's memory that programs may use, `jax.Device.device_kind`).
 GENERATIONS: dict[str, tuple[float, str]] = {
     "v4": (30.75 * GIB, "TPU v4"),
     "v5e": (15.75 * GIB, "TPU v5 lite"),
@@ -28,16 +28,16 @@ _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """What XLA asks of a GPU that it compiles for (maker's data sheet, and CUDA's guide for its compute capability).
+    """What XLA needs to know of a GPU to compile for it (NVIDIA's data sheets, and CUDA's programming guide).
 
     Attributes:
       device_kind: `jax.Device.device_kind`.
-      memory, cache: bytes, of HBM and of the second level.
+      memory, cache: bytes of HBM and of L2 cache.
       bandwidth: bytes/s of HBM.
       cores, clock: streaming multiprocessors, and their GHz.
-      units: float32 units of a core.
+      units: float32 units per multiprocessor.
       capability: the major compute capability.
-      shared, shared_by_block: bytes of shared memory of a core, and of it what a block may have.
+      shared, shared_by_block: bytes of shared memory per multiprocessor, and of those what a block may use.
     """
 
     device_kind: str
@@ -91,12 +91,12 @@ GPUS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A slice of TPU chips, or GPUs in hosts of at most eight; one JAX device each.
+    """A slice of TPU chips, or GPUs in hosts of at most eight; each is one JAX device.
 
     Attributes:
-      name: as `v5p:4x4x8`, what libtpu calls it; of GPUs, as `h100:2x8`, hosts and their GPUs.
+      name: libtpu's name, such as `v5p:4x4x8`; for GPUs, hosts and GPUs per host, such as `h100:2x8`.
       generation: a key of GENERATIONS or GPUS.
-      chips: how many.
+      chips: number of chips.
       hbm: bytes of a chip's memory that a program may use.
     """
 
@@ -107,7 +107,7 @@ class Topology:
 
     @property
     def device_kind(self) -> str:
-        """JAX's name of its devices."""
+        """JAX's name for its devices."""
         return GPUS[self.generation].device_kind if self.generation in GPUS else GENERATIONS[self.generation][1]
 
 
@@ -117,7 +117,7 @@ def _known() -> dict[str, Topology]:
         flat = generation in ("v5e", "v6e")
         for shape in _SQUARES if flat else _CUBES:
             chips = math.prod(int(n) for n in shape.split("x"))
-            # Google counts chips of the flat ones, and TensorCores, two a chip, of the others.
+            # Google's names count chips for v5e and v6e, and TensorCores (two per chip) for the others.
             name = f"{generation}-{chips if flat else 2 * chips}"
             known[name] = Topology(f"{generation}:{shape}", generation, chips, hbm)
     for name, gpu in GPUS.items():
@@ -130,9 +130,9 @@ KNOWN = _known()
 
 
 def topology(name: str) -> Topology:
-    """What is called `name`: Google's name, as v5e-256, or the shape, as v5p:4x4x8; or so many GPUs, as h100-8.
+    """The topology called `name`: Google's name (v5e-256), a shape (v5p:4x4x8), or a number of GPUs (h100-8).
 
-    Raises: ValueError in one line that lists those known.
+    Raises: ValueError in one line that lists the known ones.
     """
     if name in KNOWN:
         return KNOWN[name]
@@ -147,16 +147,16 @@ def topology(name: str) -> Topology:
 
 
 def laid_out(config: TrainConfig, layout: Layout) -> TrainConfig:
-    """`config` with the mesh, accumulation and remat of `layout`, except where it sets its own."""
+    """`config` with the mesh, accumulation and remat of `layout`, except those that it sets itself."""
     usual = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
     own = {key for key in ("mesh", "accumulate", "remat") if getattr(config, key) == usual[key]}
     return dataclasses.replace(config, **{key: getattr(layout, key) for key in own})
 
 
 def choose_layout(config: TrainConfig, devices: list[jax.Device] | None = None) -> TrainConfig:
-    """`config` laid out for these devices (default: the present ones), if it has a layout for them.
+    """`config` with its layout for these devices (default: the available ones), if it has one.
 
-    A config whose mesh was given, or that has no such layout, comes back as it is.
+    A config with an explicit mesh, or without such a layout, is returned unchanged.
     """
     devices = jax.devices() if devices is None else devices
     if config.mesh != MeshConfig():

@@ -1,4 +1,4 @@
-"""What an earlier run left in its workdir, for a run that starts from it."""
+"""Reads an earlier run's workdir, for a run that starts from it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ RUN, FROZEN, CHECKPOINTS = "run.json", "frozen", "checkpoints"  # see `train.run
 
 
 def open_run(folder: pathlib.Path) -> tuple[JanusConfig, LazyParams] | None:
-    """The model and the newest parameters of the run in `folder`, still in their files; None where there is no run.
+    """The model and the newest parameters of the run in `folder`, still in their files; None if there is no run.
 
-    Raises: ValueError where the run has no complete checkpoint, or one is damaged.
+    Raises: ValueError if the run has no complete checkpoint, or one is damaged.
     """
     if not (folder / RUN).exists():
         return None
@@ -29,24 +29,24 @@ def open_run(folder: pathlib.Path) -> tuple[JanusConfig, LazyParams] | None:
         raise ValueError(f"{folder / RUN} is not a run's description ({error})") from None
     steps = complete_steps(folder)
     if not steps:
-        raise ValueError(f"{folder} holds a run without a complete checkpoint; let it save one first")
+        raise ValueError(f"{folder} has a run without a complete checkpoint; let it save one first")
     leaves = checkpoint.array_leaves(folder / CHECKPOINTS / str(max(steps)) / "trained", trained)
     return config, leaves | checkpoint.array_leaves(folder / FROZEN, frozen)
 
 
 def complete_steps(folder: pathlib.Path) -> list[int]:
-    """Of the complete checkpoints of the run in `folder`."""
+    """The steps of the complete checkpoints of the run in `folder`."""
     return [int(path.name) for path in (folder / CHECKPOINTS).glob("*") if path.name.isdigit()]
 
 
 def model_config(raw: dict[str, Any]) -> JanusConfig:
-    """The JanusConfig that `overrides.to_json` wrote."""
+    """The JanusConfig written by `overrides.to_json`."""
     usual = JanusConfig()
-    made = {name: value for name, value in raw.items() if not isinstance(value, dict)}
+    fields = {name: value for name, value in raw.items() if not isinstance(value, dict)}
     for name, values in raw.items():
         if isinstance(values, dict):
             cls = type(getattr(usual, name))
-            made[name] = cls(
+            fields[name] = cls(
                 **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
             )
-    return JanusConfig(**made)
+    return JanusConfig(**fields)

@@ -1,4 +1,4 @@
-"""What a run starts from: the first state, each part of it from the source that the config names or at random."""
+"""The first state of a run: each part of the model from the source in the config, or random."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from train.step.state import Params, TrainState, make_optimizer, split, start_st
 def first_state(config: TrainConfig, mesh: Mesh, progress: bool = False) -> tuple[TrainState, Params]:
     """The state before the first step and the frozen parameters, on `mesh`.
 
-    Every part is read from where the config says, straight into its shards, and made at random where it says nothing.
+    Each part is read from its source in the config, directly into its shards; parts without a source are random.
 
-    Raises: FileNotFoundError or ValueError, in one line, for sources that are absent or of another model.
+    Raises: FileNotFoundError or ValueError, in one line, for sources that are missing or of another model.
     """
     shardings, frozen_shardings = state_shardings(config, mesh)
     sources = open_sources(config)
@@ -53,7 +53,7 @@ def _random_parts(config: TrainConfig, shardings: Params, dtypes: Mapping[str, s
 
 
 def open_sources(config: TrainConfig) -> dict[str, LazyParams]:
-    """The parameters of each part that the config names a source for, still in their files."""
+    """The parameters of each part that has a source in the config, still in their files."""
     parts: dict[str, LazyParams] = {}
     if config.init_from:
         folder = pathlib.Path(config.init_from)
@@ -75,13 +75,13 @@ def _open_folder(folder: pathlib.Path) -> tuple[JanusConfig, LazyParams]:
         checkpoint = open_checkpoint(folder)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"init_from: {error}; it names a Janus checkpoint or an earlier run's workdir"
+            f"init_from: {error}; it must be a Janus checkpoint or an earlier run's workdir"
         ) from None
     return checkpoint.config, checkpoint.leaves
 
 
 def _open_one(key: str, path: pathlib.Path, config: TrainConfig, part: str) -> LazyParams:
-    """One part: of a whole Janus checkpoint, or from a file of its own."""
+    """One part, from a whole Janus checkpoint or from a separate file."""
     if not path.exists():
         raise FileNotFoundError(f"{key}: {path} does not exist")
     try:
@@ -89,7 +89,7 @@ def _open_one(key: str, path: pathlib.Path, config: TrainConfig, part: str) -> L
             checkpoint = open_checkpoint(path)
             if differing := differing_part(checkpoint.config, config.model, part):
                 told = "; ".join(f"{k} is {theirs}, the config's model has {ours}" for k, theirs, ours in differing[:4])
-                raise ValueError(f"{path} holds a {part} of another model: {told}")
+                raise ValueError(f"{path} has a {part} of another model: {told}")
             return _by_part(checkpoint.leaves)[part]
         return open_part(path, config.model, part, print if jax.process_index() == 0 else lambda text: None)
     except FileNotFoundError as error:
@@ -114,8 +114,8 @@ def _by_part(leaves: LazyParams) -> dict[str, LazyParams]:
 
 
 def _check_sizes(key: str, folder: pathlib.Path, found: JanusConfig, wanted: JanusConfig):
-    # The dtype that a checkpoint is stored in is no size of the model.
+    # The dtype in which a checkpoint is stored is not a size of the model.
     theirs, ours = flat(dataclasses.replace(found, dtype=wanted.dtype)), flat(wanted)
     differing = [f"{k} is {theirs[k]}, the config's model has {ours[k]}" for k in ours if theirs[k] != ours[k]]
     if differing:
-        raise ValueError(f"{key}: {folder} holds another model: {'; '.join(differing[:4])}")
+        raise ValueError(f"{key}: {folder} has another model: {'; '.join(differing[:4])}")

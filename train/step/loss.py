@@ -1,6 +1,6 @@
 """The training loss: next-token cross entropy of answers, text and image codes over packed rows (report, section 2.1).
 
-Tasks carry no weights: a step's loss is the sum over all target tokens divided by their number.
+Tasks have no weights: a step's loss is the sum over all target tokens divided by their number.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def embed_batch(model: Janus, params: Params, batch: dict[str, jax.Array], setti
 
 
 def normalize(images: jax.Array, settings: ImageSettings) -> jax.Array:
-    """uint8 images [..., 3] as SigLIP's input; what `images.understanding_pixels` does on the host."""
+    """uint8 images [..., 3] as SigLIP's input, as `images.understanding_pixels` computes on the host."""
     pixels = images.astype(jnp.float32) * settings.rescale_factor
     if settings.do_normalize:
         pixels = (pixels - jnp.asarray(settings.mean)) / jnp.asarray(settings.std)
@@ -47,10 +47,10 @@ def normalize(images: jax.Array, settings: ImageSettings) -> jax.Array:
 def token_losses(
     model: Janus, params: Params, batch: dict[str, jax.Array], settings: ImageSettings, chunk: int
 ) -> jax.Array:
-    """Cross entropy [B, T] in float32 of each target token, 0 where a position has no task.
+    """Cross entropy [B, T] in float32 of each target token, 0 at positions without a task.
 
     Args:
-      chunk: tokens of each row whose logits exist at a time.
+      chunk: tokens of each row whose logits are in memory at a time.
     """
     x = embed_batch(model, params, batch, settings)
     hidden = model.apply({"params": params}, x, batch["positions"], batch["segment_ids"], method="hidden")
@@ -81,9 +81,9 @@ def cross_entropy(
 ) -> jax.Array:
     """-log p [B, T] of `targets` under `logits(params, hidden)` where `wanted`, 0 elsewhere.
 
-    The wanted tokens of each row are moved to its front and worked off in chunks, each of which computes its logits
-    again in the backward pass; a chunk in which no row has a wanted token costs nothing. The gradients of `params` are
-    summed up over the chunks in float32, whatever their dtype.
+    The wanted tokens of each row are moved to its front and processed in chunks, whose logits are recomputed in the
+    backward pass; a chunk in which no row has a wanted token costs nothing. The gradients of `params` are summed over
+    the chunks in float32, whatever their dtype.
 
     Args:
       logits: (params, hidden states [B, C, D]) to float32 logits [B, C, V].
@@ -93,7 +93,7 @@ def cross_entropy(
     """
     batch, length, _ = hidden.shape
     order = jnp.argsort(~wanted, axis=1, stable=True)
-    # The same number of chunks on all devices, which have to run the same collectives.
+    # The same number of chunks on all devices, since they must run the same collectives.
     most = wanted.sum(1).max()
     if axes := manual_axes():
         most = jax.lax.pmax(most, axes)
@@ -121,7 +121,7 @@ def _in_chunks(logits, params, hidden, targets, wanted, count):
 
 def _negative_log_likelihood(logits, params, hidden, targets, wanted):
     scores = logits(params, hidden)
-    # By comparison and not by gathering: it stays local where the vocabulary is split over devices.
+    # By comparison rather than gathering, which stays local if the vocabulary is split over devices.
     chosen = jnp.where(jnp.arange(scores.shape[-1]) == targets[..., None], scores, 0).sum(-1)
     return jnp.where(wanted, jax.nn.logsumexp(scores, axis=-1) - chosen, 0)
 
@@ -171,11 +171,11 @@ def loss_sums(losses: jax.Array, tasks: jax.Array) -> dict[str, jax.Array]:
 
 
 def combined(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """What the metrics of several steps come to: every name that each of them has.
+    """Combines the metrics of several steps, for every name.
 
-    - 'tokens...' are summed, and 'loss...' is the sum of the losses over the tokens of the same ending, absent where
-      there are none; steps whose update was left out ('finite' is 0) do not count.
-    - Anything else is the mean of its finite values, NaN where it has none.
+    - 'tokens...' are summed, and 'loss...' is the summed loss divided by the tokens with the same ending, omitted if
+      there are none; steps whose update was skipped ('finite' is 0) do not count.
+    - Anything else is the mean of its finite values, NaN if it has none.
     """
     taken, result = [one for one in steps if one.get("finite", 1)], {}
     for name in steps[0]:

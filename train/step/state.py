@@ -1,4 +1,4 @@
-"""What a run carries from step to step, and where it lies on the mesh."""
+"""The state that a run carries from step to step, its shardings on the mesh, the model and the optimizer."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ Params = dict[str, Any]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What a step changes.
+    """Everything that a step changes.
 
     Attributes:
-      step: int32 scalar, the steps taken; the next batch is that of this step.
-      trained: the float32 parameters of the stage's trained subtrees.
-      opt_state: optax's, of `trained` alone.
-      skipped: int32 scalar, the steps whose update was left out because it was not finite.
+      step: int32 scalar, the steps taken, which is also the index of the next batch.
+      trained: the float32 parameters of the stage's trained parts.
+      opt_state: optax's state, for `trained` only.
+      skipped: int32 scalar, the steps whose update was skipped because it was not finite.
     """
 
     step: jax.Array
@@ -42,13 +42,13 @@ class TrainState:
 
 
 def make_model(config: TrainConfig, mesh: Mesh | None = None) -> Janus:
-    """The model with the config's dtype and remat; with a `mesh`, as the step runs it there, inside `jax.shard_map`."""
+    """The model with the config's dtype and remat; with a `mesh`, as the step runs it inside `jax.shard_map`."""
     own = {} if mesh is None else {"attention": attention_on(config, mesh), "fsdp": True}
     return Janus(config.model, dtype=jnp.dtype(config.compute_dtype), remat=config.remat, **own)
 
 
 def attention_on(config: TrainConfig, mesh: Mesh) -> str:
-    """The implementation of the decoder's attention that `config` means on `mesh`."""
+    """The implementation of the decoder's attention for `config` on `mesh`."""
     if config.attention != "auto":
         return config.attention
     c, device = config.model.language, mesh.devices.flat[0]
@@ -60,7 +60,7 @@ def attention_on(config: TrainConfig, mesh: Mesh) -> str:
 
 
 def _has_cudnn(gpu: jax.Device) -> bool:
-    """Whether cuDNN's attention runs on it: NVIDIA's from Ampere on. AMD's name their architecture there."""
+    """Whether cuDNN's attention runs on `gpu`: on NVIDIA's from Ampere on. (AMD's report an architecture's name.)"""
     major = str(getattr(gpu, "compute_capability", "")).split(".")[0]
     return major.isdigit() and int(major) >= 8
 
@@ -78,9 +78,9 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW after clipping by the global norm; it is only ever given the trained subtrees."""
+    """AdamW after clipping by the global norm; it only ever sees the trained parts."""
     o = config.optimizer
-    # Norms and biases do not decay, as is usual; neither recipe says.
+    # Norms and biases do not decay, as is usual; the reports do not say.
     decays = functools.partial(
         jax.tree_util.tree_map_with_path, lambda path, _: path[-1].key in ("kernel", "embedding")
     )
@@ -89,11 +89,11 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(o.clip), adamw)
 
 
-# ---------------------------------------------------------------- where things lie
+# ---------------------------------------------------------------- shardings
 
 
 def split(params: Mapping[str, Any], stage: int) -> tuple[Params, Params]:
-    """`params` (a tree of anything) as the trained and the frozen subtrees of `stage`."""
+    """Splits `params` (a tree of anything) into the trained and the frozen parts of `stage`."""
     trained = {part: params[part] for part in TRAINED[stage]}
     return trained, {part: tree for part, tree in params.items() if part not in trained}
 
@@ -113,13 +113,13 @@ def local_rows(sharding: NamedSharding, batch_size: int) -> list[int]:
 
 def put_rows(batch: Mapping[str, np.ndarray], rows: Sequence[int], mesh: Mesh, batch_size: int) -> dict[str, jax.Array]:
     """Global arrays [batch_size, ...] of this process's `rows`."""
-    place = {row: i for i, row in enumerate(rows)}
+    position = {row: i for i, row in enumerate(rows)}
     sharding = batch_sharding(mesh)
 
     def put(x: np.ndarray) -> jax.Array:
         def shard(index: tuple[slice, ...]) -> np.ndarray:
             begin, end, _ = index[0].indices(batch_size)
-            return x[place[begin] : place[end - 1] + 1]
+            return x[position[begin] : position[end - 1] + 1]
 
         return jax.make_array_from_callback((batch_size, *x.shape[1:]), sharding, shard)
 
@@ -127,7 +127,7 @@ def put_rows(batch: Mapping[str, np.ndarray], rows: Sequence[int], mesh: Mesh, b
 
 
 def state_shardings(config: TrainConfig, mesh: Mesh) -> tuple[TrainState, Params]:
-    """Shardings of the state and of the frozen parameters; ValueError where the mesh does not divide the model."""
+    """Shardings of the state and of the frozen parameters; ValueError if the mesh does not divide the model."""
     trained, frozen = split(param_shardings(abstract_params(config.model), mesh), config.stage)
     replicated = NamedSharding(mesh, PartitionSpec())
     optimizer = make_optimizer(config)
@@ -164,5 +164,5 @@ def abstract_batch(config: TrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeS
 
 
 def start_state(optimizer: optax.GradientTransformation, trained: Params) -> TrainState:
-    # A counter each: donating one buffer twice is refused.
+    # Two counters, since the same buffer cannot be donated twice.
     return TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained), jnp.zeros((), jnp.int32))

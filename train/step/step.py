@@ -1,4 +1,4 @@
-"""One training step: gradients of the trained subtrees over a batch of packed rows, and the update."""
+"""One training step: gradients of the trained parts over a batch of packed rows, and the update."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ Step = Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, jax.Arr
 def make_train_step(config: TrainConfig, mesh: Mesh, settings: ImageSettings) -> Step:
     """The compiled step: (state, frozen parameters, batch) to (state, metrics); the state is donated.
 
-    Metrics are float32 scalars: the sums of `loss.loss_sums`, the samples 'damaged', 'grad_norm' before clipping,
-    'learning_rate', and 'finite', 0 where the loss or a gradient is not finite and the update was therefore left out.
-    Every one of them reaches metrics.jsonl and TensorBoard as `train/<name>`: one number for the steps since the last
-    line, made by `loss.combined`; of the gradient norm and the learning rate, the last step's. A new metric takes a new
-    key of `train_step`'s `metrics`, and nothing else.
+    Metrics are float32 scalars: the sums of `loss.loss_sums`, the number of 'damaged' samples, 'grad_norm' before
+    clipping, 'learning_rate', and 'finite', which is 0 if the loss or a gradient is not finite, so that the update was
+    skipped. All of them reach metrics.jsonl and TensorBoard as `train/<name>`: one value for the steps since the last
+    line, combined by `loss.combined`; for the gradient norm and the learning rate, the last step's. To add a metric,
+    add a key to `metrics` in `train_step`, and nothing else.
 
     Call it under `jax.set_mesh(mesh)`.
     """
@@ -50,7 +50,7 @@ def make_train_step(config: TrainConfig, mesh: Mesh, settings: ImageSettings) ->
 
 
 def make_eval_step(config: TrainConfig, mesh: Mesh, settings: ImageSettings) -> Callable[[Params, Params, Batch], Any]:
-    """(trained parameters, frozen parameters, batch) to the sums of `loss.loss_sums`, compiled."""
+    """The compiled function from (trained parameters, frozen parameters, batch) to the sums of `loss.loss_sums`."""
     shardings, frozen = state_shardings(config, mesh)
     evaluate = _make_sums(config, mesh, settings)
     return jax.jit(evaluate, in_shardings=(shardings.trained, frozen, batch_sharding(mesh)))
@@ -70,7 +70,7 @@ def train_step(
     trained, opt_state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old), (trained, opt_state), (state.trained, state.opt_state)
     )
-    done = state.step - state.skipped  # updates, which is what the schedule counts
+    done = state.step - state.skipped  # the updates, which the schedule counts
     metrics = sums | {
         "damaged": batch["damaged"].sum(dtype=jnp.float32),
         "grad_norm": grad_norm,
@@ -84,16 +84,16 @@ def train_step(
 def gradients(
     config: TrainConfig, mesh: Mesh, settings: ImageSettings, trained: Params, frozen: Params, batch: Batch
 ) -> tuple[Params, dict[str, jax.Array]]:
-    """Gradients of the mean loss a target token with regard to `trained`, and the batch's `loss_sums`.
+    """Gradients of the mean loss per target token with respect to `trained`, and the batch's `loss_sums`.
 
-    The batch is worked off in `config.accumulate` micro-batches whose sums are added up in float32 and divided once.
-    What is added up is computed in `config.compute_dtype`, each device's share of a micro-batch for itself, and then
-    summed over the devices in `config.reduce_dtype`: with 'bfloat16' each share, and the sum on its way, keeps 8 bits
-    of its mantissa; with 'float32' only the products before it are rounded, and twice the bytes travel. A run in
-    float32 sums in float32 always. The gradients returned are float32 arrays either way.
+    The batch is split into `config.accumulate` micro-batches, whose sums are added in float32 and divided once. Each
+    device computes its share of a micro-batch's gradients in `config.compute_dtype`; the shares are then summed over
+    the devices in `config.reduce_dtype`: with 'bfloat16' each share and each partial sum keeps 8 bits of mantissa; with
+    'float32' only the products before are rounded, and twice as many bytes are sent. A float32 run always sums in
+    float32. The returned gradients are float32 either way.
     """
     wide = config.reduce_dtype == "float32"
-    cast = trained if wide else _cast(trained, config.compute_dtype)  # once, and not in every micro-batch
+    cast = trained if wide else _cast(trained, config.compute_dtype)  # once, not for every micro-batch
     sums_of = _make_sums(config, mesh, settings)
 
     def loss(trained: Params, micro_batch: Batch):
@@ -118,7 +118,7 @@ def gradients(
 
 
 def _micro_batches(x: jax.Array, count: int) -> jax.Array:
-    """[B, ...] as [count, B / count, ...], each device keeping its rows."""
+    """[B, ...] as [count, B / count, ...], with each device keeping its rows."""
     return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
 
 
@@ -129,9 +129,9 @@ def _cast(params: Params, dtype: Any) -> Params:
 def _make_sums(config: TrainConfig, mesh: Mesh, settings: ImageSettings) -> Callable[[Params, Params, Batch], Any]:
     """(trained parameters, frozen parameters, batch) to `loss_sums`.
 
-    Each device works on its own rows, and gathers over `fsdp` the parameters that it needs, layer by layer: written out
-    (`jax.shard_map`), since the compiler would reduce the gradients of the heads anew in every chunk of a row, and all
-    others as if each device needed them whole.
+    Each device works on its own rows, and gathers over `fsdp` the parameters that it needs, layer by layer. This is
+    written out (`jax.shard_map`), since the compiler would reduce the gradients of the heads again for every chunk of a
+    row, and all others as if each device needed them whole.
     """
     model = make_model(config, mesh)
     manual = axes_by_hand(mesh)
