@@ -130,7 +130,7 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
         sizes[free[0]] = len(devices) // fixed
     if any(size < 1 for size in sizes.values()) or math.prod(sizes.values()) != len(devices):
         asked = " x ".join(f"{name}={size}" for name, size in sizes.items())
-        raise ValueError(f"a mesh of {asked} does not match the {len(devices)} available devices")
+        raise ValueError(f"a mesh of {asked} does not match the {len(devices)} devices")
     grid = tuple(sizes[name] for name in MESH_AXES)
     # Allows sizes that split a slice's physical axes: 32 x 2 does not fit whole axes of 4 x 4 x 4 chips.
     placed = mesh_utils.create_device_mesh(grid, devices, allow_split_physical_axes=True)

@@ -122,7 +122,7 @@ SMALL = [
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        (["mesh.fsdp=3"], "a mesh of data=1 x fsdp=3 x tensor=1 does not match the 4 available devices"),
+        (["mesh.fsdp=3"], "a mesh of data=1 x fsdp=3 x tensor=1 does not match the 4 devices"),
         pytest.param(["batch_size=6", "mesh.fsdp=4"], "batch_size=6 does not divide", marks=pytest.mark.slow),
         pytest.param(["model.language.width=250", "mesh.fsdp=4"], "does not divide the model", marks=pytest.mark.slow),
     ],

@@ -53,7 +53,7 @@ def test_a_living_one_refuses_and_a_killed_one_does_not(tmp_path):
     process = held_by_another_process(tmp_path)
     before = (tmp_path / FILE).read_text()
     try:
-        with pytest.raises(ValueError, match=rf"written by another start \(process {process.pid} on .*--steal"):
+        with pytest.raises(ValueError, match=rf"in use by another start \(process {process.pid} on .*--steal"):
             Lease(tmp_path).acquire()
         assert (tmp_path / FILE).read_text() == before
     finally:

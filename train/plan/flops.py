@@ -108,15 +108,15 @@ _ANSWERS = 0.5
 def typical_flops(config: TrainConfig) -> float:
     """`step_flops` of a full step of typical samples: 900 tokens with an image, 600 of text, 64 of a prompt to draw."""
     model = config.model
-    lengths = dict(zip(_TYPICAL, config.data.ratio, strict=True))
-    group = sum(_TYPICAL[kind] * share for kind, share in lengths.items())
+    ratio = dict(zip(_TYPICAL, config.data.ratio, strict=True))
+    group = sum(_TYPICAL[kind] * share for kind, share in ratio.items())
     tokens = config.batch_size * config.data.context
-    samples = {kind: share * tokens / group for kind, share in lengths.items()}
+    samples = {kind: share * tokens / group for kind, share in ratio.items()}
     answers = samples["understanding"] * max(_TYPICAL["understanding"] - model.vision.num_patches, 0)
     texts = samples["text"] * _TYPICAL["text"]
     text_targets = _ANSWERS * answers + (1 if config.data.text_loss == "all" else _ANSWERS) * texts
     drawn = samples["generation"] * model.gen_vision.num_tokens
-    squares = sum(_TYPICAL[kind] ** 2 * share for kind, share in lengths.items())
+    squares = sum(_TYPICAL[kind] ** 2 * share for kind, share in ratio.items())
     return step_flops(config, tokens, samples["understanding"], text_targets, drawn, squares / group)
 
 
