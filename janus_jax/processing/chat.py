@@ -278,7 +278,7 @@ class Processor:
         ValueError if `prompt` is blank, or leaves no room for the image's tokens.
         """
         if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(f"the prompt is {shown(prompt)}; say what to draw")
+            raise ValueError(f"the prompt must be text that says what to draw, got {shown(prompt)}")
         text = self.format([("user", prompt), ("assistant", "")]) + self.tokenizer.begin_of_image
         ids = self.tokenizer.encode(text)
         self._check_length(len(ids), self.config.gen_vision.num_tokens)
