@@ -137,6 +137,20 @@ def test_records(bounded, data):
     bounded(read_json, data)
 
 
+def read_csv(data: bytes, folder: pathlib.Path):
+    (folder / "a.png").write_bytes(PICTURE)
+    (folder / "x.csv").write_bytes(data)
+    read(folder / "x.csv", None, "captions")
+
+
+TABLE = 'image,caption,images\r\na.png,"A ""cat"", one\ntwo","[""a.png""]"\r\n\r\nb.png,Bär,\r\n'
+
+
+@given(mutated([TABLE.encode(codec) for codec in ("utf-8", "utf-16", "utf-32-le", "cp1252")]) | st.binary(max_size=200))
+def test_tables(bounded, data):
+    bounded(read_csv, data)
+
+
 # ---------------------------------------------------------------- texts and names
 
 
