@@ -87,8 +87,9 @@ class JanusPipeline:
           the model's numbers are not finite, which ends the whole call.
         """
         options = Options(temperature, top_k, top_p, seed, cfg_weight)
-        drawing = self._drawing(prompts, n, options)
-        codes = self.sample_codes(*drawing, options, batch_size=batch_size, progress=progress)
+        codes = self.sample_codes(
+            *self._drawing(prompts, n, options), options, batch_size=batch_size, progress=progress
+        )
         return [Image.fromarray(image) for image in self.decode_codes(codes)]
 
     def generate_codes(
@@ -106,8 +107,7 @@ class JanusPipeline:
     ) -> np.ndarray:
         """Image codes [len(prompts) * n, num_tokens] int32; arguments as for `generate_images`."""
         options = Options(temperature, top_k, top_p, seed, cfg_weight)
-        drawing = self._drawing(prompts, n, options)
-        return self.sample_codes(*drawing, options, batch_size=batch_size, progress=progress)
+        return self.sample_codes(*self._drawing(prompts, n, options), options, batch_size=batch_size, progress=progress)
 
     def compile_images(
         self,
