@@ -87,9 +87,8 @@ class JanusPipeline:
           the model's numbers are not finite, which ends the whole call.
         """
         options = Options(temperature, top_k, top_p, seed, cfg_weight)
-        codes = self.sample_codes(
-            *self._drawing(prompts, n, options), options, batch_size=batch_size, progress=progress
-        )
+        drawing = self._drawing(prompts, n, options)
+        codes = self.sample_codes(*drawing, options, batch_size=batch_size, progress=progress)
         return [Image.fromarray(image) for image in self.decode_codes(codes)]
 
     def generate_codes(
