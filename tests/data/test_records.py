@@ -34,7 +34,7 @@ from train.prepare import prepare
 from train.raw import storage
 from train.raw.sources import RawSample
 from train.run.faults import STORAGE, Stopped
-from train.run.loop import _next
+from train.run.flow import next_batch
 
 PER_SHARD = 2
 
@@ -241,7 +241,7 @@ def test_the_loop_ends_resumably_when_the_data_cannot_be_read(folder, few, monke
     monkeypatch.setattr(records, "ArrayRecordReader", Failing)
     Failing.said, Failing.times = os.strerror(errno.EIO), 10**6
     with pytest.raises(Stopped, match="could not be read, though they do not seem damaged") as caught:
-        _next(load_batches(made, range(2), 0, 1, workers=0))
+        next_batch(load_batches(made, range(2), 0, 1, workers=0))
     Failing.times = 0
     assert caught.value.code == STORAGE and "run the same command to resume" in str(caught.value)
     assert "delete" not in str(caught.value)

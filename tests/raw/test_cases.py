@@ -40,7 +40,7 @@ def test_utf16(processor):
 def test_sidecars(processor, folder):
     source = open_source(CASES / folder)
     assert [sample.caption for sample in source] == ["an old boat on a lake at dawn"]
-    assert "is read as captions in sidecar (1 of 1 pictures have a text beside them)" in str(source)
+    assert "is read as captions in sidecar (1 of 1 images have a text file next to them)" in str(source)
     assert decoded(processor, source[0])[1] == f"an old boat on a lake at dawn{EOS}"
 
 

@@ -81,12 +81,12 @@ def test_cells_are_texts_and_lists_are_json(tmp_path):
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ('text\n"never closed\nanother\n', r"a.csv:2 is no row of a table: unexpected end of data"),
-        ('text\n"a"b\n', r"a.csv:2 is no row of a table: ',' expected after '\"'"),
-        ("text\na\rb\n", r"a.csv:2 is no row of a table: new-line character seen in unquoted field"),
+        ('text\n"never closed\nanother\n', r"a.csv:2 is not a row of a table: unexpected end of data"),
+        ('text\n"a"b\n', r"a.csv:2 is not a row of a table: ',' expected after '\"'"),
+        ("text\na\rb\n", r"a.csv:2 is not a row of a table: new-line character seen in unquoted field"),
         ("text,text\na,b\n", r"a.csv names a column twice in its first row: text, text"),
-        ("text\n", r"a.csv is empty: it holds no samples"),
-        ("", r"a.csv is empty: it holds no samples"),
+        ("text\n", r"a.csv is empty: it has no samples"),
+        ("", r"a.csv is empty: it has no samples"),
         ("foo\nx\n", r"cannot tell the schema .* has the fields foo\)"),
     ],
 )
@@ -109,16 +109,16 @@ def test_endings_decide_the_format_and_unknown_ones_are_refused(tmp_path):
     for name in ("a.foo", "a.yaml", "a"):
         (tmp_path / name).write_text('{"text": "A"}\n')
         for given in (None, "text", "captions"):
-            with pytest.raises(ValueError, match=rf"{name}: cannot tell the format by its name; say which with"):
+            with pytest.raises(ValueError, match=rf"{name}: cannot tell the format from its name; choose one with"):
                 open_source(tmp_path / name, given)
         assert open_source(tmp_path / name, "json")[0].text == "A"
         assert open_source(tmp_path / name, "json", schema="text")[0].text == "A"
     (tmp_path / "a.csv").write_text("text\nA\n")
     for given in (None, "csv", "text"):
         assert open_source(tmp_path / "a.csv", given)[0].text == "A"
-    with pytest.raises(ValueError, match="the schema text stands where the format should, and llava beside it"):
+    with pytest.raises(ValueError, match="format=text is a schema, and contradicts schema=llava"):
         open_source(tmp_path / "a.csv", "text", schema="llava")
-    with pytest.raises(ValueError, match="webdataset holds captions, not chat"):
+    with pytest.raises(ValueError, match="webdataset has the schema captions, not chat"):
         (tmp_path / "a.tar").write_bytes(bytes(10240))
         open_source(tmp_path / "a.tar", schema="chat")
     with pytest.raises(ValueError, match=r"unknown schema 'chta'; did you mean chat\?"):
@@ -134,4 +134,4 @@ def test_folders_of_tables(tmp_path):
     # Beside JSON that is asked for by its schema, a table is about something else.
     (tmp_path / "a.jsonl").write_text('{"image": "0.png", "caption": "A"}\n')
     source = open_source(tmp_path, "captions")
-    assert [sample.caption for sample in source] == ["A"] and "passed over: 2 files" in str(source)
+    assert [sample.caption for sample in source] == ["A"] and "ignored: 2 files" in str(source)

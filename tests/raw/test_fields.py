@@ -329,10 +329,10 @@ def test_links_out_of_folders_of_pictures(data):
     ("https://example.org/a.png", "not fetched"),
     ("s3://bucket/a.png", "not fetched"),
     ("file:///etc/passwd", "not fetched"),
-    ("a" * 5000, "base64 is written as data:"),
-    ("a\0b", "is no path"),
+    ("a" * 5000, "base64 must be written as data:"),
+    ("a\0b", "is not a path"),
     ([["a"]], "a list"),
-    ({"path": None}, "must be a path or bytes, not None"),
+    ({"path": None}, "must be a path or bytes, got None"),
     (3.5, "3.5"),
 ])  # fmt: skip
 def test_values_that_are_no_pictures(tmp_path, value, told):

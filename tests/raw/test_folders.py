@@ -41,11 +41,11 @@ def test_sidecars_of_every_kind(tmp_path):
     fill(tmp_path / "__MACOSX", a_jpg=png(), a_txt="A")
     fill(tmp_path, **{"._a_jpg": b"x", "._a_txt": b"x", ".DS_Store": b"x"})
     source = open_source(tmp_path)
-    assert "is read as captions in sidecar (4 of 5 pictures have a text beside them): 5 samples" in str(source)
-    assert "passed over: 3 files of no sample, such as more/deep/f.mp4" in str(source)
+    assert "is read as captions in sidecar (4 of 5 images have a text file next to them): 5 samples" in str(source)
+    assert "ignored: 3 files that belong to no sample, such as more/deep/f.mp4" in str(source)
     assert [source[i].caption.strip() for i in range(4)] == ["A", "B", "C", "D"]
     assert source[3].images == (tmp_path / "more" / "deep" / "d.webp",)
-    assert bad(source, 4).reason == "missing_field" and "no .txt beside it" in bad(source, 4).detail
+    assert bad(source, 4).reason == "missing_field" and "no .txt file next to it" in bad(source, 4).detail
     (tmp_path / "a.txt").write_bytes("é".encode("latin-1"))
     assert bad(source, 0).reason == "bad_unicode"
 
@@ -57,7 +57,9 @@ def test_what_is_told_and_what_has_to_be_said(tmp_path):
     fill(tmp_path / "cat", notes_txt="not of a picture")
     assert open_source(tmp_path).description["format"] == "folders"
     fill(tmp_path / "cat", **{"0_txt": "of a picture"})
-    with pytest.raises(ValueError, match="1 of 5 pictures have a text beside them: say --format sidecar or folders"):
+    with pytest.raises(
+        ValueError, match="1 of 5 images have a text file next to them; choose --format sidecar or folders"
+    ):
         open_source(tmp_path)
     assert [sample.caption for sample in open_source(tmp_path, "folders")] == ["cat"] * 5
     assert open_source(tmp_path, "sidecar")[0].caption == "of a picture"
@@ -65,13 +67,15 @@ def test_what_is_told_and_what_has_to_be_said(tmp_path):
 
 def test_pictures_without_captions(tmp_path):
     fill(tmp_path, a_jpg=png(), b_jpg=png())
-    with pytest.raises(ValueError, match="holds pictures, but neither texts beside them nor a file of captions"):
+    with pytest.raises(ValueError, match="has images, but neither text files next to them nor a file of captions"):
         open_source(tmp_path)
     # Records about them come first, unless texts beside them say something else.
     lines(tmp_path / "captions.jsonl", {"image": "a.jpg", "caption": "A"})
     assert open_source(tmp_path)[0].caption == "A"
     fill(tmp_path, a_txt="B")
-    with pytest.raises(ValueError, match=r"both captions.jsonl and texts beside the pictures: say which with --format"):
+    with pytest.raises(
+        ValueError, match=r"both captions.jsonl and text files next to images; choose one with --format"
+    ):
         open_source(tmp_path)
     assert open_source(tmp_path, "sidecar")[0].caption == "B"
 
@@ -94,7 +98,7 @@ def test_files_that_are_no_pictures_are_told(tmp_path):
     fill(tmp_path / "cat", **{"._a_jpg": b"x", ".DS_Store": b"x"})
     source = open_source(tmp_path, "folders")
     assert len(source) == 1
-    assert "passed over: 4 files of no sample, such as list.csv" in str(source)
+    assert "ignored: 4 files that belong to no sample, such as list.csv" in str(source)
 
 
 def test_other_files_beside_those_that_are_read_are_told(tmp_path):
@@ -102,7 +106,9 @@ def test_other_files_beside_those_that_are_read_are_told(tmp_path):
     (tmp_path / "b.jsonl.gz").write_bytes(b"\x1f\x8b")
     (tmp_path / "c.csv").write_text("x")
     source = open_source(tmp_path)
-    assert "a.jsonl" not in str(source) and "passed over: 2 files of no sample, such as b.jsonl.gz" in str(source)
+    assert "a.jsonl" not in str(source) and "ignored: 2 files that belong to no sample, such as b.jsonl.gz" in str(
+        source
+    )
     (tmp_path / "a.jsonl").unlink()
     (tmp_path / "c.csv").unlink()
     with pytest.raises(ValueError, match=r"b.jsonl.gz is compressed"):

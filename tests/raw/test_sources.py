@@ -348,7 +348,7 @@ def test_misspelt_paths_name_the_nearest(tmp_path):
         open_source(tmp_path.with_name(tmp_path.name + "x") / "captions.jsonl", "text")
     with pytest.raises(FileNotFoundError, match="no file matches"):
         open_source(tmp_path / "*.tar")
-    with pytest.raises(FileNotFoundError, match="there is no such"):
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
         open_source(tmp_path / "absent", "folders")
     assert "did you mean" not in str(missing_path(tmp_path / "something else"))
 
@@ -363,13 +363,13 @@ def test_empty_folders_are_refused(tmp_path, format):
 @pytest.mark.parametrize(("name", "content"), [("a.jsonl", "\n \n"), ("a.json", "[]"), ("a.jsonl", "")])
 def test_empty_files_are_refused(tmp_path, name, content):
     (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match="is empty: it holds no samples"):
+    with pytest.raises(ValueError, match="is empty: it has no samples"):
         open_source(tmp_path / name)
 
 
 def test_formats_that_cannot_be_told(tmp_path):
     (tmp_path / "a.bin").write_bytes(b"x")
-    with pytest.raises(ValueError, match="cannot tell the format by its name; say which with --format: json, csv"):
+    with pytest.raises(ValueError, match="cannot tell the format from its name; choose one with --format: json, csv"):
         open_source(tmp_path / "a.bin")
     with pytest.raises(ValueError, match=r"has the fields foo\); say which"):
         open_source(lines(tmp_path / "a.jsonl", {"foo": 1}))

@@ -88,8 +88,8 @@ def test_the_scan_finds_what_tarfile_finds(tmp_path_factory, names, form, kinds,
         (member("b.jpg", size=b"\xff" * 11 + b"\x00"), "without a usable size"),  # -256, which went on for ever
         (member("b.jpg", size=b"-0000000100\0"), "without a usable size"),
         (member("b.jpg", size=b"9999999999 \0"), "without a usable size"),
-        (member("b.jpg", size=b"\x80" + b"\xff" * 11), "cut short within b.jpg"),
-        (member("b.jpg", size=b"77777777777\0"), "cut short within b.jpg"),
+        (member("b.jpg", size=b"\x80" + b"\xff" * 11), "truncated within b.jpg"),
+        (member("b.jpg", size=b"77777777777\0"), "truncated within b.jpg"),
         (member("x", size=b"77777777777\0", kind=b"x"), "an extended header of 8,589,934,591 bytes"),
         (member("x", size=b"77777777777\0", kind=b"L"), "an extended header of 8,589,934,591 bytes"),
         (member("x", b"garbage", kind=b"x"), "an extended header that cannot be read"),
@@ -99,7 +99,7 @@ def test_the_scan_finds_what_tarfile_finds(tmp_path_factory, names, form, kinds,
         (pax(size="9" * 5000) + member("b.jpg"), "an extended header without a usable size"),
         (pax(size="1_0") + member("b.jpg"), "an extended header without a usable size"),
         (member("x", b"14 path=a.txt\n", kind=b"g"), "a global header that names or measures members"),
-        (bytes([7]) * 512, "no header of a member where one should be"),
+        (bytes([7]) * 512, "no member header where one is expected"),
     ],
 )
 def test_headers_that_lie_end_the_tar_with_one_bad_sample(tmp_path, header, told):
@@ -153,7 +153,7 @@ def test_tars_joined_end_to_end_are_read_to_the_end(tmp_path):
     assert [sample.caption for sample in source] == ["A", "B"]
     assert [sample.place.rpartition("/")[2] for sample in source] == ["0", "0 (2)"]
     source = shard(tmp_path, one, b"something else")
-    assert told(source) == ["A", "truncated_tar"] and "no tar follows" in bad(source, 1).detail
+    assert told(source) == ["A", "truncated_tar"] and "not a tar follows" in bad(source, 1).detail
 
 
 # ---------------------------------------------------------------- samples
@@ -192,7 +192,7 @@ def test_what_makes_a_sample(tmp_path, names, expected):
 
 def test_members_of_no_sample_are_told(tmp_path):
     source = shard(tmp_path, member("0.jpg", png()), member("0.txt", b"A"), member("x.npy"), member("._y.jpg"))
-    assert "1 samples; passed over: 1 files of no sample, such as x.npy" in str(source)
+    assert "1 samples; ignored: 1 files that belong to no sample, such as x.npy" in str(source)
 
 
 def test_escape_sequences_in_names_stay_names(tmp_path):

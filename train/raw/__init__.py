@@ -1,1 +1,1 @@
-"""Training data as people have them, to raw samples."""
+"""Reads users' training data, in many formats, into raw samples."""

@@ -1,4 +1,4 @@
-"""Tables as text: the first row names the fields, each other row is a record; in UTF-8, UTF-16 or UTF-32."""
+"""CSV and TSV files: the first row names the fields, each other row is a record; in UTF-8, UTF-16 or UTF-32."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from train.raw.encodings import LOOK, decode_text, encoding_of
 from train.raw.json_files import line_ends
 from train.raw.readers import MAX_LINE, MAX_TEXT, BadSample, Record, listed, read_span, refuse_compressed
 
-# Fields of these names may hold JSON's lists, which a cell has no other way to say.
+# Fields of these names may contain JSON lists, since a cell cannot express lists otherwise.
 _LISTS = ("conversations", "messages", "images", "image")
 _DELIMITERS = (",", ";", "\t")
-csv.field_size_limit(MAX_TEXT)  # of the whole process; the usual one is 128 KiB
+csv.field_size_limit(MAX_TEXT)  # for the whole process; the default is 128 KiB
 
 
 class CsvFile:
-    """Rows of a table, separated by commas, or by the semicolons or tabs that its first row has instead.
+    """Rows of a table, with cells separated by commas, or by semicolons or tabs if its first row has those instead.
 
-    An empty cell is a field that the record lacks; `conversations`, `messages` and `images` may be lists in JSON.
-    ValueError for a table that cannot be read as one, with the line.
+    An empty cell is a missing field; `conversations`, `messages` and `images` may be JSON lists. ValueError, with the
+    line number, if the file cannot be read as a table.
     """
 
     def __init__(self, path: pathlib.Path):
@@ -44,7 +44,7 @@ class CsvFile:
         self._spans = np.array([span for _, *span in spans], np.int64).reshape(-1, 3)
 
     def _rows(self) -> Iterator[tuple[list[str], int, int, int]]:
-        """Cells (of the first row alone), begin, size and line number of each row that is not blank."""
+        """Cells (of the first row only), begin, size and line number of each row that is not blank."""
         with open_regular(self.path) as file:
             lines = _Lines(file, self._begin, self._codec)
             begin, number, first = self._begin, 1, True
@@ -55,14 +55,14 @@ class CsvFile:
                         first = False
                     begin, number = lines.at, lines.number + 1
             except (csv.Error, ValueError) as error:
-                raise ValueError(f"{one_line(self.path)}:{number} is no row of a table: {one_line(error)}") from None
+                raise ValueError(f"{one_line(self.path)}:{number} is not a row of a table: {one_line(error)}") from None
 
     def _reader(self, lines: Iterator[str]) -> Iterator[list[str]]:
         if not self._delimiter:
             head = next(lines, "")
             self._delimiter = next((mark for mark in _DELIMITERS if mark in head), ",")
             lines = itertools.chain([head], lines)
-        # Strict: a quote that is never closed would take all rows after it into one.
+        # Strict: an unclosed quote would otherwise swallow all following rows.
         return csv.reader(lines, delimiter=self._delimiter, strict=True)
 
     def __len__(self) -> int:
@@ -94,7 +94,7 @@ def _value(name: str, cell: str, place: str) -> Any:
 
 
 class _Lines:
-    """The lines of a file as text; `at` is where the last one ended, and `number` which it was, from 1."""
+    """The lines of a file as text; `at` is the end of the last line read, and `number` its number, from 1."""
 
     def __init__(self, file: BinaryIO, begin: int, codec: str):
         self.at, self.number = begin, 0
@@ -107,7 +107,7 @@ class _Lines:
     def __next__(self) -> str:
         end = next(self._ends)
         self._file.seek(self.at)
-        # What is no text in this encoding is told when its row is asked for.
+        # Bytes that are not text in this encoding are reported when their row is read.
         line = self._file.read(end - self.at).decode(self._codec, "replace")
         self.at, self.number = end, self.number + 1
         return line

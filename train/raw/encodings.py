@@ -1,4 +1,4 @@
-"""Text as it is written: UTF-8, UTF-16 or UTF-32, told by the byte order mark, or by looking where there is none."""
+"""Detects UTF-8, UTF-16 and UTF-32 by the byte order mark, or by the bytes if there is none."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-LOOK = 4096  # bytes that tell an encoding
+LOOK = 4096  # bytes from which an encoding is detected
 WIDTH = {"utf-8": 1, "utf-16-le": 2, "utf-16-be": 2, "utf-32-le": 4, "utf-32-be": 4}  # bytes of a code unit
 
 
 def encoding_of(start: bytes) -> tuple[str, int]:
-    """Codec, and size of the byte order mark, of a text that begins with `start`; UTF-8 where nothing tells another."""
+    """Codec, and size of the byte order mark, of a text that begins with `start`; UTF-8 unless another is detected."""
     for mark, codec in _MARKS:
         if start.startswith(mark):
             return codec, len(mark)
-    # Text in UTF-8 holds no zeros; in wider units the ASCII characters (spaces, quotes, digits) leave them.
+    # UTF-8 text has no zero bytes; in wider encodings, ASCII characters (spaces, quotes, digits) do.
     look = np.frombuffer(start[: min(len(start), LOOK) // 2 * 2], np.uint8)
     if 0 not in look:
         return "utf-8", 0
@@ -42,7 +42,7 @@ def encoding_of(start: bytes) -> tuple[str, int]:
 
 
 def decode_text(data: bytes, codec: str | None = None) -> str:
-    """`data` as text, by `codec` or else by `encoding_of`; ValueError says where it is none, and what it may be."""
+    """`data` decoded with `codec`, by default that of `encoding_of`; ValueError says where it fails."""
     begin = 0
     if codec is None:
         codec, begin = encoding_of(data[:LOOK])
@@ -54,5 +54,5 @@ def decode_text(data: bytes, codec: str | None = None) -> str:
             raise ValueError(f"not {codec.upper()} text: {error.reason} at byte {byte}") from None
         raise ValueError(
             f"not UTF-8 text: byte 0x{data[byte]:02x} at {byte}; it may be Windows-1252, Latin-1 or another older "
-            "encoding: convert the file to UTF-8, for example with iconv -f windows-1252 -t utf-8"
+            "encoding; convert the file to UTF-8, for example with iconv -f windows-1252 -t utf-8"
         ) from None

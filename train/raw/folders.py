@@ -1,4 +1,4 @@
-"""Folders of pictures: of a category each, or with a text beside each picture."""
+"""Folders of images: one for each category, or with a text file next to each image."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from train.raw.readers import (
     text_of,
 )
 
-_TEXTS = (".txt", ".caption", ".json")  # the first that is there counts
+_TEXTS = (".txt", ".caption", ".json")  # the first that exists is used
 _MAX_NAMES = 16 << 20  # bytes of a file of names
 
 
 def is_picture(name: str) -> bool:
-    """Whether a file of this name is a picture; what macOS puts beside one is none."""
+    """Whether a file of this name is an image; macOS's hidden files next to images are not."""
     return os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES and not name.startswith(".")
 
 
 class ImageFolders:
-    """A folder of images for each category; `names` maps folders to names, else a folder is called as it is.
+    """A folder of images for each category; `names` maps folders to captions, by default the folders' own names.
 
-    `passed_over` are files that are no pictures, and folders within the categories.
+    `passed_over` are files that are not images, and folders within the categories.
     """
 
     def __init__(self, path: pathlib.Path, names: dict[str, str] | None = None):
@@ -51,7 +51,7 @@ class ImageFolders:
                 self.passed_over.add(child.name)
         if names is not None and (unnamed := [folder.name for folder in folders if folder.name not in names]):
             raise ValueError(
-                f"the names lack {len(unnamed)} of the folders in {one_line(path)}, {one_line(unnamed[0])!r} for one"
+                f"the names lack {len(unnamed)} of the folders in {one_line(path)}, such as {one_line(unnamed[0])!r}"
             )
         self._names = [names[folder.name] if names else folder.name.replace("_", " ") for folder in folders]
         categories, images = [], []
@@ -73,10 +73,10 @@ class ImageFolders:
 
 
 class Sidecars:
-    """Pictures with a text beside each, `a.jpg` and `a.txt`, in a folder and the folders within it.
+    """Images with a text file next to each, `a.jpg` and `a.txt`, in a folder and its subfolders.
 
     The text is that of `a.txt` (or `a.caption`), else the caption in `a.json`, as img2dataset writes it. `passed_over`
-    are files that belong to no picture.
+    are files that belong to no image.
     """
 
     def __init__(self, path: pathlib.Path):
@@ -109,7 +109,7 @@ class Sidecars:
         image, suffix = self._images[index], self._texts[index]
         place = one_line(self.path / image, 500)
         if not suffix:
-            raise BadSample("missing_field", place, "there is no .txt beside it")
+            raise BadSample("missing_field", place, "there is no .txt file next to it")
         text = text_of(read_span(self.path / (os.path.splitext(image)[0] + suffix), 0, MAX_TEXT + 1), place)
         if suffix.lower() == ".json":
             text = object_of(text, place).get("caption")
@@ -117,7 +117,7 @@ class Sidecars:
 
 
 def count_sidecars(path: pathlib.Path, within: bool = True) -> tuple[int, int]:
-    """Pictures in `path`, and in the folders within it if `within`; and how many of them have a text beside them."""
+    """Number of images in `path`, and its subfolders if `within`, and how many have a text file next to them."""
     pictures = texts = 0
     for _, names in _walk(path):
         found = [os.path.splitext(name)[0] for name in names if is_picture(name)]
@@ -129,7 +129,7 @@ def count_sidecars(path: pathlib.Path, within: bool = True) -> tuple[int, int]:
 
 
 def _walk(path: pathlib.Path) -> Iterator[tuple[str, list[str]]]:
-    """Each folder from `path` down, relative and ending with a slash where it is not `path`, and its files, sorted."""
+    """Each folder from `path` down, as '' or a relative path with a slash at the end, and its files, sorted."""
     for folder, folders, names in os.walk(path, onerror=_raise):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
         relative = os.path.relpath(folder, path)
@@ -142,9 +142,9 @@ def _raise(error: OSError):
 
 
 def read_names(path: pathlib.Path) -> dict[str, str]:
-    """Names of category folders: a JSON object, or lines `n01440764 tench, Tinca tinca`; the first name counts.
+    """Names of category folders: a JSON object, or lines `n01440764 tench, Tinca tinca`; the first name is used.
 
-    ValueError where the file is neither.
+    ValueError if the file is neither.
     """
     place = one_line(path)
     data = read_bytes(path, _MAX_NAMES)
@@ -158,9 +158,9 @@ def read_names(path: pathlib.Path) -> dict[str, str]:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{place} is not valid JSON: {one_line(error)}") from None
         if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-            raise ValueError(f"{place} must be an object of folder: name")
+            raise ValueError(f"{place} must be an object that maps folders to names")
     else:
         names = dict(line.split(maxsplit=1) for line in text.splitlines() if len(line.split(maxsplit=1)) == 2)
     if not names:
-        raise ValueError(f"{place} names no folder; expected lines such as `n01440764 tench, Tinca tinca`")
+        raise ValueError(f"{place} has no names of folders; expected lines such as `n01440764 tench, Tinca tinca`")
     return {folder: name.split(",")[0].strip() for folder, name in names.items()}

@@ -15,9 +15,9 @@ from train.raw.encodings import LOOK, WIDTH, decode_text, encoding_of
 from train.raw.readers import MAX_LINE, BadSample, Record, as_object, object_of, read_span, refuse_compressed
 
 _MAX_LIST = 8 << 30  # bytes of a list, which has to be held in memory
-_AT_ONCE = 1 << 22  # bytes looked through for the ends of lines
-_GLANCE = 64  # bytes of a line that nearly always tell it from a blank one
-_BLANK = 4096  # bytes; whitespace longer than this is not taken for a blank line
+_AT_ONCE = 1 << 22  # bytes searched for line ends at a time
+_GLANCE = 64  # bytes of a line that nearly always show that it is not blank
+_BLANK = 4096  # bytes; longer whitespace does not count as a blank line
 
 
 def json_reader(path: pathlib.Path) -> JsonLines | JsonList:
@@ -30,7 +30,7 @@ def json_reader(path: pathlib.Path) -> JsonLines | JsonList:
 
 
 class JsonLines:
-    """An object on each line; blank lines do not count."""
+    """An object on each line; blank lines are skipped."""
 
     def __init__(self, path: pathlib.Path):
         self.path = path
@@ -59,17 +59,17 @@ class JsonLines:
         begin, size, number = map(int, self._spans[index])
         place = f"{one_line(self.path, 500)}:{number}"
         if size > MAX_LINE:
-            raise BadSample("too_large", place, f"a line of {size:,} bytes, more than {MAX_LINE:,}")
+            raise BadSample("too_large", place, f"a line of {size:,} bytes, more than the limit of {MAX_LINE:,}")
         try:
             text = decode_text(read_span(self.path, begin, size), self._codec)
         except ValueError as error:
             raise BadSample("bad_json", place, str(error)) from None
-        # Files that were joined bring a mark each.
+        # Concatenated files each have a byte order mark.
         return place, object_of(text.removeprefix("\ufeff"), place)
 
 
 def line_ends(file, begin: int, codec: str) -> Iterator[int]:
-    """Where each line ends, with its newline; not of a last line that has none."""
+    """The end of each line, including its newline; a last line without a newline is left out."""
     width = WIDTH[codec]
     units = np.dtype(f"{'>' if codec.endswith('be') else '<'}u{width}")
     file.seek(begin)
@@ -87,14 +87,14 @@ class JsonList:
         place = one_line(path)
         data = read_span(path, 0, _MAX_LIST + 1)
         if len(data) > _MAX_LIST:
-            raise ValueError(f"{place} is a list of more than {_MAX_LIST >> 30} GiB: write an object on each line")
+            raise ValueError(f"{place} is a list of more than {_MAX_LIST >> 30} GiB; write an object on each line")
         try:
             self._records = _list(decode_text(data))
         except json.JSONDecodeError as error:
             told = f"{error.msg} at line {error.lineno} column {error.colno}"
             raise ValueError(f"{place} is not valid JSON: {told}") from None
         except RecursionError:
-            raise ValueError(f"{place} is not usable JSON: lists and objects nested too deep") from None
+            raise ValueError(f"{place} is not usable JSON: lists and objects are nested too deep") from None
         except ValueError as error:
             raise ValueError(f"{place} is {error}") from None
 
@@ -112,5 +112,5 @@ def _list(text: str) -> list:
     except json.JSONDecodeError:
         raise
     except ValueError:
-        # An integer of thousands of digits, which is no reason to refuse the other records: no number here counts.
+        # An integer of thousands of digits, which is no reason to refuse the other records: numbers are not used here.
         return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) <= 4000 else float("nan"))

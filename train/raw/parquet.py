@@ -1,4 +1,4 @@
-"""Rows of parquet files, read a row group at a time; few files and few row groups are held, over all readers."""
+"""Rows of parquet files, read a row group at a time; all readers together keep only a few files and groups open."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from train.raw.readers import BadSample, Record, listed
 from train.raw.storage import machine_error, patiently
 
 _FILES = 4  # open at a time
-# Threads that read in order are at most at the seam of two groups, unless the groups are tiny.
+# Threads that read in order need at most two adjacent groups, unless the groups are tiny.
 _GROUPS_AT_LEAST, _GROUPS_AT_MOST, _GROUPS_BYTES = 2, 16, 64 << 20
 
 
 class _Held:
-    """Open files and row groups of this process, the most recently used ones; shared by threads, one of which reads."""
+    """The most recently used open files and row groups of this process; shared by threads, one of which reads."""
 
     def __init__(self):
         self.lock = threading.Lock()
@@ -30,7 +30,7 @@ class _Held:
         self.groups: collections.OrderedDict[tuple[pathlib.Path, int], Any] = collections.OrderedDict()
 
     def file(self, path: pathlib.Path) -> Any:
-        """The open file; the lock is held."""
+        """The open file; call it with the lock held."""
         import pyarrow.parquet as pq
 
         if path not in self.files:
@@ -64,23 +64,23 @@ os.register_at_fork(after_in_child=_held.__init__)
 
 
 class Parquet:
-    """Rows of a parquet file; of the columns, those that `fields.wanted` knows.
+    """Rows of a parquet file, with the columns for which `fields.wanted` is true.
 
-    ValueError without pyarrow, or for another file; OSError where the machine cannot read it.
+    ValueError without pyarrow, or if it is not a parquet file; OSError if the machine cannot read it.
     """
 
     def __init__(self, path: pathlib.Path):
         try:
             import pyarrow as pa
         except ImportError:
-            raise ValueError(f"{path}: parquet files need pyarrow; pip install pyarrow") from None
+            raise ValueError(f"{path}: reading parquet files needs pyarrow; pip install pyarrow") from None
         self.path = path
         self._errors = (pa.ArrowException, OSError)
         try:
             metadata, names = patiently(self._open, path)
         except self._errors as error:
             if isinstance(error, OSError) and error.errno is not None:
-                raise  # of the system, and not of pyarrow's
+                raise  # an error of the system, not of pyarrow
             raise ValueError(f"{one_line(path)} is not a readable parquet file ({one_line(error)})") from None
         self.columns = [name for name in names if wanted(name)]
         if not self.columns:

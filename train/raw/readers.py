@@ -1,8 +1,8 @@
-"""Files of records: each reader has `len()` and `[i]`, which gives a record's place, for messages, and its fields.
+"""Readers of files of records: `len()`, and `[i]`, which returns a record's place (for messages) and its fields.
 
-Readers hold an index and no open file, so that threads may share them. What is wrong with one record is raised, as
-`BadSample`, when that one is asked for. This module is what all of them share, and the reader of plain texts; the
-others are `train.raw.json_files`, `train.raw.tars`, `train.raw.folders` and `train.raw.parquet`.
+Readers keep an index and no open file, so that threads may share them. An error in one record is raised, as
+`BadSample`, when that record is read. This module has what all readers share, and the reader of plain text; the others
+are `train.raw.json_files`, `train.raw.csv_files`, `train.raw.tars`, `train.raw.folders` and `train.raw.parquet`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from janus_jax.io.files import open_regular
 from janus_jax.io.messages import one_line
 from train.raw.encodings import decode_text
 
-# What names a picture. Pillow reads most of them; of the others the sample is dropped, and says so.
+# Suffixes of image files. Pillow reads most of them; a sample with another is dropped with the reason.
 _PICTURES = (
     ".jpg .jpeg .jpe .jfif .jif .png .apng .webp .gif .bmp .dib .tif .tiff .avif .avifs .heic .heif .hif .jp2 .j2k .jpc"
     " .jpx .jxl .ppm .pgm .pbm .pnm .pam .pfm .tga .ico .icns .pcx .sgi .dds .qoi .psd .svg .exr .hdr .dng .cr2 .cr3"
@@ -29,9 +29,9 @@ _PICTURES = (
 PICTURE_SUFFIXES = frozenset(_PICTURES.split())
 _OTHERS = ".mp4 .webm .avi .mov .mkv .m4v .mpg .mpeg .wmv .flv .wav .mp3 .flac .ogg .oga .opus .m4a .aac .wma"
 OTHER_MEDIA_SUFFIXES = frozenset(_OTHERS.split())
-MAX_TEXT = 64 << 20  # bytes of one text: a caption, a document, a line of JSON without its pictures
-MAX_LINE = 512 << 20  # bytes of a line of JSON, which may hold pictures in base64
-MAX_PICTURE = 256 << 20  # bytes of a picture's file
+MAX_TEXT = 64 << 20  # bytes of one text: a caption, a document, a line of JSON without its images
+MAX_LINE = 512 << 20  # bytes of a line of JSON, which may contain images in base64
+MAX_PICTURE = 256 << 20  # bytes of an image file
 _PLACE, _DETAIL = 500, 500  # characters
 
 _COMPRESSED = (
@@ -50,7 +50,7 @@ class BadSample(ValueError):
     """A sample that cannot be used: `reason` (a short stable key), `place` (file and line or so), `detail`."""
 
     def __init__(self, reason: str, place: str, detail: str):
-        # One line, whatever a name or a library says.
+        # One line, whatever names and libraries' messages contain.
         place, detail = one_line(place, _PLACE), one_line(" ".join(detail.split()), _DETAIL)
         super().__init__(reason, place, detail)
         self.reason, self.place, self.detail = reason, place, detail
@@ -60,7 +60,7 @@ class BadSample(ValueError):
 
 
 class TextFile:
-    """A text file, which is one document."""
+    """A text file, read as one document."""
 
     def __init__(self, path: pathlib.Path):
         self.path = path
@@ -78,16 +78,16 @@ class TextFile:
 
 
 def read_span(path: str | os.PathLike, begin: int, size: int) -> bytes:
-    """`size` bytes of a regular file from `begin` on, fewer where it ends before."""
+    """`size` bytes of a regular file from `begin` on, fewer if it ends before."""
     with open_regular(path) as file:
-        # What is asked for is allocated before it is read.
+        # `read` allocates all that it is asked for.
         size = min(size, max(os.fstat(file.fileno()).st_size - begin, 0))
         file.seek(begin)
         return file.read(size)
 
 
 def text_of(data: bytes, place: str) -> str:
-    """The text in `data`; BadSample where it is none or too long for one."""
+    """The text in `data`; BadSample if it is not text or too long."""
     if len(data) > MAX_TEXT:
         raise BadSample("too_large", place, f"a text of more than {MAX_TEXT:,} bytes")
     try:
@@ -97,39 +97,39 @@ def text_of(data: bytes, place: str) -> str:
 
 
 def object_of(text: str, place: str) -> dict[str, Any]:
-    """The JSON object in `text`; BadSample where it is none."""
+    """The JSON object in `text`; BadSample if it is not one."""
     try:
-        # NaN is let pass: pandas writes it into columns that nobody reads, and no number here is one that counts.
+        # NaN is accepted: pandas writes it into columns that are not read, and no numbers are used here.
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        told = "lists and objects nested too deep" if isinstance(error, RecursionError) else str(error)
-        raise BadSample("bad_json", place, told) from None
+        detail = "lists and objects are nested too deep" if isinstance(error, RecursionError) else str(error)
+        raise BadSample("bad_json", place, detail) from None
     return as_object(value, place)
 
 
 def as_object(value: Any, place: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise BadSample("bad_json", place, f"expected an object, found {type(value).__name__}")
+        raise BadSample("bad_json", place, f"expected an object, got {type(value).__name__}")
     return value
 
 
 def listed(names: Iterable[str], most: int = 12) -> str:
-    """Names of fields or files for a message, cut where there are many."""
+    """Names of fields or files for a message, shortened if there are many."""
     names = [one_line(name, 60) for name in names]
     return ", ".join(names[:most] + ([f"and {len(names) - most} more"] if len(names) > most else [])) or "nothing"
 
 
 def refuse_compressed(path: pathlib.Path):
-    """ValueError for a file that is compressed, whatever it is called: samples are read from anywhere in a file."""
+    """ValueError for a compressed file of any name, since samples are read at random positions in a file."""
     start = read_span(path, 0, 8)
     for mark, name, command in _COMPRESSED:
         if start.startswith(mark):
-            raise ValueError(f"{one_line(path)} is compressed ({name}), and is not read so: unpack it with {command}")
+            raise ValueError(f"{one_line(path)} is compressed ({name}), which is not supported; unpack with {command}")
 
 
 @dataclasses.dataclass
 class PassedOver:
-    """Files that belong to no sample: how many, and the first of them."""
+    """Ignored files, which belong to no sample: how many, and the first of them."""
 
     count: int = 0
     first: str = ""

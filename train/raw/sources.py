@@ -1,6 +1,6 @@
-"""Training data as people have it: `open_source` gives `len()` and `[i]` over files of any of `FORMATS`.
+"""Users' training data in any of `FORMATS`: `open_source` returns a sequence of samples, with `len()` and `[i]`.
 
-A *format* is what holds records, and how they are read from it:
+A *format* is a kind of file or folder that contains records:
 
 | format | its records |
 |---|---|
@@ -10,10 +10,10 @@ A *format* is what holds records, and how they are read from it:
 | txt | one document |
 | webdataset | tar shards of `key.jpg`, `key.txt` or `key.json` with "caption", as img2dataset writes them |
 | folders | a folder of images for each category, whose name is the caption |
-| sidecar | pictures with a text beside each, `a.jpg` and `a.txt`, in a folder and the folders within it |
+| sidecar | images with a text file next to each, `a.jpg` and `a.txt`, in a folder and its subfolders |
 
-A *schema* is what the fields of a record mean (`train.raw.fields`); txt is of the schema text, and the last three of
-the schema captions:
+A *schema* is the meaning of a record's fields (`train.raw.fields`); txt has the schema text, and the last three formats
+have the schema captions:
 
 | schema | a record |
 |---|---|
@@ -22,8 +22,8 @@ the schema captions:
 | text | `{"text"}` |
 | captions | `{"image" or "file_name", "caption" or "text"}` |
 
-All formats but the last two may be one file, a folder of files or a glob. Paths of pictures may not lead out of the
-data's folder unless `allow_outside`.
+All formats but the last two may be one file, a folder of files or a glob. Image paths may not leave the data's folder
+unless `allow_outside`.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ __all__ = ["FORMATS", "NAMES", "SCHEMAS", "BadSample", "RawSample", "Source", "m
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """What holds records.
+    """A kind of file or folder that contains records.
 
     Attributes:
-      reader: opens a file of it, or a folder where it has no endings.
-      endings: of its files.
-      schema: of its records; '' where their fields tell.
+      reader: opens a file of this format, or a folder if it has no endings.
+      endings: the endings of its files.
+      schema: the schema of its records; '' if it is detected by their fields.
     """
 
     reader: Callable[..., Any]
@@ -65,7 +65,7 @@ class Format:
     schema: str = ""
 
 
-# A new format is a reader in a module of its own (see `train.raw.readers`) and a row here.
+# A new format is a reader in a new module (see `train.raw.readers`) and a row here.
 FORMATS: dict[str, Format] = {
     "json": Format(json_reader, (".json", ".jsonl", ".ndjson")),
     "csv": Format(CsvFile, (".csv", ".tsv")),
@@ -75,8 +75,8 @@ FORMATS: dict[str, Format] = {
     "folders": Format(ImageFolders, schema="captions"),
     "sidecar": Format(Sidecars, schema="captions"),
 }
-NAMES = (*FORMATS, *SCHEMAS)  # what `open_source` takes as a format
-# The datasets library's names for a file about the pictures beside it.
+NAMES = (*FORMATS, *SCHEMAS)  # what `open_source` accepts as a format
+# The datasets library's names for a file about the images next to it.
 _METADATA = ("metadata.jsonl", "metadata.csv")
 
 
@@ -84,9 +84,9 @@ class Source:
     """Random access to the samples of several readers, one after the other; `[i]` raises BadSample for a bad one.
 
     Attributes:
-      description: what was read: path, format, schema, samples, bytes.
+      description: path, format, schema, number of samples, bytes.
       why: how format and schema were chosen.
-      passed_over: files that belong to no sample.
+      passed_over: ignored files, which belong to no sample.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Source:
         return self._sample(index, self._roots)
 
     def anywhere(self, index: int) -> RawSample:
-        """`[index]` as with `allow_outside`, to tell what the data are: its pictures are not to be read."""
+        """`[index]` as with `allow_outside`, to inspect the data; do not read its images."""
         return self._sample(index, [Root(root.folder, allow_outside=True) for root in self._roots])
 
     def _sample(self, index: int, roots: Sequence[Root]) -> RawSample:
@@ -121,12 +121,13 @@ class Source:
         return self._parse(record, roots[number], place)
 
     def __str__(self) -> str:
-        """What is read, as what and why, for people."""
-        said = self.description
-        what = f"{said['schema']} in {said['format']}"
-        line = f"{one_line(said['path'])} is read as {what} ({self.why}): {len(self):,} samples"
+        """What is read, as what and why, in one line."""
+        found = self.description
+        what = f"{found['schema']} in {found['format']}"
+        line = f"{one_line(found['path'])} is read as {what} ({self.why}): {len(self):,} samples"
         if self.passed_over.count:
-            line += f"; passed over: {self.passed_over.count:,} files of no sample, such as {self.passed_over.first}"
+            line += f"; ignored: {self.passed_over.count:,} files that belong to no sample, such as "
+            line += self.passed_over.first
         return line
 
 
@@ -142,13 +143,13 @@ def open_source(
 
     Args:
       path: file, folder or glob.
-      format: one of `FORMATS`; None tells it by the files' names. One of `fields.SCHEMAS` stands for that schema in
-        whatever format the files are.
-      images: the folder that image paths start from; None means that of the file which names them.
-      names: for `folders`, a file of names for them, see `folders.read_names`.
-      allow_outside: whether paths of pictures may lead out of that folder (absolute, by `..`, by links).
-      schema: one of `fields.SCHEMAS`; None tells it by the fields of the first records.
-    Raises: FileNotFoundError for a path that is not there, ValueError for what is no such data or has no samples.
+      format: one of `FORMATS`; None detects it by the files' names. One of `fields.SCHEMAS` means that schema in any
+        format.
+      images: the folder from which image paths start; None means the folder of the file with the paths.
+      names: for `folders`, a file of captions for the folders, see `folders.read_names`.
+      allow_outside: whether image paths may leave that folder (absolute, by `..`, by links).
+      schema: one of `fields.SCHEMAS`; None detects it by the fields of the first records.
+    Raises: FileNotFoundError if the path does not exist, ValueError if it is not such data or has no samples.
     """
     for name, known in ((format, NAMES), (schema, tuple(SCHEMAS))):
         if name is not None and name not in known:
@@ -157,27 +158,27 @@ def open_source(
             raise ValueError(f"unknown {'format' if known is NAMES else 'schema'} {name!r}{hint}")
     if format in SCHEMAS:
         if schema not in (None, format):
-            raise ValueError(f"the schema {format} stands where the format should, and {schema} beside it: which one?")
+            raise ValueError(f"format={format} is a schema, and contradicts schema={schema}; give only one of them")
         format, schema = None, format
     for folder in (images, names):
         if folder is not None and not pathlib.Path(folder).exists():
             raise missing_path(folder)
     path = pathlib.Path(path)
     if format is None and schema is not None and path.is_dir():
-        endings, why = _endings_of(path, schema), "as was asked for"
+        endings, why = _endings_of(path, schema), "as requested"
     else:
-        format, why = (format, "as was asked for") if format else _guess_by_name(path)
+        format, why = (format, "as requested") if format else _guess_by_name(path)
         endings = FORMATS[format].endings
     if format and schema and FORMATS[format].schema not in ("", schema):
-        raise ValueError(f"{one_line(path)}: {format} holds {FORMATS[format].schema}, not {schema}")
+        raise ValueError(f"{one_line(path)}: {format} has the schema {FORMATS[format].schema}, not {schema}")
     if names is not None and format != "folders":
-        raise ValueError(f"names are for the format folders, and {one_line(path)} is read as {format or schema}")
+        raise ValueError(f"names are for the format folders, but {one_line(path)} is read as {format or schema}")
     passed = PassedOver()
     if format and not endings:
         if images is not None:
-            raise ValueError(f"--images says where paths in records start, and {format} has no records")
+            raise ValueError(f"--images is the folder for paths in records, but {format} has no records")
         if not path.is_dir():
-            kind = "folders" if format == "folders" else "pictures"
+            kind = "folders" if format == "folders" else "images"
             raise missing_path(path) if not path.exists() else ValueError(f"{one_line(path)} is not a folder of {kind}")
         categories = [read_names(pathlib.Path(names))] if names else []
         files, readers = [], [FORMATS[format].reader(path, *categories)]
@@ -192,9 +193,9 @@ def open_source(
         if more := getattr(reader, "passed_over", None):
             passed = PassedOver(passed.count + more.count, passed.first or more.first)
     if not any(len(reader) for reader in readers):
-        told = f" of the format {format}" if format else ""
+        kind = f" in the format {format}" if format else ""
         more = f", only {passed.count} other files such as {passed.first}" if passed.count else ""
-        raise ValueError(f"{one_line(path)} is empty: it holds no samples{told}{more}")
+        raise ValueError(f"{one_line(path)} is empty: it has no samples{kind}{more}")
     if schema is None and not (schema := FORMATS[used[0]].schema):
         schema, fields = _guess_by_records(path, readers)
         why = f"{why}, and it has {fields}"
@@ -205,30 +206,30 @@ def open_source(
 
 
 def missing_path(path: str | os.PathLike) -> FileNotFoundError:
-    """The error for a path that is not there, naming the nearest one that is."""
+    """The error for a path that does not exist, suggesting a similar one that does."""
     path = pathlib.Path(path)
-    part = path
-    while not part.parent.exists():
-        part = part.parent
+    missing = path
+    while not missing.parent.exists():
+        missing = missing.parent
     try:
-        near = nearest(part.name, [child.name for child in part.parent.iterdir()])
+        near = nearest(missing.name, [child.name for child in missing.parent.iterdir()])
     except OSError:
         near = []
-    hint = f"; did you mean {one_line(part.parent / near[0])}?" if near else ""
-    return FileNotFoundError(f"{one_line(path)}: there is no such file or folder{hint}")
+    hint = f"; did you mean {one_line(missing.parent / near[0])}?" if near else ""
+    return FileNotFoundError(f"{one_line(path)}: no such file or folder{hint}")
 
 
 # ---------------------------------------------------------------- files
 
 
 def _files(path: pathlib.Path, endings: Sequence[str], passed: PassedOver) -> list[pathlib.Path]:
-    """The files of `path` that have one of `endings`; of its other files, those that are no pictures are `passed`."""
+    """The files of `path` with one of `endings`; its other files, except images, are added to `passed`."""
     if path.is_dir():
         children = [child for child in sorted(path.iterdir()) if not child.name.startswith(".")]
         found = [child for child in children if child.suffix.lower() in endings and not child.is_dir()]
         for name in (name for name in _METADATA if name.endswith(tuple(endings))):
             if path / name in found:
-                found = [path / name]  # other files beside it are about the data set
+                found = [path / name]  # other files next to it are about the data set
             elif not found:
                 found = sorted(path.glob(f"*/{name}"))
         for child in children:
@@ -238,7 +239,7 @@ def _files(path: pathlib.Path, endings: Sequence[str], passed: PassedOver) -> li
             compressed = [child for child in children if child.suffix.lower() in COMPRESSED_SUFFIXES]
             if compressed:
                 raise _compressed(compressed[0])
-            raise ValueError(f"{one_line(path)} is empty: it holds no {' or '.join(endings)} file")
+            raise ValueError(f"{one_line(path)} is empty: it has no {' or '.join(endings)} file")
         return found
     if path.exists():
         return [path]
@@ -252,7 +253,7 @@ def _files(path: pathlib.Path, endings: Sequence[str], passed: PassedOver) -> li
 
 def _compressed(path: pathlib.Path) -> ValueError:
     return ValueError(
-        f"{one_line(path)} is compressed, and samples are read from anywhere in a file: unpack it first "
+        f"{one_line(path)} is compressed, but samples are read at random positions in a file; unpack it first "
         "(gunzip, unxz, unzstd or unzip)"
     )
 
@@ -262,11 +263,11 @@ def _reader(file: pathlib.Path, format: str) -> Any:
     return FORMATS[format].reader(file)
 
 
-# ---------------------------------------------------------------- guessing
+# ---------------------------------------------------------------- detecting formats and schemas
 
 
 def _format_of(path: pathlib.Path) -> str:
-    """The format that the ending of a file's name tells."""
+    """The format of a file, by the ending of its name."""
     suffix = path.suffix.lower()
     for name, format in FORMATS.items():
         if suffix in format.endings:
@@ -274,12 +275,12 @@ def _format_of(path: pathlib.Path) -> str:
     if suffix in COMPRESSED_SUFFIXES:
         raise _compressed(path)
     if path.exists():
-        open_regular(path).close()  # what is no file at all is told first
+        open_regular(path).close()  # anything that is not a file is reported first
     raise _untold(path)
 
 
 def _endings_of(path: pathlib.Path, schema: str) -> tuple[str, ...]:
-    """Of what files in a folder records of `schema` are: tables as text only where there is nothing else."""
+    """Endings of the files in a folder that may have records of `schema`: CSV files only if there are no others."""
     formats = {name: format for name, format in FORMATS.items() if format.endings and format.schema in ("", schema)}
     endings = tuple(end for name, format in formats.items() if name != "csv" for end in format.endings)
     try:
@@ -290,7 +291,7 @@ def _endings_of(path: pathlib.Path, schema: str) -> tuple[str, ...]:
 
 
 def _guess_by_name(path: pathlib.Path) -> tuple[str, str]:
-    """The format that the files' names tell, and how."""
+    """The format, by the files' names, and the reason."""
     if path.is_dir():
         return _guess_folder(path)
     if not path.exists() and not glob.has_magic(str(path)):
@@ -303,42 +304,42 @@ def _guess_folder(path: pathlib.Path) -> tuple[str, str]:
     if not children:
         raise ValueError(f"{one_line(path)} is empty")
     folders = [child for child in children if child.is_dir()]
-    # What img2dataset writes about the shards or folders of pictures beside it.
+    # Files that img2dataset writes about the shards or image folders next to them.
     about = {f"{child.stem if child.suffix == '.tar' else child.name}{end}" for child in children for end in _ABOUT}
     names = [child.name for child in children if not child.is_dir() and child.name not in about]
     suffixes = {os.path.splitext(name)[1].lower() for name in names}
     if ".tar" in suffixes:
-        return "webdataset", "it holds .tar files"
+        return "webdataset", "it has .tar files"
     if ".parquet" in suffixes:
-        return "parquet", "it holds .parquet files"
+        return "parquet", "it has .parquet files"
     json, csv = FORMATS["json"].endings, FORMATS["csv"].endings
     for name, format in zip(_METADATA, ("json", "csv"), strict=True):
         if name in names or any((folder / name).is_file() for folder in folders):
-            return format, f"it holds {name}"
+            return format, f"it has {name}"
     own, own_texts = count_sidecars(path, within=False)
     stems = {os.path.splitext(name)[0] for name in names if is_picture(name)}
     others = [name for name in names if name.lower().endswith(json) and os.path.splitext(name)[0] not in stems]
     if own_texts and others:
-        told = f"both {one_line(others[0])} and texts beside the pictures: say which with --format"
-        raise ValueError(f"{one_line(path)} holds {told}")
+        both = f"both {one_line(others[0])} and text files next to images"
+        raise ValueError(f"{one_line(path)} has {both}; choose one with --format")
     if suffixes & set(json) and (others or not own):
-        return "json", "it holds JSON"
+        return "json", "it has JSON files"
     if suffixes & set(csv) and not own_texts and not any(_holds_images(folder) for folder in folders):
-        return "csv", "it holds .csv or .tsv files"
+        return "csv", "it has .csv or .tsv files"
     if own or any(_holds_images(folder) for folder in folders):
         pictures, texts = count_sidecars(path)
         if suffixes & set(json) and own and not own_texts:
-            texts = pictures  # a JSON beside each picture
+            texts = pictures  # a JSON file next to each image
         if 2 * texts >= pictures:
-            return "sidecar", f"{texts:,} of {pictures:,} pictures have a text beside them"
+            return "sidecar", f"{texts:,} of {pictures:,} images have a text file next to them"
         if texts:
-            told = f"{texts:,} of {pictures:,} pictures have a text beside them: say --format sidecar or folders"
-            raise ValueError(f"{one_line(path)}: {told}")
+            share = f"{texts:,} of {pictures:,} images have a text file next to them"
+            raise ValueError(f"{one_line(path)}: {share}; choose --format sidecar or folders")
         if any(_holds_images(folder) for folder in folders):
-            return "folders", "it holds folders of pictures without texts"
-        raise ValueError(f"{one_line(path)} holds pictures, but neither texts beside them nor a file of captions")
+            return "folders", "it has folders of images without text files"
+        raise ValueError(f"{one_line(path)} has images, but neither text files next to them nor a file of captions")
     if ".txt" in suffixes:
-        return "txt", "it holds .txt files"
+        return "txt", "it has .txt files"
     if compressed := [child for child in children if child.suffix.lower() in COMPRESSED_SUFFIXES]:
         raise _compressed(compressed[0])
     raise _untold(path)
@@ -348,8 +349,8 @@ _ABOUT = (".parquet", "_stats.json")
 
 
 def _untold(path: pathlib.Path) -> ValueError:
-    told = f"cannot tell the format by its name; say which with --format: {', '.join(FORMATS)}"
-    return ValueError(f"{one_line(path)}: {told}")
+    cure = f"choose one with --format: {', '.join(FORMATS)}"
+    return ValueError(f"{one_line(path)}: cannot tell the format from its name; {cure}")
 
 
 def _holds_images(folder: pathlib.Path) -> bool:
@@ -358,14 +359,14 @@ def _holds_images(folder: pathlib.Path) -> bool:
 
 
 def _guess_by_records(path: pathlib.Path, readers: Sequence[Any]) -> tuple[str, str]:
-    """The schema that the fields of the first records tell, and those fields."""
+    """The schema of the first records, by their fields, and those fields."""
     reader = next(reader for reader in readers if len(reader))
     if isinstance(reader, Parquet):
         fields = reader.columns
         if found := schema_of(fields, reader.path.name == "metadata.parquet"):
             return found, f"the columns {listed(fields)}"
-        told = f"the columns {listed(fields)} are of no schema that is known: {', '.join(SCHEMAS)}"
-        raise ValueError(f"{one_line(path)}: {told}")
+        known = f"known schemas: {', '.join(SCHEMAS)}"
+        raise ValueError(f"{one_line(path)}: the columns {listed(fields)} fit no schema; {known}")
     problem = ""
     for index in range(min(len(reader), 10)):
         try:
@@ -378,5 +379,5 @@ def _guess_by_records(path: pathlib.Path, readers: Sequence[Any]) -> tuple[str, 
             return found, f"the fields {listed(record)}"
         problem = problem or f"{place} has the fields {listed(record)}"
     raise ValueError(
-        f"{one_line(path)}: cannot tell the schema ({problem}); say which with --schema: {', '.join(SCHEMAS)}"
+        f"{one_line(path)}: cannot tell the schema ({problem}); choose one with --schema: {', '.join(SCHEMAS)}"
     )

@@ -1,7 +1,7 @@
-"""Errors of the machine (no handles left, a disk or mount that does not answer, no memory), told from bad data.
+"""Tells errors of the machine (no file handles, a disk or mount that does not respond, no memory) from bad data.
 
-A sample that the machine could not read is a good sample: reading it again may work, and if not, the run has to stop in
-a way that the same command goes on, not call the data damaged.
+A sample that the machine could not read is not a bad sample: reading it again may work, and if not, the run has to stop
+so that the same command can resume it, and not report damaged data.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ MACHINE = frozenset(
         errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET,
     }
 )  # fmt: skip
-# Seconds between tries, a minute in all: a server that fails over or a neighbor's peak of memory is over by then.
+# Seconds between tries, a minute in total: by then a failover, or another process's peak of memory, is over.
 WAITS = (0.1, 0.4, 1, 2, 4, 8, 15, 30)
 
 
 def machine_error(error: BaseException, path: str | os.PathLike = "") -> OSError | None:
-    """`error` as an OSError where the machine is at fault, else None.
+    """`error` as an OSError if the machine is at fault, else None.
 
-    Libraries in C++ raise RuntimeErrors, whose text holds what the system said.
+    C++ libraries raise RuntimeErrors whose text contains the system's message.
     """
     if isinstance(error, MemoryError):
         return OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), *([str(path)] if path else []))
@@ -43,9 +43,9 @@ def machine_error(error: BaseException, path: str | os.PathLike = "") -> OSError
 
 
 def patiently(function: Callable[[], T], path: str | os.PathLike = "", waits: Sequence[float] | None = None) -> T:
-    """What `function` returns, tried again after each of `waits` seconds while the machine is at fault.
+    """The result of `function`, retried after each of `waits` seconds while the machine is at fault.
 
-    Raises: OSError with the machine's errno when the last try failed too; anything else as it comes.
+    Raises: OSError with the machine's errno if the last try fails too; any other error at once.
     """
     for wait in (*(WAITS if waits is None else waits), None):
         try:
@@ -55,7 +55,7 @@ def patiently(function: Callable[[], T], path: str | os.PathLike = "", waits: Se
             if found is None:
                 raise
             if wait is None:
-                # Without the frames of the failed try, which may hold what took the memory.
+                # Without the frames of the failed try, which may keep its memory alive.
                 raise found from None
         time.sleep(wait)
     raise AssertionError("unreachable")

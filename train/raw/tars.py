@@ -1,8 +1,8 @@
 """Tar shards of `key.jpg`, `key.txt`, `key.json`, as img2dataset and webdataset write them, indexed by one scan.
 
-The scan reads headers alone and always moves forward, so that its time and memory are bounded by the file, whatever
-the headers say. What is wrong with one member is told of its sample; of a tar that ends too early, or holds something
-that is no header, the samples before that are read, and the rest counts as one more, bad sample.
+The scan only reads headers and always moves forward, so that its time and memory are bounded by the file's size,
+whatever the headers say. An error in one member is an error of its sample; if a tar is truncated or damaged, the
+samples before that point are read, and the rest counts as one more, bad sample.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ TEXT_SUFFIXES = (".txt", ".caption")
 _BLOCK = 512
 _MAX_EXTRA = 1 << 20  # bytes of an extended header
 _MAX_NAME = 4096  # bytes, the longest path of Linux
-_PADDING = 1 << 20  # zeros after an end, beyond which nothing more is looked for
+_PADDING = 1 << 20  # bytes of zeros after an end, within which another archive may begin
 _IMAGE, _TEXT, _JSON = range(3)
 
 
 class TarShard:
-    """Samples of a tar: its members of one name but for what follows the first dot of the file's name.
+    """Samples of a tar: members whose names agree up to the first dot of the file name.
 
     `passed_over` are members that belong to no sample.
     """
@@ -53,7 +53,7 @@ class TarShard:
         groups, self.passed_over = _group(scan)
         self._broken = scan.fault
         if self._broken and groups and not groups[-1].whole:
-            # The cut may have gone through the last sample: without an image or a text it is part of what was lost.
+            # The last sample may have been cut: without an image or a text it counts as lost.
             groups.pop()
         self._keys = Names(group.key for group in groups)
         self._spans = np.array([group.spans for group in groups], np.int64).reshape(-1, 3, 2)
@@ -76,7 +76,7 @@ class TarShard:
             else:
                 caption = object_of(text_of(_read(file, *fields, place), place), place).get("caption")
                 if caption is None:
-                    raise BadSample("missing_field", place, "there is no .txt, and no caption in the .json")
+                    raise BadSample("missing_field", place, "there is no .txt file, and no caption in the .json file")
             return place, {"image": _read(file, *image, place), "caption": caption}
 
 
@@ -111,17 +111,17 @@ class _Group:
         return bool(self.suffixes[_IMAGE] and (self.suffixes[_TEXT] or self.suffixes[_JSON]))
 
     def told(self) -> tuple[str, str] | None:
-        """Reason and detail of what is wrong with the sample, None where nothing is."""
+        """Reason and detail of what is wrong with the sample, or None."""
         found = listed(dict.fromkeys((*filter(None, self.suffixes), *self.others)))
         media = [suffix for suffix in self.others if suffix in OTHER_MEDIA_SUFFIXES]
         if self.fault:
             return self.fault
         if media:
-            return "unsupported_media", f"{media[0]} beside it: only pictures and texts are read"
+            return "unsupported_media", f"it has a {media[0]} file; only images and text are supported"
         if not self.suffixes[_IMAGE]:
-            return "missing_image", f"there is no picture of this name; found {found}"
+            return "missing_image", f"there is no image of this name; found {found}"
         if not self.whole:
-            return "missing_field", f"there is no .txt or .json of this name; found {found}"
+            return "missing_field", f"there is no .txt or .json file of this name; found {found}"
         return None
 
 
@@ -132,7 +132,7 @@ def _kind(suffix: str) -> int | None:
 
 
 def _group(members: Iterator[_Member]) -> tuple[list[_Group], PassedOver]:
-    """Samples in the order of their first members, and what belongs to none (macOS's own files aside)."""
+    """Samples in the order of their first members, and members that belong to none (except macOS's own files)."""
     groups: list[_Group] = []
     latest: dict[str, _Group] = {}
     times: dict[str, int] = {}
@@ -143,7 +143,7 @@ def _group(members: Iterator[_Member]) -> tuple[list[_Group], PassedOver]:
         stem, suffix = os.path.splitext(base)
         suffix, name = suffix.lower(), folder + slash + stem
         kind, group = _kind(suffix), latest.get(name)
-        # A member that comes again begins another sample: tars are joined end to end.
+        # A repeated member begins another sample, since tars may be concatenated.
         if group is None or (kind is not None and group.suffixes[kind] == suffix):
             times[name] = times.get(name, 0) + 1
             group = latest[name] = _Group(name, times[name])
@@ -153,7 +153,7 @@ def _group(members: Iterator[_Member]) -> tuple[list[_Group], PassedOver]:
             continue
         if group.suffixes[kind]:
             both = f"{group.suffixes[kind]} and {suffix}"
-            group.fault = group.fault or ("ambiguous_sample", f"both {both}: which of them counts?")
+            group.fault = group.fault or ("ambiguous_sample", f"it has both {both}; keep only one of them")
         group.suffixes[kind] = suffix
         group.spans[2 * kind : 2 * kind + 2] = member.begin, member.size
         limit = MAX_PICTURE if kind == _IMAGE else MAX_TEXT
@@ -166,10 +166,10 @@ def _group(members: Iterator[_Member]) -> tuple[list[_Group], PassedOver]:
         first = _first_part(group.name)
         owner = latest.get(first) if first != group.name else None
         if owner is not None and owner.named:
-            # A field such as `a.seg.png` or `a.meta.json` of the sample `a`, which nothing here wants; but where there
-            # are picture and text, other programs than webdataset mean a sample `a.seg`.
+            # A field such as `a.seg.png` or `a.meta.json` of the sample `a`, which is not used here; but with both
+            # image and text, programs other than webdataset mean a separate sample `a.seg`.
             if group.suffixes[_IMAGE] and group.suffixes[_TEXT]:
-                detail = f"a sample of its own, or more of the sample {one_line(first)}? Rename it without a dot"
+                detail = f"a separate sample, or fields of the sample {one_line(first)}? Rename it without a dot"
                 group.fault = ("ambiguous_sample", detail)
                 kept.append(group)
         elif group.named or any(suffix in OTHER_MEDIA_SUFFIXES for suffix in group.others):
@@ -190,7 +190,7 @@ def _first_part(name: str) -> str:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Member:
-    """A file in a tar: where its bytes lie; `fault` says why they are not to be read."""
+    """A file in a tar, and the position of its bytes; `fault` says why they cannot be used."""
 
     name: str
     begin: int
@@ -203,7 +203,7 @@ class _Damage(ValueError):
 
 
 class _Scan:
-    """Iterates over the files of a tar; `fault` then says what is wrong with its end, '' if nothing."""
+    """Iterates over the files of a tar; afterwards `fault` says what is wrong with its end, or is ''."""
 
     def __init__(self, path: pathlib.Path):
         self.path, self.fault, self._last = path, "", ""
@@ -227,9 +227,9 @@ class _Scan:
                     return
                 continue
             if len(header) < _BLOCK:
-                raise _Damage("no end of archive: it was cut short")
+                raise _Damage("no end of archive: it is truncated")
             if not _is_header(header):
-                raise _Damage(f"no header of a member where one should be (byte {at}): the tar is damaged")
+                raise _Damage(f"no member header where one is expected (byte {at}): the tar is damaged")
             kind, size, begin = header[156:157], _number(header[124:136]), at + _BLOCK
             if size is None or size < 0:
                 raise _Damage(f"a header without a usable size (byte {at}): the tar is damaged")
@@ -238,7 +238,7 @@ class _Scan:
                     raise _Damage(f"an extended header of {size:,} bytes (byte {at}): the tar is damaged")
                 data = file.read(size)
                 if len(data) < size:
-                    raise _Damage("cut short within a header")
+                    raise _Damage("truncated within a header")
                 if kind == b"L":
                     long_name = data.split(b"\0", 1)[0]
                 elif kind in b"xX":
@@ -266,7 +266,7 @@ class _Scan:
                 name = name[:100] + b"..." + name[-100:]
             text = name.decode("utf-8", "surrogateescape")
             if begin + stored > end:
-                raise _Damage(f"cut short within {one_line(text)}")
+                raise _Damage(f"truncated within {one_line(text)}")
             if not is_folder:
                 self._last = text
                 yield _Member(text, begin, stored, fault)
@@ -274,13 +274,13 @@ class _Scan:
 
 
 def _next_archive(file, at: int) -> int | None:
-    """Where another tar begins that was appended to the one ending at `at`, None where nothing follows."""
+    """The position of another tar appended after the end at `at`, or None."""
     file.seek(at)
     for begin in range(at, at + _PADDING, _BLOCK):
         block = file.read(_BLOCK)
         if block.strip(b"\0"):
             if len(block) < _BLOCK or not _is_header(block):
-                raise _Damage(f"something that is no tar follows the end of the archive (byte {begin})")
+                raise _Damage(f"something that is not a tar follows the end of the archive (byte {begin})")
             return begin
         if not block:
             return None
@@ -288,15 +288,15 @@ def _next_archive(file, at: int) -> int | None:
 
 
 def _is_header(header: bytes) -> bool:
-    told = _number(header[148:156])
-    # The checksum is that of a header whose checksum is eight spaces; some programs of old added signed bytes.
-    if told == sum(header) - sum(header[148:156]) + 8 * 32:
+    checksum = _number(header[148:156])
+    # Computed with the checksum field itself as eight spaces; some old programs summed signed bytes.
+    if checksum == sum(header) - sum(header[148:156]) + 8 * 32:
         return True
-    return told == sum(struct.unpack("148b8x356b", header)) + 8 * 32
+    return checksum == sum(struct.unpack("148b8x356b", header)) + 8 * 32
 
 
 def _number(field: bytes) -> int | None:
-    """Octal digits, or binary where the first byte says so; None for what is no number."""
+    """The value of octal digits, or of binary if the first byte says so; None if it is neither."""
     if field[0] in (0x80, 0xFF):
         value = int.from_bytes(field[1:], "big")
         return value - 256 ** (len(field) - 1) if field[0] == 0xFF else value
@@ -317,7 +317,7 @@ def _whole_blocks(size: int) -> int:
 
 
 def _pax(data: bytes, at: int) -> dict[bytes, bytes]:
-    """Of the records `length key=value` those that name or measure a member."""
+    """The records `length key=value` that give a member's name or size."""
     found, begin = {}, 0
     while begin < len(data) and data[begin]:
         space = data.find(b" ", begin, begin + 20)
@@ -339,12 +339,12 @@ def _ustar_name(header: bytes) -> bytes:
 
 
 def _skip_sparse(file, begin: int) -> int:
-    """Where the bytes of a sparse member of old GNU tar begin: after more blocks of its map."""
+    """The beginning of the data of a sparse member of old GNU tar: after further blocks of its map."""
     file.seek(begin - _BLOCK)
     more = file.read(_BLOCK)[482:483] == b"\1"
     while more:
         block = file.read(_BLOCK)
         if len(block) < _BLOCK:
-            raise _Damage("cut short within a header")
+            raise _Damage("truncated within a header")
         more, begin = block[504:505] == b"\1", begin + _BLOCK
     return begin
