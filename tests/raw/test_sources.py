@@ -328,7 +328,7 @@ def test_folder_names(tree, tmp_path, name, content):
         ("n.json", '{"n01": "tench"}', "lack 1 of the folders in .*'polar_bear'"),
         ("n.json", "[1]", "must be an object"),
         ("n.json", "{", "not valid JSON"),
-        ("n.txt", "\n", "names no folder"),
+        ("n.txt", "\n", "has no names of folders"),
     ],
 )
 def test_bad_folder_names(tree, tmp_path, name, content, match):
@@ -371,7 +371,7 @@ def test_formats_that_cannot_be_told(tmp_path):
     (tmp_path / "a.bin").write_bytes(b"x")
     with pytest.raises(ValueError, match="cannot tell the format from its name; choose one with --format: json, csv"):
         open_source(tmp_path / "a.bin")
-    with pytest.raises(ValueError, match=r"has the fields foo\); say which"):
+    with pytest.raises(ValueError, match=r"has the fields foo\); choose one"):
         open_source(lines(tmp_path / "a.jsonl", {"foo": 1}))
     with pytest.raises(ValueError, match=r"a.jsonl:1: bad_json: .*say which"):
         open_source(lines(tmp_path / "a.jsonl", "hello"))
