@@ -162,7 +162,9 @@ def _parse_original(raw: Fields) -> JanusConfig:
         name == "custom" or name in _SIGLIP_NAMES,
         f"vision model_name {shown(name)} is unknown; known: custom, {', '.join(_SIGLIP_NAMES)}",
     )
-    sizes = _read_sizes(SiglipConfig, params, _same(custom)) if name == "custom" else dict(_SIGLIP_NAMES[name])
+    sizes: dict[str, Any] = dict(_SIGLIP_NAMES.get(name, {}))
+    if name == "custom":
+        sizes = _read_sizes(SiglipConfig, params, _same(custom))
     # select_layer counts from the end if it is not positive; layers after it are not in the checkpoint.
     select = params.integer("select_layer", -sizes["layers"], 1 << 20, -1)
     sizes["layers"] = min(sizes["layers"], sizes["layers"] + select + 1 if select <= 0 else select)
@@ -283,7 +285,7 @@ def original_config(config: JanusConfig) -> dict[str, Any]:
     }
     vq_sizes = {key: getattr(g, key) for key in _VQ16}
     vq_sizes |= {key: getattr(g, key) for key, usual in _VQ_OPTIONAL.items() if getattr(g, key) != usual}
-    vq = {"image_token_size": g.codebook_size, "n_embed": g.codebook_dim}
+    vq: dict[str, Any] = {"image_token_size": g.codebook_size, "n_embed": g.codebook_dim}
     is_vq16 = vq_sizes == _VQ16
     if not is_vq16:
         vq |= {**vq_sizes, "ch_mult": list(g.ch_mult)}

@@ -71,8 +71,7 @@ def load(
     if weights not in (None, "int8"):
         raise ValueError(f"weights={weights!r} is unknown; give 'int8', or None for the dtype's own")
     folder = resolve(path_or_hub_id, revision)
-    if isinstance(mesh, Mapping):
-        mesh = make_mesh(mesh)
+    mesh = make_mesh(mesh) if isinstance(mesh, Mapping) else mesh
     if mesh is not None and set(mesh.axis_names) != set(MESH_AXES):
         raise ValueError(f"the mesh has the axes {mesh.axis_names}, not {MESH_AXES}; make it with sharding.make_mesh")
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
@@ -154,7 +153,7 @@ def _download(hub_id: str, revision: str | None) -> pathlib.Path:
     try:
         # One request: listing the tree would be retried for half a minute without a network.
         info = huggingface_hub.HfApi().model_info(hub_id, revision=revision, timeout=10)
-        files = [file.rfilename for file in info.siblings]
+        files = [file.rfilename for file in info.siblings or ()]
     except RepositoryNotFoundError:
         raise FileNotFoundError(f"{hub_id} is neither a folder here nor a repository on the hub") from None
     except RevisionNotFoundError:

@@ -6,6 +6,7 @@ import atexit
 import dataclasses
 import functools
 import importlib.util
+import json
 import os
 import pathlib
 import shutil
@@ -116,6 +117,22 @@ def oracle():
     return oracle
 
 
+def _write_port(folder: pathlib.Path, config: JanusConfig):
+    """A checkpoint in the dialect of transformers' port with random parameters, without torch."""
+    from flax import traverse_util
+
+    from examples.tiny.run import random_params
+    from janus_jax.config import transformers_config
+    from janus_jax.weights.formats.safetensors_files import write_safetensors
+    from janus_jax.weights.torch_weights import LazyArray, tensors_to_write
+
+    flat = traverse_util.flatten_dict(random_params(config))
+    leaves = {path: LazyArray(array.shape, array.dtype, array.__getitem__) for path, array in flat.items()}
+    raw = transformers_config(config, image_token_id=config.language.vocab_size - 1)
+    (folder / "config.json").write_text(json.dumps(raw))
+    write_safetensors(folder / "model.safetensors", tensors_to_write(leaves, {}, config, "transformers"))
+
+
 @pytest.fixture(scope="session")
 def get_case(tmp_path_factory, request):
     """Case of a key of SIZES, built once. Without torch its checkpoint is ours, in the port's dialect all the same."""
@@ -130,11 +147,7 @@ def get_case(tmp_path_factory, request):
             torch_model = request.getfixturevalue("oracle").build(config)
             torch_model.save_pretrained(folder)
         else:
-            from examples.tiny.run import write_checkpoint
-            from janus_jax.weights.conversion import to_torch
-
-            to_torch(write_checkpoint(folder / "ours", config), folder / "torch", "transformers")
-            folder = folder / "torch"
+            _write_port(folder, config)
         params, _ = read_params(folder, config, dtype="float32")
         return Case(config, torch_model, folder, Janus(config), params)
 

@@ -107,15 +107,20 @@ def write_data(
 
 
 def write_checkpoint(folder: pathlib.Path, model: JanusConfig = MODEL, seed: int = 0) -> pathlib.Path:
-    """A converted checkpoint of `model` with random parameters: made by numpy, since compiling an init takes long."""
+    """A converted checkpoint of `model` with `random_params`."""
+    checkpoint.save(folder, model, random_params(model, seed))
+    return folder
+
+
+def random_params(model: JanusConfig = MODEL, seed: int = 0) -> dict[str, Any]:
+    """Random parameters, layers stacked: made by numpy, since compiling an init takes long."""
     rng = np.random.default_rng(seed)
 
     def draw(leaf) -> np.ndarray:
         scale = 1 / np.sqrt(leaf.shape[-1]) if len(leaf.shape) > 1 else 0.1
         return (rng.normal(size=leaf.shape) * scale + (len(leaf.shape) == 1)).astype(np.float32)
 
-    checkpoint.save(folder, model, jax.tree.map(draw, abstract_params(model)))
-    return folder
+    return jax.tree.map(draw, abstract_params(model))
 
 
 def params_of(workdir: pathlib.Path | str) -> dict[str, np.ndarray]:

@@ -111,7 +111,7 @@ def parse_json(text: str | bytes, place: str, unique_names: bool = False) -> Any
     except ValueError as error:
         told = "an integer of thousands of digits" if "integer string" in str(error) else str(error)
         raise ValueError(f"{place} is not usable JSON: {told}") from None
-    if _too_deep(value):
+    if too_deep(value):
         raise ValueError(f"{place} is not usable JSON: lists and objects are nested more than {MAX_JSON_DEPTH} deep")
     return value
 
@@ -136,7 +136,8 @@ def _finite(text: str) -> float:
     return value
 
 
-def _too_deep(value: Any) -> bool:
+def too_deep(value: Any) -> bool:
+    """Whether lists and objects are nested more than `MAX_JSON_DEPTH` deep; Python's own limit varies."""
     level = [value]
     for _ in range(MAX_JSON_DEPTH):
         level = [

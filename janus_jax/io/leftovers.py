@@ -18,7 +18,7 @@ from janus_jax.io.messages import one_line
 try:
     import fcntl
 except ImportError:  # Windows: leftovers stay, since nothing says whether their maker is alive
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 _LEFT_AFTER = 3600  # seconds without a change, after which the folder of another host's maker counts as left
 _GONE_WITHIN = 20  # seconds that threads still writing into a folder get to notice that it is to go

@@ -190,8 +190,8 @@ class Processor:
         path = folder / "preprocessor_config.json"
         raw = files.read_json_object(path, missing_ok=True)
         try:
-            raw = raw or Fields(processor).block("image_processor", {}, null=True).raw
-            settings = ImageSettings.parse(raw, config.vision.image_size)
+            own = raw or Fields(processor).block("image_processor", {}, null=True).raw
+            settings = ImageSettings.parse(own, config.vision.image_size)
             count = processor.get("num_image_tokens", config.vision.num_patches)
             if count != config.vision.num_patches:
                 raise ValueError(

@@ -79,7 +79,7 @@ class ImageSettings:
         size, key = fields, "image_size" if raw.get("image_size") is not None else "size"
         if isinstance(raw.get(key), dict):
             size, key = fields.block(key), "height"
-        found = {"image_size": size.integer(key, 1, _MOST_PIXELS, image_size, null=True)}
+        found: dict[str, Any] = {"image_size": size.integer(key, 1, _MOST_PIXELS, image_size, null=True)}
         found["mean"] = fields.triple("image_mean", -_FAR, _FAR, float)
         found["std"] = fields.triple("image_std", 1 / _FAR, _FAR, float)
         found["background_color"] = fields.triple("background_color", 0, 255, int)

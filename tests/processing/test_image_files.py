@@ -255,7 +255,7 @@ def test_modes_with_alpha(mode):
 
 
 def test_palette_with_partial_transparency():
-    image = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
+    image = Image.frombytes("P", (3, 1), bytes([0, 1, 2]))
     image.putpalette([0, 0, 0, 200, 100, 50, 0, 0, 0])
     data = encoded(image, transparency=bytes([0, 255, 128]))
     seen = shown(data)[0].astype(int)

@@ -78,14 +78,14 @@ def test_cmyk_jpeg_is_not_inverted():
 
 
 def test_palette_keeps_its_colors():
-    image = Image.fromarray(np.array([[0, 1], [1, 0]], np.uint8), "P")
+    image = Image.frombytes("P", (2, 2), bytes([0, 1, 1, 0]))
     image.putpalette([10, 20, 30, 200, 100, 50])
     expected = [[[10, 20, 30], [200, 100, 50]], [[200, 100, 50], [10, 20, 30]]]
     assert rgb(open_image(encoded(image))).tolist() == expected
 
 
 def test_transparent_palette_shows_white():
-    image = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
+    image = Image.frombytes("P", (2, 1), bytes([0, 1]))
     image.putpalette([10, 20, 30, 200, 100, 50])
     assert rgb(open_image(encoded(image, transparency=0))).tolist() == [[[255, 255, 255], [200, 100, 50]]]
 

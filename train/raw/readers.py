@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from janus_jax.io.files import open_regular
+from janus_jax.io.files import open_regular, too_deep
 from janus_jax.io.messages import one_line
 from train.raw.encodings import decode_text
 
@@ -110,6 +110,8 @@ def object_of(text: str, place: str) -> dict[str, Any]:
 def as_object(value: Any, place: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BadSample("bad_json", place, f"expected an object, got {type(value).__name__}")
+    if too_deep(value):
+        raise BadSample("bad_json", place, "lists and objects nested too deep")
     return value
 
 
