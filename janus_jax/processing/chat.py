@@ -266,7 +266,8 @@ class Processor:
         rows = [self.text_to_image_prompt(prompt) for prompt in prompts]
         pairs = [[row, self.unconditional(row)] if guided else [row] for row in rows for _ in range(copies)]
         ids, mask = self._padded([row for pair in pairs for row in pair])
-        return tuple(x.reshape(len(pairs), -1, x.shape[-1]) for x in (ids, mask))
+        shape = (len(pairs), -1, ids.shape[-1])
+        return ids.reshape(shape), mask.reshape(shape)
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
         ids, mask = self.left_pad(rows, bucket(max(len(row) for row in rows)))

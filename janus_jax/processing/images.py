@@ -6,7 +6,7 @@ Arrays are [height, width, 3] in RGB. Reference: janus/models/image_processing_v
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +64,7 @@ class ImageSettings:
             object.__setattr__(self, "background_color", color)
 
     @classmethod
-    def parse(cls, raw: dict[str, Any], image_size: int = 384) -> ImageSettings:
+    def parse(cls, raw: Mapping[str, Any], image_size: int = 384) -> ImageSettings:
         """Settings of a parsed preprocessor_config.json; missing keys get `image_size` and the defaults.
 
         Reads the reference's `image_size` and the `size` of transformers' port. ValueError if a value is invalid, or a
