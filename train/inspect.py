@@ -1,7 +1,7 @@
 """Prepared samples as the model sees them: `python -m train.inspect FOLDER [--n 5] [--json] [--html FILE]`.
 
-The text has one mark for each picture, `<image>`, and one for the codes of an image that is to be drawn, `<codes>`;
-a mark stands for the tokens around it too (begin and end of image). What is trained on is told apart.
+The text has one mark for each image, `<image>`, and one for the codes of an image to be drawn, `<codes>`; a mark also
+stands for the tokens around it (begin and end of image). Text that is trained on is marked.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _LINE = 2000  # characters of a line in the terminal
 
 
 def describe(view: View) -> str:
-    """The view in lines; what is trained on stands between [[ and ]]."""
+    """The view as lines; text that is trained on is in [[ ]]."""
     sample = view.sample
     head = f"sample {view.index}: {sample.kind}, {sample.length:,} tokens, {view.trained_tokens:,} of them trained on"
     lines = [head, f"  place: {one_line(sample.place) or 'not kept'}"]
@@ -41,7 +41,7 @@ def describe(view: View) -> str:
 
 
 def picture(image: bytes) -> str:
-    """Size and weight of an image file, or what is wrong with it."""
+    """Dimensions and bytes of an image file, or what is wrong with it."""
     try:
         opened = open_image(image)
         return f"{opened.width} x {opened.height}, {len(image):,} bytes"
@@ -53,22 +53,22 @@ def picture(image: bytes) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 when all samples were shown, 2 for bad input or a damaged sample, one line on standard error each."""
+    """Returns 0 if all samples were shown, 2 for bad input or damaged samples, with a line on standard error each."""
     print_any_text()
     parser = argparse.ArgumentParser(prog="python -m train.inspect", description="Shows samples of prepared data.")
-    parser.add_argument("folder", help="what train.prepare wrote")
-    parser.add_argument("--n", type=int, default=5, help="how many samples (default 5)")
-    parser.add_argument("--random", type=int, metavar="SEED", help="drawn at random instead of the first ones")
-    parser.add_argument("--json", action="store_true", help="an object on each line")
-    parser.add_argument("--html", metavar="FILE", type=pathlib.Path, help="write a page to look through")
-    parser.add_argument("--model", type=pathlib.Path, help="checkpoint whose tokenizer to read by (default: as kept)")
+    parser.add_argument("folder", help="a folder written by train.prepare")
+    parser.add_argument("--n", type=int, default=5, help="number of samples (default 5)")
+    parser.add_argument("--random", type=int, metavar="SEED", help="random samples instead of the first ones")
+    parser.add_argument("--json", action="store_true", help="print a JSON object on each line")
+    parser.add_argument("--html", metavar="FILE", type=pathlib.Path, help="write an HTML page")
+    parser.add_argument("--model", type=pathlib.Path, help="checkpoint with the tokenizer (default: the stored one)")
     args = parser.parse_args(argv)
-    # A text may hold what the terminal or the file that this goes to cannot.
+    # Text may contain characters that the terminal or the output file cannot represent.
     sys.stdout.reconfigure(errors="backslashreplace")
     failed = False
     try:
         if args.n < 1:
-            raise ValueError(f"--n is {args.n}, not a whole number from 1")
+            raise ValueError(f"--n must be at least 1, got {args.n}")
         folder = open_prepared(args.folder)
         viewer, views = Viewer(folder, args.model), []
         for index in _chosen(len(folder), args.n, args.random):
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
             if not args.json:
                 print(f"{one_line(args.html)}: {len(views)} of {len(folder):,} samples")
     except BrokenPipeError:
-        sys.stderr.close()  # whoever reads has seen enough, and the interpreter would complain at the end
+        sys.stderr.close()  # the reader has closed the pipe, and the interpreter would complain at exit
         return 0
     except (OSError, ValueError) as error:
         print_error(error)

@@ -2,7 +2,7 @@
 
 Reads any format and schema of `train.raw.sources`, checks and tokenizes every sample, encodes generation images to
 codes, and writes a folder for `train.data.prepared.open_prepared`. Each shard covers a fixed range of the source and
-appears when it is complete, so that a run which was stopped goes on with the missing ones and ends with the same bytes.
+appears when it is complete, so that an interrupted run resumes with the missing shards and produces the same bytes.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ from train.raw.storage import patiently
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a preparation did: samples of the source read and dropped (by reason), samples kept, their tokens.
+    """The result of a preparation: samples of the source read and dropped (by reason), samples kept, their tokens.
 
-    `pictures` are those of the kept samples; `changed` counts samples that a finished folder lacks and that could be
-    prepared now.
+    `pictures` counts the images of the kept samples; `changed` counts samples that a finished folder lacks and that
+    could be prepared now.
     """
 
     folder: pathlib.Path
@@ -60,15 +60,15 @@ class Report:
     changed: int = 0
 
     def __str__(self) -> str:
-        rows = [("read", self.read), ("kept", self.kept), ("pictures kept", self.pictures)]
+        rows = [("read", self.read), ("kept", self.kept), ("images kept", self.pictures)]
         rows += [("dropped", sum(self.dropped.values()))]
         rows += [(f"  {reason}", count) for reason, count in self.dropped.items()]
         rows += [("tokens", self.tokens), ("mean length", round(self.tokens / max(self.kept, 1)))]
         lines = [f"{name:24} {value:>16,}" for name, value in rows]
         if self.changed:
             lines += [
-                f"{self.changed:,} of the dropped samples could be decided otherwise now: their files have come or "
-                "changed. Delete the folder and prepare it again to take them"
+                f"{self.changed:,} of the dropped samples would be treated differently now, since their files have "
+                "appeared or changed; delete the folder and prepare it again to include them"
             ]
         return "\n".join([f"{self.folder} ({self.kind})", *lines])
 
@@ -90,30 +90,30 @@ def prepare(
     workers: int | None = None,
     progress: bool | None = None,
 ) -> Report:
-    """Writes the prepared folder `out`, or what is missing of it; the bytes do not depend on `workers`.
+    """Writes the prepared folder `out`, or the rest of it; the bytes do not depend on `workers`.
 
     Args:
-      source: of `train.raw.sources.open_source`, or any sequence of `RawSample`.
-      out: the folder to write; a folder that was begun with other settings is refused.
+      source: from `train.raw.sources.open_source`, or any sequence of `RawSample`.
+      out: the folder to write; a folder begun with other settings is refused.
       kind: 'understanding', 'text' or 'generation'.
-      processor: of the checkpoint that is to be trained.
+      processor: the processor of the checkpoint to be trained.
       encode: for generation: float32 images [B, h, w, 3] in [-1, 1] to int32 codes [B, num_tokens], B = `batch_size`.
-      vq_fingerprint: what `encode` encodes with, see `vq_encoder`.
-      context: samples of more tokens are dropped; plain texts are cut instead.
-      shard_size: samples of the source a file.
-      max_bad_share: more bad samples than this share stop the preparation.
-      system_prompt: of conversations that bring none.
-      store: what is kept of pictures to understand: 'original', their files; or 'resized', the very pixels that the
-        model sees, as PNG, which is small and fast to read where the originals are large.
-      workers: threads that read, decode and tokenize; None for one a core.
-    Raises: ValueError with the counts by reason for too many bad samples, and for what does not fit together.
+      vq_fingerprint: fingerprint of the VQ model of `encode`, see `vq_encoder`.
+      context: samples with more tokens are dropped; plain texts are split instead.
+      shard_size: samples of the source per file.
+      max_bad_share: the preparation stops if more than this share of the samples is bad.
+      system_prompt: for conversations without one.
+      store: how understanding images are stored: 'original', as their files; or 'resized', as PNGs of the pixels that
+        the model sees, which are small and fast to read if the originals are large.
+      workers: threads that read, decode and tokenize; None for one per core.
+    Raises: ValueError with the counts by reason for too many bad samples, and for inconsistent arguments.
     """
     if kind == "generation" and encode is None:
         raise ValueError("preparing generation data needs encode, from images to codes")
     if min(shard_size, batch_size) < 1 or (workers is not None and workers < 1):
         raise ValueError("shard_size, batch_size and workers must be at least 1")
     if not 0 <= max_bad_share <= 1:
-        raise ValueError(f"max_bad_share is a share between 0 and 1, not {max_bad_share}")
+        raise ValueError(f"max_bad_share must be between 0 and 1, got {max_bad_share}")
     if not len(source):
         raise ValueError("the source is empty")
     out = pathlib.Path(out)
@@ -130,7 +130,7 @@ def prepare(
         "source": getattr(source, "description", {"samples": len(source)}) | {"probe": _probe(source)},
     }
     if kind == "generation":
-        # Codes are decided in full precision, and still by sums that each platform takes in an order of its own.
+        # Codes are computed in full precision, but platforms sum in different orders.
         settings["encoded_on"] = {"platform": jax.default_backend(), "precision": "float32"}
     if store == "resized" and kind == "understanding":
         settings["resized"] = list(resized_by(processor.settings))
@@ -169,9 +169,9 @@ def prepare(
 
 
 def _probe(source: Sequence[RawSample]) -> str:
-    """A hash of some samples' contents, which tells sources of equal size apart wherever they lie."""
+    """A hash of some samples' contents, which tells sources of equal size apart, whatever their paths."""
     digest = hashlib.sha256()
-    # Whether paths may lead outside decides what is dropped, not what the data are: it may be allowed later.
+    # `allow_outside` determines what is dropped, not what the data are: it may be set later.
     read = getattr(source, "anywhere", source.__getitem__)
     for item in np.unique(np.linspace(0, len(source) - 1, 16).astype(int)):
         try:
@@ -185,21 +185,21 @@ def _probe(source: Sequence[RawSample]) -> str:
 
 
 def _begin(out: pathlib.Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The meta of `out`, made if absent; ValueError where it is something else or was begun with other settings."""
+    """The meta of `out`, created if missing; ValueError if it is another folder or was begun with other settings."""
     if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file; give a folder that is new or was begun before")
+        raise ValueError(f"{out} is a file; choose a new folder, or one begun before")
     out.mkdir(parents=True, exist_ok=True)
     meta = read_meta(out)
     if meta is None:
         if any(not child.name.endswith(".partial") for child in out.iterdir()):
-            raise ValueError(f"{out} holds other files; give a folder that is new or was begun before")
+            raise ValueError(f"{out} has other files in it; choose a new folder, or one begun before")
         meta = {"version": FORMAT_VERSION, "kind": settings["kind"], "finished": False, "shards": []}
         meta["settings"] = settings
         write_json(out / "meta.partial", meta)
         (out / "meta.partial").replace(out / META)
         return meta
     ours, theirs = _flat(settings), _flat(meta.get("settings", {}))
-    # The same data may be reached by another path, and what is read of them is in the probe: how is free.
+    # The same data may have another path, format or schema; the probe compares their content.
     free = ("source.path", "source.format", "source.schema", "encoded_on")
     other = [key for key in ours | theirs if key not in free and ours.get(key) != theirs.get(key)]
     if other:
@@ -207,12 +207,12 @@ def _begin(out: pathlib.Path, settings: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{out} was begun with other settings ({told}); choose another folder, or delete this one")
     here, there = ours.get("encoded_on"), theirs.get("encoded_on")
     if here != there and not meta["finished"]:
-        print_line(f"note: {out} was begun on {_platform(there)}; codes of the rest are made on {_platform(here)}")
+        print_line(f"note: {out} was begun on {_platform(there)}; the remaining codes are made on {_platform(here)}")
     return meta
 
 
 def _platform(encoded_on: Any) -> str:
-    return str(encoded_on.get("platform")) if isinstance(encoded_on, dict) else "a platform that it does not name"
+    return str(encoded_on.get("platform")) if isinstance(encoded_on, dict) else "an unrecorded platform"
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
@@ -240,7 +240,7 @@ def _finish(out: pathlib.Path, meta: dict[str, Any], shards: list[dict[str, Any]
         for shard, index in enumerate(shards)
     ]
     totals = {"read": read, "samples": len(lengths), "tokens": tokens, "dropped": counts, "shards": files}
-    # Not among the settings, which say what the samples are made of: this is to read them by.
+    # Not among the settings, which determine the samples: this is for decoding them.
     totals["ids"] = {name: getattr(tokenizer, f"{name}_id") for name in SPECIAL_IDS}
     replace_file(out / META, json.dumps(meta | totals | {"finished": True}, indent=2, ensure_ascii=False) + "\n")
     _drop_indices(out)
@@ -248,7 +248,7 @@ def _finish(out: pathlib.Path, meta: dict[str, Any], shards: list[dict[str, Any]
 
 
 def _pictures(out: pathlib.Path, kind: str) -> int:
-    """Pictures in the samples of a finished folder: generation samples have one each."""
+    """Number of images in the samples of a finished folder: generation samples have one each."""
     images = np.load(out / IMAGES, allow_pickle=False)
     return len(images) if kind == "generation" else int(images.sum(dtype=np.int64))
 
@@ -257,12 +257,12 @@ def _read_dropped(out: pathlib.Path) -> list[dict[str, Any]]:
     try:
         found = [parse_json(line, DROPPED) for line in (out / DROPPED).read_text(encoding="utf-8").split("\n") if line]
     except (FileNotFoundError, ValueError):
-        return []  # it is for people, and may have been edited
+        return []  # the file is for people, and may have been edited
     return [one for one in found if isinstance(one, dict) and isinstance(one.get("item"), int) and "reason" in one]
 
 
 def _drop_indices(out: pathlib.Path):
-    # What they say stands in the folder's own index by now.
+    # Their content is in the folder's own index by now.
     for path in out.glob("data-*.json"):
         path.unlink()
 
@@ -271,7 +271,7 @@ def _drop_indices(out: pathlib.Path):
 
 
 def vq_encoder(folder: str | os.PathLike) -> tuple[Encode, str]:
-    """Compiled `encode_codes` of a checkpoint folder, of which only the VQ parameters are read, and their hash."""
+    """Compiled `encode_codes` of a checkpoint folder, and a hash of its VQ parameters; nothing else is read."""
     checkpoint = open_checkpoint(folder)
     params = place({path: leaf for path, leaf in checkpoint.leaves.items() if path[0] == VQ}, "float32")
     model = Janus(checkpoint.config, dtype=jnp.float32, param_dtype=jnp.float32)
@@ -280,7 +280,7 @@ def vq_encoder(folder: str | os.PathLike) -> tuple[Encode, str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 when it worked, 2 for bad input (one line on standard error), 130 when interrupted."""
+    """Returns 0 on success, 2 for bad input (with one line on standard error), 130 if interrupted."""
     print_any_text()
     args = _parser().parse_args(argv)
     try:
@@ -310,7 +310,7 @@ def main(argv: list[str] | None = None) -> int:
     except jax.errors.JaxRuntimeError as error:
         if not OutOfMemory.says(error):
             raise
-        print_error(f"{args.batch_size} images at a time do not fit the memory; lower --batch-size")
+        print_error(f"{args.batch_size} images at a time do not fit in memory; lower --batch-size")
         return 2
     except MemoryError:
         print_error("out of memory; run the same command again with lower --workers or --batch-size to continue")
@@ -323,7 +323,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _say(what: Any):
-    # Names in the data may hold characters that a terminal or a file of an older encoding lacks.
+    # Names in the data may contain characters that the terminal's or file's encoding lacks.
     encoding = sys.stdout.encoding or "utf-8"
     print(str(what).encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
@@ -333,28 +333,28 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--kind", choices=KINDS, required=True)
     parser.add_argument("--source", required=True, metavar="PATH", help="file, folder or glob")
     parser.add_argument(
-        "--format", choices=NAMES, metavar="FORMAT", help=f"of the files: {', '.join(FORMATS)} (default: told by them)"
+        "--format", choices=NAMES, metavar="FORMAT", help=f"of the files: {', '.join(FORMATS)} (default: detected)"
     )
-    parser.add_argument("--schema", choices=SCHEMAS, help="of the records (default: told by their fields)")
-    parser.add_argument("--images", metavar="DIR", help="where image paths start (default: beside the source file)")
+    parser.add_argument("--schema", choices=SCHEMAS, help="of the records (default: detected by their fields)")
+    parser.add_argument("--images", metavar="DIR", help="folder for image paths (default: that of the source file)")
     parser.add_argument(
-        "--allow-outside", action="store_true", help="let image paths lead out of that folder (absolute, .., links)"
+        "--allow-outside", action="store_true", help="allow image paths outside that folder (absolute, .., links)"
     )
-    parser.add_argument("--names", metavar="FILE", help="names of category folders, JSON or lines")
+    parser.add_argument("--names", metavar="FILE", help="names of category folders, as JSON or lines")
     parser.add_argument("--model", required=True, help="checkpoint folder (any layout) or hub id")
     parser.add_argument("--out", required=True, metavar="DIR")
-    parser.add_argument("--context", type=int, default=4096, help="tokens of a sample at most (default 4096)")
-    parser.add_argument("--shard-size", type=int, default=8192, help="samples of the source a file (default 8192)")
-    parser.add_argument("--max-bad-share", type=float, default=0.01, help="more bad samples stop it (default 0.01)")
+    parser.add_argument("--context", type=int, default=4096, help="the most tokens of a sample (default 4096)")
+    parser.add_argument("--shard-size", type=int, default=8192, help="samples of the source per file (default 8192)")
+    parser.add_argument("--max-bad-share", type=float, default=0.01, help="stop above this share (default 0.01)")
     parser.add_argument("--batch-size", type=int, default=32, help="images encoded at a time (default 32)")
-    parser.add_argument("--system-prompt", default=SYSTEM_PROMPT, help="of conversations without one; empty for none")
+    parser.add_argument("--system-prompt", default=SYSTEM_PROMPT, help="for conversations without one; empty for none")
     parser.add_argument(
         "--store",
         choices=STORES,
         default="original",
-        help="keep the files of pictures to understand, or the pixels that the model sees, as PNG (default original)",
+        help="store understanding images as their files, or as PNGs of the pixels the model sees (default original)",
     )
-    parser.add_argument("--workers", type=int, help="threads that read and decode (default: one a core)")
+    parser.add_argument("--workers", type=int, help="threads that read and decode (default: one per core)")
     return parser
 
 

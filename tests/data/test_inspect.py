@@ -172,9 +172,9 @@ def test_a_folder_without_its_tokenizer_is_read_by_the_model_s(tmp_path, process
 
 
 def test_bad_input(understanding, tmp_path, processor, capsys):
-    assert "no prepared folder" in refused(capsys, tmp_path)
+    assert "not a prepared folder" in refused(capsys, tmp_path)
     assert "nowhere" in refused(capsys, tmp_path / "nowhere")
-    assert "--n is 0" in refused(capsys, understanding, "--n", 0)
+    assert "--n must be at least 1, got 0" in refused(capsys, understanding, "--n", 0)
     assert "No such file or directory" in refused(capsys, understanding, "--html", tmp_path / "no" / "page.html")
     texts = [RawSample(f"{i}", text=f"The quick brown fox {i}.") for i in range(3)]
     folder = prepared(texts, tmp_path / "text", "text", processor, shard_size=1)

@@ -224,10 +224,10 @@ def test_a_kind_without_a_part_is_not_opened(use):
 @pytest.mark.parametrize(
     "changes, batch_size, told",
     [
-        ({"text": ("g",)}, 8, "g holds generation samples but stands under data.text"),
-        ({"context": 19}, 8, "g holds samples of up to 20 tokens, over data.context=19"),
-        ({"images_per_row": 0}, 8, "u holds samples of up to 1 images, over data.images_per_row=0"),
-        ({"ratio": (9, 9, 10)}, 2, "do not hold 9 understanding : 9 text : 10 generation samples"),
+        ({"text": ("g",)}, 8, "g has generation samples but is listed in data.text"),
+        ({"context": 19}, 8, "g has samples of up to 20 tokens, more than data.context=19"),
+        ({"images_per_row": 0}, 8, "u has samples of up to 1 images, more than data.images_per_row=0"),
+        ({"ratio": (9, 9, 10)}, 2, "have no room for 9 understanding : 9 text : 10 generation samples"),
     ],
     ids=["kind", "length", "images", "batch"],
 )

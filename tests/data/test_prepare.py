@@ -135,7 +135,7 @@ def test_other_settings_into_the_same_folder_are_refused(captions, processor, tm
         run(captions, tmp_path / "out", processor)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
-    with pytest.raises(ValueError, match="mine holds other files"):
+    with pytest.raises(ValueError, match="mine has other files"):
         run(captions, tmp_path / "mine", processor)
     with pytest.raises(ValueError, match=r"thesis.tex is a file"):
         run(captions, tmp_path / "mine" / "thesis.tex", processor)
@@ -163,7 +163,7 @@ def test_the_platform_of_the_codes_is_recorded(captions, processor, tmp_path, ca
     meta["settings"]["encoded_on"]["platform"], meta["finished"] = "tpu", False
     path.write_text(json.dumps(meta))
     run(captions, tmp_path / "out", processor)
-    assert "was begun on tpu; codes of the rest are made on cpu" in capsys.readouterr().err
+    assert "was begun on tpu; the remaining codes are made on cpu" in capsys.readouterr().err
 
 
 def test_codes_of_damaged_weights_are_refused(captions, processor, tmp_path):
@@ -196,7 +196,7 @@ def test_what_was_missing_may_come(captions, processor, tmp_path):
     # A finished folder may be in use: it is left alone, and says that it lacks something.
     (captions.parent / "3.png").write_bytes(png())
     report = run(captions, out, processor)
-    assert report.changed == 1 and "1 of the dropped samples could be decided otherwise now" in str(report)
+    assert report.changed == 1 and "1 of the dropped samples would be treated differently now" in str(report)
     assert content(out) == content(tmp_path / "fresh")
 
 
@@ -211,7 +211,7 @@ def test_pictures_are_counted(captions, processor, tmp_path):
     report = run(path, tmp_path / "b", processor, "understanding", **options)
     assert (report.kept, report.pictures) == (2, 2)
     assert report.dropped == {"unsupported_media": 1, "outside_folder": 1}
-    assert "pictures kept                           2" in str(report)
+    assert "images kept                              2" in str(report)
     assert run(path, tmp_path / "b", processor, "understanding", **options) == report
 
 
@@ -238,7 +238,7 @@ def test_a_shard_of_bad_samples_only(processor, tmp_path):
     run(path, tmp_path / "none", processor, "text", context=50, shard_size=6, max_bad_share=1)
     lines(path, {"text": ""})
     run(path, tmp_path / "empty", processor, "text", max_bad_share=1)
-    with pytest.raises(ValueError, match=r"empty is empty: no sample was kept, dropped.jsonl there says why"):
+    with pytest.raises(ValueError, match=r"empty is empty: no sample was kept, see dropped.jsonl"):
         open_prepared(tmp_path / "empty")
 
 
@@ -329,7 +329,7 @@ def test_command_line(captions, model_folder, tmp_path, capsys):
     assert "kept                                   18" in printed.out and not printed.err
     why = "by its ending .jsonl, and it has the fields image, caption"
     assert f"{captions} is read as captions in json ({why}): 20 samples" in printed.out
-    assert "pictures kept                          18" in printed.out
+    assert "images kept                             18" in printed.out
     data = open_prepared(tmp_path / "out")
     pixels = np.stack([generation_pixels(captions.parent / f"{i}.png", SIDE) for i in range(3)])
     encode_codes = jax.jit(lambda images: Janus(CONFIG).apply({"params": params}, images, method="encode_codes"))
@@ -352,7 +352,7 @@ def test_allowing_paths_that_lead_outside(captions, model_folder, tmp_path, caps
     told = capsys.readouterr().err
     assert "1 outside_folder" in told and "--allow-outside" in told and told.count("\n") == 1
     assert main([*command, "--allow-outside"]) == 0
-    assert "pictures kept                           1" in capsys.readouterr().out
+    assert "images kept                              1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -360,7 +360,7 @@ def test_allowing_paths_that_lead_outside(captions, model_folder, tmp_path, caps
     [
         ({"--source": "data/cc.jsonl"}, "did you mean data/c.jsonl?"),
         ({"--model": "nowhere"}, "nowhere is neither a folder nor a hub id"),
-        ({"--context": "3"}, "context 3 is too short"),
+        ({"--context": "3"}, "context must be at least"),
         ({"--names": "data/c.jsonl"}, "names are for the format folders"),
     ],
 )

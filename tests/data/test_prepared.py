@@ -50,17 +50,17 @@ def spoil(path, edit):
 @pytest.mark.parametrize(
     ("damage", "error", "match"),
     [
-        (lambda d: (d / "prepared.json").unlink(), FileNotFoundError, "out is no prepared folder .*train.prepare"),
+        (lambda d: (d / "prepared.json").unlink(), FileNotFoundError, "out is not a prepared folder .*train.prepare"),
         (lambda d: (d / "lengths.npy").unlink(), FileNotFoundError, "lengths.npy is missing"),
         (lambda d: spoil(d / "images.npy", lambda b: b[:40]), ValueError, "images.npy is damaged"),
         (lambda d: np.save(d / "lengths.npy", np.ones(7, np.int32)), ValueError, "for 7 samples, prepared.json for 18"),
         (lambda d: (d / "data-00001.array_record").unlink(), FileNotFoundError, "data-00001.array_record is missing"),
-        (lambda d: spoil(d / "data-00001.array_record", lambda b: b[:-9]), ValueError, "has 65527 bytes, not 65536"),
+        (lambda d: spoil(d / "data-00001.array_record", lambda b: b[:-9]), ValueError, "must have 65536 bytes, got 65527"),
         (lambda d: spoil(d / "data-00001.array_record", lambda b: bytes(len(b))), ValueError, "has a damaged shard"),
         (lambda d: spoil(d / "prepared.json", lambda b: b[:-9]), ValueError, "prepared.json is damaged"),
         (lambda d: spoil(d / "prepared.json", lambda b: b"[]"), ValueError, "prepared.json is damaged"),
         (lambda d: spoil(d / "prepared.json", lambda b: b.replace(b'"version": 2', b'"version": 7')), ValueError,
-         "is of format version 7, not 1 or 2"),
+         "must have the format version 1 or 2, got 7"),
     ],
 )  # fmt: skip
 def test_damaged_folders(folder, damage, error, match):
@@ -79,7 +79,7 @@ def test_shards_that_do_not_match_the_index(folder):
     (folder / "prepared.json").write_text(json.dumps(meta))
     for name in ("lengths.npy", "images.npy"):
         np.save(folder / name, np.ones(17, np.int32))
-    with pytest.raises(ValueError, match=r"hold 18 samples, prepared.json says 17"):
+    with pytest.raises(ValueError, match=r"have 18 samples, but prepared.json says 17"):
         open_prepared(folder)
 
 

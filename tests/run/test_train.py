@@ -267,13 +267,13 @@ def test_data_of_another_model(get_config, tmp_path):
     assert "was prepared with another tokenizer" in told
     gen_vision = dataclasses.replace(MODEL.gen_vision, grid=2)
     told = refused(get_config(tmp_path / "run", model=dataclasses.replace(MODEL, gen_vision=gen_vision)))
-    assert "16 codes an image, the model has 4" in told
+    assert "16 codes per image, the model has 4" in told
     assert not (tmp_path / "run").exists()
 
 
 def test_held_out_data_are_checked_too(get_config, folders, tmp_path):
     evaluation = EvalConfig(text=(folders["generation"],), every=2)
-    assert "stands under data.text" in refused(get_config(tmp_path / "run", evaluation=evaluation))
+    assert "is listed in data.text" in refused(get_config(tmp_path / "run", evaluation=evaluation))
 
 
 # ---------------------------------------------------------------- the command line

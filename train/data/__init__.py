@@ -1,1 +1,1 @@
-"""From raw samples over prepared folders to batches."""
+"""Turns raw samples into prepared folders, and those into batches."""

@@ -1,4 +1,4 @@
-"""From the plan of a step to arrays: rows of packed samples, assembled ahead by worker processes."""
+"""Assembles the rows of packed samples that a step's plan describes, ahead of time, in worker processes."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ Batch = dict[str, np.ndarray]
 class Assembler:
     """Makes the arrays of any rows of any step.
 
-    The report of a step tells of all its rows the `tokens`, `samples`, understanding `images`, and groups `left_out`
-    (see `Mixture`), and of the rows asked for the `problems`, one line for each damaged sample.
+    The report of a step has, for all its rows, the `tokens`, `samples`, understanding `images`, and groups `left_out`
+    (see `Mixture`), and for the requested rows the `problems`, one line for each damaged sample.
 
-    The arrays of a batch, T the context and Q the images a row:
+    The arrays of a batch, where T is the context and Q the number of images per row:
 
       ids          int32 [B, T]  token ids, or image codes where `is_code`
       is_code      bool  [B, T]
-      is_image     bool  [B, T]  placeholders, which understanding images take the place of
+      is_image     bool  [B, T]  placeholders, which are replaced by understanding images
       targets      int32 [B, T]  the next token id or image code
-      tasks        int8  [B, T]  whose loss a position counts for: 0 nobody's, else TASKS
+      tasks        int8  [B, T]  the task whose loss a position counts for: one of TASKS, or 0 for none
       segment_ids  int32 [B, T]  samples counted from 1, 0 on padding
       positions    int32 [B, T]  from 0 in each sample
       images       uint8 [B, Q, S, S, 3]  understanding images in the order of their placeholders, then zeros
@@ -46,7 +46,7 @@ class Assembler:
     Attributes:
       mixture: plans the rows.
       settings: how an image file becomes pixels.
-      pad_id, placeholder_id: the tokenizer's.
+      pad_id, placeholder_id: ids of the tokenizer.
     """
 
     mixture: Mixture
@@ -57,9 +57,9 @@ class Assembler:
     def __call__(self, step: int, rows: Sequence[int] | None = None) -> tuple[Batch, dict[str, Any]]:
         """The arrays of `rows` (default: all) of `step`, and a report.
 
-        A sample that is damaged leaves its place in the row empty and is named in the report.
+        A damaged sample leaves its place in the row empty and is named in the report.
 
-        Raises OSError where the machine cannot read a sample, which may well be good, even after several tries.
+        Raises OSError if the machine cannot read a sample (which may be intact), even after several tries.
         """
         plan = self.mixture.plan(step)
         rows = range(len(plan.rows)) if rows is None else rows
@@ -71,7 +71,7 @@ class Assembler:
             "tokens": int(lengths.sum()),
             "samples": len(lengths),
             "images": sum(item.images for row in plan.rows for item in row),
-            # The length of the sample that a token stands in, on average: what attention costs.
+            # The length of a token's sample, averaged over tokens: this determines the cost of attention.
             "sample_length": float((lengths**2).sum() / max(lengths.sum(), 1)),
             "left_out": plan.left_out,
             "problems": problems,
@@ -118,7 +118,7 @@ class Assembler:
         return [understanding_pixels_uint8(image, self.settings) for image in sample.images]
 
     def _elements(self, sample: Sample, item: Item) -> Batch:
-        """What the model reads of a sample, and what it has to predict there."""
+        """What the model reads of a sample, and what it has to predict at each position."""
         ids, answers = sample.ids, sample.answers
         if sample.kind == "generation":
             ids = sample.short_ids if item.cut and len(sample.short_ids) else ids
@@ -142,7 +142,7 @@ class Assembler:
 
 @dataclasses.dataclass(frozen=True)
 class _Assemble:
-    """`Assembler` of one step, in a form that travels to worker processes."""
+    """`Assembler` for given rows, in a form that can be pickled for worker processes."""
 
     assembler: Assembler
     rows: tuple[int, ...]
@@ -154,11 +154,11 @@ class _Assemble:
 def load_batches(
     assembler: Assembler, rows: Sequence[int], first: int, last: int, workers: int
 ) -> Iterator[tuple[int, Batch, dict[str, Any]]]:
-    """(step, arrays, report) of `rows` for the steps from `first` to before `last`, in order, made ahead of time.
+    """(step, arrays, report) of `rows` for the steps from `first` to before `last`, in order, with prefetching.
 
     Args:
       rows: the rows that this process holds.
-      workers: processes that make them; 0 for a few threads of this one.
+      workers: number of worker processes; 0 for a few threads of this process.
     """
     steps = grain.MapDataset.range(first, last).map(_Assemble(assembler, tuple(rows)))
     if not workers:
@@ -170,19 +170,19 @@ def load_batches(
 
 
 def _outlive_the_notice(*_):
-    # Who ends a job tells all of its processes; the rows are needed until the run has come to a stop.
+    # Ending a job signals all of its processes, but the rows are needed until the run has stopped.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_the_run, daemon=True).start()
 
 
 def _end_with_the_run():
-    # A run that is killed cannot tell its workers.
+    # A killed run cannot stop its workers.
     multiprocessing.parent_process().join()
     os._exit(1)
 
 
 def _parse_absl_flags():
-    # grain hands absl's flags on to its workers and fails where nobody has parsed them.
+    # grain passes absl's flags to its workers, and fails if they have not been parsed.
     from absl import flags
 
     if not flags.FLAGS.is_parsed():

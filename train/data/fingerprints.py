@@ -1,4 +1,4 @@
-"""Whether prepared data fit the model that a run trains: its tokenizer and sizes, and the VQ model of their codes."""
+"""Checks that prepared data fit the model that a run trains: its tokenizer, its sizes, and its VQ model."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ def check_folders(folders: Iterable[Prepared], processor: Processor):
             raise ValueError(f"{folder.folder} was prepared with another tokenizer; prepare it again with this model")
         patches, expected = settings["patches"], processor.config.vision.num_patches
         if folder.kind == "understanding" and patches != expected:
-            raise ValueError(f"{folder.folder} was prepared for {patches} patches an image, the model has {expected}")
+            raise ValueError(f"{folder.folder} was prepared for {patches} patches per image, the model has {expected}")
         resized, expected = settings.get("resized"), list(resized_by(processor.settings))
         if resized and resized != expected:
             raise ValueError(
-                f"{folder.folder} stores pictures resized for other image settings ({resized}, the model's are "
+                f"{folder.folder} stores images resized for other image settings ({resized}, the model's are "
                 f"{expected}); prepare it again with this model"
             )
         codes, expected = len(folder[0].codes), processor.config.gen_vision.num_tokens
         if folder.kind == "generation" and codes != expected:
-            raise ValueError(f"{folder.folder} was prepared for {codes} codes an image, the model has {expected}")
+            raise ValueError(f"{folder.folder} was prepared for {codes} codes per image, the model has {expected}")
 
 
 def params_fingerprint(params: Any) -> str:
-    """A hash of the values of nested dicts of arrays, rounded to bfloat16: a run may hold them so, or in float32."""
+    """A hash of the values of nested dicts of arrays, rounded to bfloat16: a run may have them so, or in float32."""
     digest = hashlib.sha256()
     for path, leaf in sorted(flatten(params).items()):
         digest.update(f"{path} {leaf.shape}".encode() + np.asarray(leaf).astype(jnp.bfloat16).tobytes())
@@ -50,26 +50,26 @@ def params_fingerprint(params: Any) -> str:
 
 
 def check_codes(folders: Iterable[Prepared], frozen: dict[str, Any], mesh: Mesh) -> list[str]:
-    """Compares the VQ model that each generation folder was encoded with to the run's own, the same on any mesh.
+    """Compares the VQ model with which each generation folder was encoded with the run's own, on any mesh.
 
-    Every process of a run calls it, and all come to the same answer.
+    Every process of a run calls it, and all get the same result.
 
     Args:
-      folders: of any kind.
-      frozen: the run's frozen parameters, laid out on `mesh`.
-    Returns: remarks, a line each, on folders of which it cannot be told.
-    Raises: ValueError in one line for a folder whose codes are of another VQ model.
+      folders: folders of any kind.
+      frozen: the run's frozen parameters, on `mesh`.
+    Returns: remarks, one line each, on folders that cannot be checked.
+    Raises: ValueError in one line for a folder with the codes of another VQ model.
     """
     folders = [folder for folder in folders if folder.kind == "generation"]
-    told, checked = [], []
+    remarks, checked = [], []
     for folder in folders:
         if folder.meta["version"] >= _COMPARED_FROM and folder.meta.get("settings", {}).get("vq"):
             checked.append(folder)
         else:
-            told.append(f"{folder.folder} does not say which VQ model its codes are of, so that this is not checked")
+            remarks.append(f"{folder.folder} does not say which VQ model its codes are from, so this is not checked")
     if not checked:
-        return told
-    # Whole in every process, whatever the mesh has cut.
+        return remarks
+    # Replicated to every process, however the mesh splits them.
     whole = jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))({VQ: frozen[VQ]})
     ours = params_fingerprint(jax.tree.map(lambda x: x.addressable_data(0), whole))
     for folder in checked:
@@ -77,6 +77,6 @@ def check_codes(folders: Iterable[Prepared], frozen: dict[str, Any], mesh: Mesh)
         if theirs != ours:
             raise ValueError(
                 f"{folder.folder} was encoded by another VQ model ({theirs}) than the run's {VQ} ({ours}); prepare it "
-                "again with the model that the run starts from, or give that run the VQ model of the data (vq_from)"
+                "again with the model that the run starts from, or set vq_from to the VQ model of the data"
             )
-    return told
+    return remarks

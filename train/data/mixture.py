@@ -1,9 +1,9 @@
-"""Which samples step s trains on, and in which rows: a pure function of (data, seed, s).
+"""Chooses the samples of step s and their rows, as a pure function of (data, seed, s).
 
-Every step takes a whole number of *groups*, a group being `ratio` samples of each kind: the ratio is exact in every
-step. How many groups a step takes is settled once, from the lengths of the data, such that their samples nearly fill
-the rows. Step s then reads groups s * n to (s + 1) * n of each kind's endless shuffled stream, so that no step has to
-know what earlier ones read. Where the groups of one step do not fit its rows, the last ones are left out of it.
+Every step takes a whole number of *groups* of `ratio` samples of each kind, so that the ratio is exact in every step.
+The number of groups per step, n, is determined once from the lengths of the data, so that their samples nearly fill the
+rows. Step s then reads groups s * n to (s + 1) * n of each kind's endless shuffled stream, so that no step needs to
+know what earlier steps read. If the groups of a step do not fit in its rows, the last ones are left out.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from train.config import KINDS, DataConfig
 from train.data.packing import pack
 from train.data.prepared import Prepared, open_prepared
 
-_TRIALS = 8  # steps on which the number of groups is tried out
-_TRIAL_GROUP = 1 << 40  # far from any real one: the trial reads other stretches of the streams
+_TRIALS = 8  # steps on which a number of groups is tried
+_TRIAL_GROUP = 1 << 40  # far from any real one, so that trials read other positions of the streams
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
     """One sample of a step: sample `index` of folder `folder` of its kind.
 
-    `unconditional` says that its prompt becomes pads, `cut` that its caption ends after the first sentence.
+    With `unconditional` its prompt is replaced by padding, with `cut` its caption ends after the first sentence.
     """
 
     kind: str
@@ -42,9 +42,9 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The rows of one step, each a list of items, and how many groups of `ratio` samples they are.
+    """The rows of one step, each a list of items, and their number of groups of `ratio` samples.
 
-    `left_out` counts the groups that were this step's and did not fit.
+    `left_out` counts the groups of this step that did not fit.
     """
 
     rows: list[list[Item]]
@@ -88,8 +88,8 @@ class _Phase:
 class Mixture:
     """Plans steps of `batch_size` rows over the prepared folders of `data`.
 
-    Raises: FileNotFoundError or ValueError, in one line, for folders that are absent, empty, of another kind, or hold
-    samples longer than the context; ValueError where not even one group fits a step.
+    Raises: FileNotFoundError or ValueError, in one line, for folders that are missing, empty, of another kind, or have
+    samples longer than the context; ValueError if not even one group fits in a step.
     """
 
     def __init__(self, data: DataConfig, batch_size: int, seed: int):
@@ -98,7 +98,7 @@ class Mixture:
         self.ratio = {kind: count // divisor for kind, count in zip(KINDS, data.ratio, strict=True) if count}
         if data.early_steps and data.early_generation:
             early = self._phase(0, 0, data.early_generation, ())
-            read = data.early_steps * early.groups  # understanding and text go on from there
+            read = data.early_steps * early.groups  # understanding and text continue from there
             later = self._phase(data.early_steps, read, data.generation, data.generation_weights)
             self._phases = [early, later]
         else:
@@ -116,7 +116,7 @@ class Mixture:
         return self._plan(phase.streams, phase.groups, phase.read + (step - phase.start) * phase.groups, step)
 
     def groups(self, step: int) -> int:
-        """How many groups `step` is meant to take."""
+        """How many groups `step` should take."""
         return next(phase for phase in reversed(self._phases) if step >= phase.start).groups
 
     def _phase(self, start: int, read: int, generation: Sequence[str], generation_weights: Sequence[float]) -> _Phase:
@@ -136,17 +136,17 @@ class Mixture:
         folder = open_prepared(path)
         if folder.kind != kind:
             raise ValueError(
-                f"{path} holds {folder.kind} samples but stands under data.{kind}; move it to its own kind"
+                f"{path} has {folder.kind} samples but is listed in data.{kind}; list it in data.{folder.kind}"
             )
         longest, most = int(folder.lengths.max()), int(folder.images.max())
         if longest > self.data.context:
             raise ValueError(
-                f"{path} holds samples of up to {longest} tokens, over data.context={self.data.context}; "
+                f"{path} has samples of up to {longest} tokens, more than data.context={self.data.context}; "
                 "prepare it again with that --context"
             )
         if most > self.data.images_per_row:
             raise ValueError(
-                f"{path} holds samples of up to {most} images, over data.images_per_row={self.data.images_per_row}"
+                f"{path} has samples of up to {most} images, more than data.images_per_row={self.data.images_per_row}"
             )
         return folder
 
@@ -170,8 +170,8 @@ class Mixture:
         if not low:
             asked = " : ".join(f"{count} {kind}" for kind, count in self.ratio.items())
             raise ValueError(
-                f"{self.batch_size} rows of {self.data.context} tokens and {self.data.images_per_row} images do not "
-                f"hold {asked} samples, {tokens:.0f} tokens and {images:.1f} images on average; raise batch_size"
+                f"{self.batch_size} rows of {self.data.context} tokens and {self.data.images_per_row} images have no "
+                f"room for {asked} samples, {tokens:.0f} tokens and {images:.1f} images on average; raise batch_size"
             )
         return low
 

@@ -1,23 +1,23 @@
-"""Packing: which samples share a row."""
+"""Packs samples into rows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-# Samples that a row is filled from, spread over all lengths that are left: more fill hardly better, and slower.
+# Candidates for filling a row, spread over all remaining lengths: more hardly fill it better, and take longer.
 _WINDOW = 32
 
 
 def pack(lengths: Sequence[int], images: Sequence[int], rows: int, context: int, images_per_row: int):
     """Puts every sample into one of `rows` rows of `context` tokens and at most `images_per_row` images.
 
-    Each row takes the longest sample that is left and then, of a window over the others, the subset that fills it best:
-    a subset sum over token counts, one for each number of images. (Best-fit decreasing leaves 5% of the tokens empty
-    on Janus's mix, where half the samples are of one length; this 2%.)
+    Each row takes the longest remaining sample and then, from a window over the others, the subset that fills it best:
+    a subset sum over token counts, one for each number of images. (On Janus's mix, where half the samples have the same
+    length, best-fit decreasing leaves 5% of the tokens empty, and this 2%.)
 
     Args:
-      lengths, images: tokens and images of each sample, whole numbers.
-    Returns: a list of `rows` lists of sample indices, or None when they do not all fit. Deterministic.
+      lengths, images: tokens and images of each sample, integers.
+    Returns: a list of `rows` lists of sample indices, or None if they do not all fit. Deterministic.
     """
     if sum(lengths) > rows * context or sum(images) > rows * images_per_row:
         return None
@@ -53,7 +53,7 @@ def _spread(samples: list[int]) -> list[int]:
 
 def _fill(lengths: list[int], images: list[int], room: int, images_room: int) -> list[int]:
     """Indices whose lengths sum as close to `room` as can be, with at most `images_room` images."""
-    # Bit n of reachable[c]: some subset has n tokens and c images. One snapshot a sample, to walk back over.
+    # Bit n of reachable[c]: some subset has n tokens and c images. One snapshot per sample, for backtracking.
     below = (1 << (room + 1)) - 1
     reachable = [1] + [0] * images_room
     history = [reachable]
@@ -63,7 +63,7 @@ def _fill(lengths: list[int], images: list[int], room: int, images_room: int) ->
         history.append(reachable)
         if any(sums >> room for sums in reachable):
             break
-    # Of equally full rows the one with most images: they are the harder ones to place later.
+    # Among equally full rows, the one with most images, since those are harder to place later.
     c = max(range(images_room + 1), key=lambda c: (reachable[c].bit_length(), c))
     total, chosen = reachable[c].bit_length() - 1, []
     for j in range(len(history) - 2, -1, -1):

@@ -1,7 +1,8 @@
-"""Prepared folders, read: `open_prepared(folder)[i]` is a `Sample`.
+"""Reads prepared folders: `open_prepared(folder)[i]` is a `Sample`.
 
-A folder holds `data-00000.array_record` and so on (one record a sample), `lengths.npy` and `images.npy` (int32, one
-value a sample), `dropped.jsonl`, `tokenizer.json` to read the samples by, and `prepared.json`, which is finished last.
+A folder contains `data-00000.array_record` and so on (one record per sample), `lengths.npy` and `images.npy` (int32,
+one value per sample), `dropped.jsonl`, `tokenizer.json` to decode the samples, and `prepared.json`, which is finished
+last.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from train.raw.storage import machine_error, patiently
 
 META, LENGTHS, IMAGES, DROPPED = "prepared.json", "lengths.npy", "images.npy", "dropped.jsonl"
 TOKENIZER = "tokenizer.json"
-# Whose ids prepared.json keeps under `ids`.
+# Special tokens whose ids prepared.json has under `ids`.
 SPECIAL_IDS = ("bos", "eos", "pad", "begin_of_image", "end_of_image", "image_placeholder")
 # 2 stores each sample's place in the source and the tokenizer, and hashes VQ parameters as `train.data.fingerprints`
 # does.
@@ -38,15 +39,15 @@ _HASHED_AT_ONCE = 1 << 20  # values
 class Prepared:
     """Random access to the samples of one prepared folder; shared by threads.
 
-    What is pickled is where it lies: another process maps the same index files, and so shares their memory.
+    Only its path is pickled: another process maps the same index files, and so shares their memory.
 
     Attributes:
-      folder: where it lies.
-      kind: of all its samples.
+      folder: path of the folder.
+      kind: kind of all its samples.
       lengths: int32 [N], tokens of a row that each sample takes; mapped from its file.
       images: int32 [N], understanding images of each sample; mapped from its file.
       meta: the content of prepared.json.
-      fingerprint: a hash over index and meta, and so over the shards, whose hashes these hold.
+      fingerprint: a hash over index and meta, and so over the shards, whose hashes they contain.
     """
 
     folder: pathlib.Path
@@ -61,7 +62,7 @@ class Prepared:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> Sample:
-        """Raises IndexError beyond the end, ValueError for a damaged record, OSError where the machine cannot read."""
+        """Raises IndexError beyond the end, ValueError for a damaged record, OSError if the machine cannot read it."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)} in {self.folder}")
         try:
@@ -74,10 +75,10 @@ class Prepared:
 
 
 def open_prepared(folder: str | os.PathLike) -> Prepared:
-    """Opens what `train.prepare` wrote.
+    """Opens a folder written by `train.prepare`.
 
-    Raises FileNotFoundError where there is nothing, ValueError where it is unfinished, empty, damaged or of another
-    version; each names the cure.
+    Raises FileNotFoundError if there is none, ValueError if it is unfinished, empty, damaged or of another version; all
+    messages say what to do.
     """
     folder = pathlib.Path(folder)
     if not folder.exists():
@@ -85,30 +86,30 @@ def open_prepared(folder: str | os.PathLike) -> Prepared:
     meta = read_meta(folder)
     if meta is None:
         raise FileNotFoundError(
-            f"{folder} is no prepared folder (it has no {META}); make one with `python -m train.prepare --out ...`"
+            f"{folder} is not a prepared folder (it has no {META}); make one with `python -m train.prepare --out ...`"
         )
     if not meta["finished"]:
-        raise ValueError(f"the preparation of {folder} is unfinished: run the same `python -m train.prepare` again")
+        raise ValueError(f"the preparation of {folder} is unfinished; run the same `python -m train.prepare` again")
     found = _map(folder, meta)
     lengths, images, records = found.lengths, found.images, found.records
     if not len(records):
-        raise ValueError(f"{folder} is empty: no sample was kept, {DROPPED} there says why; {_again()}")
+        raise ValueError(f"{folder} is empty: no sample was kept, see {DROPPED} in it; {_again()}")
     for name, array in ((LENGTHS, lengths), (IMAGES, images)):
         if array.shape != (len(records),):
             raise ValueError(f"{folder / name} is for {len(array)} samples, {META} for {len(records)}; {_again()}")
     for shard in _filled(meta):
         path = folder / shard["file"]
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: copy it again, or {_again()}")
+            raise FileNotFoundError(f"{path} is missing; copy it again, or {_again()}")
         if path.stat().st_size != shard["bytes"]:
             found = path.stat().st_size
-            raise ValueError(f"{path} has {found} bytes, not {shard['bytes']}: copy it again, or {_again()}")
+            raise ValueError(f"{path} must have {shard['bytes']} bytes, got {found}; copy it again, or {_again()}")
     try:
         count = records.counted()
     except (ValueError, RuntimeError, IndexError) as error:
         raise ValueError(f"{folder} has a damaged shard ({_first_line(error)}); {_again()}") from None
     if count != len(records):
-        raise ValueError(f"the shards in {folder} hold {count} samples, {META} says {len(records)}; {_again()}")
+        raise ValueError(f"the shards in {folder} have {count} samples, but {META} says {len(records)}; {_again()}")
     digest = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
     for array in (lengths, images):
         for begin in range(0, len(array), _HASHED_AT_ONCE):
@@ -127,7 +128,7 @@ def _map(folder: pathlib.Path, meta: dict[str, Any], fingerprint: str = "") -> P
 
 
 def _map_again(folder: pathlib.Path, fingerprint: str, digest: str) -> Prepared:
-    """The folder that another process has opened, and so checked, already."""
+    """Maps a folder that another process has already opened, and so checked."""
     meta = patiently(lambda: read_meta(folder), folder)
     if meta is None or _digest(meta) != digest:
         raise ValueError(f"{folder} has changed since the run opened it; start the run again")
@@ -143,7 +144,7 @@ def _digest(meta: dict[str, Any]) -> str:
 
 
 def read_meta(folder: pathlib.Path) -> dict[str, Any] | None:
-    """prepared.json of `folder`, None where there is none; ValueError where it is damaged or of another version."""
+    """prepared.json of `folder`, or None; ValueError if it is damaged or of another version."""
     path = folder / META
     if not path.exists():
         return None
@@ -156,7 +157,7 @@ def read_meta(folder: pathlib.Path) -> dict[str, Any] | None:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); {_again()}") from None
     if version not in _READABLE:
         known = " or ".join(map(str, _READABLE))
-        raise ValueError(f"{path} is of format version {one_line(version, 20)}, not {known}; {_again()}")
+        raise ValueError(f"{path} must have the format version {known}, got {one_line(version, 20)}; {_again()}")
     return meta
 
 
@@ -167,7 +168,7 @@ def _read_array(path: pathlib.Path) -> np.ndarray:
             raise ValueError(f"{array.dtype} {list(array.shape)} instead of int32 in one dimension")
         return array
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing: copy it again, or {_again()}") from None
+        raise FileNotFoundError(f"{path} is missing; copy it again, or {_again()}") from None
     except (ValueError, OSError, EOFError) as error:
         if machine_error(error):
             raise

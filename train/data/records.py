@@ -1,4 +1,4 @@
-"""Records of many ArrayRecord files as one list, with a bounded number of files open at a time."""
+"""The records of many ArrayRecord files as one sequence, with a bounded number of open files."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _MOST_OPEN = 1024  # each takes a file handle and up to 0.2 MB
 
 
 class _OpenFiles:
-    """Readers by path, shared by all threads; beyond `limit` the one that was used least recently is let go.
+    """Readers by path, shared by all threads; beyond `limit`, the least recently used reader is dropped.
 
-    A reader is closed when its last user drops it, so that none is closed under a thread which reads from it: at most
-    `limit` and one for each thread are open.
+    A reader is closed when its last user drops it, and so never while a thread reads from it: at most `limit` plus one
+    for each thread are open.
     """
 
     def __init__(self, limit: int):
@@ -44,7 +44,7 @@ class _OpenFiles:
             if (reader := self._readers.get(path)) is not None:
                 self._readers.move_to_end(path)
                 return reader
-        # Outside the lock, so that threads wait for their own file alone.
+        # Outside the lock, so that each thread only waits for its own file.
         reader = ArrayRecordReader(path, options="readahead_buffer_size:0", file_reader_buffer_size=32768)
         dropped = []
         with self._lock:
@@ -59,21 +59,21 @@ class _OpenFiles:
 
 
 def _limit() -> int:
-    """Half of the handles that this process may have; the other half is everybody else's."""
+    """Half of the file handles that this process may have; the rest is for everything else."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return _MOST_OPEN if most == resource.RLIM_INFINITY else max(1, min(_MOST_OPEN, most // 2))
 
 
 _open = _OpenFiles(_limit())
-# A child would share the parent's handles, and perhaps a lock that some thread of the parent held.
+# A forked child would share the parent's handles, and perhaps a lock held by a thread of the parent.
 os.register_at_fork(after_in_child=_open.clear)
 
 
 class Records:
     """The records of `files` in `folder`, `counts` of them in each; shared by threads, pickled without open files.
 
-    Indexing raises IndexError beyond the end; OSError where a file cannot be reached, after several tries; RuntimeError
-    or another error of the library where the file's content is damaged.
+    Indexing raises IndexError beyond the end; OSError if a file cannot be reached, after several tries; RuntimeError or
+    another error of the library if the file's content is damaged.
     """
 
     def __init__(self, folder: pathlib.Path, files: Sequence[str], counts: Sequence[int]):
@@ -92,22 +92,22 @@ class Records:
             return _open.get(path).read([position])[0]
         except (RuntimeError, ValueError, IndexError, OSError, MemoryError) as error:
             met = [error]
-        # The first try has failed: what it met is looked at first, and then the file.
+        # The first try has failed: examine its error first, and then the file.
         return patiently(lambda: _read_again(path, position, met.pop() if met else None), path)
 
     def counted(self) -> int:
-        """How many records the files hold, all of which it opens, a few at a time; raises as indexing."""
+        """The number of records, counted by opening all files, a few at a time; raises as indexing does."""
         with ThreadPoolExecutor(min(_CHECKED_AT_ONCE, len(self._paths) or 1)) as pool:
             return sum(pool.map(lambda path: patiently(lambda: _count(path), path), self._paths))
 
 
 def _read_again(path: str, position: int, error: Exception | None = None) -> bytes:
-    """The record, by a reader of its own; `error` is what the usual one has met."""
-    # Once it has failed, a reader fails for ever.
+    """The record, read with a new reader; `error` is that of the shared reader."""
+    # Once a reader has failed, it always fails.
     _open.drop(path)
     if error is not None:
-        _give_way(error, path)
-    # A second look before anything is called damaged.
+        _raise_machine_error(error, path)
+    # A second try before anything is called damaged.
     return _of_new_reader(path, lambda reader: reader.read([position])[0])
 
 
@@ -118,7 +118,7 @@ def _count(path: str) -> int:
 def _whole_count(reader: ArrayRecordReader) -> int:
     if reader.ok():
         return reader.num_records()
-    reader.read([0])  # tells what is wrong
+    reader.read([0])  # raises an error that says what is wrong
     raise RuntimeError("the file cannot be read")
 
 
@@ -126,15 +126,15 @@ def _of_new_reader(path: str, use):
     try:
         return use(ArrayRecordReader(path, options="readahead_buffer_size:0", file_reader_buffer_size=32768))
     except (RuntimeError, ValueError, IndexError) as error:
-        _give_way(error, path)
+        _raise_machine_error(error, path)
         raise
 
 
-def _give_way(error: Exception, path: str):
+def _raise_machine_error(error: Exception, path: str):
     """Raises the OSError behind `error`, if the machine is at fault."""
     if (found := machine_error(error, path)) is not None:
-        _open.clear()  # the handles that are missing may be ours
+        _open.clear()  # our own open files may have used up the handles
         raise found from None
-    # The library does not always tell what the system said; opening the file does.
+    # The library does not always report the system's error; opening the file does.
     with open_regular(path) as file:
         file.read(1)

@@ -1,7 +1,7 @@
-"""One training sample, and how it is stored in a record of a prepared folder.
+"""A training sample, and its storage in a record of a prepared folder.
 
-A sample is a sequence of elements, text ids and then perhaps image codes; the model reads all but the last element
-and predicts all but the first. `length` counts what it reads, which is what a sample takes of a packed row.
+A sample is a sequence of text ids, optionally followed by image codes; the model reads all but the last of them and
+predicts all but the first. `length` counts what it reads, which is the space that a sample takes in a packed row.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ class Sample:
     Attributes:
       kind: 'understanding', 'text' or 'generation'.
       ids: int32 [n], starting with BOS; each understanding image is begin_of_image, one placeholder for each patch,
-        end_of_image. Of a generation sample the prompt, ending with begin_of_image.
-      answers: bool [n], the tokens that a model is to learn to say: answers with their EOS; all but BOS in plain text;
-        none in a generation sample, where it is the codes.
+        end_of_image. For a generation sample, the prompt, ending with begin_of_image.
+      answers: bool [n], the tokens that the model learns to produce: answers with their EOS; all but BOS in plain text;
+        none in a generation sample, which learns the codes.
       images: image files as bytes, in order, for understanding.
-      codes: int32 [num_tokens] of the image, of generation samples; else empty.
-      short_ids: a generation sample's prompt with the caption cut to its first sentence; empty where it has only one.
-      place: where in the source it was found; empty in folders that were prepared before places were kept.
+      codes: int32 [num_tokens], the image of a generation sample; else empty.
+      short_ids: a generation sample's prompt with the caption cut to its first sentence; empty if it has only one.
+      place: where in the source it was found; empty in folders prepared before places were stored.
     """
 
     kind: str
@@ -42,7 +42,7 @@ class Sample:
         return len(self.ids) + len(self.codes) - 1
 
     def to_bytes(self) -> bytes:
-        """One record of an ArrayRecord file."""
+        """The sample as a record of an ArrayRecord file."""
         fields = {
             "kind": self.kind,
             "ids": self.ids.astype("<i4").tobytes(),
@@ -56,7 +56,7 @@ class Sample:
 
     @classmethod
     def from_bytes(cls, record: bytes) -> Sample:
-        """The inverse of `to_bytes`; ValueError when the record is not one."""
+        """The inverse of `to_bytes`; ValueError if the record is not a sample."""
         try:
             fields = msgpack.unpackb(record)
             ids = np.frombuffer(fields["ids"], "<i4")

@@ -1,7 +1,7 @@
-"""Shards of a prepared folder, written: each from a fixed range of the source's samples, and there only when complete.
+"""Writes the shards of a prepared folder: each from a fixed range of the source's samples, and atomically.
 
-Beside `data-00000.array_record` its index `data-00000.json` (lengths, images, what was dropped) appears last of all,
-and is folded into the folder's own index at the end.
+After `data-00000.array_record`, its index `data-00000.json` is written (lengths, images, dropped samples), which is
+merged into the folder's own index at the end.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ class ShardWriter:
             self.first.setdefault(one["reason"], f"{one['place']}: {one['detail']}")
 
     def check(self):
-        """Raises ValueError when too many were bad so far."""
+        """Raises ValueError if too many samples have been bad so far."""
         bad = self.dropped.total()
         if bad > self.max_bad_share * self.read:
             reasons = "; ".join(f"{n} {reason} (first: {self.first[reason]})" for reason, n in self.dropped.items())
             raise ValueError(
-                f"{bad} of {self.read} samples are bad, more than max_bad_share {self.max_bad_share:g}: {reasons}. "
-                "Mend the data, or allow more with --max-bad-share"
+                f"{bad} of {self.read} samples are bad, more than max_bad_share {self.max_bad_share:g}: {reasons}; "
+                "fix the data, or allow more with --max-bad-share"
             )
 
     def make(self, item: int) -> tuple[list[Sample], np.ndarray | None] | BadSample:
-        """Raises OSError where the machine cannot read or hold the item, even after several tries."""
+        """Raises OSError if the machine cannot read the item or has no memory for it, even after several tries."""
         try:
             return patiently(lambda: self._make(item))
         except BadSample as error:
@@ -69,7 +69,7 @@ class ShardWriter:
         return [dataclasses.replace(sample, place=_writable(raw.place)) for sample in samples], pixels
 
     def decides_anew(self, dropped: Sequence[dict[str, Any]]) -> int:
-        """How many samples that were dropped would be kept now, or dropped for another reason: files may have come."""
+        """How many dropped samples would now be kept, or dropped for another reason, since files may have appeared."""
         count = 0
         for one in dropped:
             made = self.make(one["item"]) if one.get("item", -1) in range(len(self.source)) else None
@@ -77,7 +77,7 @@ class ShardWriter:
         return count
 
     def write(self, pool: ThreadPoolExecutor, shard: int, items: range, on_read: Callable[[int], Any]) -> dict:
-        """Writes the shard of `items` and then its index, which it returns."""
+        """Writes the shard of `items` and then its index, and returns the index."""
         path = self.out / data_file(shard)
         partial = path.with_name(f"{path.name}.partial")
         index = {"read": len(items), "lengths": [], "images": [], "dropped": []}
@@ -92,7 +92,7 @@ class ShardWriter:
             index["images"].append(len(sample.images))
 
         try:
-            # As many ahead as keep the threads busy while a batch is being encoded.
+            # Enough ahead to keep the threads busy while a batch is being encoded.
             for item, made in zip(items, _in_order(pool, self.make, items, ahead=2 * self.batch_size), strict=True):
                 bad = [dataclasses.asdict(_Dropped.of(made)) | {"item": item}] if isinstance(made, BadSample) else []
                 index["dropped"] += bad
@@ -115,13 +115,13 @@ class ShardWriter:
         finally:
             writer.close()
         if index["lengths"]:
-            # The writer says nothing when the disk is full.
+            # The writer does not report a full disk.
             try:
                 written = ArrayRecordReader(str(partial)).num_records()
             except RuntimeError:
                 written = 0
             if written != len(index["lengths"]):
-                raise OSError(f"{partial} could not be written whole: is the disk full?")
+                raise OSError(f"{partial} could not be written completely; is the disk full?")
             index |= {"bytes": partial.stat().st_size, "sha256": digest.hexdigest()}
             partial.replace(path)
         else:
@@ -132,15 +132,15 @@ class ShardWriter:
     def add_codes(self, waiting: list[tuple[Sample, np.ndarray]]) -> Iterator[Sample]:
         if not waiting:
             return
-        # One shape, so that it is compiled once.
+        # Always the same shape, so that it is compiled once.
         images = np.zeros((self.batch_size, *waiting[0][1].shape), np.float32)
         images[: len(waiting)] = [pixels for _, pixels in waiting]
         codes = np.asarray(self.encode(images))
         expected = (self.batch_size, self.tokenize.processor.config.gen_vision.num_tokens)
         if codes.shape != expected or not np.issubdtype(codes.dtype, np.integer):
             raise ValueError(f"encode gave {codes.dtype} {list(codes.shape)}, expected integers {list(expected)}")
-        if codes[: len(waiting)].min() < 0:  # what `VQModel.encode` says of an image that it has no codes for
-            raise ValueError("the VQ encoder's numbers are not finite: its weights are damaged, get them again")
+        if codes[: len(waiting)].min() < 0:  # as `VQModel.encode` marks vectors that are not finite
+            raise ValueError("the VQ encoder's values are not finite: its weights are damaged; get them again")
         for (sample, _), own in zip(waiting, codes.astype(np.int32), strict=False):
             yield dataclasses.replace(sample, codes=own)
 
@@ -157,12 +157,12 @@ class _Dropped:
 
 
 def _writable(text: str) -> str:
-    # Lone surrogates come from the data, and cannot be written.
+    # The data may contain lone surrogates, which cannot be written.
     return text.encode(errors="replace").decode()
 
 
 def _in_order(pool: ThreadPoolExecutor, function: Callable, items: range, ahead: int) -> Iterator[Any]:
-    """`function` of each item in order, computed by `pool`, at most `ahead` of them before they are asked for."""
+    """`function` of each item in order, computed by `pool`, with at most `ahead` of them computed in advance."""
     waiting = collections.deque()
     for item in items:
         waiting.append(pool.submit(function, item))
@@ -181,14 +181,14 @@ def index_file(shard: int) -> str:
 
 
 def replace_file(path: pathlib.Path, text: str):
-    """Writes a file that is there either whole or not at all."""
+    """Writes a file atomically."""
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 
 def read_index(out: pathlib.Path, shard: int) -> dict[str, Any] | None:
-    """The index of a complete shard, None of another."""
+    """The index of a complete shard; None if it is not complete."""
     try:
         index = read_json_object(out / index_file(shard), _MAX_INDEX)
         whole = not index["lengths"] or (out / data_file(shard)).stat().st_size == index["bytes"]

@@ -1,8 +1,7 @@
-"""From a raw sample to the `Sample`s that are stored.
+"""Tokenizes a raw sample into the `Sample`s that are stored.
 
-Conversations are written as `processing.format_conversation` writes them and tokenized in pieces: what the model is
-asked with, up to `<|Assistant|>:`, then ` answer` with its EOS, then the next turn. So the ids that a prompt has at
-inference are exactly the ones that its answer follows here.
+Conversations are formatted by `format_conversation` and tokenized in pieces: the prompt up to `<|Assistant|>:`, then
+` answer` with its EOS, then the next turn. So an answer follows exactly the ids that its prompt has at inference.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from train.raw.readers import MAX_PICTURE
 from train.raw.sources import BadSample, RawSample
 from train.raw.storage import machine_error
 
-# What a prepared folder keeps of a picture to understand: its file, or the pixels that the encoder sees, as PNG.
+# How an understanding image is stored: as its own file, or as a PNG of the pixels that the encoder sees.
 STORES = ("original", "resized")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])\s*")
 _WANTED = {
@@ -44,14 +43,14 @@ _WANTED = {
 class SampleTokenizer:
     """Makes `Sample`s of one kind.
 
-    - understanding: a conversation, with images or without; or a caption, as BOS, image, caption, EOS. Answers that
-      `RawSample.untrained` names are read and not learned.
+    - understanding: a conversation, with or without images; or a caption, as BOS, image, caption, EOS. Answers listed
+      in `RawSample.untrained` are read but not learned.
     - text: a conversation without images; or a text, as BOS, text, EOS. A text longer than the context becomes several
-      samples of about equal length, each with a BOS of its own.
-    - generation: a caption as the prompt of its image; the codes are the caller's to add.
+      samples of about equal length, each with its own BOS.
+    - generation: a caption as the prompt of its image; the caller adds the codes.
 
-    `system_prompt` opens conversations that bring none of their own; '' for nothing. Texts that hold a special token
-    are refused, since they could end a turn or claim an image.
+    `system_prompt` is for conversations without one; '' for none. Text that contains a special token is refused, since
+    it could end a turn or stand for an image.
     """
 
     def __init__(
@@ -67,7 +66,7 @@ class SampleTokenizer:
         fixed = {"understanding": processor.config.vision.num_patches, "text": 0}
         least = fixed.get(kind, processor.config.gen_vision.num_tokens) + 4
         if context < least:
-            raise ValueError(f"context {context} is too short: {kind} samples take at least {least} tokens")
+            raise ValueError(f"context must be at least {least} for {kind} samples, got {context}")
         if store not in STORES:
             raise ValueError(f"unknown store {store!r}; known: {', '.join(STORES)}")
         self.processor, self.kind, self.context, self.system_prompt = processor, kind, context, system_prompt
@@ -80,7 +79,7 @@ class SampleTokenizer:
         self._image = [tokenizer.begin_of_image_id, *slots, tokenizer.end_of_image_id]
 
     def __call__(self, raw: RawSample) -> tuple[list[Sample], np.ndarray | None]:
-        """The samples of `raw`, and of a generation sample its pixels, float32 [h, w, 3] in [-1, 1].
+        """The samples of `raw`, and for a generation sample its pixels, float32 [h, w, 3] in [-1, 1].
 
         Raises BadSample.
         """
@@ -132,7 +131,7 @@ class SampleTokenizer:
             asked = self.processor.format([*turns[:index], ("assistant", "")], system)
             answered = self.processor.format(turns[: index + 1], system)
             if not (full.startswith(answered) and answered.startswith(asked)):
-                raise AssertionError("a conversation's first turns are no prefix of it")
+                raise AssertionError("a conversation's first turns must be a prefix of it")
             question = tokenizer.encode(asked[end:], add_bos=end == 0)
             expanded = [i for t in question for i in (self._image if t == tokenizer.image_placeholder_id else [t])]
             answer = tokenizer.encode(answered[len(asked) :], add_bos=False)
@@ -146,8 +145,8 @@ class SampleTokenizer:
             system = self._clean(messages.pop(0)["content"].strip(), raw, allow_empty=True)
         roles = [message["role"] for message in messages]
         if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
-            said = ", ".join(roles[:6]) or "nothing"
-            raise BadSample("bad_turns", raw.place, f"user and assistant must alternate, an answer last; found {said}")
+            got = ", ".join(roles[:6]) or "nothing"
+            raise BadSample("bad_turns", raw.place, f"user and assistant must alternate, an answer last; got {got}")
         if raw.images and self.kind == "text":
             raise BadSample("unexpected_image", raw.place, "text samples have no images; prepare it as understanding")
         turns, places = [], []
@@ -171,7 +170,7 @@ class SampleTokenizer:
         return Sample(self.kind, ids, answers, tuple(self._stored(image, raw.place) for image in raw.images))
 
     def _clean(self, text: str, raw: RawSample, allow_empty: bool = False) -> str:
-        """`text`, stripped unless it is a piece of one; refused if blank, no Unicode, or with special tokens."""
+        """`text`, stripped unless `allow_empty`; refused if blank, not valid Unicode, or with special tokens."""
         if not allow_empty:
             text = text.strip()
             if not text:
@@ -181,12 +180,12 @@ class SampleTokenizer:
         except UnicodeEncodeError as error:
             raise BadSample("bad_unicode", raw.place, f"character {error.start}: {error.reason}") from None
         if found := self._special.search(text):
-            raise BadSample("special_token_in_text", raw.place, f"the text holds {found[0]}")
+            raise BadSample("special_token_in_text", raw.place, f"the text contains {found[0]}")
         return text
 
     def _check_length(self, length: int, raw: RawSample):
         if length > self.context:
-            raise BadSample("too_long", raw.place, f"{length} tokens, context {self.context}")
+            raise BadSample("too_long", raw.place, f"{length} tokens, more than the context of {self.context}")
 
     def _stored(self, image: ImageSource, place: str) -> bytes:
         if self.store == "original":
@@ -195,7 +194,7 @@ class SampleTokenizer:
             if isinstance(image, os.PathLike):
                 image = read_bytes(image, MAX_PICTURE)
             file = io.BytesIO()
-            # Of the encoder's own size already, so that nothing is done to these pixels when they are read again.
+            # Already of the encoder's size, so that these pixels stay the same when they are read again.
             Image.fromarray(understanding_pixels_uint8(image, self.processor.settings)).save(file, "PNG")
             return file.getvalue()
 
@@ -205,13 +204,13 @@ class SampleTokenizer:
 
 
 def tokenizer_fingerprint(processor: Processor) -> str:
-    """A hash of all that decides which ids a conversation gets; prepared data fits models for which it is equal."""
+    """A hash of everything that determines a conversation's ids; prepared data fit models with the same hash."""
     state = f"{processor.tokenizer.state()}\n{processor.roles}\n{processor.config.vision.num_patches}"
     return hashlib.sha256(state.encode()).hexdigest()[:16]
 
 
 def resized_by(settings: ImageSettings) -> tuple:
-    """What decides the pixels of `understanding_pixels_uint8`: size, least side, and color of the borders."""
+    """The settings that determine `understanding_pixels_uint8`: size, least side, and color of the borders."""
     return (settings.image_size, settings.min_size, *settings.background_color)
 
 
@@ -220,7 +219,7 @@ def _ids(ids: list[int] | np.ndarray) -> np.ndarray:
 
 
 class _reading:
-    """Says of an image's errors what they mean for its sample."""
+    """Turns errors in reading an image into BadSample."""
 
     def __init__(self, place: str):
         self.place = place
@@ -230,16 +229,16 @@ class _reading:
 
     def __exit__(self, kind, error, traceback):
         if error is not None and machine_error(error):
-            return  # the picture may well be good
+            return  # the image may be intact
         if isinstance(error, OSError):
-            told = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
-            raise BadSample("missing_image", self.place, told) from None
+            detail = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+            raise BadSample("missing_image", self.place, detail) from None
         if isinstance(error, ValueError):
             raise BadSample("undecodable_image", self.place, str(error)) from None
 
 
 def _image_file(image: ImageSource, place: str) -> bytes:
-    """The bytes of an image file that decodes: the source's own, or PNG of what is no file."""
+    """The bytes of an image file that can be decoded: the source's own, or a PNG if the source is not a file."""
     with _reading(place):
         if isinstance(image, os.PathLike):
             data = read_bytes(image, MAX_PICTURE)

@@ -1,4 +1,4 @@
-"""Prepared samples as a reader sees them: text with marks for pictures, and what of it is trained on."""
+"""Prepared samples for people: text with marks for images, and which of it is trained on."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ IMAGE_MARK, CODES_MARK = "<image>", "<codes>"
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A run of a sample's text: `kind` is 'text', 'image' or 'codes'; `trained`: the model learns to say it."""
+    """A run of a sample's text: `kind` is 'text', 'image' or 'codes'; `trained` if the model learns to produce it."""
 
     kind: str
     text: str
@@ -32,14 +32,14 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """One sample for a reader.
+    """One sample for people.
 
     Attributes:
-      index: in its folder.
-      sample: itself.
+      index: its index in the folder.
+      sample: the sample itself.
       pieces: its text, in order.
-      answers: the texts that are trained on, without special tokens and the space around them.
-      short: of a generation sample, the prompt with the caption cut to its first sentence; '' where it has only one.
+      answers: the texts that are trained on, without special tokens and surrounding space.
+      short: a generation sample's prompt with the caption cut to its first sentence; '' if it has only one.
     """
 
     index: int
@@ -57,7 +57,7 @@ class View:
         return int(self.sample.answers.sum()) + len(self.sample.codes)
 
     def to_json(self) -> dict[str, Any]:
-        """What `--json` prints; `spans` are what is trained of `text`, as [begin, end)."""
+        """The object that `--json` prints; `spans` are the ranges [begin, end) of `text` that are trained on."""
         ends = list(itertools.accumulate(len(piece.text) for piece in self.pieces))
         spans = [[end - len(p.text), end] for p, end in zip(self.pieces, ends, strict=True) if p.trained]
         return {
@@ -79,9 +79,9 @@ class Viewer:
     """Makes `View`s of the samples of one folder.
 
     Args:
-      folder: prepared.
-      model: a checkpoint folder whose tokenizer reads the samples; None for the one that was kept in `folder`.
-    Raises: FileNotFoundError or ValueError, in one line, where there is no tokenizer or another than the data's.
+      folder: a prepared folder.
+      model: a checkpoint folder whose tokenizer decodes the samples; None for the one stored in `folder`.
+    Raises: FileNotFoundError or ValueError, in one line, if there is no tokenizer, or it is not the data's.
     """
 
     def __init__(self, folder: Prepared, model: pathlib.Path | None = None):
@@ -112,7 +112,7 @@ class Viewer:
         return tuple(pieces), tuple(answers)
 
     def _runs(self, ids: list[int], codes: bool) -> Iterator[tuple[str, int, int]]:
-        """(kind, begin, end) of the texts and pictures in `ids`, and of the codes that follow."""
+        """(kind, begin, end) of the texts and images in `ids`, and of the codes that follow."""
         begin, i = 0, 0
         start, end, slot = (self._ids[name] for name in ("begin_of_image", "end_of_image", "image_placeholder"))
         while i < len(ids):
