@@ -211,7 +211,7 @@ def test_pictures_are_counted(captions, processor, tmp_path):
     report = run(path, tmp_path / "b", processor, "understanding", **options)
     assert (report.kept, report.pictures) == (2, 2)
     assert report.dropped == {"unsupported_media": 1, "outside_folder": 1}
-    assert "images kept                              2" in str(report)
+    assert "images kept                             2" in str(report)
     assert run(path, tmp_path / "b", processor, "understanding", **options) == report
 
 
@@ -329,7 +329,7 @@ def test_command_line(captions, model_folder, tmp_path, capsys):
     assert "kept                                   18" in printed.out and not printed.err
     why = "by its ending .jsonl, and it has the fields image, caption"
     assert f"{captions} is read as captions in json ({why}): 20 samples" in printed.out
-    assert "images kept                             18" in printed.out
+    assert "images kept                            18" in printed.out
     data = open_prepared(tmp_path / "out")
     pixels = np.stack([generation_pixels(captions.parent / f"{i}.png", SIDE) for i in range(3)])
     encode_codes = jax.jit(lambda images: Janus(CONFIG).apply({"params": params}, images, method="encode_codes"))
@@ -352,7 +352,7 @@ def test_allowing_paths_that_lead_outside(captions, model_folder, tmp_path, caps
     told = capsys.readouterr().err
     assert "1 outside_folder" in told and "--allow-outside" in told and told.count("\n") == 1
     assert main([*command, "--allow-outside"]) == 0
-    assert "images kept                              1" in capsys.readouterr().out
+    assert "images kept                             1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
