@@ -30,7 +30,7 @@ from janus_jax.weights.torch_weights import DTYPES, abstract_params
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; 0 when it worked, 2 for bad input (one line on standard error), 130 when interrupted."""
+    """Runs one command; returns 0 on success, 2 for bad input (with one line on standard error), 130 if interrupted."""
     print_any_text()
     args = _parser().parse_args(argv)
     compilation_cache.enable()
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     except jax.errors.JaxRuntimeError as error:
         if not OutOfMemory.says(error):
             raise
-        print_error("the model and this request do not fit the device's memory; try --dtype or --mesh")
+        print_error("the model and this request do not fit in the device's memory; try --dtype or --mesh")
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -54,23 +54,23 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m janus_jax", description="Janus and Janus-Pro in JAX.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    generate = commands.add_parser("generate", help="draw images of prompts, as PNG files and one contact sheet")
+    generate = commands.add_parser("generate", help="draw images for prompts, as PNG files and one contact sheet")
     _add_model(generate)
     generate.add_argument("--prompt", action="append", required=True, help="what to draw; may be given several times")
-    generate.add_argument("--n", type=int, default=1, help="images a prompt (default 1)")
-    generate.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR", help="where the files go")
+    generate.add_argument("--n", type=int, default=1, help="images per prompt (default 1)")
+    generate.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR", help="folder for the files")
     generate.add_argument(
         "--guidance", dest="cfg_weight", type=float, default=5.0, help="classifier-free; 1 for none (default 5)"
     )
-    generate.add_argument("--batch-size", type=int, help="images at a time (default: as many as fit the memory)")
+    generate.add_argument("--batch-size", type=int, help="images at a time (default: as many as fit in memory)")
     _add_sampling(generate, temperature=1.0)
     generate.set_defaults(run=_generate)
 
-    chat = commands.add_parser("chat", help="ask a question, about images or none; the answer is printed as it comes")
+    chat = commands.add_parser("chat", help="ask a question, optionally about images; the answer is streamed")
     _add_model(chat)
     chat.add_argument("question")
     chat.add_argument("--image", action="append", default=[], help="an image file; may be given several times")
-    chat.add_argument("--max-new-tokens", type=int, default=512, help="the answer's length at most (default 512)")
+    chat.add_argument("--max-new-tokens", type=int, default=512, help="the most tokens of the answer (default 512)")
     chat.add_argument("--system", help="system prompt (default: the reference's; empty for none)")
     _add_sampling(chat, temperature=0.0)
     chat.set_defaults(run=_chat)
@@ -84,9 +84,9 @@ def _parser() -> argparse.ArgumentParser:
 def _add_model(parser: argparse.ArgumentParser):
     parser.add_argument("--model", required=True, help="checkpoint folder (any layout) or hub id")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16, float32 on CPU")
-    parser.add_argument("--weights", choices=("int8",), help="one byte a weight of the decoder (default: as --dtype)")
+    parser.add_argument("--weights", choices=("int8",), help="int8 weights in the decoder (default: as --dtype)")
     parser.add_argument("--mesh", metavar="AXIS=N,...", help=f"device mesh over {', '.join(MESH_AXES)}")
-    parser.add_argument("--roles", help="chat roles of the prompt, pro or old (default: by the checkpoint)")
+    parser.add_argument("--roles", help="chat roles of the prompt, pro or old (default: detected)")
 
 
 def _add_sampling(parser: argparse.ArgumentParser, temperature: float):
@@ -97,7 +97,7 @@ def _add_sampling(parser: argparse.ArgumentParser, temperature: float):
 
 
 def _sampling(args: argparse.Namespace) -> dict[str, Any]:
-    """The command's settings of `Options`; what is wrong with them shows before minutes of loading, not after."""
+    """The command's settings for `Options`, checked before minutes of loading."""
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Options) if field.name in args}
     Options(**given)
     return given
@@ -107,9 +107,9 @@ def _mesh(text: str | None) -> dict[str, int] | None:
     if text is None:
         return None
     try:
-        return {axis.strip(): int(size) for axis, size in (part.split("=") for part in text.split(","))}
+        return {axis.strip(): int(size) for axis, size in (item.split("=") for item in text.split(","))}
     except ValueError:
-        raise ValueError(f"the mesh {text!r} is not of the form fsdp=4,tensor=2") from None
+        raise ValueError(f"--mesh must look like fsdp=4,tensor=2, got {text!r}") from None
 
 
 def _load(args: argparse.Namespace, ahead: Callable[[JanusPipeline], Any] | None = None) -> JanusPipeline:
@@ -145,19 +145,19 @@ def _chat(args: argparse.Namespace):
         how["system_prompt"] = args.system
     janus = _load(args, ahead=lambda janus: janus.compile_chat(args.question, images, **how))
     pieces = janus.stream_chat(args.question, images, **how)
-    # The first piece begins with the space that the template leaves to the answer.
+    # The first piece begins with the space after the template's colon.
     first = next(pieces, "").lstrip()
     _say_roles(janus.processor)
     print(first, end="", flush=True)
     try:
         for piece in pieces:
             print(piece, end="", flush=True)
-    finally:  # also before the line that says why the rest is missing
+    finally:  # also before an error message
         print(flush=True)
 
 
 def _say_roles(processor: Processor):
-    # Once the request has proved good: bad ones get one line, and no other.
+    # Only once the request is known to be valid, since bad input gets only one line.
     print(f"roles: {_roles(processor)}", file=sys.stderr, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Compiled programs kept between runs, so that the second start of a command is fast."""
+"""Caches compiled programs between runs, so that the second start of a command is fast."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import jax
 
 
 def enable():
-    """Keeps compiled programs in ~/.cache/janus_jax (under XDG_CACHE_HOME where that is set).
+    """Caches compiled programs in ~/.cache/janus_jax (or under XDG_CACHE_HOME if that is set).
 
-    JAX_COMPILATION_CACHE_DIR names another folder, or none where it is empty. Nothing is kept where there is no home,
-    as for an unknown user in a container, or no writing in it. For command lines: a library leaves such settings to who
-    uses it.
+    JAX_COMPILATION_CACHE_DIR names another folder, or disables the cache if empty. Nothing is cached if there is no
+    home, as for an unknown user in a container, or it is not writable. For command lines only: a library leaves such
+    settings to its users.
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return

@@ -1,4 +1,4 @@
-"""`janus_jax.load`: from a folder or hub id to a pipeline."""
+"""`janus_jax.load`: loads a pipeline from a folder or hub id."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from janus_jax.weights.fuse import fuse, fusible
 from janus_jax.weights.quantize import quantize, quantize_leaf
 from janus_jax.weights.torch_weights import abstract_params, parse_dtype, place
 
-# No part starts with a dot: ../name is a path.
+# Neither name starts with a dot: ../name is a path.
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-# Where the hub's library keeps what it downloads, but for ~/.cache.
+# Where the hub's library keeps downloads, instead of ~/.cache.
 _HUB_FOLDERS = ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME")
-# Weights are added to these: one kind of them, where a repository holds several.
+# Weights are added to these: only one kind if a repository has several.
 _SMALL_FILES = ("*.json", "*.jinja", "*.model")
 
 
@@ -52,28 +52,29 @@ def load(
 
     Args:
       path_or_hub_id: a folder in the original, the transformers or our converted layout; or `owner/name` on the
-        Hugging Face hub, of which only the needed files are fetched.
-      dtype: of parameters and computation; default bfloat16, and float32 on CPU, where bfloat16 is emulated slowly.
+        Hugging Face hub, from which only the needed files are downloaded.
+      dtype: dtype of parameters and computation; default bfloat16, but float32 on CPU, where bfloat16 is emulated
+        slowly.
       mesh: a mesh with the axes `data`, `fsdp`, `tensor` (or their sizes, as for `sharding.make_mesh`): each shard is
-        read straight onto its device. Default: one device.
-      weights: 'int8' keeps the decoder's and the heads' kernels in one byte a weight, see `quantize`; default `dtype`.
-      scan_layers: whether the decoder's layers are stacked; default no: sampling would copy each of them in every step.
-      fused: whether q, k and v, and gate and up, are one kernel each in `params`, see `fuse.fuse`; default where they
-        can be, but not on CPU, where products of their own are faster.
-      roles: 'pro' or 'old' to choose the chat roles by hand; default by the checkpoint, see `detect_roles`.
+        read directly onto its device. Default: one device.
+      weights: 'int8' stores the decoder's and the heads' kernels as int8, see `quantize`; default `dtype`.
+      scan_layers: whether the decoder's layers are stacked; default False: sampling would copy each in every step.
+      fused: whether q, k and v, and gate and up, are one kernel each in `params`, see `fuse.fuse`; default if possible,
+        but not on CPU, where separate products are faster.
+      roles: 'pro' or 'old' to choose the chat roles; by default they are detected, see `detect_roles`.
       revision: branch, tag or commit on the hub.
       progress: show a bar; default in a terminal or a notebook.
-      ahead: what to do while the weights are read, such as `lambda janus: janus.compile_images("a cat")`: it gets the
-        pipeline with shapes for parameters.
-    Raises: OSError for files that are absent, ValueError for what does not fit together, and before weights are read
-      `memory.OutOfMemory` where they take more than is free; each in one line naming the thing.
+      ahead: called while the weights are read, with a pipeline that has shapes as parameters, to compile ahead, such
+        as `lambda janus: janus.compile_images("a cat")`.
+    Raises: OSError for missing files, ValueError for inconsistent files or arguments, and `memory.OutOfMemory`, before
+      weights are read, if they do not fit in free memory; each in one line that names the cause.
     """
     if weights not in (None, "int8"):
-        raise ValueError(f"weights={weights!r} is unknown; give 'int8', or None for the dtype's own")
+        raise ValueError(f"weights must be 'int8', or None to use dtype, got {weights!r}")
     folder = resolve(path_or_hub_id, revision)
     mesh = make_mesh(mesh) if isinstance(mesh, Mapping) else mesh
     if mesh is not None and set(mesh.axis_names) != set(MESH_AXES):
-        raise ValueError(f"the mesh has the axes {mesh.axis_names}, not {MESH_AXES}; make it with sharding.make_mesh")
+        raise ValueError(f"the mesh must have the axes {MESH_AXES}, got {mesh.axis_names}; use sharding.make_mesh")
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     dtype = parse_dtype(("float32" if platform == "cpu" else "bfloat16") if dtype is None else dtype)
     checkpoint = open_checkpoint(folder)
@@ -84,7 +85,7 @@ def load(
     if fused and not fusible(config.language):
         c = config.language
         raise ValueError(
-            f"fused=True: {c.heads} heads and {c.kv_heads} key/value heads make no one kernel; leave it out"
+            f"fused=True: {c.heads} heads and {c.kv_heads} key/value heads cannot be one kernel; leave it out"
         )
     processor = None
     if (folder / "tokenizer.json").exists():
@@ -107,7 +108,7 @@ def load(
         if ahead is not None:
             shapes = jax.eval_shape(arranged, abstract_params(config, scan_layers, dtype))
             compiling = thread.submit(ahead, pipeline(shapes))
-        # One at a time: there may be room for the int8 weights, and not for all of them as they are read.
+        # One at a time: there may be memory for the int8 weights, but not for all weights before quantization.
         made = functools.partial(quantize_leaf, delete=True) if weights == "int8" else None
         params = place(checkpoint.leaves, dtype, shardings, scan_layers, progress=shown(progress), made=made)
         params = fuse(params, delete=True) if fused else params
@@ -117,7 +118,7 @@ def load(
 
 
 def layout(config: JanusConfig, platform: str, on_mesh: bool = False) -> dict[str, Any]:
-    """`load`'s defaults for attributes of `Janus`: what is faster for sampling on `platform`."""
+    """`load`'s defaults for attributes of `Janus`: those that are faster for sampling on `platform`."""
     cpu = platform == "cpu"
     return {
         "scan_layers": False,
@@ -127,7 +128,7 @@ def layout(config: JanusConfig, platform: str, on_mesh: bool = False) -> dict[st
 
 
 def resolve(path_or_hub_id: str | os.PathLike, revision: str | None = None) -> pathlib.Path:
-    """The local folder of a checkpoint, fetched from the hub where it names a repository and no folder."""
+    """The local folder of a checkpoint, downloaded from the hub if it is a hub id and not a folder."""
     folder = pathlib.Path(path_or_hub_id)
     if (name := hub_id(path_or_hub_id)) is not None:
         return _download(name, revision)
@@ -137,15 +138,15 @@ def resolve(path_or_hub_id: str | os.PathLike, revision: str | None = None) -> p
 
 
 def hub_id(path_or_hub_id: str | os.PathLike) -> str | None:
-    """The hub id that is meant, None where it is a path."""
+    """The hub id, or None if it is a path."""
     is_path = pathlib.Path(path_or_hub_id).exists() or not _HUB_ID.fullmatch(str(path_or_hub_id))
     return None if is_path else str(path_or_hub_id)
 
 
 def _download(hub_id: str, revision: str | None) -> pathlib.Path:
     if not any(os.environ.get(name) for name in _HUB_FOLDERS) and os.path.expanduser("~") == "~":
-        # The hub's library would make a folder called ~ here.
-        raise OSError(f"{hub_id}: this user has no home to download it to; set HF_HOME to a folder")
+        # Otherwise the hub's library would create a folder called ~ here.
+        raise OSError(f"{hub_id}: this user has no home folder for downloads; set HF_HOME to a folder")
     # Imported late: a local checkpoint needs no network library.
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
@@ -165,13 +166,13 @@ def _download(hub_id: str, revision: str | None) -> pathlib.Path:
         except LocalEntryNotFoundError:
             raise OSError(
                 f"{hub_id} is not a folder here, not in the hub's cache, and the hub cannot be reached "
-                f"({_first_line(no_network)}); give a local folder, or connect"
+                f"({_first_line(no_network)}); use a local folder, or connect to the network"
             ) from None
     wanted = [*_SMALL_FILES, *weight_patterns(files)]
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=wanted))
-    except Exception as error:  # of whichever HTTP library the hub's client is built on
-        raise OSError(f"{hub_id}: the download broke off ({_first_line(error)}); call again to resume") from None
+    except Exception as error:  # from whatever HTTP library the hub's client uses
+        raise OSError(f"{hub_id}: the download failed ({_first_line(error)}); try again to resume") from None
 
 
 def _first_line(error: Exception) -> str:

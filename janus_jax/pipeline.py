@@ -1,4 +1,4 @@
-"""The convenience object for notebooks and command lines: prompts and images in, images and text out."""
+"""The high-level interface for notebooks and command lines: prompts and images in, images and text out."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ Conversation = str | Sequence[dict[str, Any]]
 
 @dataclasses.dataclass(eq=False)
 class JanusPipeline:
-    """A loaded Janus: what `janus_jax.load` returns.
+    """A loaded Janus, as returned by `janus_jax.load`.
 
     Attributes:
       config, params, model: the frozen sizes, the plain nested dict of arrays, and the flax.linen module.
-      processor: templates, tokenizer and image transforms; None when the checkpoint came without a tokenizer.
-      mesh: the mesh that the parameters lie on, or None for one device.
-      source: where the checkpoint was read from, for messages.
+      processor: templates, tokenizer and image transforms; None if the checkpoint has no tokenizer.
+      mesh: the mesh of the parameters, or None for one device.
+      source: path or hub id of the checkpoint, for messages.
     """
 
     config: JanusConfig
-    params: dict[str, Any] = dataclasses.field(repr=False)  # gigabytes, which a notebook would fetch and print
+    params: dict[str, Any] = dataclasses.field(repr=False)  # a notebook would fetch and print gigabytes
     model: Janus
     processor: Processor | None = None
     mesh: Mesh | None = None
@@ -69,22 +69,22 @@ class JanusPipeline:
         batch_size: int | None = None,
         progress: bool | None = None,
     ) -> list[Image.Image]:
-        """Draws `n` images of each prompt.
+        """Draws `n` images for each prompt.
 
-        An image depends on its prompt, its seed and its index among the n alone, not on what else is drawn.
+        An image depends only on its prompt, its seed and its index among the n, not on what else is drawn.
 
         Args:
           prompts: one prompt or several.
-          n: images a prompt.
-          cfg_weight: classifier-free guidance, from 0; 1 is the conditional model alone, at half the work.
+          n: images per prompt.
+          cfg_weight: weight of classifier-free guidance, from 0; 1 is the conditional model alone, in half the time.
           temperature: 0 takes the likeliest code, 1 is the reference.
           top_k, top_p: draw among the likeliest codes only; None and 1 keep all, as the reference does.
           seed: one seed for the call, or one for each image (len(prompts) * n of them), each then as with n = 1.
-          batch_size: images drawn at a time; default as many as fit the device's memory.
+          batch_size: images drawn at a time; default as many as fit in the device's memory.
           progress: show a bar; default in a terminal or a notebook.
-        Returns: PIL images, n a prompt, in order.
-        Raises: ValueError for a blank or too long prompt, or a setting out of range; its kind `finite.NotFinite` where
-          the model's numbers are not finite, which ends the whole call.
+        Returns: PIL images, n for each prompt, in order.
+        Raises: ValueError for a blank or too long prompt, or a setting out of range; its subclass `finite.NotFinite` if
+          the model's outputs are not finite, which ends the whole call.
         """
         options = Options(temperature, top_k, top_p, seed, cfg_weight)
         drawing = self._drawing(prompts, n, options)
@@ -120,9 +120,9 @@ class JanusPipeline:
         seed: int | Sequence[int] = 0,
         batch_size: int | None = None,
     ) -> None:
-        """Compiles what `generate_images` runs for the same arguments; `params` may be shapes, see `load`'s `ahead`.
+        """Compiles the programs of `generate_images` for the same arguments; `params` may be shapes, see `load`.
 
-        Raises: ValueError as `generate_images` does, and for a pipeline on a mesh: shapes do not say where they lie.
+        Raises: ValueError as `generate_images` does, and for a pipeline on a mesh, since shapes have no shardings.
         """
         self._refuse_mesh("compile_images")
         options = Options(temperature, top_k, top_p, seed, cfg_weight)
@@ -135,13 +135,13 @@ class JanusPipeline:
             size = batches.first(total, self._pictures_at_a_time(total, self.model.dtype)).size
             compile_decoding(self.model, self.params, size)
         except jax.errors.JaxRuntimeError as error:
-            if not OutOfMemory.says(error):  # which drawing answers with smaller batches
+            if not OutOfMemory.says(error):  # in which case drawing will use smaller batches
                 raise
 
     def _drawing(
         self, prompts: str | Sequence[str], n: int, options: Options
     ) -> tuple[np.ndarray, np.ndarray, jax.Array]:
-        """Ids, mask and keys of `images.generate_codes`."""
+        """Ids, mask and keys for `images.generate_codes`."""
         processor = self._need_processor("draw from a prompt")
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
@@ -162,7 +162,7 @@ class JanusPipeline:
         batch_size: int | None = None,
         progress: bool | None = None,
     ) -> np.ndarray:
-        """`images.generate_codes` in batches that fit the memory: ids, mask and keys as there, on the host."""
+        """`images.generate_codes` in batches that fit in memory: ids, mask and keys as there, on the host."""
         total, sampler = len(keys), options.sampler
 
         def draw(batch: Batch) -> np.ndarray:
@@ -181,9 +181,9 @@ class JanusPipeline:
         return in_batches(draw, total, size, self.mesh, name="drawing", steps=steps, progress=progress)
 
     def decode_codes(self, codes: np.ndarray, batch_size: int | None = None) -> np.ndarray:
-        """uint8 images [B, h, w, 3] of codes [B, num_tokens], decoded in batches that fit the memory.
+        """uint8 images [B, h, w, 3] of codes [B, num_tokens], decoded in batches that fit in memory.
 
-        Raises: ValueError for an array of another shape, or numbers that are no codes.
+        Raises: ValueError for an array of another shape, or values that are not codes.
         """
         codes = checked_codes(self.config.gen_vision, codes)
 
@@ -196,9 +196,9 @@ class JanusPipeline:
         return in_batches(decode, len(codes), size, self.mesh, name="decoding")
 
     def encode_images(self, images: Sequence[Any], batch_size: int | None = None) -> np.ndarray:
-        """Codes [B, num_tokens] int32 of images (anything that `images.open_image` takes), cropped to a square.
+        """Codes [B, num_tokens] int32 of images (anything that `images.open_image` accepts), cropped to a square.
 
-        Encoded in float32, whatever the model's dtype, in batches that fit the memory.
+        Encoded in float32, whatever the model's dtype, in batches that fit in memory.
         """
         vq, images = self.config.gen_vision, list(images)
         if not images:
@@ -233,13 +233,13 @@ class JanusPipeline:
           messages: a question, or dicts {"role": "user" | "assistant", "content", optional "images"}.
           images: paths, PIL images or arrays, in the order of the `<image_placeholder>`s; without placeholders they
             come before the first message.
-          max_new_tokens: at most so many tokens.
+          max_new_tokens: the most tokens of the answer.
           temperature: 0 is greedy, the reference's default.
           top_k, top_p: draw among the likeliest tokens only; None and 1 keep all.
-          seed: of the draw.
-          system_prompt: comes first; empty for none.
-        Raises: ValueError for an empty or too long conversation, placeholders and images that differ in number, or a
-          setting out of range, or numbers that are not finite (`finite.NotFinite`); OSError for an image that cannot
+          seed: random seed.
+          system_prompt: put in front; empty for none.
+        Raises: ValueError for an empty or too long conversation, different numbers of placeholders and images, a
+          setting out of range, or outputs that are not finite (`finite.NotFinite`); OSError for an image that cannot
           be read.
         """
         options = Options(temperature, top_k, top_p, seed)
@@ -257,14 +257,14 @@ class JanusPipeline:
         seed: int = 0,
         system_prompt: str = SYSTEM_PROMPT,
     ) -> Iterator[str]:
-        """`chat`, in pieces as they come; joined, they are what `chat` returns before stripping.
+        """`chat` as an iterator over pieces of the answer; joined and stripped, they are what `chat` returns.
 
-        Bad input is refused here, before the first piece is asked for; numbers that are not finite end it in front of
-        the piece that they would have made.
+        Bad input is refused by the call itself, before the first piece; outputs that are not finite end the iteration
+        before the piece concerned.
         """
         options = Options(temperature, top_k, top_p, seed)
         asked = self._asking([messages], [images], max_new_tokens, options, system_prompt)
-        # A generator of its own: what is wrong is raised above, and not when the first piece is asked for.
+        # The generator is separate, so that bad input is refused above and not with the first piece.
         pieces = self._stream(asked, batches.first(1, 1, self.mesh), piece=4)
         return self.processor.tokenizer.stream_answer(piece[0] for piece in pieces)
 
@@ -280,9 +280,9 @@ class JanusPipeline:
         seed: int = 0,
         system_prompt: str = SYSTEM_PROMPT,
     ) -> list[str]:
-        """Answers to several conversations of any lengths at once; `images` holds the images of each.
+        """Answers to several conversations of any lengths at once; `images` has the images of each.
 
-        Other arguments as for `chat`. An answer depends on its conversation and the seed alone, not on how many fit the
+        Other arguments as for `chat`. An answer depends only on its conversation and the seed, not on how many fit in
         memory at a time.
         """
         if isinstance(conversations, str):
@@ -305,7 +305,7 @@ class JanusPipeline:
         seed: int = 0,
         system_prompt: str = SYSTEM_PROMPT,
     ) -> None:
-        """Compiles what `chat` and `stream_chat` run for the same arguments; otherwise as `compile_images`."""
+        """Compiles the programs of `chat` and `stream_chat` for the same arguments; otherwise as `compile_images`."""
         self._refuse_mesh("compile_chat")
         options = Options(temperature, top_k, top_p, seed)
         asked = self._asking([messages], [images], max_new_tokens, options, system_prompt)
@@ -332,7 +332,7 @@ class JanusPipeline:
         total, images = len(ids), 0 if pixels is None else pixels.shape[1]
         per_row = batches.bytes_to_answer(self.model, ids.shape[1], images, bucket(asked.max_new_tokens))
         size = fitting(total, per_row, self.mesh, coming=self.params)
-        # Fewer rows than shards are not split over them.
+        # Fewer rows than shards are not split.
         multiple = 1 if total < batch_shards(self.mesh) else None
         tokens = in_batches(answer, total, size, self.mesh, name="answering", unit="conversation", multiple=multiple)
         return [tokenizer.answer(row) for row in tokens.tolist()]
@@ -359,7 +359,7 @@ class JanusPipeline:
 
     def _need_processor(self, purpose: str) -> Processor:
         if self.processor is None:
-            raise ValueError(f"{self.source or 'this checkpoint'} has no tokenizer.json, which it takes to {purpose}")
+            raise ValueError(f"{self.source or 'this checkpoint'} has no tokenizer.json, which is needed to {purpose}")
         return self.processor
 
     def _refuse_mesh(self, name: str):
@@ -375,13 +375,13 @@ class JanusPipeline:
         if batch_size is not None:
             return _check_count("batch_size", batch_size)
         per_image = batches.bytes_of_pixels(self.config.gen_vision, dtype)
-        # More at a time is no faster, and every other size is one more program to compile.
+        # More at a time is not faster, and every other size is one more program to compile.
         return min(16 * batch_shards(self.mesh), fitting(total, per_image, self.mesh, coming=self.params))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Asked:
-    """Conversations as `sampling.text` takes them: ids, image placeholders, pixels, mask and keys, on the host."""
+    """Conversations as input for `sampling.text`: ids, image placeholders, pixels, mask and keys, on the host."""
 
     arrays: tuple[Any, ...]
     max_new_tokens: int
@@ -389,11 +389,11 @@ class _Asked:
 
 
 def _prompts_of(batch: Batch, prompts: np.ndarray) -> jax.Array:
-    """The batch's rows of `prompts`, of which there is one for each image, or one for all."""
+    """The batch's rows of `prompts`, which has one for each image, or one for all."""
     return batches.put(prompts, batch.mesh) if len(prompts) == 1 else batch.put(prompts)
 
 
 def _check_count(name: str, value: Any) -> int:
     if not isinstance(value, (int, np.integer)) or value < 1:
-        raise ValueError(f"{name} must be an integer from 1, got {one_line(value)}")
+        raise ValueError(f"{name} must be an integer of at least 1, got {one_line(value)}")
     return int(value)

@@ -1,7 +1,7 @@
-"""Work on many rows, in batches that fit the memory.
+"""Runs work on many rows in batches that fit in memory.
 
-Everything about batches is here: what a row takes, how many fit, cutting, padding, putting them on the devices, halving
-where memory runs out, and joining the results.
+Everything about batches is here: the memory that a row takes, how many rows fit, splitting, padding, putting them on
+the devices, halving the batches if memory runs out, and joining the results.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from janus_jax.sharding import activation_spec, batch_shards
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Some rows of a call, padded to `size` of them.
+    """Some rows of a call, padded to `size` rows.
 
     Attributes:
       rows: which of the call's rows.
-      size: rows with padding, which repeats the last one.
-      mesh: what the rows are split over; None for one device.
-      progress: to be called with a number of steps when they are done; None where nobody looks.
+      size: number of rows with padding, which repeats the last row.
+      mesh: the mesh over which the rows are split; None for one device.
+      progress: called with the number of steps done; None if progress is not shown.
     """
 
     rows: slice
@@ -42,11 +42,11 @@ class Batch:
     progress: Callable[[int], Any] | None = None
 
     def put(self, x: Any) -> jax.Array | None:
-        """The batch's rows of `x`, which holds all rows of the call, padded and on the devices; None stays None."""
+        """The batch's rows of `x`, which has all rows of the call, padded and on the devices; None stays None."""
         return None if x is None else self.put_own(x[self.rows])
 
     def put_own(self, x: Any) -> jax.Array:
-        """`x`, which holds the batch's own rows alone, padded and on the devices."""
+        """`x`, which has only the batch's own rows, padded and on the devices."""
         return put(x[np.minimum(np.arange(self.size), len(x) - 1)], self.mesh)
 
 
@@ -58,7 +58,7 @@ def put(x: Any, mesh: Mesh | None) -> jax.Array:
         return jax.random.wrap_key_data(put(jax.random.key_data(x), mesh))
     x = np.asarray(x)
     spec = activation_spec(x.shape, ("batch",) + (None,) * (x.ndim - 1), mesh.shape)
-    # Each process puts what its own devices hold.
+    # Each process puts the shards of its own devices.
     return jax.make_array_from_callback(x.shape, NamedSharding(mesh, PartitionSpec(*spec)), x.__getitem__)
 
 
@@ -68,9 +68,9 @@ def using(mesh: Mesh | None) -> contextlib.AbstractContextManager:
 
 
 def each_using(mesh: Mesh | None, pieces: Iterator[jax.Array]) -> Iterator[np.ndarray]:
-    """`pieces` on the host, computed under the mesh."""
+    """`pieces` as host arrays, computed under the mesh."""
     while True:
-        # Set only while we compute, never across a yield: it would leak into the caller's code.
+        # The mesh is never set across a yield, where it would leak into the caller's code.
         with using(mesh):
             piece = next(pieces, None)
         if piece is None:
@@ -90,17 +90,17 @@ def in_batches(
     steps: int | None = None,
     progress: bool | None = False,
 ) -> np.ndarray:
-    """Runs `work` over `total` rows in equal batches of at most `size`, and joins what it returns for them.
+    """Runs `work` on `total` rows in equal batches of at most `size`, and joins the results.
 
-    Batches halve when the device runs out of memory, unless `mesh` spans processes.
+    Batches are halved if the device runs out of memory, unless `mesh` spans processes.
 
     Args:
-      work: gets a Batch, runs under the mesh, and returns an array on the host, a row for each of the batch.
-      name, unit: of the work and of a row, for the bar and for errors.
-      multiple: sizes are multiples of it; default the shards of the mesh.
-      steps: which `work` reports to `Batch.progress`; default one, when it is done.
+      work: takes a Batch, runs under the mesh, and returns a host array with one row for each of the batch.
+      name, unit: names of the work and of a row, for the progress bar and for errors.
+      multiple: sizes are multiples of it; default the number of shards of the mesh.
+      steps: number of steps that `work` reports to `Batch.progress`; by default one, when it is done.
       progress: see `progress.shown`.
-    Raises: OutOfMemory where not even one row fits; NotFinite with the rows' numbers in the whole call.
+    Raises: OutOfMemory if not even one row fits; NotFinite with indices among all rows of the call.
     """
     multiple = multiple or batch_shards(mesh)
     while True:
@@ -118,12 +118,12 @@ def in_batches(
                 if not OutOfMemory.says(error):
                     raise
                 if padded <= multiple:
-                    raise OutOfMemory(f"{name} one {unit} at a time does not fit the device's memory") from error
+                    raise OutOfMemory(f"{name} one {unit} at a time does not fit in the device's memory") from error
                 if mesh is not None and mesh.is_multi_process:
-                    # Others may have had room for it: they wait within it for this one, and would never try the half.
+                    # Other processes may have had enough memory: they wait in this batch, and would not retry it.
                     raise OutOfMemory(
-                        f"{name} {padded} {unit}s at a time does not fit the device's memory, and several processes "
-                        f"cannot go back and try {padded // 2}; ask for fewer at a time"
+                        f"{name} {padded} {unit}s at a time does not fit in the device's memory, and several processes "
+                        f"cannot retry with {padded // 2}; use a smaller batch"
                     ) from error
                 size = padded // 2
 
@@ -137,7 +137,7 @@ def _run(work: Callable[[Batch], np.ndarray], batch: Batch) -> np.ndarray:
 
 
 def even_batches(total: int, size: int, multiple: int = 1) -> tuple[list[slice], int]:
-    """Cuts `total` rows into the fewest equal batches of at most `size` (at least `multiple`).
+    """Splits `total` rows into the fewest equal batches of at most `size` (at least `multiple`).
 
     Returns: the rows of each, and the size to pad each of them to: a multiple of `multiple`.
     """
@@ -149,17 +149,17 @@ def even_batches(total: int, size: int, multiple: int = 1) -> tuple[list[slice],
 
 
 def first(total: int, size: int, mesh: Mesh | None = None) -> Batch:
-    """The first Batch of `in_batches`, for who compiles ahead of it or takes no other."""
+    """The first Batch of `in_batches`, for callers that compile ahead or need only one."""
     cut, padded = even_batches(total, size)
     return Batch(cut[0], padded, mesh)
 
 
 def fitting(total: int, per_row: int, mesh: Mesh | None, coming: Any) -> int:
-    """How many of `total` rows, of `per_row` bytes each, fit the memory that is free now; at least one.
+    """How many of `total` rows, of `per_row` bytes each, fit in the memory that is free now; at least one.
 
     Args:
-      mesh: what the rows are spread over; None for one device.
-      coming: a tree, in which shapes stand for arrays that are still to be allocated.
+      mesh: the mesh over which the rows are split; None for one device.
+      coming: a tree whose shapes are arrays that are still to be allocated.
     """
     shards = batch_shards(mesh)
     free = least_available_bytes(mesh)
@@ -169,26 +169,26 @@ def fitting(total: int, per_row: int, mesh: Mesh | None, coming: Any) -> int:
     return max(1, free * 8 // 10 // max(per_row // shards, 1))
 
 
-# ---------------------------------------------------------------- what a row takes
+# ---------------------------------------------------------------- memory of a row
 
 
 def bytes_to_draw(model: Janus, pair: int, length: int) -> int:
-    """Of memory an image, while the codes of prompts [pair, length] are drawn."""
+    """Bytes of memory per image while the codes for prompts [pair, length] are drawn."""
     c = model.config
     cache = cache_bytes(c.language, pair, length + c.gen_vision.num_tokens, model.dtype)
     return cache + _prefill_bytes(c.language, pair, length)
 
 
 def bytes_to_answer(model: Janus, length: int, images: int, new_tokens: int) -> int:
-    """Of memory a conversation of `length` tokens with `images` images, while so many tokens are drawn."""
+    """Bytes of memory for a conversation of `length` tokens with `images` images while `new_tokens` are drawn."""
     c = model.config
     cache = cache_bytes(c.language, 1, length + new_tokens, model.dtype)
     return cache + max(_prefill_bytes(c.language, 1, length), images * _image_bytes(c.vision))
 
 
 def bytes_of_pixels(config: VQConfig, dtype: Any) -> int:
-    """Of memory an image, while the VQ model decodes or encodes it in `dtype`."""
-    # Convolutions at full resolution hold a handful of activations, and im2col copies of some, at a time.
+    """Bytes of memory per image while the VQ model decodes or encodes it in `dtype`."""
+    # Convolutions at full resolution hold a few activations, and im2col copies of some, at a time.
     return 16 * config.image_size**2 * config.ch * max(config.ch_mult[:2]) * jnp.dtype(dtype).itemsize
 
 

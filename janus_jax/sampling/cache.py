@@ -1,4 +1,4 @@
-"""The cache of the sampling loops: how many slots it has, when it grows, and in which pieces a loop then runs."""
+"""The cache of the sampling loops: its number of slots, when it grows, and the pieces in which a loop then runs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import jax
 from janus_jax.model.janus import Janus
 from janus_jax.model.kv_cache import KVCache, cache_bytes, init_cache
 
-# A step reads the whole cache, filled or not: a large one starts small, and grows to so many sizes. Each of them is one
-# more program to compile, which is not worth it where the weights are most of what is read, or where all is little.
+# A step reads the whole cache, filled or not, so a large cache starts small and grows through this many sizes. Each is
+# one more program to compile, which is not worth it if a step mostly reads weights, or reads little.
 _CACHE_SIZES = 4
 
 
@@ -27,7 +27,7 @@ def _is_large(cache: int, weights: int) -> bool:
 
 
 def cache_sizes(model: Janus, params: Any, rows: int, length: int, new_tokens: int) -> list[int]:
-    """Slots of the cache, smallest first, for `rows` prompts of `length` tokens and what is drawn after them."""
+    """Sizes of the cache in slots, smallest first, for `rows` prompts of `length` tokens and the tokens drawn."""
     most = length + new_tokens - 1
     weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params["language_model"]))
     sizes = _CACHE_SIZES if _is_large(cache_bytes(model.config.language, rows, most, model.dtype), weights) else 1
@@ -35,10 +35,10 @@ def cache_sizes(model: Janus, params: Any, rows: int, length: int, new_tokens: i
 
 
 def pieces(slots: list[int], length: int, piece: int, new_tokens: int) -> Iterator[tuple[int, int, int]]:
-    """(slots of the cache, first, behind the last) of tokens to draw together, from the second of `new_tokens` on."""
+    """(slots of the cache, start, stop) of tokens to draw in one call, from the second of `new_tokens` on."""
     done = 1
     for size in slots:
-        # The last token that is drawn is not stored.
+        # The last token drawn is not stored.
         while done < (room := min(size - length + 1, new_tokens)):
             stop = min(done + piece, room)
             yield size, done, stop

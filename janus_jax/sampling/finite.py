@@ -1,4 +1,4 @@
-"""Numbers that are not finite (NaN or infinite): found where something would be drawn from them, and explained."""
+"""Detects and explains values that are not finite (NaN or infinite), before anything is drawn from them."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from janus_jax.sharding import flatten
 
 
 class NotFinite(ValueError):
-    """The model's numbers for some rows of a batch are not finite, so that anything drawn from them would be noise.
+    """The model's outputs for some rows of a batch are not finite, so that anything drawn from them would be noise.
 
-    It ends the whole call: nothing of the batch is returned. The rows that are not named were fine, and come out the
-    same without the others beside them.
+    It ends the whole call: nothing is returned. The other rows were fine, and have the same results in a call without
+    the bad rows.
 
     Attributes:
-      rows: indices of the rows, in the order of the call.
+      rows: indices of the bad rows, in the order of the call.
       unit: what a row is: 'image', 'conversation'.
-      reason: what is wrong, and the cure.
+      reason: what is wrong, and what to do.
     """
 
     def __init__(self, unit: str, rows: Sequence[int], reason: str):
@@ -32,27 +32,27 @@ class NotFinite(ValueError):
         super().__init__(f"{unit} {self.rows[0]}{others}: {reason}")
 
     def of_batch(self, batch: slice) -> NotFinite:
-        """The same where the rows are those of one `batch` of a call, padded behind its last row."""
+        """The same with indices in the whole call, for rows of one `batch` of it, which may have padding at its end."""
         rows = [batch.start + row for row in self.rows if batch.start + row < batch.stop]
         return NotFinite(self.unit, rows or [batch.start], self.reason)
 
 
 def on_host(x: jax.Array) -> np.ndarray:
-    """All of `x`, also what lies on other processes' devices."""
+    """All of `x` as a host array, including shards on other processes' devices."""
     return np.asarray(x) if jax.process_count() == 1 or x.is_fully_replicated else process_allgather(x, tiled=True)
 
 
 def note_failure(failed: jax.Array, logits: jax.Array, step: jax.Array | int) -> jax.Array:
-    """`failed` [B] int32, the step at which a row's logits were not finite first or -1, after `logits` [B, V]."""
+    """`failed` [B] int32 updated for `logits` [B, V]: the first step at which a row's logits were not finite, or -1."""
     return jnp.where((failed < 0) & ~jnp.isfinite(logits).all(-1), step, failed).astype(jnp.int32)
 
 
 def refuse_failed(model: Janus, params: Any, failed: jax.Array, unit: str, drawn: str, guidance: float = 1):
-    """Raises NotFinite where a row of `failed` (see `note_failure`) has failed.
+    """Raises NotFinite if a row of `failed` (see `note_failure`) has failed.
 
     Args:
-      unit, drawn: what a row is, and what is drawn in a step.
-      guidance: of the logits, which a large one overflows.
+      unit, drawn: names of a row, and of what is drawn in a step.
+      guidance: the guidance weight, which overflows the logits if large.
     """
     if not bool(_any_failed(failed)):
         return
@@ -70,7 +70,7 @@ def _any_failed(failed: jax.Array) -> jax.Array:
 
 
 def refuse_pixels(model: Janus, params: Any, finite: jax.Array):
-    """Raises NotFinite where the VQ decoder's numbers for an image are not finite; `finite` [B] bool."""
+    """Raises NotFinite if the VQ decoder's values for an image are not finite; `finite` [B] bool."""
     rows = np.flatnonzero(~on_host(finite))
     if len(rows):
         reason = f"the VQ decoder's pixels are not finite (computed in {jnp.dtype(model.dtype)})"
@@ -78,10 +78,10 @@ def refuse_pixels(model: Janus, params: Any, finite: jax.Array):
 
 
 def refuse_codes(model: Janus, params: Any, codes: np.ndarray):
-    """Raises NotFinite where the VQ encoder says of an image, by a code of -1 in codes [B, T], that it has none."""
+    """Raises NotFinite if codes [B, T] contain -1, by which the VQ encoder marks values that are not finite."""
     rows = np.flatnonzero((codes < 0).any(axis=1))
     if len(rows):
-        reason = "the VQ encoder's numbers are not finite (computed in float32)"
+        reason = "the VQ encoder's values are not finite (computed in float32)"
         raise NotFinite("image", rows.tolist(), f"{reason}: {_cure(model, params)}")
 
 
@@ -91,10 +91,10 @@ def _cure(model: Janus, params: Any, guidance: float = 1) -> str:
         return "load with dtype=float32 or bfloat16" + (f", or lower cfg_weight {guidance:g}" if guidance > 100 else "")
     if damaged:
         more = f" and {len(damaged) - 1} more parameters" if len(damaged) > 1 else ""
-        return f"{damaged[0]}{more} hold values that are not finite; the checkpoint is damaged, get or convert it again"
+        return f"{damaged[0]}{more} have values that are not finite; the checkpoint is damaged, get or convert it again"
     if guidance > 100:
         return f"lower cfg_weight {guidance:g}"
-    return "the parameters are finite but overflow together, as those of no trained model; check the checkpoint"
+    return "the parameters are finite but overflow, unlike those of a trained model; check the checkpoint"
 
 
 def _all_finite(x: jax.Array) -> bool:

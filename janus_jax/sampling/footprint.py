@@ -1,4 +1,4 @@
-"""How much memory a model's parameters take, known before anything is allocated."""
+"""The memory that a model's parameters take, computed before anything is allocated."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from janus_jax.weights.torch_weights import abstract_params
 def params_bytes(
     config: JanusConfig, dtype: Any, weights: str | None = None, shardings: Mapping[str, Any] | None = None
 ) -> int:
-    """Bytes of a model's parameters; see `load` for `dtype` and `weights`; with `shardings` those on one device."""
+    """Bytes of a model's parameters, with `shardings` those on one device; see `load` for `dtype` and `weights`."""
     spread = flatten(shardings) if shardings else {}
     total = 0
     apart = any(path.startswith("language_model/layers_0/") for path in spread)
@@ -44,10 +44,10 @@ def refuse_too_large(
     shardings: Mapping[str, Any] | None,
     mesh: Mesh | None,
 ) -> None:
-    """Raises OutOfMemory where the parameters of `load`'s arguments do not fit the memory that is free now.
+    """Raises OutOfMemory if the parameters for `load`'s arguments do not fit in the memory that is free now.
 
-    On a CPU that is what the system says is available, files' pages in memory included. Nothing is refused where nobody
-    tells.
+    On a CPU that is the memory that the system reports as available, including the page cache. If the free memory is
+    unknown, nothing is refused.
     """
     devices = jax.devices()[:1] if mesh is None else list(mesh.local_devices)
     free = memory.least_available_bytes(mesh)

@@ -1,8 +1,8 @@
-"""Drawing: prefill of the prompts, a compiled loop over image codes, and codes from and to pixels.
+"""Drawing images: prefill of the prompts, a compiled loop over image codes, and conversion between codes and pixels.
 
-Everything here is a pure function of arrays with static shapes. Prompts come left-padded; caches are donated. The loop
-runs from a traced `start` to a traced `stop`, so that a caller who wants to show progress runs the same compiled
-program in several pieces.
+Everything here is a pure function of arrays with static shapes. Prompts are left-padded; caches are donated. The loop
+runs from a traced `start` to a traced `stop`, so that a caller can run the same compiled program in several pieces to
+show progress.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def guide(logits: jax.Array, guidance: jax.Array | float) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ImageState:
-    """What the image loop carries: the cache, codes [B, num_tokens] so far, and guided logits if asked for.
+    """The state of the image loop: the cache, codes [B, num_tokens] so far, and guided logits if requested.
 
     `failed` [B]: see `finite.note_failure`.
     """
@@ -64,7 +64,7 @@ def start_image(
 ) -> ImageState:
     """Prefills the prompts and draws the first code.
 
-    Shapes as in `generate_codes`; `slots` of the cache are by default as many as `num_tokens` take.
+    Shapes as in `generate_codes`; by default the cache has as many `slots` as `num_tokens` need.
     """
     (prompts, pair, length), batch = ids.shape, keys.shape[0]
     slots = slots or length + num_tokens - 1
@@ -98,12 +98,12 @@ def continue_image(
     start: jax.Array,
     stop: jax.Array,
 ) -> ImageState:
-    """Draws the codes `start` to `stop - 1`; those before `start` (at least one) are drawn already."""
+    """Draws the codes `start` to `stop - 1`; those before `start` (at least one) have already been drawn."""
     pair = state.cache.positions.shape[0] // state.codes.shape[0]
 
     def step(i, state: ImageState) -> ImageState:
         last = jax.lax.dynamic_slice_in_dim(state.codes, i - 1, 1, axis=1)
-        # Both rows of a pair are fed the code that was drawn, and stay neighbors.
+        # Both rows of a pair get the code that was drawn, and stay adjacent.
         x = jnp.repeat(run(model, params, "embed_codes", last), pair, axis=0)
         hidden, cache = run(model, params, "decode", x, state.cache)
         logits = guide(_image_logits(model, params, hidden, pair), guidance)
@@ -135,16 +135,16 @@ def generate_codes(
 
     Args:
       ids: [B, P, T] int32, left-padded prompts ending in begin_of_image. P is 2 (conditional, unconditional row) or 1
-        (no guidance: the unconditional row is left out). [1, P, T] is one prompt for all images, prefilled once.
-      mask: bool, as ids; False on left padding only.
-      keys: [B] random keys, one an image.
+        (no guidance: without the unconditional row). [1, P, T] is one prompt for all images, prefilled once.
+      mask: bool, same shape as ids; False on left padding only.
+      keys: [B] random keys, one per image.
       guidance: weight of classifier-free guidance; ignored when P is 1.
       sampler: see `make_sampler`; default temperature 1.
       num_tokens: codes to draw; default the whole grid.
       keep_logits: also return the guided logits of every step.
       progress: called with the number of new codes (steps, not codes times images) as they are done.
     Returns: codes [B, num_tokens] int32, and logits [B, num_tokens, codebook_size] float32 or None.
-    Raises: `finite.NotFinite`, a ValueError, where logits are not finite; ValueError for guidance out of range.
+    Raises: `finite.NotFinite`, a ValueError, if logits are not finite; ValueError if guidance is out of range.
     """
     check_guidance(guidance)
     sampler = make_sampler() if sampler is None else sampler
@@ -155,7 +155,7 @@ def generate_codes(
     state = start_image(model, params, ids, mask, keys, weight, sampler, num_tokens, keep_logits, slots[0])
     refuse = functools.partial(refuse_failed, model, params, unit="image", drawn="code", guidance=guidance)
     if progress is not None:
-        refuse(state.failed)  # which waits for it
+        refuse(state.failed)  # which waits for the step
         progress(1)
     piece = num_tokens if progress is None else max(1, num_tokens // 24)
     for size, start, stop in pieces(slots, length, piece, num_tokens):
@@ -171,7 +171,7 @@ def generate_codes(
 def compile_codes(
     model: Janus, params: Any, ids: jax.Array, mask: jax.Array, keys: jax.Array, *, guidance: float, sampler: Sampler
 ):
-    """Compiles what `generate_codes` runs for such arguments; of `params` the shapes are enough."""
+    """Compiles the programs of `generate_codes` for such arguments; `params` may be shapes."""
     num_tokens, one = model.config.gen_vision.num_tokens, jnp.int32(1)
     drawing = (keys, jnp.float32(guidance), sampler)
     slots = cache_sizes(model, params, ids.shape[1] * len(keys), ids.shape[2], num_tokens)
@@ -182,17 +182,17 @@ def compile_codes(
 
 
 def compile_decoding(model: Janus, params: Any, batch: int):
-    """Compiles `decode_images` for `batch` images; of `params` the shapes are enough."""
+    """Compiles `decode_images` for `batch` images; `params` may be shapes."""
     codes = jax.ShapeDtypeStruct((batch, model.config.gen_vision.num_tokens), jnp.int32)
     decode_images.lower(model, params, codes).compile()
 
 
 def checked_codes(config: VQConfig, codes: np.ndarray) -> np.ndarray:
-    """`codes` as an array; ValueError where they are no codes [B, num_tokens]."""
+    """`codes` as an array; ValueError if they are not codes [B, num_tokens]."""
     codes = np.asarray(codes)
     if codes.ndim != 2 or codes.shape[1] != config.num_tokens or not len(codes):
-        raise ValueError(f"codes of shape {list(codes.shape)} are no images: expected [B, {config.num_tokens}]")
-    # XLA clamps an index that is out of range, and another picture would come out.
+        raise ValueError(f"codes must have shape [B, {config.num_tokens}], got {list(codes.shape)}")
+    # XLA clamps an index that is out of range, which would give another image.
     if not np.issubdtype(codes.dtype, np.integer) or codes.min() < 0 or codes.max() >= config.codebook_size:
         raise ValueError(f"codes must be integers from 0 to {config.codebook_size - 1}")
     return codes
@@ -202,7 +202,7 @@ def checked_codes(config: VQConfig, codes: np.ndarray) -> np.ndarray:
 def decode_images(model: Janus, params: Params, codes: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Codes [B, grid * grid] to uint8 images [B, h, w, 3], clipped and truncated as in the reference.
 
-    Beside them [B] bool, whether all numbers of an image were finite: what is not is black in `uint8`.
+    Also returns [B] bool, whether all values of an image were finite; others become black in `uint8`.
     """
     x = run(model, params, "decode_codes", codes).astype(jnp.float32)
     return jnp.clip((x + 1) / 2 * 255, 0, 255).astype(jnp.uint8), jnp.isfinite(x).all((1, 2, 3))
@@ -210,5 +210,5 @@ def decode_images(model: Janus, params: Params, codes: jax.Array) -> tuple[jax.A
 
 @functools.partial(jax.jit, static_argnames=("model",))
 def encode_codes(model: Janus, params: dict[str, Any], images: jax.Array) -> jax.Array:
-    """Codes [B, num_tokens] of images [B, h, w, 3] in [-1, 1]; -1 where the encoder's numbers are not finite."""
+    """Codes [B, num_tokens] of images [B, h, w, 3] in [-1, 1]; -1 where the encoder's values are not finite."""
     return model.apply({"params": params}, images, method="encode_codes")

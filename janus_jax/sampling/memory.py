@@ -1,4 +1,4 @@
-"""How much memory a device has left."""
+"""The free memory of devices."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MEMINFO, _CGROUP = pathlib.Path("/proc/meminfo"), pathlib.Path("/sys/fs/cgroup"
 
 
 class OutOfMemory(RuntimeError):
-    """The model, or the smallest batch of the work, does not fit the memory."""
+    """The model, or the smallest batch of the work, does not fit in memory."""
 
     @staticmethod
     def says(error: BaseException) -> bool:
@@ -23,7 +23,7 @@ class OutOfMemory(RuntimeError):
 
 
 def available_bytes(device: jax.Device) -> int | None:
-    """Bytes that can still be allocated on `device`, one of this process's own; None where nobody tells."""
+    """Bytes that can still be allocated on `device`, one of this process's own; None if unknown."""
     if device.platform == "cpu":
         free = min(_host_bytes(), _cgroup_bytes())
         return None if math.isinf(free) else int(free)
@@ -34,22 +34,22 @@ def available_bytes(device: jax.Device) -> int | None:
 
 
 def least_available_bytes(mesh: Mesh | None) -> int | None:
-    """Bytes that can still be allocated on every device of `mesh` (None: of this process's first one).
+    """Bytes that can still be allocated on every device of `mesh` (None: on this process's first device).
 
-    None where nobody tells. Where `mesh` spans processes, each of them calls this, and all get the same answer.
+    None if unknown. If `mesh` spans processes, all of them call this, and get the same result.
     """
-    # A process knows nothing of another's devices: asking one of them for its memory is an error.
+    # Only local devices: asking another process's device for its memory is an error.
     devices = jax.local_devices()[:1] if mesh is None else mesh.local_devices
     least = min((free for free in map(available_bytes, devices) if free is not None), default=None)
     if mesh is None or not mesh.is_multi_process:
         return least
-    # Whole MiB: arrays of 64-bit numbers become 32-bit ones on their way.
-    told = process_allgather(np.int32(-1 if least is None else max(least, 0) >> 20))
-    return min((int(mib) << 20 for mib in told if mib >= 0), default=None)
+    # In MiB, since the collective turns 64-bit values into 32-bit ones.
+    every = process_allgather(np.int32(-1 if least is None else max(least, 0) >> 20))
+    return min((int(mib) << 20 for mib in every if mib >= 0), default=None)
 
 
 def _host_bytes() -> float:
-    """What the machine's memory has left; infinite where it does not tell, as in some sandboxes."""
+    """The machine's available memory; infinite if it is not reported, as in some sandboxes."""
     try:
         sizes = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines() if ":" in line)
         return int(sizes["MemAvailable"].split()[0]) * 1024
@@ -58,7 +58,7 @@ def _host_bytes() -> float:
 
 
 def _cgroup_bytes() -> float:
-    """What a container's own limit leaves, files' pages dropped; infinite without one."""
+    """What a container's memory limit leaves, not counting the page cache; infinite without a limit."""
     try:
         limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
         return math.inf if limit == "max" else max(int(limit) - int(used) + _cgroup_files(), 0)
@@ -67,7 +67,7 @@ def _cgroup_bytes() -> float:
 
 
 def _cgroup_files() -> int:
-    """Bytes of files' pages, which a cgroup counts as used though it gives them back when asked for memory."""
+    """Bytes of page cache, which a cgroup counts as used although they are freed when memory is needed."""
     try:
         counts = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
         return sum(int(counts[name]) for name in ("active_file", "inactive_file"))

@@ -1,6 +1,7 @@
-"""How one token is drawn from logits: temperature, top-k, top-p; and the random keys of it.
+"""Draws tokens from logits: temperature, top-k, top-p, and random keys.
 
-A new setting is a field of `Options`, a check there, and what `Sampler` does with it; the pipeline's methods show it.
+To add a setting, add a field to `Options`, a check there, and its effect to `Sampler`, and expose it in the pipeline's
+methods.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Sampler:
       top_k: keep this many of the likeliest tokens; 0 keeps all.
       top_p: keep the likeliest tokens up to this much probability; 1 keeps all.
       greedy: take the likeliest token.
-      truncated: whether top_k or top_p do anything. Static, like greedy, since it costs a sort a step.
+      truncated: whether top_k or top_p have an effect. Static, like greedy, since it costs a sort per step.
     """
 
     temperature: jax.Array | float = 1.0
@@ -50,29 +51,29 @@ class Sampler:
 
 
 def _setting(default: Any, kind: type, about: str) -> Any:
-    """A field of Options that the command line offers too."""
+    """A field of Options that is also a command-line option."""
     return dataclasses.field(default=default, metadata={"type": kind, "help": about})
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What a caller says of how tokens are drawn, checked.
+    """The caller's settings for drawing tokens, validated.
 
     The pipeline's methods and the command line take these by name, in this order.
 
     Attributes:
-      temperature: divides the logits; 0 takes the likeliest token (greedy), 1 draws from what the model says.
+      temperature: divides the logits; 0 takes the likeliest token (greedy), 1 draws from the model's distribution.
       top_k: draw among this many of the likeliest tokens; None keeps all.
       top_p: draw among the likeliest tokens up to this much probability; 1 keeps all.
       seed: from 0 to 2**32 - 1; for images also one for each, see `image_keys`.
       cfg_weight: weight of classifier-free guidance, for images; 1 is the conditional model alone.
-    Raises: ValueError that names the setting, what it must be and what it is.
+    Raises: ValueError with the setting's name, what it must be and what it is.
     """
 
     temperature: float = _setting(1.0, float, "0 is greedy (default %(default)g)")
     top_k: int | None = _setting(None, int, "draw among this many of the likeliest tokens (default: all)")
     top_p: float = _setting(1.0, float, "draw among the likeliest tokens of this much probability (default 1: all)")
-    seed: int | Sequence[int] = _setting(0, int, "what is drawn depends on it (default 0)")
+    seed: int | Sequence[int] = _setting(0, int, "random seed (default 0)")
     cfg_weight: float = 1.0
 
     def __post_init__(self):
@@ -83,15 +84,15 @@ class Options:
             raise ValueError(f"top_p must be above 0 and at most 1 (all tokens), got {one_line(self.top_p)}")
         k = self.top_k
         if k is not None and (not isinstance(k, numbers.Integral) or k < 1):
-            raise ValueError(f"top_k must be an integer from 1, or None (all tokens), got {one_line(k)}")
+            raise ValueError(f"top_k must be an integer of at least 1, or None (all tokens), got {one_line(k)}")
         for seed in self.seed if isinstance(self.seed, Iterable) else [self.seed]:
             seed_key(seed)
         check_guidance(self.cfg_weight)
 
     @property
     def sampler(self) -> Sampler:
-        """The arrays that a compiled loop takes."""
-        greedy = self.temperature < 1e-6  # where float32 logits would overflow, only the largest has a chance
+        """The settings as arrays for a compiled loop."""
+        greedy = self.temperature < 1e-6  # below, float32 logits would overflow, and only the largest has a chance
         return Sampler(
             temperature=jnp.float32(1 if greedy else self.temperature),
             top_k=jnp.int32(min(self.top_k or 0, 2**31 - 1)),
@@ -102,17 +103,17 @@ class Options:
 
 
 def make_sampler(temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0) -> Sampler:
-    """The Sampler of such `Options`."""
+    """The Sampler for these settings, see `Options`."""
     return Options(temperature, top_k, top_p).sampler
 
 
 def step_keys(keys: jax.Array, step: jax.Array | int) -> jax.Array:
-    """`keys` [B] of one step of a loop."""
+    """`keys` [B] for one step of a loop."""
     return jax.vmap(lambda key: jax.random.fold_in(key, step))(keys)
 
 
 def image_keys(seed: int | Sequence[int], prompts: int, n: int) -> jax.Array:
-    """Random keys [prompts * n]: of an image by its seed and its index among the n of its prompt."""
+    """Random keys [prompts * n]: each image's depends on its seed and its index among the n of its prompt."""
     if not isinstance(seed, Iterable):
         keys = jax.vmap(functools.partial(jax.random.fold_in, seed_key(seed)))(jnp.arange(n))
         return jnp.tile(keys, prompts)
@@ -123,14 +124,14 @@ def image_keys(seed: int | Sequence[int], prompts: int, n: int) -> jax.Array:
 
 
 def seed_key(seed: Any) -> jax.Array:
-    """The random key of a seed; ValueError where it is none."""
+    """The random key of a seed; ValueError if it is not a valid seed."""
     if not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**32:
         raise ValueError(f"seed must be an integer from 0 to {2**32 - 1}, got {one_line(seed)}")
     return jax.random.key(int(seed))
 
 
 def check_guidance(cfg_weight: float) -> None:
-    """ValueError where `cfg_weight`, the weight of classifier-free guidance, is out of range."""
+    """ValueError if `cfg_weight`, the weight of classifier-free guidance, is out of range."""
     if not (_is_number(cfg_weight) and 0 <= cfg_weight <= _LARGEST):
         raise ValueError(f"cfg_weight must be 0 or above, in float32 (1 is no guidance), got {one_line(cfg_weight)}")
 
@@ -143,7 +144,7 @@ def _kept(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
     ordered = jnp.sort(logits, axis=-1, descending=True)
     size = logits.shape[-1]
     kth = jnp.take(ordered, jnp.where(top_k > 0, jnp.minimum(top_k, size), size) - 1, axis=-1)[..., None]
-    # The nucleus is measured on what top-k left over. The first token always stays.
+    # top-p applies to the tokens that top-k keeps. The first token always stays.
     probabilities = jax.nn.softmax(jnp.where(ordered >= kth, ordered, -jnp.inf), axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     inside = (before < top_p) & (ordered >= kth)

@@ -1,7 +1,7 @@
 """Answering: prefill of prompts with images, and a compiled loop over text tokens.
 
-Everything here is a pure function of arrays with static shapes. Prompts come left-padded; caches are donated. The loop
-runs from a traced `start` to a traced `stop`, so that a caller who wants to stream runs the same compiled program in
+Everything here is a pure function of arrays with static shapes. Prompts are left-padded; caches are donated. The loop
+runs from a traced `start` to a traced `stop`, so that a caller can stream by running the same compiled program in
 several pieces.
 """
 
@@ -27,9 +27,9 @@ Params = dict[str, Any]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TextState:
-    """What the text loop carries: the cache, tokens [B, max_new_tokens] so far, and which rows are done [B].
+    """The state of the text loop: the cache, tokens [B, max_new_tokens] so far, and which rows are done [B].
 
-    `failed` [B]: see `finite.note_failure`. A row that fails is done; what a row does once it is done is no failure.
+    `failed` [B]: see `finite.note_failure`. A row that fails is done; a row that is done can no longer fail.
     """
 
     cache: KVCache
@@ -45,7 +45,7 @@ def embed_prompt(model: Janus, params: Params, ids: jax.Array, where: jax.Array,
     Args:
       ids: [B, T] int32.
       where: [B, T] bool, the image placeholders.
-      pixels: [B, M, h, w, 3] normalized, each row's images in order (further ones are ignored), or None.
+      pixels: [B, M, h, w, 3] normalized, each row's images in order (extra ones are ignored), or None.
     """
     x = run(model, params, "embed_text", ids)
     if pixels is None:
@@ -69,7 +69,7 @@ def start_text(
 ) -> TextState:
     """Prefills embedded prompts x [B, T, D] and draws the first token.
 
-    `slots` of the cache are by default as many as `max_new_tokens` take.
+    By default the cache has as many `slots` as `max_new_tokens` need.
     """
     batch, length, _ = x.shape
     slots = slots or length + max_new_tokens - 1
@@ -93,7 +93,7 @@ def continue_text(
     start: jax.Array,
     stop: jax.Array,
 ) -> TextState:
-    """Draws the tokens `start` to `stop - 1`, or fewer when every row has met the end of its sentence."""
+    """Draws the tokens `start` to `stop - 1`, or fewer if every row is done before."""
 
     def more(carry) -> jax.Array:
         i, state = carry
@@ -131,15 +131,15 @@ def stream_tokens(
     Args:
       x: embedded, left-padded prompts [B, T, D], from `embed_prompt`.
       mask: [B, T] bool, False on padding.
-      keys: [B] random keys, one a row.
+      keys: [B] random keys, one per row.
       eos_id: token that ends a row; -1 for none.
-      max_new_tokens: at most so many tokens.
+      max_new_tokens: the most tokens to draw.
       sampler: see `make_sampler`; default greedy.
-      piece: tokens between two yields, at most.
-      room: for new tokens in the compiled program, at least max_new_tokens (its default); calls that share it share
-        the program.
+      piece: the most tokens per yield.
+      room: space for new tokens in the compiled program, at least max_new_tokens (the default); calls with the same
+        room share the program.
     Yields: int32 tokens [B, n]; rows that are done repeat eos_id.
-    Raises: `finite.NotFinite`, a ValueError, where logits are not finite, before a token of that piece is yielded.
+    Raises: `finite.NotFinite`, a ValueError, if logits are not finite, before that piece is yielded.
     """
     sampler = make_sampler(0) if sampler is None else sampler
     eos = jnp.int32(eos_id)
@@ -169,7 +169,7 @@ def compile_tokens(
     sampler: Sampler,
     room: int,
 ):
-    """Compiles `embed_prompt` and what `stream_tokens` runs for such arguments; of `params` the shapes are enough."""
+    """Compiles `embed_prompt` and the programs of `stream_tokens` for such arguments; `params` may be shapes."""
     one = jnp.int32(1)
     embed_prompt.lower(model, params, ids, where, pixels).compile()
     x = embed_prompt.eval_shape(model, params, ids, where, pixels)

@@ -167,7 +167,7 @@ def test_the_platform_of_the_codes_is_recorded(captions, processor, tmp_path, ca
 
 
 def test_codes_of_damaged_weights_are_refused(captions, processor, tmp_path):
-    with pytest.raises(ValueError, match="the VQ encoder's numbers are not finite"):
+    with pytest.raises(ValueError, match="the VQ encoder's values are not finite"):
         run(captions, tmp_path / "out", processor, encode=lambda images: np.full((len(images), CODES), -1, np.int32))
 
 

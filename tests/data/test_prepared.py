@@ -55,7 +55,7 @@ def spoil(path, edit):
         (lambda d: spoil(d / "images.npy", lambda b: b[:40]), ValueError, "images.npy is damaged"),
         (lambda d: np.save(d / "lengths.npy", np.ones(7, np.int32)), ValueError, "for 7 samples, prepared.json for 18"),
         (lambda d: (d / "data-00001.array_record").unlink(), FileNotFoundError, "data-00001.array_record is missing"),
-        (lambda d: spoil(d / "data-00001.array_record", lambda b: b[:-9]), ValueError, "must have 65536 bytes, got 6552"),
+        (lambda d: spoil(d / "data-00001.array_record", lambda b: b[:-9]), ValueError, "65536 bytes, got 65527"),
         (lambda d: spoil(d / "data-00001.array_record", lambda b: bytes(len(b))), ValueError, "has a damaged shard"),
         (lambda d: spoil(d / "prepared.json", lambda b: b[:-9]), ValueError, "prepared.json is damaged"),
         (lambda d: spoil(d / "prepared.json", lambda b: b"[]"), ValueError, "prepared.json is damaged"),

@@ -116,7 +116,7 @@ def test_mesh(folder):
         ({"fsdp": 3}, "a mesh of data=1 x fsdp=3 x tensor=1 does not match the 8 devices"),
         ({"fsdp": 0}, "fsdp=0"),
         ({"rows": 8}, "mesh axis 'rows' is unknown; known: data, fsdp, tensor"),
-        (jax.sharding.Mesh(np.array(jax.devices()), ("rows",)), "the mesh has the axes .*rows"),
+        (jax.sharding.Mesh(np.array(jax.devices()), ("rows",)), "the mesh must have the axes .*rows"),
     ],
     ids=["heads", "devices", "zero", "axis", "foreign"],
 )
@@ -231,7 +231,7 @@ def test_downloads_need_a_home(monkeypatch):
     for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("os.path.expanduser", lambda path: path)
-    with raises_one_line("no home to download it to; set HF_HOME to a folder", OSError):
+    with raises_one_line("no home folder for downloads; set HF_HOME to a folder", OSError):
         resolve("owner/name")
 
 
@@ -325,7 +325,7 @@ def test_unknown_repository_and_revision(folder, monkeypatch):
 @pytest.mark.parametrize("error", [RuntimeError("broken\npipe"), LocalEntryNotFoundError("broken"), ConnectionError()])
 def test_download_that_breaks_off(folder, monkeypatch, error):
     Hub(folder, ["model.safetensors"], broken=error).install(monkeypatch)
-    with raises_one_line(r"owner/name: the download broke off \((broken|ConnectionError)\); call again", OSError):
+    with raises_one_line(r"owner/name: the download failed \((broken|ConnectionError)\); try again", OSError):
         load("owner/name")
 
 

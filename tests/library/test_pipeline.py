@@ -169,9 +169,9 @@ def test_decoding_follows_the_memory(janus, codes, monkeypatch):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (np.zeros((0, 16), np.int32), r"shape \[0, 16\]"),
-        (np.zeros((2, 15), np.int32), r"expected \[B, 16\]"),
-        (np.zeros(16, np.int32), r"shape \[16\]"),
+        (np.zeros((0, 16), np.int32), r"shape \[B, 16\], got \[0, 16\]"),
+        (np.zeros((2, 15), np.int32), r"shape \[B, 16\], got \[2, 15\]"),
+        (np.zeros(16, np.int32), r"shape \[B, 16\], got \[16\]"),
         (np.full((1, 16), 256), "from 0 to 255"),
         (np.full((1, 16), -1), "from 0 to 255"),
         (np.zeros((1, 16)), "integers"),

@@ -113,7 +113,7 @@ def test_not_even_one(drawing, mesh):
     stub = drawing(0)
     with pytest.raises(OutOfMemory) as caught:
         draw(mesh)
-    assert str(caught.value) == "drawing one image at a time does not fit the device's memory"
+    assert str(caught.value) == "drawing one image at a time does not fit in the device's memory"
     assert stub.sizes[-1] == (1 if mesh is None else 8)
 
 
@@ -169,8 +169,8 @@ def test_several_processes_do_not_halve(drawing, monkeypatch):
     with pytest.raises(OutOfMemory) as caught:
         draw({"data": 2, "fsdp": 4})
     assert str(caught.value) == (
-        "drawing 16 images at a time does not fit the device's memory, and several processes cannot go back and try 8; "
-        "ask for fewer at a time"
+        "drawing 16 images at a time does not fit in the device's memory, and several processes cannot retry with 8; "
+        "use a smaller batch"
     )
     assert stub.sizes == [16]
     stub.sizes.clear()

@@ -50,7 +50,7 @@ def test_damaged_parameters_are_named(janus):  # noqa: F811
     assert error.rows == [0, 1]
     assert str(error) == (
         "image 0 and 1 more: the logits are not finite after the prompt (computed in float32): "
-        "language_model/norm/scale hold values that are not finite; the checkpoint is damaged, get or convert it again"
+        "language_model/norm/scale have values that are not finite; the checkpoint is damaged, get or convert it again"
     )
     assert "language_model/norm/scale" in str(refused(lambda: broken.chat(QUESTION, **SETTINGS)))
 
@@ -137,7 +137,7 @@ def test_codes_of_nothing(janus):  # noqa: F811
     for path in ("gen_vision_model/quant_conv/bias", "gen_vision_model/quantize/embedding"):
         broken = changed(janus, path, nan_everywhere)
         error = refused(lambda broken=broken: broken.encode_images([pixels]))
-        assert "the VQ encoder's numbers are not finite" in str(error) and path in str(error)
+        assert "the VQ encoder's values are not finite" in str(error) and path in str(error)
 
 
 def test_command_lines_end_with_one_line(janus, tmp_path, capfd, monkeypatch):  # noqa: F811

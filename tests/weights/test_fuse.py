@@ -79,5 +79,7 @@ def test_on_a_mesh(folder, close):
 def test_heads_that_share_keys_stay_apart(tmp_path):
     assert not fusible(MODEL.language)
     folder = write_checkpoint(tmp_path / "model")
-    with pytest.raises(ValueError, match="fused=True: 4 heads and 2 key/value heads make no one kernel; leave it out"):
+    with pytest.raises(
+        ValueError, match="fused=True: 4 heads and 2 key/value heads cannot be one kernel; leave it out"
+    ):
         janus_jax.load(folder, fused=True)

@@ -88,5 +88,5 @@ def test_on_a_mesh(folder, close):
 
 
 def test_unknown_weights_are_one_line(folder):
-    with pytest.raises(ValueError, match="weights='int4' is unknown; give 'int8'"):
+    with pytest.raises(ValueError, match="weights must be 'int8', or None to use dtype, got 'int4'"):
         janus_jax.load(folder, weights="int4")
