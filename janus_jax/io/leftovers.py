@@ -1,4 +1,4 @@
-"""The lock beside a folder in the making, and the removal of what makers left who were killed."""
+"""The lock next to a folder that is being written, and the removal of leftovers of killed writers."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from janus_jax.io.messages import one_line
 
 try:
     import fcntl
-except ImportError:  # Windows: leftovers stay, since nothing says whether their maker is alive
+except ImportError:  # Windows: leftovers stay, since nothing shows whether their writer is alive
     fcntl = None  # type: ignore[assignment]
 
-_LEFT_AFTER = 3600  # seconds without a change, after which the folder of another host's maker counts as left
-_GONE_WITHIN = 20  # seconds that threads still writing into a folder get to notice that it is to go
+_LEFT_AFTER = 3600  # seconds without a change after which the folder of another host's writer counts as a leftover
+_GONE_WITHIN = 20  # seconds within which threads must stop writing into a folder that is being removed
 
 
 def remove(folder: pathlib.Path):
-    """Removes `folder`, also under threads that have not noticed yet that they write in vain.
+    """Removes `folder`, even if threads are still writing into it.
 
-    Raises OSError where it is still there after `_GONE_WITHIN` seconds.
+    Raises OSError if it still exists after `_GONE_WITHIN` seconds.
     """
     deadline = time.monotonic() + _GONE_WITHIN
     while folder.exists():
         late = time.monotonic() > deadline
         shutil.rmtree(folder, ignore_errors=not late)
-        time.sleep(0.05)  # time for a thread to make it anew
+        time.sleep(0.05)  # a thread may create it again
 
 
 def new_lock(place: pathlib.Path) -> tuple[int, pathlib.Path]:
-    """The descriptor and the path of a new lock beside `place`, held until the descriptor is closed."""
+    """The descriptor and the path of a new lock next to `place`, held until the descriptor is closed."""
     while True:
         path = place.with_name(f".{place.name}.{secrets.token_hex(4)}.lock")
         number = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o644)
         if _take(number):
-            # Somebody may have taken it for a dead one's before it was locked.
+            # Another process may have taken it for a leftover before it was locked.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.stat(path), os.fstat(number)):
                     os.write(number, socket.gethostname().encode())
@@ -57,13 +57,13 @@ def _take(number: int) -> bool:
         fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a storage without locks: then no one takes the lock from another either
+    except OSError:  # storage without locks, where no other process can take the lock either
         return True
     return True
 
 
 def remove_left(place: pathlib.Path) -> Iterator[str]:
-    """Removes what killed makers of `place` left beside it; a sentence on each."""
+    """Removes what killed writers of `place` left next to it; yields a sentence for each."""
     if fcntl is None or not place.parent.is_dir():
         return
     pattern = re.compile(rf"\.{re.escape(place.name)}\.[0-9a-f]{{8}}\.lock")
@@ -75,7 +75,7 @@ def _remove_of(lock: pathlib.Path, place: pathlib.Path) -> Iterator[str]:
     folder, aside = lock.with_suffix(".partial"), lock.with_suffix(".old")
     try:
         number = os.open(lock, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:  # it ended this moment, or is another user's
+    except OSError:  # its writer ended just now, or is another user's
         return
     try:
         fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -84,14 +84,14 @@ def _remove_of(lock: pathlib.Path, place: pathlib.Path) -> Iterator[str]:
             return
         if aside.exists() and not place.exists():
             aside.rename(place)
-            yield f"put {one_line(place)} back, which a killed process had moved aside"
+            yield f"restored {one_line(place)}, which a killed process had moved aside"
         for path in (folder, aside):
             if path.exists():
                 size = _size(path)
                 remove(path)
-                yield f"removed {one_line(path)} ({size / 1e9:.3g} GB), which a killed process left"
+                yield f"removed {one_line(path)} ({size / 1e9:.3g} GB), left by a killed process"
         lock.unlink(missing_ok=True)
-    except OSError:  # its maker lives, or the storage has no locks
+    except OSError:  # its writer is alive, or the storage has no locks
         return
     finally:
         os.close(number)

@@ -1,12 +1,12 @@
-"""Writing folders and files whole or not at all.
+"""Writes folders and files atomically.
 
-A folder is made beside its place, under a hidden name, and renamed onto it when everything is there: nothing that
-lies in the place is touched before, and what fails leaves nothing behind. While it is being made, a lock beside it
-says that its maker is alive; what a killed maker left is found by the next one and removed.
+A folder is written next to its destination, under a hidden name, and renamed when it is complete: until then nothing at
+the destination is touched, and a failure leaves nothing behind. Meanwhile a lock file next to it shows that its writer
+is alive; leftovers of a killed writer are found and removed by the next one.
 
-    .NAME.MARK.partial    the folder in the making
-    .NAME.MARK.old        the one that it replaces, for the moment between two renames
-    .NAME.MARK.lock       held by the maker for as long as it lives
+    .NAME.MARK.partial    the folder being written
+    .NAME.MARK.old        the folder that it replaces, between two renames
+    .NAME.MARK.lock       held by the writer as long as it is alive
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ NO_ROOM = {
 _PROBE_BYTES = 64 << 20
 
 
-# ---------------------------------------------------------------- whose folder it is
+# ---------------------------------------------------------------- ownership of a folder
 
 
 def mark(folder: pathlib.Path):
-    """Marks `folder` as made here, with what it holds now: that much `--overwrite` may erase."""
+    """Marks `folder` as made here, with a list of its present content, which `--overwrite` may erase."""
     names = sorted(path.name for path in folder.iterdir() if path.name != MARK)
     text = json.dumps({"made_by": _MADE_BY, "holds": names}, indent=2, ensure_ascii=False)
     (folder / MARK).write_text(text + "\n", encoding="utf-8")
 
 
 def erasable(folder: pathlib.Path, known: frozenset[str] = frozenset()) -> str:
-    """Why `folder` must not be erased, '' where it may: it was made here, and all in it with it.
+    """Why `folder` must not be erased, or '' if it may: if it was made here, with everything in it.
 
     Args:
-      known: what a folder made here before there were marks may hold, where the caller knows this one for such a one.
+      known: names that a folder made here before marks existed may contain, if the caller knows it to be one.
     """
     names = {path.name for path in folder.iterdir()}
     if MARK in names:
@@ -60,15 +60,15 @@ def erasable(folder: pathlib.Path, known: frozenset[str] = frozenset()) -> str:
         except (OSError, ValueError) as error:
             return f"its mark cannot be read ({error})"
         if made.get("made_by") != _MADE_BY or not isinstance(made.get("holds"), list):
-            return f"{MARK} in it is not the mark of a folder that was made here"
+            return f"{MARK} in it is not the mark of a folder made by janus_jax"
         foreign = names - {name for name in made["holds"] if isinstance(name, str)} - {MARK}
     elif known:
         foreign = names - known
     else:
-        return f"it holds no {MARK}, by which a folder that was made here is known"
-    # What is empty cannot be lost.
+        return f"it has no {MARK}, which marks folders made by janus_jax"
+    # Nothing is lost with empty files and folders.
     lost = sorted(name for name in foreign if not _is_empty(folder / name))
-    return f"it also holds {one_line(', '.join(lost))}, not made here" if lost else ""
+    return f"it also has {one_line(', '.join(lost))}, not made by janus_jax" if lost else ""
 
 
 def _is_empty(path: pathlib.Path) -> bool:
@@ -78,9 +78,9 @@ def _is_empty(path: pathlib.Path) -> bool:
 
 
 def destination(out: str | os.PathLike) -> pathlib.Path:
-    """Where `out` leads, as an absolute path: behind a link, the place that it points to.
+    """The absolute path of `out`, with links followed.
 
-    Raises ValueError where no folder can come to be there: a circle of links, a file, a mount point.
+    Raises ValueError if no folder can be created there: for a circle of links, a file, a mount point.
     """
     given = pathlib.Path(out)
     try:
@@ -90,26 +90,27 @@ def destination(out: str | os.PathLike) -> pathlib.Path:
     if place.is_symlink():
         raise ValueError(f"{one_line(given)} is a link that leads nowhere; remove it or choose another folder")
     if place.exists() and not place.is_dir():
-        raise ValueError(f"{one_line(given)} exists already and is no folder; choose another name")
+        raise ValueError(f"{one_line(given)} already exists and is not a folder; choose another name")
     if os.path.ismount(place):
-        raise ValueError(f"{one_line(given)} is a mount point, which no folder can replace; name a folder inside it")
+        raise ValueError(f"{one_line(given)} is a mount point, which cannot be replaced; choose a folder inside it")
     return place
 
 
-# ---------------------------------------------------------------- a folder in the making
+# ---------------------------------------------------------------- staging
 
 
 class Staging:
-    """A folder in the making, `folder`, that becomes `place` with `finish` or vanishes with `discard`.
+    """A temporary `folder` that is moved to `place` by `finish`, or removed by `discard`.
 
     Args:
-      out: where it shall be; a link stands for the place that it points to.
-      overwrite: erase what is there, where `erasable` allows it. Else the place has to be free, or an empty folder.
+      out: the destination; links are followed.
+      overwrite: erase what is there, if `erasable` allows it. Otherwise the destination must be free, or an empty
+        folder.
       known: see `erasable`.
-      num_bytes: what will be written; refused at once where the disk has less room.
-      note: hears, a sentence each, what was found beside the place and removed.
+      num_bytes: bytes that will be written; refused at once if the disk has less space.
+      note: called with a sentence for each leftover that was found and removed.
 
-    Raises ValueError where the place is not free, OSError where nothing can be written there.
+    Raises ValueError if the destination is not free, OSError if nothing can be written there.
     """
 
     def __init__(
@@ -144,9 +145,9 @@ class Staging:
         if not self._taken():
             return
         if not self._overwrite:
-            raise ValueError(f"{self._shown} exists already; choose another folder or overwrite it with --overwrite")
+            raise ValueError(f"{self._shown} already exists; choose another folder or overwrite it with --overwrite")
         if not (self.place / "config.json").is_file():
-            raise ValueError(f"{self._shown} is no checkpoint folder, so it is not overwritten; choose another one")
+            raise ValueError(f"{self._shown} is not a checkpoint folder, so it is not overwritten; choose another one")
         if reason := erasable(self.place, self._known):
             raise ValueError(f"{self._shown} is not overwritten: {reason}; remove it yourself or choose another folder")
 
@@ -162,7 +163,7 @@ class Staging:
             raise OSError(errno.ENOSPC, f"needs {needed}, but its disk has {free} free; make room there", self._shown)
 
     def _probe(self, num_bytes: int):
-        """Writes a little of what is to come: of a quota, `disk_usage` knows nothing."""
+        """Writes some bytes to detect a quota, which `disk_usage` does not report."""
         probe = self.folder / "probe"
         with open(probe, "wb") as file:
             for _ in range(0, min(num_bytes, _PROBE_BYTES), 1 << 20):
@@ -172,25 +173,25 @@ class Staging:
         probe.unlink()
 
     def finish(self):
-        """Marks the folder and puts it in its place; ValueError where that was taken meanwhile."""
+        """Marks the folder and moves it to its destination; ValueError if that was taken meanwhile."""
         mark(self.folder)
         if self._overwrite and self._taken():
             self._check_free()
             self.place.rename(self._aside)
         try:
-            # A folder can be renamed onto nothing and onto an empty folder, and never onto anything else.
+            # A folder can only be renamed to a free name or onto an empty folder.
             self.folder.rename(self.place)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise
-            kept = f"; what it was to replace lies in {one_line(self._aside)}" if self._aside.exists() else ""
-            raise ValueError(f"{self._shown} was made by somebody else meanwhile and is left as it is{kept}") from None
+            kept = f"; the folder to be replaced is in {one_line(self._aside)}" if self._aside.exists() else ""
+            raise ValueError(f"{self._shown} was created by another process and is left as it is{kept}") from None
         self._parents = []
         remove(self._aside)
         self._unlock()
 
     def discard(self):
-        """Removes what was written, and puts back what was to be replaced."""
+        """Removes what was written, and restores what was to be replaced."""
         with _undisturbed():
             if self._aside.exists() and not self.place.exists():
                 self._aside.rename(self.place)
@@ -200,7 +201,7 @@ class Staging:
 
     def _unlock(self):
         lock = self.folder.with_suffix(".lock")
-        # Removed while it is held: nobody can take it for a dead one's in between.
+        # Removed while it is held, so that no other process can take it for a leftover.
         lock.unlink(missing_ok=True)
         os.close(self._lock)
 
@@ -212,7 +213,7 @@ class Staging:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Holds off the signals that end a process: an impatient second one would leave half of it behind."""
+    """Blocks the signals that end a process: a second Ctrl-C would interrupt the cleanup."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -230,7 +231,7 @@ def _undisturbed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def staged(out: str | os.PathLike, **options: Any) -> Iterator[pathlib.Path]:
-    """The folder of a `Staging` that becomes `out` when the block ends well, and vanishes when it does not."""
+    """The folder of a `Staging` that is moved to `out` if the block succeeds, and removed if it fails."""
     with _named_when_full(out):
         staging = Staging(out, **options)
         try:
@@ -249,21 +250,21 @@ def _named_when_full(out: str | os.PathLike) -> Iterator[None]:
         told = no_room(error)
         if not told or (isinstance(error, OSError) and error.filename == one_line(out)):
             raise
-        raise OSError(told, f"{NO_ROOM[told]}: what was written is removed again", one_line(out)) from error
+        raise OSError(told, f"{NO_ROOM[told]}; the partial output was removed", one_line(out)) from error
 
 
 def no_room(error: BaseException) -> int:
-    """The errno by which `error` says that a disk is full, 0 where it says something else."""
+    """The errno if `error` means that a disk is full, else 0."""
     if isinstance(error, OSError):
         return error.errno if error.errno in NO_ROOM else 0
-    # Tensorstore says it in words.
+    # Tensorstore only has the message.
     return next(
         (number for number, words in NO_ROOM.items() if isinstance(error, ValueError) and words in str(error)), 0
     )
 
 
 def _make_parents(place: pathlib.Path) -> list[pathlib.Path]:
-    """Makes the folders above `place`; returns the new ones, the innermost first."""
+    """Creates the parent folders of `place`; returns the new ones, innermost first."""
     absent = [parent for parent in place.parents if not parent.exists()]
     place.parent.mkdir(parents=True, exist_ok=True)
     return absent
@@ -273,17 +274,17 @@ def _make_parents(place: pathlib.Path) -> list[pathlib.Path]:
 
 
 def write_file(path: pathlib.Path, data: bytes):
-    """Writes `data` as the file `path`, which is whole or as it was before; OSError where the disk is full."""
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    """Writes `data` to the file `path` atomically; OSError if the disk is full."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        with open(beside, "xb") as file:
+        with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())  # where a full disk would show only later
-        beside.replace(path)
+            os.fsync(file.fileno())  # otherwise a full disk might show only later
+        temporary.replace(path)
     except BaseException as error:
         with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         if told := no_room(error):
             raise OSError(told, NO_ROOM[told], str(path)) from None
         raise
@@ -291,9 +292,9 @@ def write_file(path: pathlib.Path, data: bytes):
 
 @contextlib.contextmanager
 def new_folder(folder: pathlib.Path) -> Iterator[None]:
-    """Makes `folder` where it is absent; takes it away again if the block fails and has written nothing into it.
+    """Creates `folder` if it is missing, and removes it again if the block fails without having written into it.
 
-    Raises OSError where it cannot be written to.
+    Raises OSError if it is not writable.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)

@@ -43,7 +43,7 @@ def write_some(folder: pathlib.Path, text: str = "new") -> None:
 def test_a_folder_that_appears_meanwhile_is_left_alone(tmp_path):
     for overwrite in (False, True):
         out = tmp_path / f"out{overwrite}"
-        refused = pytest.raises(ValueError, match=r"was made by somebody else meanwhile|is no checkpoint folder")
+        refused = pytest.raises(ValueError, match=r"was created by another process|is not a checkpoint folder")
         with refused, staged(out, overwrite=overwrite) as folder:
             write_some(folder)
             out.mkdir()
@@ -62,7 +62,7 @@ def test_from_torch_leaves_a_folder_that_appears_meanwhile(tmp_path, monkeypatch
         shutil.copytree(GOLDEN, out)  # a download, say: it has a config.json, too
 
     monkeypatch.setattr(conversion, "write_lazy", write_and_intrude)
-    with pytest.raises(ValueError, match="out was made by somebody else meanwhile and is left as it is"):
+    with pytest.raises(ValueError, match="out was created by another process and is left as it is"):
         from_torch(GOLDEN, out)
     assert names(out) == names(GOLDEN)
     assert names(tmp_path) == {"out"}
@@ -81,7 +81,7 @@ def test_something_that_appears_within_the_swap_is_left_alone(tmp_path, monkeypa
             (out / "thesis.tex").touch()
 
     monkeypatch.setattr(pathlib.Path, "rename", rename_and_intrude)
-    refused = pytest.raises(ValueError, match=r"left as it is; what it was to replace lies in .*old")
+    refused = pytest.raises(ValueError, match=r"left as it is; the folder to be replaced is in .*old")
     with refused, staged(out, overwrite=True) as folder:
         write_some(folder)
     assert names(out) == {"thesis.tex"}
@@ -93,7 +93,7 @@ def test_only_marked_folders_are_erased(tmp_path, converted):
     download = tmp_path / "download"
     shutil.copytree(GOLDEN, download)
     before = names(download)
-    with pytest.raises(ValueError, match=f"download is not overwritten: it holds no {MARK}"):
+    with pytest.raises(ValueError, match=f"download is not overwritten: it has no {MARK}"):
         from_torch(GOLDEN, download, overwrite=True)
     for text in ("{}", "[1]", "{", '{"made_by": "janus_jax"}', '{"made_by": "me", "holds": []}'):
         (download / MARK).write_text(text)
@@ -104,7 +104,7 @@ def test_only_marked_folders_are_erased(tmp_path, converted):
     ours = tmp_path / "ours"
     shutil.copytree(converted, ours)
     (ours / "notes.md").write_text("what I found out")
-    with pytest.raises(ValueError, match=r"ours is not overwritten: it also holds notes.md, not made here"):
+    with pytest.raises(ValueError, match=r"ours is not overwritten: it also has notes.md, not made by janus_jax"):
         to_torch(GOLDEN, ours, "original", overwrite=True)
     (ours / "notes.md").unlink()
     to_torch(GOLDEN, ours, "original", overwrite=True)
@@ -118,7 +118,7 @@ def test_converted_folders_from_before_the_mark_may_be_overwritten(tmp_path, con
     shutil.copytree(converted, out)
     (out / MARK).unlink()
     (out / "run.py").write_text("print()")
-    with pytest.raises(ValueError, match=r"out is not overwritten: it also holds run.py, not made here"):
+    with pytest.raises(ValueError, match=r"out is not overwritten: it also has run.py, not made by janus_jax"):
         from_torch(GOLDEN, out, overwrite=True)
     (out / "run.py").unlink()
     from_torch(GOLDEN, out, overwrite=True)
@@ -142,7 +142,7 @@ def test_links_are_followed_and_kept(tmp_path):
     (tmp_path / "file").write_text("text")
     (tmp_path / "to-file").symlink_to(tmp_path / "file")
     for name in ("file", "to-file"):
-        with pytest.raises(ValueError, match=f"{name} exists already and is no folder"):
+        with pytest.raises(ValueError, match=f"{name} already exists and is not a folder"):
             Staging(tmp_path / name, overwrite=True)
     with pytest.raises(ValueError, match="is a mount point"):
         Staging("/", overwrite=True)
@@ -191,7 +191,7 @@ def test_a_maker_that_lives_keeps_its_folder(tmp_path):
     with staged(tmp_path / "out", note=notes.append) as folder:
         write_some(folder)
     assert notes == [] and first.folder.is_dir()
-    with pytest.raises(ValueError, match="was made by somebody else meanwhile"):
+    with pytest.raises(ValueError, match="was created by another process"):
         first.finish()
     first.discard()
     assert names(tmp_path) == {"out"}
@@ -233,7 +233,7 @@ def test_a_killed_conversion_is_found_by_the_next_one(tmp_path):
     notes = []
     with staged(tmp_path / "out", note=notes.append) as folder:
         write_some(folder)
-    assert len(notes) == 1 and left in notes[0] and "GB), which a killed process left" in notes[0]
+    assert len(notes) == 1 and left in notes[0] and "GB), left by a killed process" in notes[0]
     assert names(tmp_path) == {"out", ".out.notes.partial"}
 
 
@@ -243,7 +243,7 @@ def test_what_a_killed_conversion_moved_aside_is_put_back(tmp_path):
     (tmp_path / "out").rename(tmp_path / ".out.0123abcd.old")
     (tmp_path / ".out.0123abcd.lock").write_text(socket.gethostname())
     notes = []
-    refused = pytest.raises(ValueError, match="out exists already")
+    refused = pytest.raises(ValueError, match="out already exists")
     with refused, staged(tmp_path / "out", note=notes.append) as folder:
         write_some(folder)
     assert (tmp_path / "out" / "config.json").read_text() == "old"
@@ -284,7 +284,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_files_that_may_not_grow_are_one_line(tmp_path, script):
     out = tmp_path / "out"
     process = begin(out, script, *(["--dialect", "original"] if script == "to_torch.py" else []), prelude=FULL)
-    assert told_by(process) == [f"error: {out}: File too large: what was written is removed again"]
+    assert told_by(process) == [f"error: {out}: File too large; the partial output was removed"]
     assert process.returncode == 2
     assert names(tmp_path) == set()
 
@@ -299,7 +299,7 @@ def test_a_full_disk_is_one_line(tmp_path):
     try:
         with pytest.raises(OSError, match=r"needs 0.0044[0-9]* GB, but its disk has 0.0021 GB free; make room there"):
             to_torch(GOLDEN, disk / "out", "original")
-        refused = pytest.raises(OSError, match="No space left on device: what was written is removed again")
+        refused = pytest.raises(OSError, match="No space left on device; the partial output was removed")
         with refused, staged(disk / "out") as folder:
             (folder / "file").write_bytes(bytes(3 << 20))
         with pytest.raises(OSError, match="No space left on device"):

@@ -140,7 +140,7 @@ def test_an_export_is_whole_or_not_there(config_of, monkeypatch, tmp_path, capsy
     (folder / "2" / "config.json").touch()
     exported = loop.train(config)
     assert [path.name for path in folder.iterdir()] == ["2"]
-    assert ".2.0123abcd.partial (0 GB), which a killed process left" in capsys.readouterr().out
+    assert ".2.0123abcd.partial (0 GB), left by a killed process" in capsys.readouterr().out
     assert {"config.json", "params", MARK} <= {path.name for path in exported.iterdir()}
 
 

@@ -242,9 +242,9 @@ def test_existing_folders_are_kept_unless_told_otherwise(source, converted, gold
     out.mkdir()
     from_torch(source, out)  # an empty folder is free
     (out / "mark").touch()
-    with pytest.raises(ValueError, match="out exists already; choose another folder or"):
+    with pytest.raises(ValueError, match="out already exists; choose another folder or"):
         from_torch(source, out)
-    with pytest.raises(ValueError, match="out exists already"):
+    with pytest.raises(ValueError, match="out already exists"):
         to_torch(source, out, "original")
     assert (out / "mark").exists()
     from_torch(source, out, overwrite=True)
@@ -256,7 +256,7 @@ def test_existing_folders_are_kept_unless_told_otherwise(source, converted, gold
 def test_what_is_never_overwritten(source, converted, tmp_path):
     (tmp_path / "diary").mkdir()
     (tmp_path / "diary" / "monday.txt").write_text("dear diary")
-    with pytest.raises(ValueError, match="diary is no checkpoint folder, so it is not overwritten"):
+    with pytest.raises(ValueError, match="diary is not a checkpoint folder, so it is not overwritten"):
         from_torch(source, tmp_path / "diary", overwrite=True)
     shutil.copytree(source, tmp_path / "outer" / "inner")
     shutil.copyfile(source / "config.json", tmp_path / "outer" / "config.json")
