@@ -27,7 +27,7 @@ def get_config() -> TrainConfig:
             generation=_shared.IMAGENET,
             ratio=(1, 0, 3),
             context=_shared.CONTEXT,
-            # About 650 tokens a caption sample and 590 an ImageNet one: 1.7 images a row on average.
+            # About 650 tokens per caption sample and 590 per ImageNet one: 1.7 images per row on average.
             images_per_row=2,
             guidance_dropout=0.1,
         ),

@@ -23,7 +23,7 @@ def get_config() -> TrainConfig:
             generation=_shared.STAGE3_GENERATION,
             ratio=(5, 1, 4),
             context=_shared.CONTEXT,
-            # About 900 tokens a sample with an image, 600 a text, 650 a drawn image: 2.6 images a row on average.
+            # 900 tokens per sample with an image, 600 per text, 650 per drawn image: 2.6 images per row on average.
             images_per_row=4,
             guidance_dropout=0.1,
             text_loss="answers",

@@ -1,1 +1,1 @@
-"""One file a run, each with `get_config()`; found by name with `python -m train.main --config NAME`."""
+"""One file per run, each with `get_config()`; found by name with `python -m train.main --config NAME`."""

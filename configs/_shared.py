@@ -1,4 +1,4 @@
-"""What several runs have in common: sizes of rows, data folders, held-out losses, sample prompts, layouts."""
+"""Settings shared by several runs: row length, data folders, held-out losses, sample prompts, layouts."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def layouts(accumulate: dict[str, int], fsdp: int, tensor: dict[str, int] | None
 
     Args:
       accumulate: micro-batches of a step, by slice.
-      fsdp: over how many chips parameters are split: the width by it is a multiple of a TPU's 128 lanes.
-      tensor: over how many chips heads are split, where a slice has more chips than a micro-batch has rows.
+      fsdp: number of chips over which parameters are split; the width divided by it is a multiple of a TPU's 128 lanes.
+      tensor: number of chips over which heads are split, by slice, for slices with more chips than rows.
     """
     tensor = tensor or {}
     return tuple(

@@ -27,7 +27,7 @@ def get_config() -> TrainConfig:
             generation=_shared.IMAGENET,
             ratio=(1, 0, 1),
             context=_shared.CONTEXT,
-            # About 650 tokens a caption sample and 590 an ImageNet one: 3.3 images a row on average.
+            # About 650 tokens per caption sample and 590 per ImageNet one: 3.3 images per row on average.
             images_per_row=4,
             guidance_dropout=0.1,
         ),

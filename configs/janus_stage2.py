@@ -26,7 +26,7 @@ def get_config() -> TrainConfig:
             early_steps=120_000,
             ratio=(2, 3, 5),
             context=_shared.CONTEXT,
-            # About 900 tokens a sample with an image, 1000 a text, 650 a drawn image: 1 image a row on average.
+            # 900 tokens per sample with an image, 1000 per text, 650 per drawn image: 1 images per row on average.
             images_per_row=2,
             guidance_dropout=0.1,
             caption_cut=0.25,
