@@ -1,4 +1,4 @@
-"""The page of `train.inspect --html`: one file, without scripts and without anything from elsewhere."""
+"""The page of `train.inspect --html`: a single file, without scripts or external resources."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from janus_jax.processing.images import open_image
 from train.data.prepared import Prepared
 from train.data.views import View
 
-_SIDE = 320  # pixels of a picture on the page
+_SIDE = 320  # pixels of an image on the page
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --dim: #777; --trained: #2e9e4433; --edge: #2e9e44; --mark: #7a5cc0; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
@@ -36,7 +36,7 @@ mark .mark { outline: 2px solid var(--edge); }
 
 
 def page(folder: Prepared, views: Sequence[View]) -> str:
-    """HTML of `views`; all that came from data is escaped."""
+    """HTML of `views`; everything that comes from data is escaped."""
     name = html.escape(one_line(folder.folder))
     tokens = int(folder.lengths.sum(dtype=np.int64))
     whole = f"{len(folder):,} {folder.kind} samples, {tokens:,} tokens; {len(views):,} of them here"
@@ -50,12 +50,12 @@ def page(folder: Prepared, views: Sequence[View]) -> str:
             "<!doctype html>",
             '<html lang="en"><head><meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            # Nothing is fetched and nothing runs, whatever the data hold.
+            # Nothing is fetched and nothing runs, whatever the data contain.
             '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
             "style-src 'unsafe-inline'\">",
             f"<title>{name}</title><style>{_STYLE}</style></head><body>",
             f"<h1>{name}</h1><p class='facts'>{whole}. {note}</p>",
-            "<p class='key'><span><mark>trained on</mark></span><span><span class='mark'>image</span> a picture</span>"
+            "<p class='key'><span><mark>trained on</mark></span><span><span class='mark'>image</span> an image</span>"
             "<span><mark><span class='mark'>codes</span></mark> the codes of an image to draw</span></p>",
             *map(_article, views),
             "</body></html>",
@@ -108,7 +108,7 @@ def _picture(number: int, image: bytes) -> str:
 
 
 def _codes(codes: np.ndarray) -> str:
-    """The codes as a map of colors, which shows whether they vary as a picture does."""
+    """The codes as a map of colors, which shows whether they vary as in an image."""
     side = int(len(codes) ** 0.5)
     rows = codes if side * side == len(codes) else codes[: side * side]
     hashed = (rows.astype(np.uint64) * np.uint64(2654435761)) & np.uint64(0xFFFFFFFF)

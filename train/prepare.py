@@ -146,7 +146,7 @@ def prepare(
     done = {shard: index for shard in range(count) if (index := read_index(out, shard)) is not None}
     for shard, index in list(done.items()):
         if work.decides_anew(index["dropped"]):
-            # Pictures that were missing have come, say: without its index, the shard is written again.
+            # For example, missing images have appeared: without its index, the shard is written again.
             (out / index_file(shard)).unlink()
             del done[shard]
         else:

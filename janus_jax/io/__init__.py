@@ -1,1 +1,1 @@
-"""Files, messages and commands, safe against whatever somebody else wrote."""
+"""Files, messages and commands, safe with untrusted input."""

@@ -1,1 +1,1 @@
-"""Text and pictures into what the model reads."""
+"""Turns text and images into the model's input."""

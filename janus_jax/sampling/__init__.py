@@ -1,1 +1,1 @@
-"""From logits to pictures and answers."""
+"""Draws images and answers."""

@@ -1,1 +1,1 @@
-"""Checkpoints: every kind read, two kinds written, parameters in other forms."""
+"""Reads and writes checkpoints of every kind, and fuses or quantizes parameters."""

@@ -23,7 +23,7 @@ _LEVELS = 127
 
 
 def quantize(params: Mapping[str, Any], delete: bool = False) -> dict[str, Any]:
-    """`params` with int8 kernels, each with a `kernel_scale` beside it that `linear.Linear` multiplies by.
+    """`params` with int8 kernels, each with a `kernel_scale` by which `linear.Linear` multiplies.
 
     Embeddings, adapters, encoders, norms and biases stay as they are: they are read little, or once an image.
 

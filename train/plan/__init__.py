@@ -1,1 +1,1 @@
-"""What a run needs on devices that are not at hand; it loads no data."""
+"""Computes what a run needs on devices that need not be present; loads no data."""

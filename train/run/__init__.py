@@ -1,1 +1,1 @@
-"""A run: the loop, what goes on around its steps, its workdir and its other processes."""
+"""A run: the loop, its callbacks, its workdir and its other processes."""

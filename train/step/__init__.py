@@ -1,1 +1,1 @@
-"""One training step, and the state that it changes."""
+"""The training step, and the state that it updates."""

@@ -1,1 +1,1 @@
-"""Files of tensors that torch writes, read without torch."""
+"""Reads torch's files of tensors without torch."""
