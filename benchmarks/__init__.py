@@ -1,1 +1,1 @@
-"""Measurements, each a command that prints a table."""
+"""Benchmarks: each is a command that prints a table."""

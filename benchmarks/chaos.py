@@ -1,10 +1,10 @@
-"""What kills do to a training run: they cost time, and nothing else.
+"""Checks that killing a training run costs time and nothing else.
 
     python -m benchmarks.chaos [--kills 20] [--steps 240] [--workers 0] [--seed 0]
 
-Trains a tiny model twice through the command line: once undisturbed, and once killed again and again, by SIGKILL and
+Trains a tiny model twice through the command line: once undisturbed, and once killed repeatedly, by SIGKILL and
 SIGTERM, at random moments and at chosen ones (while it starts, steps, saves, removes an old checkpoint, exports), and
-started again by the same command. Both have to come to the same bits. Exit code 1 where anything differs.
+resumed with the same command. Both must produce the same bits; exits with 1 if anything differs.
 """
 
 from __future__ import annotations

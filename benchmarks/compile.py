@@ -1,9 +1,9 @@
-"""Seconds to trace and to compile what draws and what answers, without and with a persistent compilation cache.
+"""Seconds to trace and compile the programs for drawing and answering, with and without a compilation cache.
 
 `python -m benchmarks.compile --preset janus_pro_1b` lowers four programs from shapes alone (no weights are made):
 SigLIP with its adapter (`embed_prompt`), the prefill of an image's prompt (`start_image`), the loop over its codes
-(`continue_image`) and the VQ decoder (`decode_images`). Each process compiles them once: with no cache, with a cache in
-an empty folder, which it fills, and with what that left.
+(`continue_image`) and the VQ decoder (`decode_images`). Each process compiles them once: without a cache, with an empty
+cache folder, and with the filled one.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Seconds and peak memory of converting a checkpoint of full size.
+"""Seconds and peak memory of converting a full-size checkpoint.
 
     python -m benchmarks.convert --preset janus_pro_7b --verify
 
-Writes random weights in the original dialect (bfloat16, two shards and their index), converts them in a process of its
-own, and deletes everything again. The exit code is 1 where the conversion fails or takes 6 GiB or more.
+Writes random weights in the original dialect (bfloat16, two shards and their index), converts them in a separate
+process, and deletes everything again. Exits with 1 if the conversion fails or takes 6 GiB or more.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""How fast data are prepared and assembled, how full rows are, and how many cores a pod needs for that.
+"""Measures how fast data are prepared and assembled, how full rows are, and how many cores a pod needs.
 
     python -m benchmarks.data
 
-Writes synthetic photographs (JPEG, 640 x 480) and texts into every format, prepares each on one core, and assembles
-rows of `7b_stage3` (4096 tokens, images of 384 pixels) from what was prepared. All figures are for one core: CPU
-seconds are counted and not the clock. VQ encoding is left out, for it runs on the accelerator.
+Writes synthetic photographs (JPEG, 640 x 480) and texts in every format, prepares each on one core, and assembles rows
+of `7b_stage3` (4096 tokens, images of 384 pixels) from the result. All figures are for one core, in CPU seconds rather
+than wall-clock time. VQ encoding is left out, since it runs on the accelerator.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Checks a folder of reference outputs: `python -m benchmarks.golden DIR`.
 
-DIR is laid out like tests/golden/janus_tiny: config.json and model.safetensors of a checkpoint, golden.npz with inputs
+DIR has the files of tests/golden/janus_tiny: config.json and model.safetensors of a checkpoint, golden.npz with inputs
 and outputs of the reference implementation in float32, preprocess.npz and templates.json. Prints the largest error of
-each array, relative to the array's largest value, and exits 1 when one is missing or out of tolerance.
+each array, relative to the array's largest value, and exits with 1 if one is missing or out of tolerance.
 """
 
 from __future__ import annotations

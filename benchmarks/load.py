@@ -1,10 +1,10 @@
-"""Seconds from nothing to a model that draws: `janus_jax.load`, compilation, and the first run of each program.
+"""Seconds until a model draws: `janus_jax.load`, compilation, and the first run of each program.
 
 `python -m benchmarks.load --preset janus_pro_1b` writes random weights as a torch checkpoint into a temporary folder,
 converts them, and starts a process for each variant, which finds the converted files on disk and not in memory (their
 pages are dropped before), and its compilation cache as in `benchmarks.compile`. Start is everything before
-`janus_jax.load`: the interpreter, imports, the device. With `--whole` each process goes on to draw the whole image, and
-the table has the seconds from its start to the pixels; without, nothing is said of those.
+`janus_jax.load`: the interpreter, imports, the device. With `--whole` each process then draws the whole image, and the
+table also has the seconds from its start to the pixels.
 """
 
 from __future__ import annotations

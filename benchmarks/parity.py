@@ -1,9 +1,10 @@
 """janus_jax against transformers' port of Janus, in float32 with random weights: python -m benchmarks.parity --preset P
 
-The port is built and run in a process of its own, which writes a checkpoint and the reference outputs to a temporary
-folder; then the checkpoint is read here and the same is computed. Prints a table of the largest errors, relative to the
-reference's largest value, and of differing tokens; exits 1 where an error is above 1e-3 or a token differs. A preset of
-full size takes 9 GB of memory and as much disk for each billion parameters twice told; everything is deleted again.
+The port is built and run in a separate process, which writes a checkpoint and the reference outputs to a temporary
+folder; then the checkpoint is loaded here and the same outputs are computed. Prints a table of the largest errors,
+relative to the reference's largest value, and of differing tokens; exits with 1 if an error is above 1e-3 or a token
+differs. A full-size preset takes 9 GB of memory (two copies in float32), and as much disk, for each billion parameters;
+everything is deleted again.
 """
 
 from __future__ import annotations

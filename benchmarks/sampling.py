@@ -1,11 +1,11 @@
-"""Seconds of text to image, here and in transformers' port on torch, and the share of the bandwidth that a step uses.
+"""Seconds of text-to-image, here and in transformers' port on torch, and the share of the bandwidth that a step uses.
 
 `python -m benchmarks.sampling --preset janus_pro_1b --images 1 4 --vs torch` draws images with guidance, two rows each:
 prefill of a prompt of 32 tokens, decoding steps, and the VQ decoder, apart, in each framework and dtype, and here for
 int8 weights, for fused products and not, and for both layouts of the decoder's layers. Steps are timed in the middle of
-an image, and where our cache grows, in the middle of each of its sizes. On torch there are three loops: the reference
-script's (a growing cache, one call of the model a step), the same compiled by torch.compile over a static cache, and
-the port's own `generate`. Weights are random, and prompts new in every repetition.
+an image, and if our cache grows, in the middle of each of its sizes. On torch there are three loops: the reference
+script's (a growing cache, one call of the model per step), the same compiled by torch.compile over a static cache, and
+the port's own `generate`. Weights are random, and prompts are new in every repetition.
 
 The roofline is the time in which a step's bytes (all weights of decoder and image head once, and the filled part of the
 cache once) pass at the bandwidth that a copy of 1 GiB has on the same device, measured in the same process.

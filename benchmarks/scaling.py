@@ -1,11 +1,10 @@
-"""Seconds and memory of a decoding step against batch and against context, beside a model of both.
+"""Seconds and memory of a decoding step by batch size and by context, compared with a model of both.
 
 `python -m benchmarks.scaling --preset janus_pro_1b --layers 4` times the text loop (`text.continue_text`) over a
-cache that is as long as the context and full but for the steps taken: with 1 to 32 rows of one context, and with one
-row of 64 to 4096 tokens. The model beside it: a step reads every weight of the decoder once and the whole cache once,
-and then computes; at the rates that a matrix of 1 GiB by a vector, and square matrices, have on the same device. Memory
-is XLA's account of the program. Weights are random; all points are measured in one process, one after the other, and
-then again in the next.
+cache that is as long as the context and full except for the steps taken: with 1 to 32 rows of one context, and with one
+row of 64 to 4096 tokens. In the model, a step reads every weight of the decoder once and the whole cache once, and then
+computes, at the rates of a 1 GiB matrix times a vector, and of square matrices, on the same device. Memory is XLA's
+analysis of the program. Weights are random; all points are measured in turn in one process, and again in the next.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Seconds a training step, tokens/s and MFU of the real step, for packed and for padded rows and several settings.
+"""Seconds per training step, tokens/s and MFU of the real step, for packed and padded rows and several settings.
 
 `python -m benchmarks.training --preset janus_pro_1b --layers 4 --rows 1 --context 2048` runs stage 3, in which all but
 the VQ tokenizer trains, with fewer layers of decoder and SigLIP. Rows are packed with random samples of all kinds until
-no more fit; the padded variant has the same samples one a row. Recomputation (`remat`) and the tokens of a row whose
-logits exist at a time (`loss_chunk`) are varied one at a time. Weights are random, samples new in every step. Counted
-are tokens of samples, never padding; FLOPs are those that the model needs (`train.plan.flops`).
+no more fit; the padded variant has the same samples, one per row. Recomputation (`remat`) and the tokens of a row whose
+logits are in memory at a time (`loss_chunk`) are varied one by one. Weights are random, samples new in every step. Only
+tokens of samples are counted, never padding; FLOPs are those that the model needs (`train.plan.flops`).
 """
 
 from __future__ import annotations

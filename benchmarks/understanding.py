@@ -1,10 +1,10 @@
 """Seconds to the first token about an image and tokens/s after it, here and in transformers' port on torch.
 
-`python -m benchmarks.understanding --preset janus_pro_1b --vs torch` asks about one image a row, for each size of
+`python -m benchmarks.understanding --preset janus_pro_1b --vs torch` asks about one image per row, for each size of
 `--batch`: SigLIP alone, everything up to the decoder (SigLIP, adapter, embeddings), the prefill with the first token,
 and greedy decoding; and decodes VQ codes, for each framework and dtype. Here prompts are left-padded to the length that
-the pipeline pads them to, on torch they are not padded. On torch there are two loops: a growing cache, one call of the
-model a token (eager), and the port's own `generate` with a static cache, which compiles the model on a GPU. Weights are
+the pipeline uses, on torch they are not padded. On torch there are two loops: a growing cache, one call of the model
+per token (eager), and the port's own `generate` with a static cache, which compiles the model on a GPU. Weights are
 random, inputs new in every repetition, and the first repetition of a process does not count.
 """
 

@@ -48,10 +48,10 @@ def make_parser(name: str, doc: str, rounds: int = 2) -> argparse.ArgumentParser
 
 
 def count(text: str) -> int:
-    """argparse's type of a whole number from 1."""
+    """argparse type for an integer of at least 1."""
     number = int(text)
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not a whole number from 1")
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
     return number
 
 

@@ -288,7 +288,7 @@ def test_a_process_that_fails_is_reported():
         ("training", ["--context", "1000"], "--context 1000 is not a multiple of 512"),
         ("training", ["--preset", "janus_pro_1b", "--context", "512"], "--context 512"),
         ("scaling", ["--steps", "32"], "--steps 32 is too many for a cache of 64 tokens"),
-        ("load", ["--rounds", "0"], "0 is not a whole number from 1"),
+        ("load", ["--rounds", "0"], "must be at least 1, got 0"),
     ],
 )
 def test_bad_arguments_get_one_line(name, arguments, says, capsys):
