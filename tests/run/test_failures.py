@@ -191,7 +191,7 @@ def test_one_process_that_fails_alone_amid_common_work_stops(tmp_path, monkeypat
             raise RuntimeError("out of luck")
     assert stopped.value.code == faults.HUNG and stopped.value.alone and not met
     # Where the other one fails as well, both go on.
-    (tmp_path / "failed-the-picture-after-step-2.1").touch()
+    (tmp_path / "failed-the-sample-grid-after-step-2.1").touch()
     with failures.alike(what):
         raise RuntimeError("out of luck")
     assert failures.count == 1 and met == [1]
