@@ -11,6 +11,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the work is on disk: leave acce
 from janus_jax.io.commands import leave, run
 from janus_jax.io.messages import print_note
 from janus_jax.weights.conversion import from_torch
+from janus_jax.weights.quantize import FORMS
 from janus_jax.weights.torch_weights import DTYPES
 
 
@@ -19,6 +20,7 @@ def main() -> int:
     parser.add_argument("--src", required=True, help="folder with config.json and safetensors or .bin weights")
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="cast the parameters (default: keep the checkpoint's)")
+    parser.add_argument("--weights", choices=FORMS, help="quantize the decoder's and the heads' kernels (default: no)")
     parser.add_argument(
         "--verify", action="store_true", help="read the result and compare it with the source, bit for bit"
     )
@@ -26,7 +28,7 @@ def main() -> int:
     args = parser.parse_args()
 
     def work():
-        from_torch(args.src, args.out, args.dtype, args.verify, args.overwrite, progress=True, note=print_note)
+        from_torch(args.src, args.out, args.dtype, args.verify, args.overwrite, True, print_note, args.weights)
         print(f"{args.out}: converted{' and verified' if args.verify else ''}")
 
     return run(work)

@@ -26,6 +26,7 @@ from janus_jax.sampling.memory import OutOfMemory
 from janus_jax.sampling.sampler import Options
 from janus_jax.sharding import MESH_AXES, flatten
 from janus_jax.weights.checkpoint import open_checkpoint
+from janus_jax.weights.quantize import FORMS
 from janus_jax.weights.torch_weights import DTYPES, abstract_params
 
 
@@ -84,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_model(parser: argparse.ArgumentParser):
     parser.add_argument("--model", required=True, help="checkpoint folder (any layout) or hub id")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16, float32 on CPU")
-    parser.add_argument("--weights", choices=("int8",), help="int8 weights in the decoder (default: as --dtype)")
+    parser.add_argument("--weights", choices=FORMS, help="quantized weights in the decoder (default: as --dtype)")
     parser.add_argument("--mesh", metavar="AXIS=N,...", help=f"device mesh over {', '.join(MESH_AXES)}")
     parser.add_argument("--roles", help="chat roles of the prompt, pro or old (default: detected)")
 
@@ -167,10 +168,11 @@ def _roles(processor: Processor) -> str:
 
 def _info(args: argparse.Namespace):
     folder = resolve(args.model)
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(folder, quantized=True)
     config = checkpoint.config
     v, g, t = config.vision, config.gen_vision, config.language
-    print(f"{args.model}: {checkpoint.kind} layout, {config.dtype}")
+    weights = f", {checkpoint.weights} weights" if checkpoint.weights else ""
+    print(f"{args.model}: {checkpoint.kind} layout, {config.dtype}{weights}")
     if (folder / "tokenizer.json").exists():
         print(f"  roles: {_roles(Processor.from_folder(folder, config, hub_id=hub_id(args.model)))}")
     details = {

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from janus_jax.config import JanusConfig
@@ -24,8 +25,9 @@ from janus_jax.sampling.footprint import refuse_too_large
 from janus_jax.sharding import MESH_AXES, make_mesh, param_shardings
 from janus_jax.weights.checkpoint import open_checkpoint
 from janus_jax.weights.fuse import fuse, fusible
-from janus_jax.weights.quantize import quantize, quantize_leaf
-from janus_jax.weights.torch_weights import abstract_params, parse_dtype, place
+from janus_jax.weights.quantize import FORMS, is_quantized, quantize, quantize_leaf, quantized_shapes
+from janus_jax.weights.torch_names import Path
+from janus_jax.weights.torch_weights import LazyArray, abstract_params, parse_dtype, place
 
 # Neither name starts with a dot: ../name is a path.
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -57,7 +59,8 @@ def load(
         slowly.
       mesh: a mesh with the axes `data`, `fsdp`, `tensor` (or their sizes, as for `sharding.make_mesh`): each shard is
         read directly onto its device. Default: one device.
-      weights: 'int8' stores the decoder's and the heads' kernels as int8, see `quantize`; default `dtype`.
+      weights: 'int8' or 'int4' stores the decoder's and the heads' kernels in that form, see `quantize`; default
+        `dtype`, or the form of a folder that was converted with `convert/from_torch.py --weights`.
       scan_layers: whether the decoder's layers are stacked; default False: sampling would copy each in every step.
       fused: whether q, k and v, and gate and up, are one kernel each in `params`, see `fuse.fuse`; default if possible,
         but not on CPU, where separate products are faster.
@@ -69,15 +72,21 @@ def load(
     Raises: OSError for missing files, ValueError for inconsistent files or arguments, and `memory.OutOfMemory`, before
       weights are read, if they do not fit in free memory; each in one line that names the cause.
     """
-    if weights not in (None, "int8"):
-        raise ValueError(f"weights must be 'int8', or None to use dtype, got {weights!r}")
+    if weights is not None and weights not in FORMS:
+        raise ValueError(f"weights must be 'int8' or 'int4', or None to use dtype, got {weights!r}")
     folder = resolve(path_or_hub_id, revision)
     mesh = make_mesh(mesh) if isinstance(mesh, Mapping) else mesh
     if mesh is not None and set(mesh.axis_names) != set(MESH_AXES):
         raise ValueError(f"the mesh must have the axes {MESH_AXES}, got {mesh.axis_names}; use sharding.make_mesh")
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     dtype = parse_dtype(("float32" if platform == "cpu" else "bfloat16") if dtype is None else dtype)
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(folder, quantized=True)
+    if checkpoint.weights and weights not in (None, checkpoint.weights):
+        raise ValueError(
+            f"{one_line(path_or_hub_id)} has {checkpoint.weights} weights already; for weights={weights!r} give the "
+            "checkpoint that it was converted from"
+        )
+    weights = weights or checkpoint.weights
     config = checkpoint.config
     given = {"scan_layers": scan_layers, "fused": fused}
     how = layout(config, platform, mesh is not None) | {name: x for name, x in given.items() if x is not None}
@@ -90,15 +99,17 @@ def load(
     processor = None
     if (folder / "tokenizer.json").exists():
         processor = Processor.from_folder(folder, config, roles, hub_id(path_or_hub_id))
-    shardings = None
+    shardings = plain_shardings = None
     if mesh is not None:
-        shardings = param_shardings(abstract_params(config, scan_layers), mesh)
+        plain = abstract_params(config, scan_layers)
+        plain_shardings = param_shardings(plain, mesh)
+        shardings = param_shardings(quantized_shapes(plain, checkpoint.weights), mesh)
     model = Janus(config, jnp.dtype(dtype), jnp.dtype(dtype), **how)
 
-    refuse_too_large(path_or_hub_id, config, dtype, weights, shardings, mesh)
+    refuse_too_large(path_or_hub_id, config, dtype, weights, plain_shardings, mesh, stored=bool(checkpoint.weights))
 
     def arranged(params: Any) -> Any:
-        params = quantize(params) if weights == "int8" else params
+        params = quantize(params, weights) if weights else params
         return fuse(params) if fused else params
 
     def pipeline(params: Any) -> JanusPipeline:
@@ -108,13 +119,26 @@ def load(
         if ahead is not None:
             shapes = jax.eval_shape(arranged, abstract_params(config, scan_layers, dtype))
             compiling = thread.submit(ahead, pipeline(shapes))
-        # One at a time: there may be memory for the int8 weights, but not for all weights before quantization.
-        made = functools.partial(quantize_leaf, delete=True) if weights == "int8" else None
-        params = place(checkpoint.leaves, dtype, shardings, scan_layers, progress=shown(progress), made=made)
+        leaves, made = checkpoint.leaves, None
+        if weights:
+            leaves = {path: _as_read(path, leaf, dtype, weights) for path, leaf in leaves.items()}
+        if weights and not checkpoint.weights:
+            # One at a time: there may be room for the quantized weights, and not for all of them as they are read.
+            made = functools.partial(quantize_leaf, form=weights, delete=True, dtype=dtype)
+        params = place(leaves, None if weights else dtype, shardings, scan_layers, progress=shown(progress), made=made)
         params = fuse(params, delete=True) if fused else params
     if ahead is not None:
         compiling.result()
     return pipeline(params)
+
+
+def _as_read(path: Path, leaf: LazyArray, dtype: np.dtype, form: str) -> LazyArray:
+    """`leaf` in the dtype in which it goes to the device: a kernel that is or will be quantized never wider than it is
+    stored, and int8's scales in float32."""
+    name = "/".join(path)
+    narrow = is_quantized(name) and leaf.dtype.itemsize <= dtype.itemsize
+    exact = form == "int8" and name.endswith("/kernel_scale")
+    return leaf if narrow or exact else leaf.astype(dtype, name)
 
 
 def layout(config: JanusConfig, platform: str, on_mesh: bool = False) -> dict[str, Any]:

@@ -159,7 +159,7 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 def logical_axes(path: str, ndim: int) -> tuple[str | None, ...]:
     """Logical axes of the parameter at `path`; ValueError unless exactly one row of PARAMETER_AXES matches."""
-    axes = _axes_in_layer(path) or (None,) * ndim
+    axes = _axes_in_layer(path, ndim - is_stacked(path)) or (None,) * ndim
     if is_stacked(path):
         axes = (None, *axes)
     if len(axes) != ndim:
@@ -167,10 +167,12 @@ def logical_axes(path: str, ndim: int) -> tuple[str | None, ...]:
     return axes
 
 
-def _axes_in_layer(path: str) -> tuple[str | None, ...]:
+def _axes_in_layer(path: str, ndim: int) -> tuple[str | None, ...]:
     if path.endswith("/kernel_scale"):  # of `janus_jax.weights.quantize`
         kernel = path.removesuffix("_scale")
-        return _axes_in_layer(kernel)[: output_axes(kernel)]
+        outputs, axes = output_axes(kernel), _axes_in_layer(kernel, ndim)
+        # int4's groups, on the last axis, may be fewer than its shards.
+        return axes[:outputs] if ndim == outputs else (*axes[:-1], None)
     rows = [axes for pattern, axes in PARAMETER_AXES if re.fullmatch(pattern, path)]
     if len(rows) != 1:
         raise ValueError(f"parameter {path!r} must match exactly one row of the sharding table, got {len(rows)}")
@@ -271,7 +273,7 @@ def gather_but_layers(params: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
 
 def _gather(flat: Mapping[str, jax.Array], dtype: Any, prefix: str = "") -> dict[str, Any]:
     def whole(path: str, x: jax.Array) -> jax.Array:
-        axes = _axes_in_layer(path)
+        axes = _axes_in_layer(path, x.ndim)
         if "embed" not in axes:
             return x.astype(dtype)
         return _whole(axes.index("embed"), jnp.dtype(dtype), x.dtype, x)

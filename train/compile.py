@@ -2,7 +2,7 @@
 
     python -m train.compile --config 7b_stage3 --topology v5p:4x8x8
     python -m train.compile --config 7b_stage3 --topology v5e-8 --sampling
-    python -m train.compile --config 7b_stage3 --topology h100-1 --sampling --images 16 --int8
+    python -m train.compile --config 7b_stage3 --topology h100-1 --sampling --images 16 --weights int8
     python -m train.compile --all --table compiled.md
 
 It uses TPU's own compiler (libtpu, extra `tpu`), which needs no TPU, or XLA's for GPUs (extra `cuda`), without a GPU.
@@ -21,6 +21,7 @@ from typing import Any
 import jax
 
 from janus_jax.io.messages import print_any_text, print_error
+from janus_jax.weights.quantize import FORMS
 from train.config import MeshConfig, TrainConfig
 from train.overrides import config_names, load_config
 from train.plan.programs import Compiled, DoesNotFit, compile_job
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--sampling", action="store_true", help="compile the sampling loop and VQ decoder instead of the train step"
     )
     parser.add_argument("--images", type=int, default=1, help="with --sampling: images drawn at once (default 1)")
-    parser.add_argument("--int8", action="store_true", help="with --sampling: int8 kernels in the decoder")
+    parser.add_argument("--weights", choices=FORMS, help="with --sampling: quantized kernels in the decoder")
     parser.add_argument("--all", action="store_true", help="compile every config on every topology that it names")
     parser.add_argument("--table", type=pathlib.Path, help="write a Markdown table into this file")
     parser.add_argument("overrides", nargs="*", help="fields of the config, such as mesh.tensor=2")
@@ -85,8 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError("give --config NAME, or --all")
         if args.images < 1:
             raise ValueError(f"--images must be at least 1, got {args.images}")
-        if (args.images, args.int8) != (1, False) and not args.sampling:
-            raise ValueError("--images and --int8 are for --sampling")
+        if (args.images, args.weights) != (1, None) and not args.sampling:
+            raise ValueError("--images and --weights are for --sampling")
         names = [args.config] if args.config else config_names()
         configs = [load_config(name, args.overrides) for name in names]
         configs = [config for config in configs if isinstance(config, TrainConfig) and (args.config or config.layouts)]
@@ -110,7 +111,7 @@ def _run(todo: Sequence[tuple[TrainConfig, Topology, bool]], args: argparse.Name
         print(f"[{number}/{len(todo)}] {config.name} on {place.name} ...", file=sys.stderr, flush=True)
         try:
             decoder = (config.model.gen_vision, place) not in decoders
-            made = compile_job(config, place, sample, args.images, args.int8, decoder)
+            made = compile_job(config, place, sample, args.images, args.weights, decoder)
         except ValueError as error:
             if len(todo) == 1 and not isinstance(error, DoesNotFit):
                 raise

@@ -1,6 +1,6 @@
 """The one linear layer, used by the decoder, the encoders' towers, the adapters and the heads.
 
-Its kernel is plain or int8 (`janus_jax.weights.quantize`), of one map or of several that read the same input
+Its kernel is plain, int8 or int4 (`janus_jax.weights.quantize`), of one map or of several that read the same input
 (`janus_jax.weights.fuse`, which stacks them on a new axis). Axis letters: see `janus_jax.model.layers`.
 """
 
@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from janus_jax.model import cpu
+from janus_jax.model import cpu, quantized
 from janus_jax.model.precision import einsum_with_narrow_gradients
 
 
@@ -52,17 +52,14 @@ class Linear(nn.Module):
 
     def _product(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         """`x` times the kernel, in whatever form it is stored: a new form is one more branch here."""
-        if self.has_variable("params", "kernel_scale"):  # int8, with a scale for each output
+        if self.has_variable("params", "kernel_scale"):  # int8 or int4
             scale = self.get_variable("params", "kernel_scale")
-            y = self._einsum(x, kernel, jnp.float32) * scale
-            return y.astype(self.out_dtype or self.dtype)
-        return self._einsum(x, kernel, self.out_dtype)
+            return quantized.product(self.spec, x, kernel, scale, self.out_dtype or self.dtype, self.cpu)
 
-    def _einsum(self, x: jax.Array, kernel: jax.Array, out_dtype: Any) -> jax.Array:
         def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
-            return einsum_with_narrow_gradients(self.spec, x, kernel.astype(self.dtype), out_dtype)
+            return einsum_with_narrow_gradients(self.spec, x, kernel.astype(self.dtype), self.out_dtype)
 
-        return cpu.product(plain, self.spec, x, kernel, out_dtype, self.cpu)
+        return cpu.product(plain, self.spec, x, kernel, self.out_dtype, self.cpu)
 
     def _kernel_axes(self) -> tuple[range, range]:
         """The kernel's output axes, and those that are summed over."""

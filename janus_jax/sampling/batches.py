@@ -23,6 +23,7 @@ from janus_jax.model.kv_cache import cache_bytes
 from janus_jax.sampling.finite import NotFinite, on_host
 from janus_jax.sampling.memory import OutOfMemory, least_available_bytes
 from janus_jax.sharding import activation_spec, batch_shards
+from janus_jax.weights.quantize import array_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +166,8 @@ def fitting(total: int, per_row: int, mesh: Mesh | None, coming: Any) -> int:
     free = least_available_bytes(mesh)
     if free is None:
         return -(-total // shards) * shards
-    free -= sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(coming) if isinstance(x, jax.ShapeDtypeStruct))
+    shapes = (x for x in jax.tree.leaves(coming) if isinstance(x, jax.ShapeDtypeStruct))
+    free -= sum(array_bytes(x.shape, x.dtype) for x in shapes)
     return max(1, free * 8 // 10 // max(per_row // shards, 1))
 
 

@@ -11,6 +11,7 @@ import jax
 
 from janus_jax.model.janus import Janus
 from janus_jax.model.kv_cache import KVCache, cache_bytes, init_cache
+from janus_jax.weights.quantize import array_bytes
 
 # A step reads the whole cache, filled or not, so a large cache starts small and grows through this many sizes. Each is
 # one more program to compile, which is not worth it if a step mostly reads weights, or reads little.
@@ -29,7 +30,7 @@ def _is_large(cache: int, weights: int) -> bool:
 def cache_sizes(model: Janus, params: Any, rows: int, length: int, new_tokens: int) -> list[int]:
     """Sizes of the cache in slots, smallest first, for `rows` prompts of `length` tokens and the tokens drawn."""
     most = length + new_tokens - 1
-    weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params["language_model"]))
+    weights = sum(array_bytes(x.shape, x.dtype) for x in jax.tree.leaves(params["language_model"]))
     sizes = _CACHE_SIZES if _is_large(cache_bytes(model.config.language, rows, most, model.dtype), weights) else 1
     return [most - new_tokens * smaller // sizes for smaller in reversed(range(sizes))]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,25 +14,31 @@ from jax.sharding import Mesh
 from janus_jax.config import JanusConfig
 from janus_jax.io.messages import one_line
 from janus_jax.sampling import memory
-from janus_jax.sharding import flatten, is_stacked, output_axes
-from janus_jax.weights.quantize import is_quantized
+from janus_jax.sharding import flatten
+from janus_jax.weights.quantize import FORMS, array_bytes, is_quantized, scale_shape
 from janus_jax.weights.torch_weights import abstract_params
 
 
 def params_bytes(
     config: JanusConfig, dtype: Any, weights: str | None = None, shardings: Mapping[str, Any] | None = None
 ) -> int:
-    """Bytes of a model's parameters, with `shardings` those on one device; see `load` for `dtype` and `weights`."""
+    """Bytes of a model's parameters, with `shardings` those on one device; see `load` for `dtype` and `weights`.
+
+    Raises: ValueError for int4 kernels that no group divides, see `quantize`.
+    """
     spread = flatten(shardings) if shardings else {}
     total = 0
     apart = any(path.startswith("language_model/layers_0/") for path in spread)
     for path, x in flatten(abstract_params(config, scan_layers=not apart)).items():
         shape = spread[path].shard_shape(x.shape) if spread else x.shape
-        size = math.prod(shape)
-        if weights == "int8" and is_quantized(path):
-            total += size + 4 * math.prod(shape[: output_axes(path) + is_stacked(path)])
-        else:
-            total += size * np.dtype(dtype).itemsize
+        if weights is None or not is_quantized(path):
+            total += array_bytes(shape, dtype)
+            continue
+        scales = scale_shape(path, x.shape, weights)
+        # On a mesh, each of them is split as the kernel is, but for int4's groups.
+        kept = len(scales) - (weights == "int4")
+        scales = (*shape[:kept], *scales[kept:])
+        total += array_bytes(shape, weights) + array_bytes(scales, dtype if weights == "int4" else np.float32)
     return total
 
 
@@ -43,28 +49,30 @@ def refuse_too_large(
     weights: str | None,
     shardings: Mapping[str, Any] | None,
     mesh: Mesh | None,
+    stored: bool = False,
 ) -> None:
     """Raises OutOfMemory if the parameters for `load`'s arguments do not fit in the memory that is free now.
 
     On a CPU that is the memory that the system reports as available, including the page cache. If the free memory is
-    unknown, nothing is refused.
+    unknown, nothing is refused. With `stored`, the checkpoint itself has `weights`, so no other form is suggested.
     """
+    need = params_bytes(config, dtype, weights, shardings)  # refuses what cannot be int4, however much is free
     devices = jax.devices()[:1] if mesh is None else list(mesh.local_devices)
     free = memory.least_available_bytes(mesh)
     if free is None:
         return
     if devices[0].platform == "cpu":
         free //= len(devices)  # which share it
-    need = params_bytes(config, dtype, weights, shardings)
     if need <= free:
         return
     narrow = jnp.bfloat16 if np.dtype(dtype).itemsize > 2 else dtype
-    options = {
-        "dtype='bfloat16'": (narrow, weights),
-        "weights='int8'": (dtype, "int8"),
-        "dtype='bfloat16', weights='int8'": (narrow, "int8"),
-    }
-    sizes = {option: params_bytes(config, *how, shardings) for option, how in options.items()}
+    options = {"dtype='bfloat16'": (narrow, weights)}
+    for form in () if stored else FORMS:
+        options |= {f"weights={form!r}": (dtype, form), f"dtype='bfloat16', weights={form!r}": (narrow, form)}
+    sizes = {}
+    for option, how in options.items():
+        with contextlib.suppress(ValueError):  # no groups for int4
+            sizes[option] = params_bytes(config, *how, shardings)
     sizes = {option: size for option, size in sizes.items() if size <= free}
     count = len(jax.devices()) if mesh is None and devices[0].platform != "cpu" else 1
     if not sizes and need <= free * count:
@@ -74,7 +82,7 @@ def refuse_too_large(
     raise memory.OutOfMemory(
         f"{one_line(name)}: the parameters take {gib(need)} in {weights or np.dtype(dtype)}, "
         f"but {where} {gib(free)} free; "
-        + (cure or "neither bfloat16 nor int8 nor a mesh of the devices here would fit, so free memory")
+        + (cure or "neither bfloat16 nor int4 nor a mesh of the devices here would fit, so free memory")
     )
 
 

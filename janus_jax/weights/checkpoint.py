@@ -2,7 +2,7 @@
 
 A converted folder contains
 
-    config.json           the source checkpoint's own, in either dialect
+    config.json           the source checkpoint's own, in either dialect; see `quantized_files` for quantized kernels
     params/               the parameters in canonical layout, as an orbax checkpoint
     carried.safetensors   tensors of the original dialect that Janus never uses, if the source had them
     tokenizer.json, ...   the source's tokenizer and processor files
@@ -31,10 +31,11 @@ from orbax.checkpoint import v1 as ocp
 from janus_jax.config import JanusConfig, dialect_of, original_config, parse_config
 from janus_jax.io.messages import one_line
 from janus_jax.io.progress import byte_bar
-from janus_jax.weights import orbax_layouts
+from janus_jax.weights import orbax_layouts, quantized_files
 from janus_jax.weights.formats.stored_tensor import Tensor
 from janus_jax.weights.formats.torch_files import open_file, weight_file
 from janus_jax.weights.mismatch import Problem, summary
+from janus_jax.weights.quantize import is_quantized
 from janus_jax.weights.torch_names import Path
 from janus_jax.weights.torch_weights import (
     Index,
@@ -67,6 +68,7 @@ class Checkpoint:
     raw_config: dict[str, Any]
     leaves: LazyParams
     carried: dict[str, Tensor]
+    weights: str | None = None  # the form of quantized kernels, one of `quantize.FORMS`
 
 
 def kind_of(folder: str | pathlib.Path) -> str:
@@ -85,8 +87,13 @@ def kind_of(folder: str | pathlib.Path) -> str:
     return dialect
 
 
-def open_checkpoint(folder: str | pathlib.Path, config: JanusConfig | None = None) -> Checkpoint:
-    """Opens a folder of any kind; `config` defaults to the folder's own. Raises as `kind_of` and `read_params`."""
+def open_checkpoint(
+    folder: str | pathlib.Path, config: JanusConfig | None = None, quantized: bool = False
+) -> Checkpoint:
+    """Opens a folder of any kind; `config` defaults to the folder's own. Raises as `kind_of` and `read_params`.
+
+    Without `quantized`, a folder of quantized kernels is refused, as one that is no source for anything but `load`.
+    """
     folder = pathlib.Path(folder)
     kind = kind_of(folder)
     raw = read_raw_config(folder)
@@ -94,9 +101,17 @@ def open_checkpoint(folder: str | pathlib.Path, config: JanusConfig | None = Non
         config = config or parse_config(raw)
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from None
+    weights = quantized_files.form_of(raw, folder, kind)
+    if weights and not quantized:
+        raise ValueError(
+            f"{one_line(folder)} has {weights} weights, which only janus_jax.load reads; "
+            "give the checkpoint that it was converted from"
+        )
     if kind == "converted":
         carried = open_file(folder / CARRIED) if (folder / CARRIED).is_file() else {}
-        return Checkpoint(folder, kind, config, raw, array_leaves(folder / PARAMS, abstract_params(config)), carried)
+        wanted = quantized_files.stored_shapes(abstract_params(config), weights)
+        leaves = quantized_files.unpacked(array_leaves(folder / PARAMS, wanted, weights), weights)
+        return Checkpoint(folder, kind, config, raw, leaves, carried, weights)
     return Checkpoint(folder, kind, config, raw, *lazy_params(folder, config))
 
 
@@ -176,10 +191,11 @@ def has_arrays(folder: pathlib.Path) -> bool:
     return orbax_layouts.find(folder) is not None
 
 
-def array_leaves(folder: pathlib.Path, wanted: Mapping[str, Any]) -> LazyParams:
+def array_leaves(folder: pathlib.Path, wanted: Mapping[str, Any], weights: str | None = None) -> LazyParams:
     """The arrays of the orbax checkpoint `folder` that `wanted` asks for: nested dicts of objects with a `shape`.
 
     Any of orbax's savers may have written it; decoder layers may be unstacked, and everything may be under `params`.
+    With `weights`, the kernels are quantized, and `wanted` has their dtypes.
 
     Raises ValueError if the arrays do not match, with all mismatches in one message.
     """
@@ -189,7 +205,8 @@ def array_leaves(folder: pathlib.Path, wanted: Mapping[str, Any]) -> LazyParams:
     wanted = traverse_util.flatten_dict(wanted)
     with orbax_layouts.named(folder):
         store = orbax_layouts.open_store(state)
-    if for_sampling := [name for name in store.drivers if _FOR_SAMPLING.search(name)]:
+    for_sampling = [name for name in store.drivers if _FOR_SAMPLING.search(name)]
+    if for_sampling and not weights:
         raise ValueError(
             f"{one_line(folder)} has kernels that were fused or quantized for sampling, such as "
             f"{one_line(for_sampling[0])}; save the parameters of janus_jax.load(..., fused=False) without weights="
@@ -203,7 +220,11 @@ def array_leaves(folder: pathlib.Path, wanted: Mapping[str, Any]) -> LazyParams:
             with orbax_layouts.named(folder):
                 opened[name] = store.open(name)
     found = {name: jax.ShapeDtypeStruct(array.shape, array.dtype.numpy_dtype) for name, array in opened.items()}
-    problems = compare(found, expected, {}, lambda name: False)
+    exact = {
+        name: leaf.dtype for path, leaf in wanted.items()
+        if weights and is_quantized("/".join(path)) for name in stored[path]
+    }  # fmt: skip
+    problems = compare(found, expected, {}, lambda name: False, exact)
     problems += [Problem("unexpected", name) for name in sorted(store.drivers.keys() - expected.keys())]
     if problems:
         raise ValueError(f"{one_line(folder)}: the arrays do not match config.json: {summary(problems)}")

@@ -25,6 +25,7 @@ from janus_jax.processing.processor_files import (
     token_ids,
     write_processor_files,
 )
+from janus_jax.weights import quantized_files
 from janus_jax.weights.checkpoint import (
     CARRIED,
     PARAMS,
@@ -52,12 +53,14 @@ def from_torch(
     overwrite: bool = False,
     progress: bool = False,
     note: Callable[[str], Any] = print,
+    weights: str | None = None,
 ) -> None:
     """Converts the torch checkpoint folder `src`, of either dialect, to the converted folder `out`.
 
     Args:
         dtype: dtype to cast the parameters to; None keeps theirs.
-        verify: compare the result with the source, bit for bit.
+        weights: 'int8' or 'int4' quantizes the decoder's and the heads' kernels as `load` does, see `quantize`.
+        verify: compare the result with the source, or with what its kernels are quantized to, bit for bit.
         overwrite: replace `out` if it is a folder that was converted or exported here.
         progress: show bars on stderr.
         note: called with a sentence for each leftover of a killed conversion that was removed next to `out`.
@@ -69,18 +72,23 @@ def from_torch(
         raise ValueError(f"{source.folder} is already converted")
     dtype = parse_dtype(dtype)
     leaves = {p: leaf.astype(dtype or leaf.dtype, "/".join(p)) for p, leaf in source.leaves.items()}
+    raw = source.raw_config if dtype is None else _with_dtype(source.raw_config, dtype.name)
+    if weights is not None:
+        raw = quantized_files.marked(raw, weights)
+        leaves = quantized_files.packed(leaves, weights)
     num_bytes = total_bytes(leaves) + sum(_carried(source, name, dtype).num_bytes for name in source.carried)
     with _staged(source, out, num_bytes, overwrite=overwrite, note=note) as folder:
         write_lazy(folder / PARAMS, leaves, progress)
         if source.carried:
             write_safetensors(folder / CARRIED, [_carried(source, name, dtype) for name in source.carried])
         copy_files(source.folder, folder, TOKENIZER_FILES + PROCESSOR_FILES)
-        if dtype is None:
+        if raw is source.raw_config:
             shutil.copyfile(source.folder / "config.json", folder / "config.json")
         else:
-            write_json(folder / "config.json", _with_dtype(source.raw_config, dtype.name))
+            write_json(folder / "config.json", raw)
         if verify:
-            _verify(leaves, open_checkpoint(folder, source.config).leaves, progress)
+            written = open_checkpoint(folder, source.config, quantized=True)
+            _verify(leaves, quantized_files.packed_as_stored(written.leaves), progress)
 
 
 def to_torch(

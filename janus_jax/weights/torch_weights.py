@@ -181,6 +181,7 @@ def compare(
     expected: Mapping[str, tuple[int, ...]],
     carried: Mapping[str, tuple[int, ...]],
     is_harmless: Callable[[str], bool],
+    exact: Mapping[str, np.dtype] | None = None,
 ) -> list[Problem]:
     """Mismatches between the arrays that were `found` (objects with a shape and a dtype) and those that are expected.
 
@@ -188,7 +189,9 @@ def compare(
       expected: shapes, by name, of arrays that must exist, in a dtype of `DTYPES`.
       carried: shapes, by name, of arrays that may exist.
       is_harmless: whether an array of this name may exist in any shape.
+      exact: dtypes, by name, of those that must have another one.
     """
+    exact = exact or {}
     problems = [Problem("missing", name, str(list(shape))) for name, shape in expected.items() if name not in found]
     for name, array in found.items():
         wanted, shape = expected.get(name, carried.get(name)), one_line(list(array.shape), 80)
@@ -197,7 +200,9 @@ def compare(
                 problems.append(Problem("unexpected", name, shape))
         elif tuple(array.shape) != wanted:
             problems.append(Problem("misshapen", name, f"is {shape}, expected {list(wanted)}"))
-        elif name in expected and array.dtype not in DTYPES.values():
+        elif name in exact and array.dtype != exact[name]:
+            problems.append(Problem("unsupported", name, f"is {array.dtype}, expected {exact[name]}"))
+        elif name in expected and name not in exact and array.dtype not in DTYPES.values():
             problems.append(Problem("unsupported", name, f"is {array.dtype}, expected {', '.join(DTYPES)}"))
     return problems
 

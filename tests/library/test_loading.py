@@ -18,6 +18,7 @@ from janus_jax.sampling.footprint import gib, params_bytes
 from janus_jax.sampling.memory import OutOfMemory
 from janus_jax.sharding import flatten
 from janus_jax.weights import conversion
+from janus_jax.weights.quantize import array_bytes
 from tests.library.tiny_janus import SHORT, codes, folder, janus, quick_compilation, raises_one_line  # noqa: F401
 
 # ruff: noqa: F811
@@ -240,7 +241,7 @@ def test_what_cannot_fit_is_refused_before_reading(folder, janus, monkeypatch):
     monkeypatch.setattr("janus_jax.loading.place", lambda *args, **kwargs: pytest.fail("weights were read"))
     sizes = {
         (dtype, weights): params_bytes(janus.config, dtype, weights)
-        for dtype in ("float32", jnp.bfloat16) for weights in (None, "int8")
+        for dtype in ("float32", jnp.bfloat16) for weights in (None, "int8", "int4")
     }  # fmt: skip
     full, half = sizes["float32", None], sizes[jnp.bfloat16, None]
     assert full == sum(x.nbytes for x in jax.tree.leaves(janus.params)) == 2 * half
@@ -249,6 +250,7 @@ def test_what_cannot_fit_is_refused_before_reading(folder, janus, monkeypatch):
         (full - 1, "load with dtype='bfloat16'"),
         (half, "load with dtype='bfloat16'"),
         (sizes[jnp.bfloat16, "int8"], "load with dtype='bfloat16', weights='int8'"),
+        (sizes[jnp.bfloat16, "int8"] - 1, "load with dtype='bfloat16', weights='int4'"),
         (1000, "so free memory"),
     ):
         monkeypatch.setattr("janus_jax.sampling.memory.available_bytes", lambda device, free=free: free)
@@ -264,10 +266,11 @@ def test_what_fits_is_loaded(folder, janus, monkeypatch):
     for free in (params_bytes(janus.config, "float32"), None):
         monkeypatch.setattr("janus_jax.sampling.memory.available_bytes", lambda device, free=free: free)
         assert load(folder).config == janus.config
-    small = params_bytes(janus.config, "float32", "int8")
-    monkeypatch.setattr("janus_jax.sampling.memory.available_bytes", lambda device: small)
-    loaded = load(folder, weights="int8")
-    assert sum(x.nbytes for x in jax.tree.leaves(loaded.params)) == small
+    for weights in ("int8", "int4"):
+        small = params_bytes(janus.config, "float32", weights)
+        monkeypatch.setattr("janus_jax.sampling.memory.available_bytes", lambda device, small=small: small)
+        loaded = load(folder, weights=weights)
+        assert sum(array_bytes(x.shape, x.dtype) for x in jax.tree.leaves(loaded.params)) == small
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def test_a_mesh_that_is_given_stays():
         (["--config", "7b_stage9"], "unknown config '7b_stage9'"),
         (["--config", "7b_stage3", "--topology", "v5x-8"], "unknown topology 'v5x-8'"),
         (["--config", "debug"], "debug names no topology; give --topology"),
-        (["--config", "debug", "--int8"], "--images and --int8 are for --sampling"),
+        (["--config", "debug", "--weights", "int8"], "--images and --weights are for --sampling"),
         (["--config", "debug", "--sampling", "--images", "0"], "--images must be at least 1, got 0"),
     ],
 )
@@ -144,7 +144,7 @@ def test_a_small_step_compiles(place):
 
 
 @needs_cuda
-@pytest.mark.parametrize("more", [(), ("--images", "4", "--int8")])
+@pytest.mark.parametrize("more", [(), ("--images", "4", "--weights", "int8"), ("--weights", "int4")])
 def test_sampling_on_a_gpu_reads_weights_and_cache_once(more):
     """A loop over stacked layers would move three times as much: XLA copies each of them out."""
     fitting = ["model.language.layers=4", "model.language.width=1024", "model.language.mlp_dim=2816"]

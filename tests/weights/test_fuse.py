@@ -34,7 +34,7 @@ def both(folder, **settings):
     return [janus_jax.load(folder, fused=fused, progress=False, **settings) for fused in (True, False)]
 
 
-@pytest.mark.parametrize("weights", [None, "int8"])
+@pytest.mark.parametrize("weights", [None, "int8", "int4"])
 @pytest.mark.parametrize("scan_layers", [True, False])
 def test_hidden_states(folder, close, scan_layers, weights):
     fused, apart = both(folder, scan_layers=scan_layers, weights=weights)
@@ -54,9 +54,10 @@ def test_parameters_are_those_that_the_model_makes(scan_layers):
     assert jax.tree.map(lambda x: x.shape, ours) == jax.tree.map(lambda x: x.shape, made)
 
 
-def test_fusing_and_quantizing_in_either_order(folder):
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_fusing_and_quantizing_in_either_order(folder, form):
     params = janus_jax.load(folder, fused=False, progress=False).params
-    one, other = flatten(fuse(quantize(params))), flatten(quantize(fuse(params)))
+    one, other = flatten(fuse(quantize(params, form))), flatten(quantize(fuse(params), form))
     assert set(one) == set(other)
     for path, x in one.items():
         np.testing.assert_array_equal(x, other[path], err_msg=path)

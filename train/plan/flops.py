@@ -15,7 +15,7 @@ from janus_jax.sharding import flatten
 from janus_jax.weights.torch_weights import abstract_params
 from train.config import TRAINED, TrainConfig
 
-# Dense bfloat16 FLOP/s of one JAX device, by `device_kind` (makers' data sheets).
+# Dense bfloat16 (Tesla T4: float16) FLOP/s of one JAX device, by `device_kind` (makers' data sheets).
 _PEAKS: tuple[tuple[str, float], ...] = (
     (r"TPU v4", 275e12),
     (r"TPU v5 lite|TPU v5e", 197e12),
@@ -23,6 +23,7 @@ _PEAKS: tuple[tuple[str, float], ...] = (
     (r"TPU v6 lite|TPU v6e", 918e12),
     # A chip of 2307e12 shows up as two devices.
     (r"TPU7x", 1153.5e12),
+    (r"Tesla T4", 65e12),
     (r"(NVIDIA )?A100\b.*", 312e12),
     # The PCIe and NVL boards are slower than SXM's.
     (r"(NVIDIA )?H100 PCIe", 756e12),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import math
 import pathlib
 import re
 import tempfile
@@ -24,7 +23,7 @@ from janus_jax.sampling.images import continue_image, decode_images, start_image
 from janus_jax.sampling.sampler import Sampler
 from janus_jax.sharding import make_mesh, param_shardings
 from janus_jax.weights.fuse import fuse
-from janus_jax.weights.quantize import quantize
+from janus_jax.weights.quantize import array_bytes, quantized_shapes
 from janus_jax.weights.torch_weights import abstract_params
 from train.config import TrainConfig
 from train.plan import hlo
@@ -151,22 +150,25 @@ def compile_training(config: TrainConfig, place: Topology) -> Compiled:
 
 
 def compile_sampling(
-    config: TrainConfig, place: Topology, images: int = 1, int8: bool = False, decoder: bool = True
+    config: TrainConfig, place: Topology, images: int = 1, weights: str | None = None, decoder: bool = True
 ) -> list[Compiled]:
-    """`config`'s model for `place` in bfloat16: the image loop with guidance and, with `decoder`, the VQ decoder.
+    """`config`'s model for `place`: the image loop with guidance and, with `decoder`, the VQ decoder.
 
-    `int8`: see `quantize`. A cache that grows is compiled at its largest size.
+    It computes in bfloat16, or float16 on GPUs without bfloat16 units. `weights`: None, or the form of quantized
+    kernels, see `quantize`. A cache that grows is compiled at its largest size.
     """
     devices = devices_of(place)
     mesh = make_mesh(dataclasses.asdict(config.mesh), devices)
-    model = Janus(config.model, dtype=jnp.bfloat16, **layout(config.model, devices[0].platform, on_mesh=True))
+    gpu = GPUS.get(place.generation)
+    dtype = jnp.float16 if gpu and gpu.capability < 8 else jnp.bfloat16
+    model = Janus(config.model, dtype=dtype, **layout(config.model, devices[0].platform, on_mesh=True))
     g = config.model.gen_vision
 
     def on(tree: Any, shardings: Any) -> Any:
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
-    params = abstract_params(config.model, model.scan_layers, "bfloat16")
-    params = jax.eval_shape(quantize, params) if int8 else params
+    params = abstract_params(config.model, model.scan_layers, dtype)
+    params = quantized_shapes(params, weights)
     params = jax.eval_shape(fuse, params) if model.fused else params
     params = on(params, param_shardings(params, mesh))
     ids = jax.ShapeDtypeStruct((images, 2, _PROMPT), jnp.int32)
@@ -191,7 +193,7 @@ def compile_sampling(
         _shard_bytes(decoder["language_model"]["layers_0"]["self_attn"]["o_proj"]["kernel"]),
     )
     found = tuple(one.line for one in hlo.copies(loop.text, least))
-    name = f"{config.name} sampling {images}" + " int8" * int8
+    name = f"{config.name} sampling {images}" + (f" {weights}" if weights else "")
     made = [
         _report(f"{name}: prefill", place, mesh, {"parameters": _shard_bytes(params)}, start),
         _report(
@@ -246,13 +248,18 @@ def _shard_bytes(tree: Any) -> int:
 
     def of(x: jax.ShapeDtypeStruct) -> int:
         shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
-        return math.prod(shape) * x.dtype.itemsize
+        return array_bytes(shape, x.dtype)
 
     return sum(map(of, jax.tree.leaves(tree)))
 
 
 def compile_job(
-    config: TrainConfig, place: Topology, sample: bool, images: int = 1, int8: bool = False, decoder: bool = True
+    config: TrainConfig,
+    place: Topology,
+    sample: bool,
+    images: int = 1,
+    weights: str | None = None,
+    decoder: bool = True,
 ) -> list[Compiled]:
     """Compiles the programs of one job, with or without the VQ decoder.
 
@@ -260,7 +267,7 @@ def compile_job(
     """
     try:
         if sample:
-            return compile_sampling(config, place, images, int8, decoder)
+            return compile_sampling(config, place, images, weights, decoder)
         return [compile_training(config, place)]
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):

@@ -36,7 +36,7 @@ class Gpu:
       bandwidth: bytes/s of HBM.
       cores, clock: streaming multiprocessors, and their GHz.
       units: float32 units per multiprocessor.
-      capability: the major compute capability.
+      capability: the compute capability, 7.5 for instance.
       shared, shared_by_block: bytes of shared memory per multiprocessor, and of those what a block may use.
     """
 
@@ -47,7 +47,7 @@ class Gpu:
     clock: float
     units: int
     cache: int
-    capability: int
+    capability: float
     shared: int
     shared_by_block: int
 
@@ -74,8 +74,9 @@ class Gpu:
         }
         fields = " ".join(f"{name}: {value}" for name, value in limits.items())
         extension = " feature_extension: ACCELERATED_FEATURES" * (self.capability >= 9)
+        major, minor = str(float(self.capability)).split(".")
         return (
-            f"gpu_device_info {{ {fields} cuda_compute_capability {{ major: {self.capability}{extension} }} }} "
+            f"gpu_device_info {{ {fields} cuda_compute_capability {{ major: {major} minor: {minor}{extension} }} }} "
             'platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } runtime_version { major: 12 minor: 9 } '
             f'device_description_str: "{self.device_kind}"'
         )
@@ -83,6 +84,7 @@ class Gpu:
 
 _KIB = 1 << 10
 GPUS = {
+    "t4": Gpu("Tesla T4", 15843721216, 0.32e12, 40, 1.59, 64, 4 << 20, 7.5, 64 * _KIB, 64 * _KIB),
     "a100": Gpu("NVIDIA A100-SXM4-80GB", 85100068864, 2.039e12, 108, 1.41, 64, 40 << 20, 8, 164 * _KIB, 163 * _KIB),
     "h100": Gpu("NVIDIA H100 80GB HBM3", 84942979072, 3.352e12, 132, 1.98, 128, 50 << 20, 9, 228 * _KIB, 227 * _KIB),
     "h200": Gpu("NVIDIA H200", 151397597184, 4.8e12, 132, 1.98, 128, 50 << 20, 9, 228 * _KIB, 227 * _KIB),
