@@ -86,7 +86,7 @@ class JanusPipeline:
         Raises: ValueError for a blank or too long prompt, or a setting out of range; its subclass `finite.NotFinite` if
           the model's outputs are not finite, which ends the whole call.
         """
-        options = Options(temperature, top_k, top_p, seed, cfg_weight)
+        options = Options(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, cfg_weight=cfg_weight)
         drawing = self._drawing(prompts, n, options)
         codes = self.sample_codes(*drawing, options, batch_size=batch_size, progress=progress)
         return [Image.fromarray(image) for image in self.decode_codes(codes)]
@@ -105,7 +105,7 @@ class JanusPipeline:
         progress: bool | None = None,
     ) -> np.ndarray:
         """Image codes [len(prompts) * n, num_tokens] int32; arguments as for `generate_images`."""
-        options = Options(temperature, top_k, top_p, seed, cfg_weight)
+        options = Options(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, cfg_weight=cfg_weight)
         return self.sample_codes(*self._drawing(prompts, n, options), options, batch_size=batch_size, progress=progress)
 
     def compile_images(
@@ -125,7 +125,7 @@ class JanusPipeline:
         Raises: ValueError as `generate_images` does, and for a pipeline on a mesh, since shapes have no shardings.
         """
         self._refuse_mesh("compile_images")
-        options = Options(temperature, top_k, top_p, seed, cfg_weight)
+        options = Options(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, cfg_weight=cfg_weight)
         ids, mask, keys = self._drawing(prompts, n, options)
         total = len(keys)
         batch = batches.first(total, self._images_at_a_time(ids, total, batch_size))
@@ -242,7 +242,7 @@ class JanusPipeline:
           setting out of range, or outputs that are not finite (`finite.NotFinite`); OSError for an image that cannot
           be read.
         """
-        options = Options(temperature, top_k, top_p, seed)
+        options = Options(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         return self._answers(self._asking([messages], [images], max_new_tokens, options, system_prompt))[0]
 
     def stream_chat(
@@ -262,7 +262,7 @@ class JanusPipeline:
         Bad input is refused by the call itself, before the first piece; outputs that are not finite end the iteration
         before the piece concerned.
         """
-        options = Options(temperature, top_k, top_p, seed)
+        options = Options(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         asked = self._asking([messages], [images], max_new_tokens, options, system_prompt)
         # The generator is separate, so that bad input is refused above and not with the first piece.
         pieces = self._stream(asked, batches.first(1, 1, self.mesh), piece=4)
@@ -290,7 +290,7 @@ class JanusPipeline:
         images = [()] * len(conversations) if images is None else images
         if not conversations or len(conversations) != len(images):
             raise ValueError(f"{len(conversations)} conversations came with {len(images)} lists of images")
-        options = Options(temperature, top_k, top_p, seed)
+        options = Options(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         return self._answers(self._asking(conversations, images, max_new_tokens, options, system_prompt))
 
     def compile_chat(
@@ -307,7 +307,7 @@ class JanusPipeline:
     ) -> None:
         """Compiles the programs of `chat` and `stream_chat` for the same arguments; otherwise as `compile_images`."""
         self._refuse_mesh("compile_chat")
-        options = Options(temperature, top_k, top_p, seed)
+        options = Options(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         asked = self._asking([messages], [images], max_new_tokens, options, system_prompt)
         given = map(batches.first(1, 1).put, asked.arrays)
         compile_tokens(self.model, self.params, *given, sampler=asked.sampler, room=bucket(max_new_tokens))

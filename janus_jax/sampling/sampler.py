@@ -55,7 +55,7 @@ def _setting(default: Any, kind: type, about: str) -> Any:
     return dataclasses.field(default=default, metadata={"type": kind, "help": about})
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     """The caller's settings for drawing tokens, validated.
 
@@ -104,7 +104,7 @@ class Options:
 
 def make_sampler(temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0) -> Sampler:
     """The Sampler for these settings, see `Options`."""
-    return Options(temperature, top_k, top_p).sampler
+    return Options(temperature=temperature, top_k=top_k, top_p=top_p).sampler
 
 
 def step_keys(keys: jax.Array, step: jax.Array | int) -> jax.Array:

@@ -175,7 +175,7 @@ def compile_sampling(
     mask = jax.ShapeDtypeStruct(ids.shape, bool)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))
     scalar, count = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
-    sampler = Sampler(scalar, count, scalar)
+    sampler = Sampler(temperature=scalar, top_k=count, top_p=scalar)
     sizes = cache_sizes(model, params, 2 * images, _PROMPT, g.num_tokens)
     with jax.set_mesh(mesh):
         given = (params, ids, mask, keys, scalar, sampler, g.num_tokens, False)

@@ -340,6 +340,10 @@ def _guess_folder(path: pathlib.Path) -> tuple[str, str]:
         raise ValueError(f"{one_line(path)} has images, but neither text files next to them nor a file of captions")
     if ".txt" in suffixes:
         return "txt", "it has .txt files"
+    # Formats that need no look at what else the folder holds.
+    for format, known in FORMATS.items():
+        if found := suffixes & set(known.endings):
+            return format, f"it has {sorted(found)[0]} files"
     if compressed := [child for child in children if child.suffix.lower() in COMPRESSED_SUFFIXES]:
         raise _compressed(compressed[0])
     raise _untold(path)
