@@ -15,13 +15,16 @@ import tempfile
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Hundreds of small programs that run once or twice, here and in the commands that tests start: compiling them is what
+# takes time.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # Compiled programs are shared by the workers of this session and by the commands that tests start, whose tiny models
 # are the same; nothing comes from an earlier session.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     compiled = tempfile.mkdtemp(prefix="janus_jax_tests_")
     atexit.register(shutil.rmtree, compiled, ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 # Whoever starts tests in the background may have SIGINT ignored, which is inherited; some tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -33,8 +36,6 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "float32")
-# Hundreds of small programs that run once or twice: compiling them is what takes time.
-jax.config.update("jax_disable_most_optimizations", True)
 
 # After the settings above, which hold only if no backend has started.
 from janus_jax.config import PRESETS, JanusConfig, LlamaConfig, SiglipConfig, VQConfig  # noqa: E402

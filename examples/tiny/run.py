@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import pathlib
 import zlib
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -127,21 +125,6 @@ def params_of(workdir: pathlib.Path | str) -> dict[str, np.ndarray]:
     """The newest parameters of the run in `workdir`, by path."""
     _, leaves = open_run(pathlib.Path(workdir))
     return {"/".join(path): read_now(leaf) for path, leaf in leaves.items()}
-
-
-@contextlib.contextmanager
-def compiled_once(folder: pathlib.Path, seconds: float) -> Iterator[None]:
-    """Programs that take longer than `seconds` to compile are kept in `folder`, for all runs inside."""
-    settings = {
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": seconds,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 def tiny_config(folders: dict[str, str], workdir: pathlib.Path | str, **changes: Any) -> TrainConfig:

@@ -73,6 +73,7 @@ def numbers(cells):
     return [float(cell.replace(",", "")) for cell in cells if cell]
 
 
+@pytest.mark.slow
 def test_compile(tmp_path, here):
     (header, *rows), text = run_few("compile", tmp_path)
     assert header[2:4] == ["compile s, no cache", "compile s, cache found"]
@@ -106,6 +107,7 @@ def test_load_claims_an_image_only_where_one_was_drawn():
     assert not [row for row in rows[False] if "image" in row[0]] and rows[True][-1][0] == "**start to the first image**"
 
 
+@pytest.mark.slow
 def test_scaling(tmp_path, here, monkeypatch):
     monkeypatch.setattr(scaling, "BATCHES", (1, 32))
     monkeypatch.setattr(scaling, "CONTEXTS", (64, 4096))

@@ -82,6 +82,7 @@ def test_a_start_killed_while_it_describes_the_run_is_no_hindrance(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "run.json"]
 
 
+@pytest.mark.slow
 def test_readers_do_not_outlive_a_killed_run():
     program = (
         "import concurrent.futures, multiprocessing, os, time, train.data.batches as batches\n"

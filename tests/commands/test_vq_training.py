@@ -336,6 +336,7 @@ def assert_same(*folders):
         jax.tree.map(np.testing.assert_array_equal, first, other)
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_goes_on_to_the_same_numbers(images, tmp_path, capsys, monkeypatch):
     arguments, out = command(images, tmp_path), ["--out", str(tmp_path / "out")]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import golden
-from tests.library.tiny_janus import GOLDEN, quick_compilation  # noqa: F401
+from tests.library.tiny_janus import GOLDEN
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from janus_jax.sampling.memory import OutOfMemory
 from janus_jax.sharding import flatten
 from janus_jax.weights import conversion
 from janus_jax.weights.quantize import array_bytes
-from tests.library.tiny_janus import SHORT, codes, folder, janus, quick_compilation, raises_one_line  # noqa: F401
+from tests.library.tiny_janus import SHORT, codes, folder, janus, raises_one_line  # noqa: F401
 
 # ruff: noqa: F811
 

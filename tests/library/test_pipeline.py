@@ -23,7 +23,6 @@ from tests.library.tiny_janus import (  # noqa: F401
     folder,
     janus,
     nearly_equal,
-    quick_compilation,
     raises_one_line,
 )
 
@@ -129,6 +128,7 @@ def test_meshes_change_nothing(folder, janus, codes, shape):
     assert jax.sharding.get_abstract_mesh().empty, "the mesh leaked out of the call"
 
 
+@pytest.mark.slow
 def test_mesh_decodes_and_answers(folder, janus, codes):
     spread = load(folder, mesh=make_mesh(MESHES[-1]))
     images = spread.decode_codes(codes)

@@ -15,7 +15,6 @@ from tests.library.tiny_janus import (  # noqa: F401
     SETTINGS,
     folder,
     janus,
-    quick_compilation,
     raises_one_line,
 )
 
@@ -111,6 +110,7 @@ def test_end_of_sentence_at_once(janus, answers, monkeypatch):
     assert list(janus.stream_chat(QUESTION, **SETTINGS)) == []
 
 
+@pytest.mark.slow
 def test_batch_equals_each_alone(janus, answers, pictures, monkeypatch):
     """Of any length, with 0, 1 and 2 images, and where one ends before the others."""
     questions = ["Which of the two is brighter? " + LONG, "What is it?", "Describe the picture. Which is brighter?"]

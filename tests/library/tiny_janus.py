@@ -21,15 +21,6 @@ LONG = "Draw a small green house beside a tall tree at night, with ten white cat
 MESHES = ({"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2})
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiling takes most of the time here, and half of it goes into making the programs fast."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 def write_checkpoint(folder: pathlib.Path) -> pathlib.Path:
     """janus_tiny in the original dialect with one layer of each stack, which compile sooner, and a tokenizer."""
     opened = checkpoint.open_checkpoint(GOLDEN)

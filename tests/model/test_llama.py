@@ -133,7 +133,7 @@ def test_hidden_is_causal(tiny, rng):
     assert (before[:, 5:] != after[:, 5:]).any(axis=-1).all()
 
 
-@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize("scan_layers", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_bfloat16(tiny, scan_layers, rng):
     """In bfloat16 the same layers run, cache included, near the float32 result and with float32 logits."""
     exact = tiny if scan_layers else tiny.unstacked

@@ -113,7 +113,9 @@ def test_narrow_models_ask_for_nothing_but_where_codes_are_decided(dtype):
             assert seen == {dtype: {None}}, name
 
 
-@pytest.mark.parametrize(("default", "platform"), [("bfloat16", "tpu"), ("tensorfloat32", "cuda")])
+@pytest.mark.parametrize(
+    ("default", "platform"), [("bfloat16", "tpu"), pytest.param("tensorfloat32", "cuda", marks=pytest.mark.slow)]
+)
 def test_a_float32_model_is_the_same_whatever_the_default(default, platform):
     def lowered(f, args) -> str:
         return jax.jit(f).trace(*args).lower(lowering_platforms=(platform,)).as_text()

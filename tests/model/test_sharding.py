@@ -37,6 +37,7 @@ from train.config import MeshConfig
 
 MIXED = {"data": 2, "fsdp": 2, "tensor": 2}
 MESHES = [{"data": 8}, {"fsdp": 8}, MIXED, {"tensor": 4, "data": 2}]
+FEW = [{"fsdp": 8}, MIXED]  # the others are slow
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +190,11 @@ def test_constrain():
 # ---------------------------------------------------------------- the model on a mesh
 
 
-@pytest.fixture(scope="module", params=MESHES, ids=str)
+@pytest.fixture(
+    scope="module",
+    params=[shape if shape in FEW else pytest.param(shape, marks=pytest.mark.slow) for shape in MESHES],
+    ids=str,
+)
 def mesh(request):
     return make_mesh(request.param)
 

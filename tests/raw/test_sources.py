@@ -373,7 +373,7 @@ def test_formats_that_cannot_be_told(tmp_path):
         open_source(tmp_path / "a.bin")
     with pytest.raises(ValueError, match=r"has the fields foo\); choose one"):
         open_source(lines(tmp_path / "a.jsonl", {"foo": 1}))
-    with pytest.raises(ValueError, match=r"a.jsonl:1: bad_json: .*say which"):
+    with pytest.raises(ValueError, match=r"a.jsonl:1: bad_json: .*choose one with --schema"):
         open_source(lines(tmp_path / "a.jsonl", "hello"))
     (tmp_path / "a.json").write_text("[1, 2")
     with pytest.raises(ValueError, match=r"a.json is not valid JSON"):

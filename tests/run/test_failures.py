@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from examples.tiny.run import MODEL, compiled_once, tiny_config, write_checkpoint, write_data
+from examples.tiny.run import MODEL, tiny_config, write_checkpoint, write_data
 from janus_jax.io.staging import MARK
 from janus_jax.weights import checkpoint
 from janus_jax.weights.torch_weights import abstract_params, read_now
@@ -33,7 +33,7 @@ KINDS = ("understanding", "text", "generation")
 
 @pytest.fixture(scope="module")
 def config_of(tmp_path_factory):
-    """A run with evaluations, pictures and exports every two steps, in a folder; its programs are compiled once."""
+    """A run with evaluations, pictures and exports every two steps, in a folder."""
     folders = write_data(tmp_path_factory.mktemp("data"), count=12)
     start = str(write_checkpoint(tmp_path_factory.mktemp("start") / "model"))
     kinds = {kind: (folders[kind],) for kind in KINDS}
@@ -48,8 +48,7 @@ def config_of(tmp_path_factory):
         }
         return tiny_config(folders, folder / "run", **(usual | changes))
 
-    with compiled_once(tmp_path_factory.mktemp("cache"), 0.2):
-        yield make
+    return make
 
 
 def steps_of(folder: pathlib.Path) -> list[tuple[int, str]]:
@@ -59,6 +58,7 @@ def steps_of(folder: pathlib.Path) -> list[tuple[int, str]]:
 # ---------------------------------------------------------------- beside the steps
 
 
+@pytest.mark.slow
 def test_what_fails_beside_the_steps_is_reported_and_counted(config_of, monkeypatch, capsys, tmp_path):
     """An evaluation, a picture and both writers of metrics."""
     from tensorboardX import SummaryWriter
@@ -94,6 +94,7 @@ def test_what_fails_beside_the_steps_is_reported_and_counted(config_of, monkeypa
     assert exported.name == "4" and (folder / "export" / "2" / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_a_death_after_the_checkpoint_costs_nothing(config_of, monkeypatch, tmp_path):
     """Saved, then killed before evaluation, picture and export: the next start does them first."""
     config, folder = config_of(tmp_path, steps=3), tmp_path / "run"
@@ -119,6 +120,7 @@ def test_a_death_after_the_checkpoint_costs_nothing(config_of, monkeypatch, tmp_
     assert not (folder / "tries.json").exists() and not (folder / "lease.json").exists()
 
 
+@pytest.mark.slow
 def test_an_export_is_whole_or_not_there(config_of, monkeypatch, tmp_path, capsys):
     """A disk that fills up within it, what a kill left beside it, and one begun before exports were staged."""
     config = config_of(tmp_path, steps=2, export_every=0, samples=SampleConfig(), evaluation=EvalConfig())

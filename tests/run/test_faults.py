@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from examples.tiny.run import MODEL, compiled_once, params_of, tiny_config, write_checkpoint, write_data
+from examples.tiny.run import MODEL, params_of, tiny_config, write_checkpoint, write_data
 from janus_jax.weights import checkpoint
 from train.config import TrainConfig
 from train.main import main
@@ -23,13 +23,6 @@ from train.run.faults import Notice, Stopped, Watchdog
 from train.run.metrics import Metrics, read_metrics
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """The runs here differ in what happens to them, and hardly in their programs."""
-    with compiled_once(tmp_path_factory.mktemp("cache"), 0.5):
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +86,7 @@ def test_no_notice_outside_a_run():
 # ---------------------------------------------------------------- numbers that are not finite
 
 
+@pytest.mark.slow
 def test_too_many_updates_that_are_not_finite_stop_the_run(config, folders, tmp_path, capsys):
     params = checkpoint.load_params(write_checkpoint(tmp_path / "model"))
     params["gen_embed"]["embedding"] = np.full_like(params["gen_embed"]["embedding"], np.nan)
@@ -121,6 +115,7 @@ def test_too_many_updates_that_are_not_finite_stop_the_run(config, folders, tmp_
 # ---------------------------------------------------------------- storage
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_checkpoint_before(config, monkeypatch, tmp_path):
     config = dataclasses.replace(config, steps=6)
     whole = dataclasses.replace(config, workdir=str(tmp_path / "whole"))
@@ -151,6 +146,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(config, monkeypatch, tmp_path)
 # ---------------------------------------------------------------- readers
 
 
+@pytest.mark.slow
 def test_a_reader_that_dies_ends_the_run(config, monkeypatch):
     data = dataclasses.replace(config.data, workers=1)
     config = dataclasses.replace(config, data=data, steps=40, save_every=2)

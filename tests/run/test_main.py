@@ -15,7 +15,7 @@ from janus_jax.__main__ import main
 from janus_jax.pipeline import JanusPipeline
 from janus_jax.sharding import flatten
 from janus_jax.weights import checkpoint, conversion
-from tests.library.tiny_janus import GOLDEN, OTHER, QUESTION, SHORT, folder, janus, quick_compilation  # noqa: F401
+from tests.library.tiny_janus import GOLDEN, OTHER, QUESTION, SHORT, folder, janus  # noqa: F401
 
 # ruff: noqa: F811
 

@@ -15,7 +15,7 @@ import pytest
 
 import janus_jax
 from examples.tiny import run as tiny_run
-from examples.tiny.run import MODEL, compiled_once, params_of, tiny_config, write_checkpoint, write_data
+from examples.tiny.run import MODEL, params_of, tiny_config, write_checkpoint, write_data
 from janus_jax.sharding import flatten, make_mesh
 from janus_jax.weights import checkpoint
 from janus_jax.weights.conversion import to_torch
@@ -29,16 +29,15 @@ from train.step import step
 
 
 @pytest.fixture(scope="module", autouse=True)
-def settings(tmp_path_factory):
-    """Runs take as many devices as their mesh asks for, and programs are compiled once for all runs of this file."""
+def settings():
+    """Runs take as many devices as their mesh asks for."""
     patch = pytest.MonkeyPatch()
 
     def mesh(shape):
         return make_mesh(shape, jax.devices()[: math.prod(abs(size) for size in shape.values())])
 
     patch.setattr(loop, "make_mesh", mesh)
-    with compiled_once(tmp_path_factory.mktemp("compiled"), 0.2):
-        yield
+    yield
     patch.undo()
 
 

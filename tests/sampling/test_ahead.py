@@ -57,7 +57,7 @@ def compiled(caplog, programs=PROGRAMS) -> dict[str, int]:
     return {name: sum(f"Finished XLA compilation of jit({name})" in line for line in told) for name in programs}
 
 
-@pytest.mark.parametrize(("images", "sizes"), [(0, 4), (2, 1)])
+@pytest.mark.parametrize(("images", "sizes"), [(0, 4), pytest.param(2, 1, marks=pytest.mark.slow)])
 def test_an_answer_is_not_compiled_again(folder, caplog, monkeypatch, images, sizes):
     monkeypatch.setattr("janus_jax.sampling.cache._is_large", lambda cache, weights: sizes > 1)
     pixels = [np.full((30, 40, 3), 40 * i, np.uint8) for i in range(images)]

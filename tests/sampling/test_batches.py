@@ -17,7 +17,7 @@ from janus_jax.sampling.images import generate_codes
 from janus_jax.sampling.memory import OutOfMemory
 from janus_jax.sampling.sampler import Options
 from janus_jax.sharding import make_mesh
-from tests.library.tiny_janus import SHORT, codes, folder, janus, quick_compilation  # noqa: F401
+from tests.library.tiny_janus import SHORT, codes, folder, janus  # noqa: F401
 
 EXHAUSTED = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1234 bytes.\nBuffers:\n  ..."
 
@@ -70,7 +70,7 @@ def draw(mesh=None, **settings) -> np.ndarray:
     pipeline = JanusPipeline(config, {}, Janus(config), mesh=None if mesh is None else make_mesh(mesh))
     ids = np.arange(TOTAL, dtype=np.int32)[:, None, None].repeat(8, axis=2)
     keys = jax.random.wrap_key_data(np.zeros((TOTAL, 2), np.uint32))
-    return pipeline.sample_codes(ids, ids >= 0, keys, Options(0), **settings)[:, 0]
+    return pipeline.sample_codes(ids, ids >= 0, keys, Options(temperature=0), **settings)[:, 0]
 
 
 @pytest.fixture

@@ -104,7 +104,9 @@ def test_top_p_below_float32_keeps_the_likeliest():
 def test_no_garbage_is_streamed(janus):  # noqa: F811
     """Every piece in front of the damaged token comes, and nothing behind."""
     seen, whole = [], list(janus.stream_chat(QUESTION, **SETTINGS))
-    question = janus._asking([QUESTION], [()], SETTINGS["max_new_tokens"], Options(0), SETTINGS["system_prompt"])
+    question = janus._asking(
+        [QUESTION], [()], SETTINGS["max_new_tokens"], Options(temperature=0), SETTINGS["system_prompt"]
+    )
     tokens = [int(piece[0, 0]) for piece in janus._stream(question, first(1, 1), piece=1)]
     asked = set(janus.processor.understanding_prompt([("user", QUESTION), ("assistant", "")], 0))
     step = next(i for i, t in enumerate(tokens[:-1]) if i and t not in tokens[:i] and t not in asked)

@@ -9,7 +9,7 @@ import pytest
 from janus_jax.sampling import memory
 from janus_jax.sampling.batches import fitting
 from janus_jax.sampling.memory import OutOfMemory, available_bytes, least_available_bytes
-from tests.library.tiny_janus import SHORT, codes, folder, janus, quick_compilation  # noqa: F401
+from tests.library.tiny_janus import SHORT, codes, folder, janus  # noqa: F401
 
 EXHAUSTED = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1234 bytes.\nBuffers:\n  ..."
 

@@ -200,7 +200,7 @@ def growing(loop, grow: bool):
         yield seen
 
 
-@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize("scan_layers", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_growing_cache_changes_nothing(tiny, close, scan_layers):
     case = tiny if scan_layers else tiny.unstacked
     ids, mask = pairs(case)
@@ -270,7 +270,7 @@ def test_spare_room_changes_nothing(tiny, question):
     np.testing.assert_array_equal(exact, tokens_of(tiny, question, max_new_tokens=11))
 
 
-@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize("scan_layers", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_growing_cache_changes_no_text(tiny, question, scan_layers):
     case = tiny if scan_layers else tiny.unstacked
     with growing(continue_text, False):

@@ -34,8 +34,15 @@ def both(folder, **settings):
     return [janus_jax.load(folder, fused=fused, progress=False, **settings) for fused in (True, False)]
 
 
-@pytest.mark.parametrize("weights", [None, "int8", "int4"])
-@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize(
+    ("scan_layers", "weights"),
+    [
+        (True, None),
+        (False, "int8"),
+        (True, "int4"),
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in ((True, "int8"), (False, None), (False, "int4"))),
+    ],
+)
 def test_hidden_states(folder, close, scan_layers, weights):
     fused, apart = both(folder, scan_layers=scan_layers, weights=weights)
     assert fused.model.fused and not apart.model.fused
