@@ -25,6 +25,7 @@ from janus_jax.processing.roles import ROLES
 from janus_jax.sampling.memory import OutOfMemory
 from janus_jax.sampling.sampler import Options
 from janus_jax.sharding import MESH_AXES, flatten
+from janus_jax.weights.adapters.peft_files import read_adapter
 from janus_jax.weights.checkpoint import open_checkpoint
 from janus_jax.weights.quantize import FORMS
 from janus_jax.weights.torch_weights import DTYPES, abstract_params
@@ -78,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
 
     info = commands.add_parser("info", help="sizes, parameter counts by part, and memory in each dtype")
     info.add_argument("--model", required=True, help="checkpoint folder or hub id")
+    info.add_argument("--adapter", metavar="DIR", help="also describe a low-rank adapter in PEFT's files")
     info.set_defaults(run=_info)
     return parser
 
@@ -86,6 +88,7 @@ def _add_model(parser: argparse.ArgumentParser):
     parser.add_argument("--model", required=True, help="checkpoint folder (any layout) or hub id")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16, float32 on CPU")
     parser.add_argument("--weights", choices=FORMS, help="quantized weights in the decoder (default: as --dtype)")
+    parser.add_argument("--adapter", metavar="DIR", help="a low-rank adapter in PEFT's files")
     parser.add_argument("--mesh", metavar="AXIS=N,...", help=f"device mesh over {', '.join(MESH_AXES)}")
     parser.add_argument("--roles", help="chat roles of the prompt, pro or old (default: detected)")
 
@@ -116,7 +119,8 @@ def _mesh(text: str | None) -> dict[str, int] | None:
 def _load(args: argparse.Namespace, ahead: Callable[[JanusPipeline], Any] | None = None) -> JanusPipeline:
     mesh = _mesh(args.mesh)
     ahead = ahead if mesh is None else None
-    return load(args.model, dtype=args.dtype, mesh=mesh, weights=args.weights, roles=args.roles, ahead=ahead)
+    given = {name: getattr(args, name) for name in ("dtype", "weights", "roles", "adapter")}
+    return load(args.model, mesh=mesh, ahead=ahead, **given)
 
 
 def _generate(args: argparse.Namespace):
@@ -190,6 +194,12 @@ def _info(args: argparse.Namespace):
         print(f"  {part:17} {count:>14,}  {details.get(part, '')}".rstrip())
     total = sum(counts.values())
     print(f"  {'total':17} {total:>14,}")
+    if args.adapter is not None:
+        adapter = read_adapter(args.adapter, config)
+        kind = "DoRA" if adapter.dora else "rsLoRA" if adapter.rslora else "LoRA"
+        ranks = sorted({delta.rank for delta in adapter.deltas.values()})
+        about = f"{kind} of rank {', '.join(map(str, ranks))} on {len(adapter.deltas)} layers"
+        print(f"  {'adapter':17} {adapter.num_parameters:>14,}  {about}")
     for dtype in DTYPES:
         print(f"  in {dtype:14} {total * jax.numpy.dtype(dtype).itemsize / 2**30:>13.2f}  GiB")
 

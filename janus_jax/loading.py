@@ -23,6 +23,8 @@ from janus_jax.pipeline import JanusPipeline
 from janus_jax.processing.chat import Processor
 from janus_jax.sampling.footprint import refuse_too_large
 from janus_jax.sharding import MESH_AXES, make_mesh, param_shardings
+from janus_jax.weights.adapters.attach import attach
+from janus_jax.weights.adapters.peft_files import read_adapter
 from janus_jax.weights.checkpoint import open_checkpoint
 from janus_jax.weights.fuse import fuse, fusible
 from janus_jax.weights.quantize import FORMS, is_quantized, quantize, quantize_leaf, quantized_shapes
@@ -47,6 +49,7 @@ def load(
     fused: bool | None = None,
     roles: str | None = None,
     revision: str | None = None,
+    adapter: str | os.PathLike | None = None,
     progress: bool | None = None,
     ahead: Callable[[JanusPipeline], Any] | None = None,
 ) -> JanusPipeline:
@@ -66,6 +69,7 @@ def load(
         but not on CPU, where separate products are faster.
       roles: 'pro' or 'old' to choose the chat roles; by default they are detected, see `detect_roles`.
       revision: branch, tag or commit on the hub.
+      adapter: folder of a low-rank adapter to use, as by `JanusPipeline.load_adapter`.
       progress: show a bar; default in a terminal or a notebook.
       ahead: called while the weights are read, with a pipeline that has shapes as parameters, to compile ahead, such
         as `lambda janus: janus.compile_images("a cat")`.
@@ -106,11 +110,14 @@ def load(
         shardings = param_shardings(quantized_shapes(plain, checkpoint.weights), mesh)
     model = Janus(config, jnp.dtype(dtype), jnp.dtype(dtype), **how)
 
+    # Before gigabytes are read for nothing; it is small, and is read again below.
+    adapting = None if adapter is None else read_adapter(adapter, config)
     refuse_too_large(path_or_hub_id, config, dtype, weights, plain_shardings, mesh, stored=bool(checkpoint.weights))
 
     def arranged(params: Any) -> Any:
         params = quantize(params, weights) if weights else params
-        return fuse(params) if fused else params
+        params = fuse(params) if fused else params
+        return params if adapting is None else attach(params, adapting, 1.0, model.dtype, None)
 
     def pipeline(params: Any) -> JanusPipeline:
         return JanusPipeline(config, params, model, processor, mesh, source=str(path_or_hub_id))
@@ -129,7 +136,10 @@ def load(
         params = fuse(params, delete=True) if fused else params
     if ahead is not None:
         compiling.result()
-    return pipeline(params)
+    janus = pipeline(params)
+    if adapter is not None:
+        janus.load_adapter(adapter)
+    return janus
 
 
 def _as_read(path: Path, leaf: LazyArray, dtype: np.dtype, form: str) -> LazyArray:

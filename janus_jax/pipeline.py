@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,7 +15,6 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from janus_jax.config import JanusConfig
-from janus_jax.io.messages import one_line
 from janus_jax.model.janus import Janus
 from janus_jax.processing.chat import SYSTEM_PROMPT, Processor, bucket
 from janus_jax.processing.images import generation_pixels
@@ -29,9 +30,10 @@ from janus_jax.sampling.images import (
     generate_codes,
 )
 from janus_jax.sampling.memory import OutOfMemory
-from janus_jax.sampling.sampler import Options, Sampler, image_keys, seed_key
-from janus_jax.sampling.text import compile_tokens, embed_prompt, stream_tokens
+from janus_jax.sampling.sampler import Options, check_count, image_keys, seed_key
+from janus_jax.sampling.text import Asked, compile_tokens, embed_prompt, stream_tokens
 from janus_jax.sharding import batch_shards
+from janus_jax.weights.adapters.loaded import Adapters
 
 Conversation = str | Sequence[dict[str, Any]]
 
@@ -45,6 +47,7 @@ class JanusPipeline:
       processor: templates, tokenizer and image transforms; None if the checkpoint has no tokenizer.
       mesh: the mesh of the parameters, or None for one device.
       source: path or hub id of the checkpoint, for messages.
+      adapters: those that were loaded, and which is in use.
     """
 
     config: JanusConfig
@@ -53,6 +56,10 @@ class JanusPipeline:
     processor: Processor | None = None
     mesh: Mesh | None = None
     source: str = ""
+    adapters: Adapters = dataclasses.field(init=False)
+
+    def __post_init__(self):
+        self.adapters = Adapters(self.config, self.model.dtype, self.mesh, self.source)
 
     # ------------------------------------------------------------ text to image
 
@@ -128,11 +135,11 @@ class JanusPipeline:
         options = Options(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, cfg_weight=cfg_weight)
         ids, mask, keys = self._drawing(prompts, n, options)
         total = len(keys)
-        batch = batches.first(total, self._images_at_a_time(ids, total, batch_size))
-        given = (*(_prompts_of(batch, x) for x in (ids, mask)), batch.put(keys))
+        batch = batches.first(total, batches.images_at_a_time(self.model, self.params, None, ids, total, batch_size))
+        given = (*(batch.put_prompts(x) for x in (ids, mask)), batch.put(keys))
         try:
             compile_codes(self.model, self.params, *given, guidance=cfg_weight, sampler=options.sampler)
-            size = batches.first(total, self._pictures_at_a_time(total, self.model.dtype)).size
+            size = batches.first(total, batches.pictures_at_a_time(self.model, self.params, self.mesh, total)).size
             compile_decoding(self.model, self.params, size)
         except jax.errors.JaxRuntimeError as error:
             if not OutOfMemory.says(error):  # in which case drawing will use smaller batches
@@ -146,7 +153,7 @@ class JanusPipeline:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise ValueError("nothing to draw: the list of prompts is empty")
-        _check_count("n", n)
+        check_count("n", n)
         keys = image_keys(options.seed, len(prompts), n)
 
         copies = n if len(prompts) > 1 else 1  # one prompt is prefilled once, for all its images
@@ -169,7 +176,7 @@ class JanusPipeline:
             codes, _ = generate_codes(
                 self.model,
                 self.params,
-                *(_prompts_of(batch, x) for x in (ids, mask)),
+                *(batch.put_prompts(x) for x in (ids, mask)),
                 batch.put(keys),
                 guidance=options.cfg_weight,
                 sampler=sampler,
@@ -177,7 +184,8 @@ class JanusPipeline:
             )
             return on_host(codes)
 
-        size, steps = self._images_at_a_time(ids, total, batch_size), self.config.gen_vision.num_tokens
+        steps = self.config.gen_vision.num_tokens
+        size = batches.images_at_a_time(self.model, self.params, self.mesh, ids, total, batch_size)
         return in_batches(draw, total, size, self.mesh, name="drawing", steps=steps, progress=progress)
 
     def decode_codes(self, codes: np.ndarray, batch_size: int | None = None) -> np.ndarray:
@@ -192,7 +200,7 @@ class JanusPipeline:
             refuse_pixels(self.model, self.params, finite)
             return on_host(images)
 
-        size = self._pictures_at_a_time(len(codes), self.model.dtype, batch_size)
+        size = batches.pictures_at_a_time(self.model, self.params, self.mesh, len(codes), batch_size)
         return in_batches(decode, len(codes), size, self.mesh, name="decoding")
 
     def encode_images(self, images: Sequence[Any], batch_size: int | None = None) -> np.ndarray:
@@ -210,7 +218,7 @@ class JanusPipeline:
             refuse_codes(self.model, self.params, codes)
             return codes
 
-        size = self._pictures_at_a_time(len(images), jnp.float32, batch_size)
+        size = batches.pictures_at_a_time(self.model, self.params, self.mesh, len(images), batch_size, jnp.float32)
         return in_batches(encode, len(images), size, self.mesh, name="encoding")
 
     # ------------------------------------------------------------ understanding
@@ -314,14 +322,14 @@ class JanusPipeline:
 
     def _asking(
         self, conversations: Sequence[Conversation], images: Any, max_new_tokens: int, options: Options, system: str
-    ) -> _Asked:
+    ) -> Asked:
         processor = self._need_processor("chat")
-        _check_count("max_new_tokens", max_new_tokens)
+        check_count("max_new_tokens", max_new_tokens)
         given = processor.understanding_batch(conversations, images, system, max_new_tokens)
         keys = jnp.broadcast_to(seed_key(options.seed), (len(conversations),))
-        return _Asked((*given, keys), max_new_tokens, options.sampler)
+        return Asked((*given, keys), max_new_tokens, options.sampler)
 
-    def _answers(self, asked: _Asked) -> list[str]:
+    def _answers(self, asked: Asked) -> list[str]:
         (ids, _, pixels, *_), tokenizer = asked.arrays, self.processor.tokenizer
 
         def answer(batch: Batch) -> np.ndarray:
@@ -337,23 +345,43 @@ class JanusPipeline:
         tokens = in_batches(answer, total, size, self.mesh, name="answering", unit="conversation", multiple=multiple)
         return [tokenizer.answer(row) for row in tokens.tolist()]
 
-    def _stream(self, asked: _Asked, batch: Batch, piece: int) -> Iterator[np.ndarray]:
+    def _stream(self, asked: Asked, batch: Batch, piece: int) -> Iterator[np.ndarray]:
         with batches.using(batch.mesh):
             ids, where, pixels, mask, keys = map(batch.put, asked.arrays)
             x = embed_prompt(self.model, self.params, ids, where, pixels)
-        tokens = stream_tokens(
-            self.model,
-            self.params,
-            x,
-            mask,
-            keys,
-            eos_id=self.processor.tokenizer.eos_id,
-            max_new_tokens=asked.max_new_tokens,
-            sampler=asked.sampler,
-            piece=piece,
-            room=bucket(asked.max_new_tokens),
-        )
+        stream = functools.partial(stream_tokens, self.model, self.params, x, mask, keys)
+        eos_id, most = self.processor.tokenizer.eos_id, asked.max_new_tokens
+        tokens = stream(eos_id=eos_id, max_new_tokens=most, sampler=asked.sampler, piece=piece, room=bucket(most))
         yield from batches.each_using(batch.mesh, tokens)
+
+    # ------------------------------------------------------------ adapters
+
+    def load_adapter(self, path: str | os.PathLike, scale: float = 1.0, name: str | None = None) -> str:
+        """Reads a low-rank adapter in PEFT's files and uses it; returns its name.
+
+        Adapters of the same ranks and layers run the same compiled programs, so switching compiles nothing.
+
+        Args:
+          path: the folder of adapter_config.json.
+          scale: factor of its changes; 1 is as trained.
+          name: for `use_adapter` and `unload_adapter`; default the folder's.
+        Raises: OSError for absent files, ValueError for an adapter that does not fit or needs what is not implemented.
+        """
+        name = self.adapters.load(self.params, path, scale, name)
+        self.use_adapter(name)
+        return name
+
+    def use_adapter(self, name: str | None) -> None:
+        """Switches to a loaded adapter; None is the model without any, bit for bit as it was."""
+        self.params = self.adapters.use(self.params, name)
+
+    def unload_adapter(self, name: str | None = None) -> None:
+        """Forgets a loaded adapter, or all of them."""
+        self.params = self.adapters.unload(self.params, name)
+
+    def merge_adapter(self) -> None:
+        """Adds the adapter in use to the kernels for good, and forgets all; refused for quantized kernels."""
+        self.params = self.adapters.merge(self.params)
 
     # ------------------------------------------------------------ plumbing
 
@@ -365,35 +393,3 @@ class JanusPipeline:
     def _refuse_mesh(self, name: str):
         if self.mesh is not None:
             raise ValueError(f"{name} works on one device; leave it out with a mesh")
-
-    def _images_at_a_time(self, ids: np.ndarray, total: int, batch_size: int | None) -> int:
-        if batch_size is not None:
-            return _check_count("batch_size", batch_size)
-        return fitting(total, batches.bytes_to_draw(self.model, *ids.shape[1:]), self.mesh, coming=self.params)
-
-    def _pictures_at_a_time(self, total: int, dtype: Any, batch_size: int | None = None) -> int:
-        if batch_size is not None:
-            return _check_count("batch_size", batch_size)
-        per_image = batches.bytes_of_pixels(self.config.gen_vision, dtype)
-        # More at a time is not faster, and every other size is one more program to compile.
-        return min(16 * batch_shards(self.mesh), fitting(total, per_image, self.mesh, coming=self.params))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Asked:
-    """Conversations as input for `sampling.text`: ids, image placeholders, pixels, mask and keys, on the host."""
-
-    arrays: tuple[Any, ...]
-    max_new_tokens: int
-    sampler: Sampler
-
-
-def _prompts_of(batch: Batch, prompts: np.ndarray) -> jax.Array:
-    """The batch's rows of `prompts`, which has one for each image, or one for all."""
-    return batches.put(prompts, batch.mesh) if len(prompts) == 1 else batch.put(prompts)
-
-
-def _check_count(name: str, value: Any) -> int:
-    if not isinstance(value, (int, np.integer)) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {one_line(value)}")
-    return int(value)

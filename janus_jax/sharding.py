@@ -46,7 +46,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -108,6 +108,7 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"language_model/norm/scale", (None,)),
     (r"language_model/lm_head/kernel", ("vocab", "embed")),
 )
+_OUTPUT_AXES = {"q_proj": 2, "k_proj": 2, "v_proj": 2, "qkv_proj": 3, "gate_up_proj": 2, "q": 2, "k": 2, "v": 2}
 _STACKED = re.compile(r"(language_model/layers|vision_model/blocks)/")
 
 
@@ -173,10 +174,29 @@ def _axes_in_layer(path: str, ndim: int) -> tuple[str | None, ...]:
         outputs, axes = output_axes(kernel), _axes_in_layer(kernel, ndim)
         # int4's groups, on the last axis, may be fewer than its shards.
         return axes[:outputs] if ndim == outputs else (*axes[:-1], None)
+    module, _, leaf = path.rpartition("/")
+    if leaf in _ADAPTER_AXES:
+        kernel = f"{module}/kernel"
+        return _ADAPTER_AXES[leaf](_axes_in_layer(kernel, ndim), output_axes(kernel), _is_fused(path))
     rows = [axes for pattern, axes in PARAMETER_AXES if re.fullmatch(pattern, path)]
     if len(rows) != 1:
         raise ValueError(f"parameter {path!r} must match exactly one row of the sharding table, got {len(rows)}")
     return rows[0]
+
+
+# Beside a kernel, of `janus_jax.weights.adapters`: (the kernel's axes, how many are outputs, whether it is fused).
+_ADAPTER_AXES: dict[str, Callable[[tuple[str | None, ...], int, bool], tuple[str | None, ...]]] = {
+    "lora_a": lambda axes, outputs, fused: (*(None,) * (1 + fused), *axes[outputs:]),
+    "lora_b": lambda axes, outputs, fused: (*axes[:outputs], None),
+    "lora_gain": lambda axes, outputs, fused: axes[:outputs],
+    "lora_magnitude": lambda axes, outputs, fused: axes[:outputs],
+    "lora_norm": lambda axes, outputs, fused: axes[:outputs],
+    "lora_scale": lambda axes, outputs, fused: (),
+}
+
+
+def _is_fused(path: str) -> bool:
+    return path.split("/")[-2] in ("qkv_proj", "gate_up_proj")
 
 
 def is_stacked(path: str) -> bool:
@@ -187,7 +207,7 @@ def is_stacked(path: str) -> bool:
 def output_axes(path: str) -> int:
     """How many leading axes of a layer's kernel are output axes."""
     name = path.split("/")[-2]
-    return {"q_proj": 2, "k_proj": 2, "v_proj": 2, "qkv_proj": 3, "gate_up_proj": 2}.get(name, 1)
+    return _OUTPUT_AXES.get(name, 1)
 
 
 def _mesh_axes(name: str | None) -> tuple[str, ...]:

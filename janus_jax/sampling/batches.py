@@ -22,6 +22,7 @@ from janus_jax.model.janus import Janus
 from janus_jax.model.kv_cache import cache_bytes
 from janus_jax.sampling.finite import NotFinite, on_host
 from janus_jax.sampling.memory import OutOfMemory, least_available_bytes
+from janus_jax.sampling.sampler import check_count
 from janus_jax.sharding import activation_spec, batch_shards
 from janus_jax.weights.quantize import array_bytes
 
@@ -45,6 +46,10 @@ class Batch:
     def put(self, x: Any) -> jax.Array | None:
         """The batch's rows of `x`, which has all rows of the call, padded and on the devices; None stays None."""
         return None if x is None else self.put_own(x[self.rows])
+
+    def put_prompts(self, prompts: np.ndarray) -> jax.Array:
+        """The batch's rows of `prompts`, of which there is one for each row of the call, or one for all."""
+        return put(prompts, self.mesh) if len(prompts) == 1 else self.put(prompts)
 
     def put_own(self, x: Any) -> jax.Array:
         """`x`, which has only the batch's own rows, padded and on the devices."""
@@ -201,3 +206,23 @@ def _prefill_bytes(c: LlamaConfig, rows: int, length: int) -> int:
 def _image_bytes(c: SiglipConfig) -> int:
     pixels = c.image_size**2 * 3 * 4
     return pixels + c.num_patches * (4 * c.heads * c.num_patches + (3 * c.mlp_dim + 6 * c.width) * 4)
+
+
+def images_at_a_time(
+    model: Janus, params: Any, mesh: Mesh | None, ids: np.ndarray, total: int, batch_size: int | None
+) -> int:
+    """How many of `total` images to draw at once from prompts `ids` [B, rows, T]: `batch_size`, or as many as fit."""
+    if batch_size is not None:
+        return check_count("batch_size", batch_size)
+    return fitting(total, bytes_to_draw(model, *ids.shape[1:]), mesh, coming=params)
+
+
+def pictures_at_a_time(
+    model: Janus, params: Any, mesh: Mesh | None, total: int, batch_size: int | None = None, dtype: Any = None
+) -> int:
+    """How many of `total` images to encode or decode at once in `dtype` (default the model's)."""
+    if batch_size is not None:
+        return check_count("batch_size", batch_size)
+    per_image = bytes_of_pixels(model.config.gen_vision, dtype or model.dtype)
+    # More at a time is no faster, and every other size is one more program to compile.
+    return min(16 * batch_shards(mesh), fitting(total, per_image, mesh, coming=params))

@@ -21,6 +21,13 @@ from janus_jax.io.messages import one_line
 _LARGEST, _SMALLEST = (float(x) for x in (jnp.finfo(jnp.float32).max, jnp.finfo(jnp.float32).tiny))
 
 
+def check_count(name: str, value: Any) -> int:
+    """`value` if it is an integer of at least 1; else ValueError."""
+    if not isinstance(value, (int, np.integer)) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {one_line(value)}")
+    return int(value)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampler:

@@ -24,6 +24,15 @@ from janus_jax.sampling.sampler import Sampler, make_sampler, step_keys
 Params = dict[str, Any]
 
 
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """Conversations as this module takes them: ids, image placeholders, pixels, mask and keys, on the host."""
+
+    arrays: tuple[Any, ...]
+    max_new_tokens: int
+    sampler: Sampler
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TextState:

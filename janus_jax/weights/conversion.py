@@ -26,6 +26,8 @@ from janus_jax.processing.processor_files import (
     write_processor_files,
 )
 from janus_jax.weights import quantized_files
+from janus_jax.weights.adapters.attach import merged_leaves
+from janus_jax.weights.adapters.peft_files import read_adapter
 from janus_jax.weights.checkpoint import (
     CARRIED,
     PARAMS,
@@ -99,6 +101,7 @@ def to_torch(
     overwrite: bool = False,
     progress: bool = False,
     note: Callable[[str], Any] = print,
+    adapter: str | pathlib.Path | None = None,
 ) -> None:
     """Writes the checkpoint folder `src`, of any kind, as a torch checkpoint of `dialect` into the folder `out`.
 
@@ -109,6 +112,7 @@ def to_torch(
         overwrite: replace `out` if it is a folder that was converted or exported here.
         progress: show a bar on stderr.
         note: called with a sentence for each thing that the result lacks or assumes.
+        adapter: folder of a low-rank adapter that is merged into the kernels.
 
     Raises OSError and ValueError; `out` is then unchanged.
     """
@@ -118,7 +122,10 @@ def to_torch(
     source = open_checkpoint(src)
     same = dialect_of(source.raw_config) == dialect
     raw = source.raw_config if same else _translated(source, dialect, note)
-    tensors = tensors_to_write(source.leaves, source.carried, source.config, dialect)
+    leaves = source.leaves
+    if adapter is not None:
+        leaves = merged_leaves(leaves, read_adapter(adapter, source.config))
+    tensors = tensors_to_write(leaves, source.carried, source.config, dialect)
     num_bytes = sum(tensor.num_bytes for tensor in tensors)
     with _staged(source, out, num_bytes, overwrite=overwrite, note=note) as folder:
         with byte_bar("writing", num_bytes, progress) as bar:

@@ -14,6 +14,8 @@ from janus_jax.config import LlamaConfig
 from janus_jax.sharding import flatten, is_stacked, unflatten
 
 _GROUPS = {"self_attn": ("qkv_proj", ("q_proj", "k_proj", "v_proj")), "mlp": ("gate_up_proj", ("gate_proj", "up_proj"))}
+# The linear layers that a fused one holds.
+MEMBERS = dict(_GROUPS.values())
 _FIRST = re.compile(r"language_model/layers(_\d+)?/(self_attn/q|mlp/gate)_proj/\w+")
 
 

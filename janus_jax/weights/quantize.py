@@ -67,6 +67,17 @@ def quantize_leaf(
     return dict(zip((path, f"{path}_scale"), made, strict=True))
 
 
+def dequantized(path: str, stored: Mapping[str, jax.Array]) -> jax.Array:
+    """The kernel at `path` in float32, from the arrays `stored` at it and beside it, whatever its form."""
+    kernel, scale = stored[path], stored.get(f"{path}_scale")
+    wide = kernel.astype(jnp.float32)
+    if scale is None:
+        return wide
+    if scale.ndim == kernel.ndim:  # int4's groups
+        return wide * jnp.repeat(scale.astype(jnp.float32), kernel.shape[-1] // scale.shape[-1], -1)
+    return wide * jnp.expand_dims(scale, tuple(range(scale.ndim, kernel.ndim)))
+
+
 def is_quantized(path: str) -> bool:
     """Whether `quantize` changes the parameter at `path`."""
     return _KERNELS.fullmatch(path) is not None

@@ -1,0 +1,1 @@
+"""Low-rank adapters: which layers they change, their files, and how they join a model's parameters."""
