@@ -14,7 +14,7 @@ import pytest
 from janus_jax import __main__, load
 from janus_jax.sharding import flatten
 from janus_jax.weights.adapters.peft_files import CONFIG
-from tests.library.tiny_janus import SHORT, folder, quick_compilation, raises_one_line  # noqa: F401
+from tests.library.tiny_janus import SHORT, folder, raises_one_line  # noqa: F401
 from tests.weights.adapters.random_adapters import written
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
