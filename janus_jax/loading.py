@@ -59,7 +59,7 @@ def load(
       path_or_hub_id: a folder in the original, the transformers or our converted layout; or `owner/name` on the
         Hugging Face hub, from which only the needed files are downloaded.
       dtype: dtype of parameters and computation; default bfloat16, but float32 on CPU, where bfloat16 is emulated
-        slowly.
+        slowly, and float16 on GPUs without bfloat16 units.
       mesh: a mesh with the axes `data`, `fsdp`, `tensor` (or their sizes, as for `sharding.make_mesh`): each shard is
         read directly onto its device. Default: one device.
       weights: 'int8' or 'int4' stores the decoder's and the heads' kernels in that form, see `quantize`; default
@@ -83,7 +83,8 @@ def load(
     if mesh is not None and set(mesh.axis_names) != set(MESH_AXES):
         raise ValueError(f"the mesh must have the axes {MESH_AXES}, got {mesh.axis_names}; use sharding.make_mesh")
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    dtype = parse_dtype(("float32" if platform == "cpu" else "bfloat16") if dtype is None else dtype)
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    dtype = parse_dtype(default_dtype(device) if dtype is None else dtype)
     checkpoint = open_checkpoint(folder, quantized=True)
     if checkpoint.weights and weights not in (None, checkpoint.weights):
         raise ValueError(
@@ -149,6 +150,15 @@ def _as_read(path: Path, leaf: LazyArray, dtype: np.dtype, form: str) -> LazyArr
     narrow = is_quantized(name) and leaf.dtype.itemsize <= dtype.itemsize
     exact = form == "int8" and name.endswith("/kernel_scale")
     return leaf if narrow or exact else leaf.astype(dtype, name)
+
+
+def default_dtype(device: jax.Device) -> str:
+    """`load`'s default dtype on `device`: the narrowest that it computes in fast and with little loss."""
+    if device.platform == "cpu":
+        return "float32"  # bfloat16 is emulated slowly there
+    # NVIDIA's GPUs have bfloat16 units from compute capability 8.0 on; elsewhere XLA widens whole kernels in each call.
+    capability = str(getattr(device, "compute_capability", "")) if device.platform in ("gpu", "cuda") else ""
+    return "float16" if re.fullmatch(r"[1-7]\.\d+", capability) else "bfloat16"
 
 
 def layout(config: JanusConfig, platform: str, on_mesh: bool = False) -> dict[str, Any]:

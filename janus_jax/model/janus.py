@@ -13,6 +13,7 @@ from janus_jax.model.kv_cache import KVCache
 from janus_jax.model.layers import Embed, MlpProjector, gelu
 from janus_jax.model.linear import Linear
 from janus_jax.model.llama import Llama
+from janus_jax.model.precision import residual_dtype
 from janus_jax.model.siglip import Siglip
 from janus_jax.model.vq import VQModel
 from janus_jax.sharding import constrain
@@ -70,7 +71,7 @@ class Janus(nn.Module):
         how = {"remat": self.remat, "fsdp": self.fsdp, "attention": attention, "cpu": self.cpu, **types}
         self.vision_model = Siglip(c.vision, **how)
         self.aligner = MlpProjector(c.vision.width, width, c.aligner_depth, **types)
-        self.gen_vision_model = VQModel(g, **types)
+        self.gen_vision_model = VQModel(g, **types | {"dtype": residual_dtype(self.dtype)})
         self.gen_embed = Embed(g.codebook_size, g.codebook_dim, **types)
         self.gen_aligner = MlpProjector(g.codebook_dim, width, c.gen_aligner_depth, **types)
         self.gen_head = GenHead(width, c.gen_head_width, g.codebook_size, **types)

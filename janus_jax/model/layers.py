@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from janus_jax.model.linear import Linear
+from janus_jax.model.precision import residual_dtype
 from janus_jax.sharding import constrain
 
 
@@ -45,7 +46,8 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-        return y.astype(self.dtype) * scale.astype(self.dtype)
+        wide = residual_dtype(self.dtype)
+        return (y.astype(wide) * scale.astype(wide)).astype(self.dtype)
 
 
 def gelu(x: jax.Array) -> jax.Array:

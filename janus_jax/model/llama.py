@@ -15,6 +15,7 @@ from janus_jax.model.attention import attend_segments
 from janus_jax.model.kv_cache import KVCache, attend_cached, store
 from janus_jax.model.layers import Embed, RMSNorm, apply_rope, rematerialized, rope
 from janus_jax.model.linear import Linear
+from janus_jax.model.precision import residual_dtype
 from janus_jax.sharding import constrain, gather_layer
 
 
@@ -42,7 +43,8 @@ class Attention(nn.Module):
         if kv is not None:
             kv = store(kv, k, v, layer, 0 if slot is None else slot)
         y = attend_segments(q, k, v, where, self.attention) if slot is None else attend_cached(q, kv, layer, where)
-        return Linear("BTNH,DNH->BTD", (c.width, c.heads, c.head_dim), **types, name="o_proj")(y), kv
+        out = {"out_dtype": residual_dtype(self.dtype), **types}
+        return Linear("BTNH,DNH->BTD", (c.width, c.heads, c.head_dim), **out, name="o_proj")(y), kv
 
 
 class Mlp(nn.Module):
@@ -61,7 +63,8 @@ class Mlp(nn.Module):
             gate = Linear("BTD,FD->BTF", (c.mlp_dim, c.width), **types, name="gate_proj")(x)
             up = Linear("BTD,FD->BTF", (c.mlp_dim, c.width), **types, name="up_proj")(x)
         h = constrain(nn.silu(gate) * up, "batch", "length", "mlp")
-        return Linear("BTF,DF->BTD", (c.width, c.mlp_dim), **types, name="down_proj")(h)
+        out = {"out_dtype": residual_dtype(self.dtype), **types}
+        return Linear("BTF,DF->BTD", (c.width, c.mlp_dim), **out, name="down_proj")(h)
 
 
 class Block(nn.Module):
@@ -185,7 +188,7 @@ class Llama(nn.Module):
         c = self.config
         cos_sin = rope(positions, c.head_dim, c.rope_theta)
         groups = [None] if cache is None else list(zip(cache.keys, cache.values, strict=True))
-        x = constrain(x, "batch", "length", None)
+        x = constrain(x.astype(residual_dtype(self.dtype)), "batch", "length", None)
         if self.scan_layers:
             (x, groups[0], _), _ = self.layers((x, groups[0], jnp.zeros((), jnp.int32)), cos_sin, where, slot)
         else:

@@ -19,6 +19,11 @@ def precision_of(dtype: Any) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if jnp.finfo(dtype).bits >= 32 else None
 
 
+def residual_dtype(dtype: Any) -> jnp.dtype:
+    """The dtype of residual streams, and of the VQ model, in a model of `dtype`: float32 for float16, for its range."""
+    return jnp.dtype(jnp.float32 if jnp.dtype(dtype) == jnp.float16 else dtype)
+
+
 def einsum(spec: str, x: jax.Array, y: jax.Array, out_dtype: Any = None) -> jax.Array:
     """jnp.einsum of two arrays of the same float dtype at full precision, accumulated and returned in `out_dtype`."""
     return jnp.einsum(spec, x, y, precision=precision_of(x.dtype), preferred_element_type=out_dtype)

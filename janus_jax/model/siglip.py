@@ -13,7 +13,7 @@ from janus_jax.config import SiglipConfig
 from janus_jax.model.attention import attend_all
 from janus_jax.model.layers import gelu, rematerialized
 from janus_jax.model.linear import Linear
-from janus_jax.model.precision import precision_of
+from janus_jax.model.precision import precision_of, residual_dtype
 from janus_jax.sharding import constrain, gather_layer
 
 
@@ -42,7 +42,8 @@ class Attention(nn.Module):
         q, k, v = (Linear("BTD,NHD->BTNH", split, **types, name=n)(x) for n in "qkv")
         q = constrain(q, "batch", "length", "heads", None)
         y = attend_all(q, k.swapaxes(1, 2), v.swapaxes(1, 2), self.attention)
-        return Linear("BTNH,DNH->BTD", (c.width, c.heads, c.head_dim), **types, name="proj")(y)
+        out = {"out_dtype": residual_dtype(self.dtype), **types}
+        return Linear("BTNH,DNH->BTD", (c.width, c.heads, c.head_dim), **out, name="proj")(y)
 
 
 class Mlp(nn.Module):
@@ -55,7 +56,8 @@ class Mlp(nn.Module):
         c, types = self.config, {"use_bias": True, "dtype": self.dtype, "param_dtype": self.param_dtype}
         h = Linear("BTD,FD->BTF", (c.mlp_dim, c.width), **types, name="fc1")(x)
         h = gelu(constrain(h, "batch", "length", "mlp"))
-        return Linear("BTF,DF->BTD", (c.width, c.mlp_dim), **types, name="fc2")(h)
+        out = {"out_dtype": residual_dtype(self.dtype), **types}
+        return Linear("BTF,DF->BTD", (c.width, c.mlp_dim), **out, name="fc2")(h)
 
 
 class Block(nn.Module):
@@ -100,7 +102,7 @@ class Siglip(nn.Module):
         )(pixels.astype(self.dtype))  # fmt: skip
         x = x.reshape(x.shape[0], c.num_patches, c.width)
         pos = self.param("pos_embed", nn.initializers.normal(0.02), (c.num_patches, c.width), self.param_dtype)
-        x = constrain(x + pos.astype(self.dtype), "batch", "length", None)
+        x = constrain((x + pos.astype(self.dtype)).astype(residual_dtype(self.dtype)), "batch", "length", None)
         block = Block
         if self.fsdp:
             gather = functools.partial(gather_layer, "vision_model/blocks/", self.dtype)

@@ -20,6 +20,7 @@ from janus_jax.config import LlamaConfig, SiglipConfig, VQConfig
 from janus_jax.io.progress import shown, step_bar
 from janus_jax.model.janus import Janus
 from janus_jax.model.kv_cache import cache_bytes
+from janus_jax.model.precision import residual_dtype
 from janus_jax.sampling.finite import NotFinite, on_host
 from janus_jax.sampling.memory import OutOfMemory, least_available_bytes
 from janus_jax.sampling.sampler import check_count
@@ -194,9 +195,9 @@ def bytes_to_answer(model: Janus, length: int, images: int, new_tokens: int) -> 
 
 
 def bytes_of_pixels(config: VQConfig, dtype: Any) -> int:
-    """Bytes of memory per image while the VQ model decodes or encodes it in `dtype`."""
+    """Bytes of memory per image while the VQ model decodes or encodes it for a model of `dtype`."""
     # Convolutions at full resolution hold a few activations, and im2col copies of some, at a time.
-    return 16 * config.image_size**2 * config.ch * max(config.ch_mult[:2]) * jnp.dtype(dtype).itemsize
+    return 16 * config.image_size**2 * config.ch * max(config.ch_mult[:2]) * residual_dtype(dtype).itemsize
 
 
 def _prefill_bytes(c: LlamaConfig, rows: int, length: int) -> int:

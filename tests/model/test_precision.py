@@ -109,6 +109,8 @@ def test_narrow_models_ask_for_nothing_but_where_codes_are_decided(dtype):
         seen = precisions(f, *args)
         if name == "encode_codes":
             assert seen == {"float32": {HIGHEST}}, "a code is an argmin of float32 distances"
+        elif name == "decode_images" and dtype == "float16":
+            assert seen == {"float32": {HIGHEST}}, "activations of the VQ decoder may leave float16's range"
         else:
             assert seen == {dtype: {None}}, name
 
