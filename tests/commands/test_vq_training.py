@@ -368,6 +368,7 @@ def test_a_killed_training_goes_on_to_the_same_numbers(images, tmp_path):
     assert_same(tmp_path / "out", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_training_that_is_told_to_end_saves_and_goes_on(images, tmp_path):
     kept = KeptTraining(tmp_path / "training", CONFIG, "", every=1000)
     with pytest.raises(Stopped, match="saved after step 7") as caught:

@@ -103,7 +103,7 @@ def test_a_stopped_preparation_goes_on_to_the_same_bytes(captions, processor, tm
     out, options = tmp_path / "out", OPTIONS | {"encode": encode, "workers": 1}
     with pytest.raises(KeyboardInterrupt):
         prepare(Stopping(), out, "generation", processor, **options)
-    with pytest.raises(ValueError, match=r"is unfinished: run the same `python -m train.prepare` again"):
+    with pytest.raises(ValueError, match=r"is unfinished; run the same `python -m train.prepare` again"):
         open_prepared(out)
     whole = stop_at // 6
     assert len(list(out.glob("data-*.json"))) == whole

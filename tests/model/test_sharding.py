@@ -244,6 +244,7 @@ def test_codes_on_a_mesh(mesh, placed, codes_of, close):
     np.testing.assert_array_equal(sharded, codes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [MIXED], ids=str, indirect=True)
 def test_codes_of_a_batch_that_the_mesh_does_not_divide(mesh, placed, codes_of):
     np.testing.assert_array_equal(codes_of(3, mesh, placed)[0], codes_of(3)[0])

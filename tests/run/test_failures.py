@@ -206,6 +206,7 @@ def test_one_process_that_fails_alone_amid_common_work_stops(tmp_path, monkeypat
             raise kind("told", 3) if kind is Stopped else kind
 
 
+@pytest.mark.slow
 def test_a_run_whose_workdir_is_taken_over_stops_before_it_writes(config_of, monkeypatch, tmp_path):
     folder = tmp_path / "run"
     taken, write = Lease(folder), Metrics.write

@@ -163,6 +163,7 @@ def test_a_reader_that_dies_ends_the_run(config, monkeypatch):
     assert params_of(config.workdir)  # a complete checkpoint is there
 
 
+@pytest.mark.slow
 def test_damaged_samples_are_named_in_the_workdir(config, monkeypatch, capsys):
     from train.data.prepared import Prepared
 

@@ -270,7 +270,8 @@ def test_spare_room_changes_nothing(tiny, question):
     np.testing.assert_array_equal(exact, tokens_of(tiny, question, max_new_tokens=11))
 
 
-@pytest.mark.parametrize("scan_layers", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.slow
+@pytest.mark.parametrize("scan_layers", [True, False])
 def test_a_growing_cache_changes_no_text(tiny, question, scan_layers):
     case = tiny if scan_layers else tiny.unstacked
     with growing(continue_text, False):
