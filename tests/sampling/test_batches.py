@@ -5,7 +5,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh
 
@@ -22,6 +22,7 @@ from tests.library.tiny_janus import SHORT, codes, folder, janus  # noqa: F401
 EXHAUSTED = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1234 bytes.\nBuffers:\n  ..."
 
 
+@settings(deadline=None)
 @given(total=st.integers(1, 300), size=st.integers(0, 400), multiple=st.integers(1, 16))
 def test_batches_cover_everything_once(total, size, multiple):
     batches, padded = even_batches(total, size, multiple)
@@ -30,6 +31,7 @@ def test_batches_cover_everything_once(total, size, multiple):
     assert 0 < batches[-1].stop - batches[-1].start <= padded
 
 
+@settings(deadline=None)
 @given(total=st.integers(1, 300), size=st.integers(0, 400), multiple=st.integers(1, 16))
 def test_batches_are_few_and_fit(total, size, multiple):
     batches, padded = even_batches(total, size, multiple)
