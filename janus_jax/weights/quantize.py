@@ -55,6 +55,7 @@ def quantize_leaf(
     """The arrays that `quantize` turns one parameter into, by path: itself, or its quantized form and the scales."""
     if not is_quantized(path):
         return {path: x}
+    how: tuple[Any, ...]
     if form == "int8":
         how = (output_axes(path) + is_stacked(path),)
         make = _to_int8
@@ -103,7 +104,7 @@ def group_size(path: str, shape: Sequence[int]) -> int:
 
 def quantized_shapes(abstract: Mapping[str, Any], form: str | None) -> dict[str, Any]:
     """What `quantize` makes of a nested dict of `jax.ShapeDtypeStruct`; the same dict for form None."""
-    return abstract if form is None else jax.eval_shape(functools.partial(quantize, form=form), abstract)
+    return dict(abstract) if form is None else dict(jax.eval_shape(functools.partial(quantize, form=form), abstract))
 
 
 def array_bytes(shape: Sequence[int], dtype: Any) -> int:
