@@ -89,7 +89,7 @@ def test_scale_and_merge(folder, adapters):  # noqa: F811
         janus.merge_adapter()
 
 
-@pytest.mark.parametrize(("weights", "tolerance"), [("int8", 0.02), ("int4", 0.2)])
+@pytest.mark.parametrize(("weights", "tolerance"), [("int8", 0.02), pytest.param("int4", 0.2, marks=pytest.mark.slow)])
 def test_over_quantized_kernels(folder, adapters, weights, tolerance):  # noqa: F811
     """The same change of a kernel that is stored in another form; it cannot be merged into that."""
     janus = load(folder, weights=weights, adapter=adapters["dora"])
@@ -104,6 +104,7 @@ def test_over_quantized_kernels(folder, adapters, weights, tolerance):  # noqa: 
         janus.merge_adapter()
 
 
+@pytest.mark.slow
 def test_on_a_mesh(folder, adapters):  # noqa: F811
     one, several = load(folder), load(folder, mesh={"data": 2, "fsdp": 2, "tensor": 2})
     for janus in (one, several):
@@ -142,6 +143,7 @@ def test_refused(folder, adapters, tmp_path):  # noqa: F811
     assert janus.adapters.names == ("one",) and janus.adapters.active == "one"
 
 
+@pytest.mark.slow
 def test_commands(folder, adapters, tmp_path, capsys):  # noqa: F811
     """`--adapter` of info, and of to_torch, which writes what loading with the adapter computes with."""
     assert __main__.main(["info", "--model", str(folder), "--adapter", str(adapters["dora"])]) == 0
