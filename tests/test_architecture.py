@@ -26,6 +26,7 @@ FLOORS = (
     "janus_jax.weights.*",
     "janus_jax.sampling.*",
     "janus_jax.pipeline",
+    "janus_jax.inside",
     "janus_jax.loading",
     "janus_jax",
     "janus_jax.__main__",

@@ -117,6 +117,16 @@ def hidden(model: TorchJanus, x: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 @torch.inference_mode()
+def attention_weights(model: TorchJanus, x: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Attention weights [layers, B, heads, T, T] of embeddings x [B, T, D], see `hidden`."""
+    mask = _ids(mask)
+    run = copy.deepcopy(model.model.language_model)
+    run.set_attn_implementation("eager")  # the one that returns them
+    given = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0), "output_attentions": True}
+    return torch.stack(run(inputs_embeds=torch.tensor(x), **given).attentions).numpy()
+
+
+@torch.inference_mode()
 def text_logits(model: TorchJanus, ids: np.ndarray, mask: np.ndarray, pixels: np.ndarray) -> np.ndarray:
     """Logits [B, T, V] of prompts; pixels [N, h, w, 3] are all rows' images in order."""
     return model(input_ids=_ids(ids), attention_mask=_ids(mask), pixel_values=_channels_first(pixels)).logits.numpy()

@@ -22,13 +22,18 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = No
       mask: boolean [B or 1, T or 1, S], True where a query may attend; None attends everywhere.
     Returns: [B, T, N, H] in q's dtype. A query whose mask is all False gets the mean of the values.
     """
-    batch, length, heads, head_dim = q.shape
+    weights = attention_weights(q, k, mask).astype(v.dtype)
+    return einsum("BKGTS,BKSH->BTKGH", weights, v).reshape(q.shape)
+
+
+def attention_weights(q: jax.Array, k: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """How much each query attends to each key, float32 [B, K, N / K, T, S]; arguments as for `attend`."""
+    batch, length, _, head_dim = q.shape
     q = q.reshape(batch, length, k.shape[1], -1, head_dim)
     scores = einsum("BTKGH,BKSH->BKGTS", q, k, jnp.float32) * head_dim**-0.5
     if mask is not None:
         scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return einsum("BKGTS,BKSH->BTKGH", weights, v).reshape(batch, length, heads, head_dim)
+    return jax.nn.softmax(scores, axis=-1)
 
 
 def causal_mask(segment_ids: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from janus_jax.config import LlamaConfig
-from janus_jax.model.attention import attend_segments
+from janus_jax.model.attention import attend_segments, attention_weights, causal_mask
 from janus_jax.model.kv_cache import KVCache, attend_cached, store
 from janus_jax.model.layers import Embed, RMSNorm, apply_rope, rematerialized, rope
 from janus_jax.model.linear import Linear
@@ -40,6 +40,8 @@ class Attention(nn.Module):
             v = Linear("BTD,KHD->BTKH", (c.kv_heads, c.head_dim, c.width), **types, name="v_proj")(x)
         q = constrain(apply_rope(q, cos_sin), "batch", "length", "heads", None)
         k, v = apply_rope(k, cos_sin).swapaxes(1, 2), v.swapaxes(1, 2)
+        if slot is None and self.is_mutable_collection("intermediates"):  # only for who asks, see `inside.py`
+            self.sow("intermediates", "weights", attention_weights(q, k, causal_mask(where)))
         if kv is not None:
             kv = store(kv, k, v, layer, 0 if slot is None else slot)
         y = attend_segments(q, k, v, where, self.attention) if slot is None else attend_cached(q, kv, layer, where)
@@ -132,7 +134,7 @@ class Llama(nn.Module):
         if self.scan_layers:
             scanned = nn.scan(
                 block,
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast,) * 3,
                 length=c.layers,

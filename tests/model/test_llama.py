@@ -60,6 +60,26 @@ def test_attention_on_cpu(case, rng, oracle, close):
     close(fill(on_cpu, x, mask, 200)[0][mask], theirs[mask], "hidden states, prefill")
 
 
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_attention_weights(case, scan_layers, rng, oracle, close):
+    """Sown for who asks for them, and nothing else changes."""
+    ours = case if scan_layers else case.unstacked
+    x, mask = left_padded(rng, case.config.language.width)
+    theirs = oracle.attention_weights(case.torch_model, x, mask)
+    given = {"params": ours.params}, x, positions_of(mask), mask.astype(np.int32)
+    hidden, seen = ours.model.apply(*given, method="hidden", mutable=["intermediates"])
+    assert np.array_equal(hidden, ours.model.apply(*given, method="hidden"))
+    decoder = seen["intermediates"]["language_model"]
+    layers = range(case.config.language.layers)
+    weights = (
+        decoder["layers"]["self_attn"]["weights"][0]
+        if scan_layers
+        else np.stack([decoder[f"layers_{i}"]["self_attn"]["weights"][0] for i in layers])
+    )
+    rows = np.asarray(weights).reshape(theirs.shape).transpose(1, 3, 0, 2, 4)[mask]
+    close(rows, theirs.transpose(1, 3, 0, 2, 4)[mask], "attention weights of each token")
+
+
 def test_heads(case, rng, oracle, close):
     hidden = rng.standard_normal((2, 3, case.config.language.width)).astype(np.float32)
     theirs = case.torch_model.lm_head(oracle.torch.tensor(hidden)).detach().numpy()
