@@ -49,7 +49,7 @@ def code_logits(janus: JanusPipeline, prompts: str | Sequence[str], codes: np.nd
 
 
 def entropy(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-    """Bits of entropy of the distributions that logits [..., V] give at a temperature: 0 is certain, log2(V) a guess."""
+    """Bits of entropy of what logits [..., V] say at a temperature: 0 is certain, log2(V) a guess."""
     logs = np.asarray(jax.nn.log_softmax(jnp.asarray(logits, jnp.float32) / temperature, axis=-1))
     return -(np.exp(logs) * logs).sum(-1) / np.log(2, dtype=np.float32)
 
