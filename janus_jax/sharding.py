@@ -160,7 +160,8 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 def logical_axes(path: str, ndim: int) -> tuple[str | None, ...]:
     """Logical axes of the parameter at `path`; ValueError unless exactly one row of PARAMETER_AXES matches."""
-    axes = _axes_in_layer(path, ndim - is_stacked(path)) or (None,) * ndim
+    in_layer = ndim - is_stacked(path)
+    axes = _axes_in_layer(path, in_layer) or (None,) * in_layer
     if is_stacked(path):
         axes = (None, *axes)
     if len(axes) != ndim:
@@ -291,12 +292,26 @@ def gather_but_layers(params: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
     return unflatten(layers | flatten(_gather(others, dtype)))
 
 
+def computing_dtype(path: str, own: Any, dtype: Any) -> Any:
+    """The dtype in which the parameter at `path`, stored in `own`, enters a computation in `dtype`.
+
+    It is `dtype`, except for quantized kernels, and for factors of whole outputs, whose rounding would change them all.
+    """
+    factor = path.rpartition("/")[2] in ("kernel_scale", "lora_scale", "lora_norm", "lora_magnitude")
+    return jnp.dtype(own if factor or not jnp.issubdtype(own, jnp.inexact) else dtype)
+
+
+def cast(params: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
+    """`params` as they enter a computation in `dtype`."""
+    return unflatten({p: x.astype(computing_dtype(p, x.dtype, dtype)) for p, x in flatten(params).items()})
+
+
 def _gather(flat: Mapping[str, jax.Array], dtype: Any, prefix: str = "") -> dict[str, Any]:
     def whole(path: str, x: jax.Array) -> jax.Array:
-        axes = _axes_in_layer(path, x.ndim)
+        axes, wanted = _axes_in_layer(path, x.ndim), computing_dtype(path, x.dtype, dtype)
         if "embed" not in axes:
-            return x.astype(dtype)
-        return _whole(axes.index("embed"), jnp.dtype(dtype), x.dtype, x)
+            return x.astype(wanted)
+        return _whole(axes.index("embed"), wanted, x.dtype, x)
 
     return unflatten({path.removeprefix(prefix): whole(path, x) for path, x in flat.items()})
 

@@ -136,6 +136,28 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """A low-rank adapter, trained over a model of which nothing else changes.
+
+    Attributes:
+      rank: rank of every change.
+      alpha: a change is multiplied by alpha / rank, or by alpha / sqrt(rank) in rsLoRA.
+      kind: 'lora', 'rslora' or 'dora'.
+      targets: the linear layers that it changes: names of sets (attention, mlp, decoder, aligners, heads, vision, all),
+        or regular expressions for the original's module names; see `janus_jax.weights.adapters.adapter.chosen`.
+      save: modules that are trained whole instead (PEFT's modules_to_save), by name or the end of it.
+      weights: int8 or int4 for the decoder's and the heads' kernels below the adapter (QLoRA); none for frozen_dtype.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    kind: Literal["lora", "rslora", "dora"] = "lora"
+    targets: tuple[str, ...] = ("decoder",)
+    save: tuple[str, ...] = ()
+    weights: Literal["int8", "int4"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Layout:
     """Devices that a run is meant for, and its settings there.
 
@@ -159,12 +181,13 @@ class TrainConfig:
       workdir: folder for everything that the run writes.
       model: sizes; checked against those of `init_from`.
       stage: 1, 2 or 3: which parts are trained, see `TRAINED`.
-      init_from: source of the first parameters: a checkpoint folder that `janus_jax.load` reads, or the workdir of an
-        earlier run; empty for random parameters.
+      adapter: a low-rank adapter that is trained instead of those parts, and exported in PEFT's files.
+      init_from: source of the first parameters: a checkpoint folder that `janus_jax.load` reads or its hub id, or the
+        workdir of an earlier run; empty for random parameters.
       language_from: another source for `language_model`: a Janus checkpoint folder, or a LLaMA's own file or folder.
       vision_from: another source for `vision_model`: a Janus checkpoint folder, or timm's SigLIP in its own file.
       vq_from: another source for `gen_vision_model`: a Janus checkpoint folder, or LlamaGen's VQ-16 in its own file.
-      tokenizer: folder with tokenizer.json; empty for that of `init_from`.
+      tokenizer: folder with tokenizer.json, or hub id; empty for that of `init_from`.
       steps: number of optimizer updates.
       batch_size: packed rows per step, over all hosts.
       accumulate: number of micro-batches into which a step's rows are split.
@@ -197,6 +220,7 @@ class TrainConfig:
     batch_size: int
     data: DataConfig
     optimizer: OptimizerConfig
+    adapter: AdapterConfig | None = None
     init_from: str = ""
     language_from: str = ""
     vision_from: str = ""

@@ -12,6 +12,7 @@ from janus_jax.config import original_config
 from janus_jax.model.attention import takes
 from janus_jax.sharding import batch_shards
 from train.config import KINDS, TRAINED, TrainConfig
+from train.step.leaves import abstract_leaves
 
 # Counts larger than any run's, beyond which arrays would be too large or 32-bit counters wrap.
 _COUNT = 2**31 - 1
@@ -19,6 +20,7 @@ _MOST = dict.fromkeys(("steps", "log_every", "save_every", "keep", "max_skipped"
 _MOST |= dict.fromkeys(("profile_start", "profile_steps", "optimizer.warmup_steps", "data.early_steps"), _COUNT)
 _MOST |= {"evaluation.every": _COUNT, "evaluation.batches": _COUNT, "samples.every": _COUNT, "samples.images": 1024}
 _MOST |= {"batch_size": 2**20, "accumulate": 2**20, "data.images_per_row": 4096, "data.workers": 1024}
+_MOST_RANK = 2**16
 _MOST |= {"samples.guidance": 1e6, "samples.temperature": 1e6, "watchdog": 1e9}
 
 
@@ -32,6 +34,8 @@ def validate(config: TrainConfig) -> list[str]:
     for key in ("name", "workdir"):
         _require(getattr(c, key), f"{key} is empty")
     _require(c.stage in TRAINED, f"stage must be one of {', '.join(map(str, TRAINED))}, got {c.stage}")
+    if c.adapter is not None:
+        _check_adapter(config)
     _require(c.init_from or c.tokenizer, "tokenizer is empty, and there is no init_from to take one from")
     for key in ("steps", "batch_size", "accumulate", "loss_chunk", "log_every", "save_every", "keep", "max_skipped"):
         _require(getattr(c, key) >= 1, f"{key} must be at least 1, got {getattr(c, key)}")
@@ -78,6 +82,22 @@ def validate(config: TrainConfig) -> list[str]:
     except ValueError as error:
         raise ValueError(f"model: {error}, so the run could not export it; change the model's sizes") from None
     return remarks
+
+
+def _check_adapter(config: TrainConfig):
+    a = config.adapter
+    _require(1 <= a.rank <= _MOST_RANK, f"adapter.rank must be from 1 to {_MOST_RANK}, got {a.rank}")
+    _require(0 < a.alpha <= _MOST_RANK, f"adapter.alpha must be above 0 and at most {_MOST_RANK}, got {a.alpha}")
+    _require(config.init_from, "init_from is empty, but an adapter changes a trained model: name its checkpoint")
+    _require(
+        config.stage == max(TRAINED),
+        f"stage={config.stage} and an adapter exclude each other, since below an adapter all parts are frozen: "
+        f"set stage={max(TRAINED)} or adapter=none",
+    )
+    try:
+        abstract_leaves(config)
+    except ValueError as error:
+        raise ValueError(str(error).replace("weights='int", "adapter.weights='int")) from None
 
 
 def check_mesh(config: TrainConfig, mesh: Mesh):

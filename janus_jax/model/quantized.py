@@ -32,11 +32,35 @@ _ROWS_IN_FLOAT32 = 4  # multiplied and summed one by one
 def product(spec: str, x: jax.Array, kernel: jax.Array, scale: jax.Array, out_dtype: Any, as_matrix: bool) -> jax.Array:
     """einsum `spec` of x and the kernel that `kernel` and `scale` stand for, accumulated in float32, in `out_dtype`.
 
+    Only x is differentiated; the kernel and its scales are constants, and all that is kept for the backward pass.
+
     Args:
       kernel: int8 or int4; output axes first, then those that are summed over.
       scale: for int8 [output axes], float32; for int4 the kernel's shape, but for its last axis, which has groups.
       as_matrix: see `cpu.product`.
     """
+    like = jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+    @jax.custom_vjp
+    def differentiable(x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
+        return _forward(spec, x, kernel, scale, out_dtype, as_matrix)
+
+    def backward(constants: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, None, None]:
+        kernel, scale = constants
+        if kernel.dtype == jnp.int4:
+            wide = dequantize(kernel, scale, like.dtype)
+        else:
+            wide, grad = kernel.astype(like.dtype), grad.astype(jnp.float32) * scale
+        (of_x,) = jax.linear_transpose(lambda x: einsum(spec, x, wide), like)(grad.astype(like.dtype))
+        return of_x, None, None
+
+    differentiable.defvjp(lambda *args: (differentiable(*args), args[1:]), backward)
+    return differentiable(x, kernel, scale)
+
+
+def _forward(
+    spec: str, x: jax.Array, kernel: jax.Array, scale: jax.Array, out_dtype: Any, as_matrix: bool
+) -> jax.Array:
     inputs, axes = spec.split("->")[0].split(",")
     contracted = sum(axis in inputs for axis in axes)
     leading, outputs = x.shape[: x.ndim - contracted], kernel.shape[: kernel.ndim - contracted]

@@ -11,7 +11,7 @@ from janus_jax.config import PRESETS
 from janus_jax.model.janus import Janus, place_images
 from janus_jax.weights.torch_weights import abstract_params
 from tests.conftest import SIZES
-from train.config import TRAINED
+from train.config import TRAINED, AdapterConfig
 from train.overrides import load_config
 from train.plan.flops import parameter_counts, peak_flops, step_flops
 
@@ -88,6 +88,18 @@ def test_a_full_model_costs_six_flops_a_parameter_and_token():
     # Frozen, the decoder needs no gradients of its kernels.
     frozen = dataclasses.replace(config, stage=1)
     assert step_flops(frozen, 4096, 0, 4096, 0, sample_length=0) == pytest.approx(4 * 4096 * decoder, rel=1e-3)
+
+
+def test_an_adapter_costs_its_own_products_and_the_gradients_of_activations():
+    full = load_config("1b_stage3")
+    tuned = dataclasses.replace(full, init_from="janus", adapter=AdapterConfig(rank=16, targets=("attention", "mlp")))
+    c = full.model.language
+    factors = c.layers * 16 * (8 * c.width + 3 * (c.width + c.mlp_dim))
+    kernels = c.layers * (4 * c.width**2 + 3 * c.width * c.mlp_dim)
+    assert step_flops(tuned, 100, 0, 0, 0, sample_length=-1) == 2 * 100 * (2 * kernels + 3 * factors)
+    assert step_flops(full, 100, 0, 0, 0, sample_length=-1) == 2 * 100 * 3 * kernels
+    # Nothing is trained below the decoder, which needs no gradients of images or codes.
+    assert step_flops(tuned, 0, 1, 0, 0) < 0.4 * step_flops(full, 0, 1, 0, 0)
 
 
 def test_parameter_counts():

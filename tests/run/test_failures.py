@@ -26,7 +26,8 @@ from train.run.failures import Failures, Tries
 from train.run.faults import Stopped
 from train.run.lease import Lease
 from train.run.metrics import Metrics, read_metrics
-from train.step.state import TrainState, split
+from train.step.leaves import split
+from train.step.state import TrainState
 
 KINDS = ("understanding", "text", "generation")
 

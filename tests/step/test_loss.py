@@ -24,8 +24,8 @@ from train.data.batches import Assembler
 from train.data.mixture import Item, Plan
 from train.data.packing import pack
 from train.data.prepared import open_prepared
+from train.step.leaves import split
 from train.step.loss import combined, cross_entropy, normalize, token_losses
-from train.step.state import split
 from train.step.step import gradients
 
 # transformers' port wants the head as wide as the decoder.

@@ -21,12 +21,12 @@ from train.data.mixture import Mixture
 from train.run.checkpoints import Workdir
 from train.step import step as step_module
 from train.step.init import first_state, open_sources
+from train.step.leaves import split
 from train.step.state import (
     TrainState,
     abstract_state,
     learning_rate,
     make_optimizer,
-    split,
     state_shardings,
 )  # fmt: skip
 from train.step.step import make_train_step

@@ -7,13 +7,17 @@ counts the body of a scan once.
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import math
 import re
+from collections.abc import Mapping
 
 from janus_jax.config import JanusConfig
 from janus_jax.sharding import flatten
 from janus_jax.weights.torch_weights import abstract_params
-from train.config import TRAINED, TrainConfig
+from train.config import TrainConfig
+from train.step.leaves import abstract_leaves
 
 # Dense bfloat16 (Tesla T4: float16) FLOP/s of one JAX device, by `device_kind` (makers' data sheets).
 _PEAKS: tuple[tuple[str, float], ...] = (
@@ -54,10 +58,11 @@ def step_flops(
     image_targets: float,
     sample_length: float | None = None,
 ) -> float:
-    """FLOPs of one training step of `config`'s stage over the whole batch.
+    """FLOPs of one training step of `config` over the whole batch.
 
     Every product counts once in the forward pass; in the backward pass once for the gradient of its input, if something
-    upstream is trained, and once for that of its kernel, if the kernel is trained.
+    upstream is trained, and once for that of its kernel, if the kernel is trained. The products of an adapter count
+    with those of the kernel that it changes.
 
     Args:
       tokens: tokens of the decoder, without padding.
@@ -67,37 +72,42 @@ def step_flops(
       sample_length: the length of a token's sample, averaged over tokens (sum of squared lengths divided by the sum of
         lengths): causal attention covers half of it. Default: the whole context, too much for packed rows.
     """
-    model, trained = config.model, TRAINED[config.stage]
+    model, modules = config.model, _modules(config)
     c, v = model.language, model.vision
-    sizes = _kernel_sizes(model)
     length = config.data.context if sample_length is None else sample_length
     codes = image_targets * (1 - 1 / model.gen_vision.num_tokens)
-    encoder_trains = "vision_model" in trained
     patches = images * v.num_patches
 
+    def trains(*names: str) -> bool:
+        return any(modules[name].trains for name in names)
+
     def products(name: str, items: float, upstream: bool) -> float:
-        passes = 1 + upstream + (name.split("/")[0] in trained)
-        return 2 * sizes.get(name, 0) * items * passes
+        one = modules[name]
+        return 2 * items * (one.kernels * (1 + upstream) + one.trained_kernels + 3 * one.adapter)
 
     def attention(width: int, items: float, keys: float, layers: int, differentiated: bool) -> float:
         # Scores and weighted values; both operands of both are activations.
         return 2 * 2 * width * items * keys * layers * (3 if differentiated else 1)
 
+    # Whether something is trained up to there, from the images and the codes to the heads.
+    encoder = trains("vision_model")
+    aligner, embed = encoder or trains("aligner/first"), trains("gen_embed")
+    gen_aligner = embed or trains("gen_aligner/first")
+    inputs = aligner or gen_aligner or trains("aligner/others", "gen_aligner/others", "language_model/embed_tokens")
+    decoder = inputs or trains("language_model/layers")
     return (
-        # The encoder; nothing is trained below its first product.
         products("vision_model/patch_embed", patches, upstream=False)
-        + products("vision_model/blocks", patches, upstream=encoder_trains)
-        + attention(v.width, patches, v.num_patches, v.layers, encoder_trains)
-        # Adapters; `gen_embed` below the second one is trained in every stage.
-        + products("aligner/first", patches, upstream=encoder_trains)
-        + products("aligner/others", patches, upstream=True)
-        + products("gen_aligner/first", codes, upstream=True)
-        + products("gen_aligner/others", codes, upstream=True)
-        # Gradients reach the adapters through the whole decoder, frozen or not.
-        + products("language_model/layers", tokens, upstream=True)
-        + attention(c.heads * c.head_dim, tokens, (length + 1) / 2, c.layers, True)
-        + products("language_model/lm_head", text_targets, upstream=True)
-        + products("gen_head", image_targets, upstream=True)
+        + products("vision_model/blocks", patches, upstream=encoder)
+        + attention(v.width, patches, v.num_patches, v.layers, encoder)
+        + products("aligner/first", patches, upstream=encoder)
+        + products("aligner/others", patches, upstream=aligner)
+        + products("gen_aligner/first", codes, upstream=embed)
+        + products("gen_aligner/others", codes, upstream=gen_aligner)
+        # Gradients reach what is trained below through the whole decoder, frozen or not.
+        + products("language_model/layers", tokens, upstream=decoder)
+        + attention(c.heads * c.head_dim, tokens, (length + 1) / 2, c.layers, decoder)
+        + products("language_model/lm_head", text_targets, upstream=decoder)
+        + products("gen_head", image_targets, upstream=decoder)
     )
 
 
@@ -121,16 +131,35 @@ def typical_flops(config: TrainConfig) -> float:
     return step_flops(config, tokens, samples["understanding"], text_targets, drawn, squares / group)
 
 
-def _kernel_sizes(config: JanusConfig) -> dict[str, int]:
-    """Elements of the kernels of each module, all layers together: the multiply-adds for one item passing through."""
-    sizes: dict[str, int] = {}
-    for path, leaf in flatten(abstract_params(config)).items():
-        part, name, *_ = keys = path.split("/")
-        if keys[-1] != "kernel" or part == "gen_vision_model":
-            continue
-        if part in ("aligner", "gen_aligner"):
-            key = f"{part}/{'first' if name == 'layers_0' else 'others'}"
-        else:
-            key = part if part == "gen_head" else f"{part}/{name}"
-        sizes[key] = sizes.get(key, 0) + math.prod(leaf.shape)
-    return sizes
+@dataclasses.dataclass
+class _Module:
+    """What one item that passes through costs in multiply-adds, and whether anything is trained there.
+
+    Attributes:
+      kernels, trained_kernels: elements of all kernels, all layers together, and of those that are trained.
+      adapter: elements of an adapter's factors.
+    """
+
+    kernels: int = 0
+    trained_kernels: int = 0
+    adapter: int = 0
+    trains: bool = False
+
+
+def _modules(config: TrainConfig) -> Mapping[str, _Module]:
+    modules: dict[str, _Module] = collections.defaultdict(_Module)
+    for is_trained, tree in zip((True, False), abstract_leaves(config), strict=True):
+        for path, x in flatten(tree).items():
+            part, name, *_ = keys = path.split("/")
+            size, leaf = math.prod(x.shape), keys[-1]
+            if part in ("aligner", "gen_aligner"):
+                key = f"{part}/{'first' if name == 'layers_0' else 'others'}"
+            else:
+                key = part if part in ("gen_head", "gen_embed") else f"{part}/{name}"
+            one = modules[key]
+            one.kernels += size if leaf == "kernel" else 0
+            one.trained_kernels += size if leaf == "kernel" and is_trained else 0
+            one.adapter += size if leaf in ("lora_a", "lora_b") else 0
+            one.trains |= is_trained
+            modules[part].trains |= is_trained
+    return modules

@@ -7,7 +7,6 @@ crashed one had not finished.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -18,12 +17,14 @@ from jax.sharding import Mesh
 from janus_jax.pipeline import JanusPipeline
 from janus_jax.processing.chat import Processor
 from janus_jax.processing.images import ImageSettings, contact_sheet
+from janus_jax.sharding import cast
 from train.config import KINDS, DataConfig, TrainConfig
 from train.data.batches import Assembler
 from train.data.mixture import Mixture
 from train.run.callbacks import Callback, Moment, Run
 from train.run.distributed import from_first, say, together
 from train.run.failures import Tries
+from train.step.leaves import joined
 from train.step.loss import combined
 from train.step.state import Params, TrainState, make_model, put_rows
 from train.step.step import make_eval_step
@@ -209,7 +210,7 @@ def draw_samples(
     """Draws the config's sample prompts with the parameters of `state` and writes them as one sample grid."""
     s = config.samples
     model = make_model(config)
-    params = _cast({**state.trained, **frozen}, model.dtype)
+    params = _cast(joined(state.trained, frozen), model.dtype)
     pipeline = JanusPipeline(config.model, params, model, processor, mesh)
     images = pipeline.generate_images(s.prompts, s.images, s.guidance, s.temperature, progress=False)
     with together(Exception):
@@ -221,6 +222,4 @@ def draw_samples(
             temporary.replace(path)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _cast(tree: Params, dtype: Any) -> Params:
-    return jax.tree.map(lambda x: x.astype(dtype), tree)
+_cast = jax.jit(cast, static_argnums=1)

@@ -4,9 +4,9 @@ run.json          the configuration, and fingerprints of the data
 lease.json        the start that writes to the folder, renewed while it runs
 damaged-P.txt     the samples that process P could not read
 failures.txt      tracebacks of failures that did not end the run
-frozen/           the parameters that the stage does not train, written once
+frozen/           the parameters that the run does not train, written once
 checkpoints/N/    after N steps: `trained` (float32 parameters) and `rest` (optimizer state and counters)
-export/N/         a checkpoint folder in bfloat16 for `janus_jax.load` and `convert/to_torch.py`
+export/N/         a checkpoint folder in bfloat16 for `janus_jax.load` and `convert/to_torch.py`, or an adapter's folder
 metrics.jsonl, tensorboard/, samples/, profile/
 """
 
@@ -27,6 +27,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 from janus_jax.config import original_config
@@ -36,6 +38,8 @@ from janus_jax.io.staging import Staging
 from janus_jax.processing.processor_files import PROCESSOR_FILES, TOKENIZER_FILES, copy_files
 from janus_jax.sampling.memory import OutOfMemory
 from janus_jax.weights import checkpoint
+from janus_jax.weights.adapters.peft_files import is_adapter
+from janus_jax.weights.adapters.peft_writing import write_adapter
 from train.config import TrainConfig
 from train.overrides import diff, to_json
 from train.run import lease
@@ -43,6 +47,8 @@ from train.run.distributed import from_first, say, together
 from train.run.faults import STOPPED, STORAGE, Stopped
 from train.run.lease import Lease
 from train.step.earlier import CHECKPOINTS, FROZEN, RUN, complete_steps
+from train.step.init import folder_of
+from train.step.leaves import adapter_of
 from train.step.state import Params, TrainState
 
 _TEMPORARY, _EXPORT = "run.tmp", "export"
@@ -58,6 +64,8 @@ _FREE = (
     "data.workers", "data.max_bad_share",
     "init_from", "language_from", "vision_from", "vq_from",
 )  # fmt: skip
+
+_WITHOUT_ADAPTER = {"adapter": None}  # a run from before there were adapters
 
 
 class Workdir:
@@ -142,8 +150,11 @@ class Workdir:
         if path.exists():
             try:
                 earlier = read_json_object(path)
+                settings = _WITHOUT_ADAPTER | earlier["config"]
                 free = tuple(key for key in _FREE if key != "steps" or self.config.optimizer.schedule != "cosine")
-                differing = [key for key in diff(earlier["config"], run["config"]) if not key.startswith(free)]
+                differing = [
+                    key for key in diff(settings, run["config"]) if not key.startswith(free)
+                ]
                 changed = sorted(name for name in data if earlier["data"].get(name) != data[name])
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path} is not a run's description ({error}); choose another workdir") from None
@@ -270,21 +281,35 @@ class Workdir:
     # ------------------------------------------------------------ exporting
 
     def export(self, step: int, trained: Params, frozen: Params) -> pathlib.Path:
-        """Writes a checkpoint folder in bfloat16 with the files of the run's tokenizer; returns it."""
+        """Writes a checkpoint folder in bfloat16 with the files of the run's tokenizer, or an adapter's folder as PEFT
+        does; returns it."""
         folder = self.folder / _EXPORT / str(step)
         self.check()
         # Exports appear only when complete: if there is one, an earlier start finished it.
-        if from_first(checkpoint.has_arrays(folder / checkpoint.PARAMS)):
+        if from_first(checkpoint.has_arrays(folder / checkpoint.PARAMS) or is_adapter(folder)):
             return folder
+        if self.config.adapter is not None:
+            return self._export_adapter(folder, trained)
         num_bytes = 2 * sum(leaf.size for leaf in jax.tree.leaves((trained, frozen)))
         with self._storing("the export"), _staged(folder, num_bytes) as staging:
             with together():
                 if jax.process_index() == 0:
-                    tokenizer = pathlib.Path(self.config.tokenizer or self.config.init_from)
+                    tokenizer = folder_of(self.config.tokenizer or self.config.init_from)
                     copy_files(tokenizer, staging, TOKENIZER_FILES + PROCESSOR_FILES)
                     checkpoint.write_json(staging / "config.json", exported_config(self.config))
             cast = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype("bfloat16"), tree))
             checkpoint.save_params(staging / checkpoint.PARAMS, cast({**trained, **frozen}))
+        return folder
+
+    def _export_adapter(self, folder: pathlib.Path, trained: Params) -> pathlib.Path:
+        mesh = jax.tree.leaves(trained)[0].sharding.mesh
+        # Replicated to every process, however the mesh splits them.
+        whole = jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))(trained)
+        num_bytes = 4 * sum(leaf.size for leaf in jax.tree.leaves(trained))
+        with self._storing("the export"), _staged(folder, num_bytes) as staging, together():
+            if jax.process_index() == 0:
+                host = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), whole)
+                write_adapter(staging, adapter_of(self.config, host), self.config.model)
         return folder
 
 

@@ -29,7 +29,8 @@ from train.run.figures import loss_curves
 from train.run.flow import Health, InFlight, NotFinite, next_batch
 from train.run.metrics import FILE, Metrics
 from train.run.window import Window
-from train.step.init import first_state
+from train.step.init import first_state, folder_of
+from train.step.leaves import changed_slots
 from train.step.state import Params, TrainState, abstract_state, batch_sharding, local_rows, put_rows
 from train.step.step import make_train_step
 from train.validate import check_mesh, validate
@@ -54,7 +55,7 @@ def train(config: TrainConfig, steal: bool = False) -> pathlib.Path:
             say(f"note: {remark}")
         mesh = make_mesh(dataclasses.asdict(config.mesh))
         check_mesh(config, mesh)
-        tokenizer = pathlib.Path(config.tokenizer or config.init_from)
+        tokenizer = folder_of(config.tokenizer or config.init_from)
         processor = Processor.from_folder(tokenizer, config.model)
         mixture = Mixture(config.data, config.batch_size, config.seed)
         assembler = Assembler(
@@ -159,8 +160,12 @@ def _describe(config: TrainConfig, mesh: Mesh, mixture: Mixture, state: TrainSta
     devices = mesh.devices.flat
     sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     samples = {kind: mixture.groups(first) * share for kind, share in mixture.ratio.items()}
-    say(f"{config.name}: stage {config.stage}, {len(devices)} x {devices[0].device_kind}, {sizes}")
-    say(f"  trained {', '.join(sorted(state.trained))}: {count(state.trained)}; frozen: {count(frozen)}")
+    job = f"stage {config.stage}" if config.adapter is None else f"adapter of {config.init_from}"
+    say(f"{config.name}: {job}, {len(devices)} x {devices[0].device_kind}, {sizes}")
+    what = ", ".join(sorted(state.trained))
+    if a := config.adapter:
+        what = f"{a.kind} of rank {a.rank} on {len(changed_slots(config))} linear layers"
+    say(f"  trained {what}: {count(state.trained)}; frozen: {count(frozen)}")
     say(f"  a step: {config.batch_size} rows of {config.data.context}, samples {samples}")
     if first:
         say(f"  resuming after step {first}")

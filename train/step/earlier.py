@@ -9,7 +9,7 @@ from janus_jax.config import JanusConfig
 from janus_jax.io.files import read_json_object
 from janus_jax.weights import checkpoint
 from janus_jax.weights.torch_weights import LazyParams, abstract_params
-from train.step.state import split
+from train.step.leaves import split
 
 RUN, FROZEN, CHECKPOINTS = "run.json", "frozen", "checkpoints"  # see `train.run.checkpoints` for what each holds
 
@@ -23,10 +23,15 @@ def open_run(folder: pathlib.Path) -> tuple[JanusConfig, LazyParams] | None:
         return None
     try:
         raw = read_json_object(folder / RUN)["config"]
-        config = model_config(raw["model"])
+        config, adapter = model_config(raw["model"]), raw.get("adapter")
         trained, frozen = split(abstract_params(config), raw["stage"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / RUN} is not a run's description ({error})") from None
+    if adapter is not None:
+        raise ValueError(
+            f"{folder} is a run that trains an adapter; to start from its result, merge its export into the model with "
+            "convert/to_torch.py --adapter DIR --merge, and name that folder"
+        )
     steps = complete_steps(folder)
     if not steps:
         raise ValueError(f"{folder} has a run without a complete checkpoint; let it save one first")

@@ -5,21 +5,28 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from janus_jax.config import JanusConfig, dialect_of
+from janus_jax.loading import hub_id, resolve
 from janus_jax.model.janus import Janus, init_params
+from janus_jax.sharding import flatten, param_shardings, unflatten
+from janus_jax.weights.adapters.trainable import trainable
 from janus_jax.weights.checkpoint import open_checkpoint
 from janus_jax.weights.part_configs import differing_part
 from janus_jax.weights.parts import open_part
-from janus_jax.weights.torch_weights import LazyParams, place, read_raw_config
-from train.config import TrainConfig
+from janus_jax.weights.quantize import quantize_leaf
+from janus_jax.weights.torch_weights import LazyParams, abstract_params, parse_dtype, place, read_raw_config
+from train.config import TRAINED, TrainConfig
 from train.overrides import flat
 from train.step.earlier import open_run
-from train.step.state import Params, TrainState, make_optimizer, split, start_state, state_shardings
+from train.step.leaves import abstract_leaves, first_adapter, joined, split_leaves
+from train.step.state import Params, TrainState, make_optimizer, start_state, state_shardings
 
 
 def first_state(config: TrainConfig, mesh: Mesh, progress: bool = False) -> tuple[TrainState, Params]:
@@ -29,35 +36,70 @@ def first_state(config: TrainConfig, mesh: Mesh, progress: bool = False) -> tupl
 
     Raises: FileNotFoundError or ValueError, in one line, for sources that are missing or of another model.
     """
-    shardings, frozen_shardings = state_shardings(config, mesh)
+    shardings, _ = state_shardings(config, mesh)
+    wanted = flatten(joined(*abstract_leaves(config)))
     sources = open_sources(config)
-    dtypes = dict.fromkeys(shardings.trained, "float32") | dict.fromkeys(frozen_shardings, config.frozen_dtype)
-    of_part = {**shardings.trained, **frozen_shardings}
-    params = _random_parts(config, {part: of_part[part] for part in of_part if part not in sources}, dtypes)
-    for part, leaves in sources.items():
-        params |= place(leaves, dtypes[part], {part: of_part[part]}, progress=progress)
-    trained, frozen = split(params, config.stage)
+    params = _random_parts(config, mesh, [part for part in abstract_params(config.model) if part not in sources])
+    for leaves in sources.values():
+        params |= _read(config, mesh, leaves, wanted, progress)
+    trained, frozen = split_leaves(params, config)
+    if config.adapter is not None:
+        beside = (jax.device_put(own, param_shardings(own, mesh)) for own in trainable(frozen, first_adapter(config)))
+        trained, frozen = (joined(own, others) for own, others in zip(beside, (trained, frozen), strict=True))
     start = functools.partial(start_state, make_optimizer(config))
     return jax.jit(start, out_shardings=shardings, donate_argnums=0)(trained), frozen
 
 
-def _random_parts(config: TrainConfig, shardings: Params, dtypes: Mapping[str, str]) -> Params:
-    if not shardings:
+def _read(config: TrainConfig, mesh: Mesh, leaves: LazyParams, wanted: Mapping[str, Any], progress: bool) -> Params:
+    """`leaves` of a checkpoint in the dtypes of `wanted`, whose paths are joined; its plain kernels quantized if it is.
+
+    Kernels are quantized as soon as they are read, since there may be no room for all of them before.
+    """
+    form, cast = config.adapter.weights if config.adapter else None, {}
+    for path, leaf in leaves.items():
+        name = "/".join(path)
+        dtype = wanted[name].dtype
+        if _is_plain(leaf):
+            leaf = leaf.astype(dtype if _is_plain(wanted[name]) else parse_dtype(config.frozen_dtype), name)
+        cast[path] = leaf
+
+    def made(name: str, x: jax.Array) -> dict[str, jax.Array]:
+        if _is_plain(wanted[name]) or not _is_plain(x):
+            return {name: x}
+        return quantize_leaf(name, x, form, delete=True, dtype=config.frozen_dtype)
+
+    shapes = unflatten({"/".join(path): leaf for path, leaf in cast.items()})
+    return place(cast, None, param_shardings(shapes, mesh), progress=progress, made=made)
+
+
+def _is_plain(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def _random_parts(config: TrainConfig, mesh: Mesh, parts: Sequence[str]) -> Params:
+    if not parts:
         return {}
+    dtypes = {part: "float32" if part in TRAINED[config.stage] else config.frozen_dtype for part in parts}
+    shardings = param_shardings({part: abstract_params(config.model)[part] for part in parts}, mesh)
 
     def make(key: jax.Array) -> Params:
         made = init_params(Janus(config.model), key)
-        return {part: jax.tree.map(lambda x, part=part: x.astype(dtypes[part]), made[part]) for part in shardings}
+        return {part: jax.tree.map(lambda x, part=part: x.astype(dtypes[part]), made[part]) for part in parts}
 
     return jax.jit(make, out_shardings=shardings)(jax.random.key(config.seed))
+
+
+def folder_of(source: str) -> pathlib.Path:
+    """The local folder of a path or a hub id; what the hub has is downloaded, unless it was before."""
+    return resolve(source) if hub_id(source) else pathlib.Path(source)
 
 
 def open_sources(config: TrainConfig) -> dict[str, LazyParams]:
     """The parameters of each part that has a source in the config, still in their files."""
     parts: dict[str, LazyParams] = {}
     if config.init_from:
-        folder = pathlib.Path(config.init_from)
-        found, leaves = open_run(folder) or _open_folder(folder)
+        folder = _source("init_from", config.init_from)
+        found, leaves = open_run(folder) or _open_folder(folder, config.adapter.weights if config.adapter else None)
         _check_sizes("init_from", folder, found, config.model)
         parts = _by_part(leaves)
     for key, part in (
@@ -70,13 +112,26 @@ def open_sources(config: TrainConfig) -> dict[str, LazyParams]:
     return parts
 
 
-def _open_folder(folder: pathlib.Path) -> tuple[JanusConfig, LazyParams]:
+def _source(key: str, source: str) -> pathlib.Path:
     try:
-        checkpoint = open_checkpoint(folder)
+        return folder_of(source)
+    except OSError as error:
+        raise OSError(f"{key}: {error}") from None
+
+
+def _open_folder(folder: pathlib.Path, form: str | None) -> tuple[JanusConfig, LazyParams]:
+    """The model in `folder`, which may be quantized if that is the `form` in which the run wants it."""
+    try:
+        checkpoint = open_checkpoint(folder, quantized=form is not None)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"init_from: {error}; it must be a Janus checkpoint or an earlier run's workdir"
         ) from None
+    if checkpoint.weights not in (None, form):
+        raise ValueError(
+            f"init_from: {folder} has {checkpoint.weights} weights; set adapter.weights={checkpoint.weights}, or give "
+            "the checkpoint that it was converted from"
+        )
     return checkpoint.config, checkpoint.leaves
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from janus_jax.model.janus import Janus, place_images
 from janus_jax.processing.images import ImageSettings
@@ -82,8 +83,8 @@ def cross_entropy(
     """-log p [B, T] of `targets` under `logits(params, hidden)` where `wanted`, 0 elsewhere.
 
     The wanted tokens of each row are moved to its front and processed in chunks, whose logits are recomputed in the
-    backward pass; a chunk in which no row has a wanted token costs nothing. The gradients of `params` are summed over
-    the chunks in float32, whatever their dtype.
+    backward pass; a chunk in which no row has a wanted token costs nothing. The gradients of those `params` that are
+    differentiated are summed over the chunks in float32, whatever their dtype.
 
     Args:
       logits: (params, hidden states [B, C, D]) to float32 logits [B, C, V].
@@ -126,34 +127,53 @@ def _negative_log_likelihood(logits, params, hidden, targets, wanted):
     return jnp.where(wanted, jax.nn.logsumexp(scores, axis=-1) - chosen, 0)
 
 
-def _in_chunks_forward(logits, *args):
-    return _in_chunks(logits, *args), args
+def _in_chunks_forward(logits, params, *arrays):
+    """Also the residuals: the differentiated parameters, the others with None in place of those, and the arrays."""
+    leaves, structure = jax.tree.flatten(params, is_leaf=_is_primal)
+    own = structure.unflatten([leaf.value if leaf.perturbed else None for leaf in leaves])
+    others = structure.unflatten([None if leaf.perturbed else leaf.value for leaf in leaves])
+    arrays = [array.value for array in arrays]
+    return _in_chunks(logits, _joined(own, others), *arrays), (own, others, *arrays)
 
 
-def _in_chunks_backward(logits, args, cotangents):
-    params, *arrays, count = args
+def _is_primal(x):
+    return isinstance(x, jax.custom_derivatives.CustomVJPPrimal)
+
+
+def _joined(own: Params, others: Params) -> Params:
+    return jax.tree.map(lambda x, y: y if x is None else x, own, others, is_leaf=lambda x: x is None)
+
+
+def _in_chunks_backward(logits, residuals, cotangents):
+    own, others, *arrays, count = residuals
 
     def one(carry, args):
         number, total = carry
         hidden, targets, wanted, cotangent = args
 
         def do(total):
-            def loss(params, hidden):
-                return _negative_log_likelihood(logits, params, hidden, targets, wanted)
+            def loss(own, hidden):
+                return _negative_log_likelihood(logits, _joined(own, others), hidden, targets, wanted)
 
-            of_params, of_hidden = jax.vjp(loss, params, hidden)[1](cotangent)
-            return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, of_params), of_hidden
+            of_own, of_hidden = jax.vjp(loss, own, hidden)[1](cotangent)
+            return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, of_own), of_hidden
 
         total, of_hidden = jax.lax.cond(number < count, do, lambda total: (total, jnp.zeros_like(hidden)), total)
         return (number + 1, total), of_hidden
 
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), own)
     (_, total), of_hidden = jax.lax.scan(one, (0, zeros), (*arrays, cotangents))
-    of_params = jax.tree.map(lambda x, g: g.astype(x.dtype), params, total)
-    return of_params, of_hidden, None, None, None
+    of_own = jax.tree.map(lambda x, g: g.astype(x.dtype), own, total)
+    return _joined(of_own, jax.tree.map(_no_gradient, others)), of_hidden, None, None, None
 
 
-_in_chunks.defvjp(_in_chunks_forward, _in_chunks_backward)
+def _no_gradient(x: jax.Array) -> Any:
+    """What stands for the gradient of an array that is not differentiated."""
+    inexact = jnp.issubdtype(x.dtype, jnp.inexact)
+    return jnp.zeros_like(x) if inexact else np.zeros(x.shape, jax.dtypes.float0)
+
+
+_in_chunks.defvjp(_in_chunks_forward, _in_chunks_backward, symbolic_zeros=True)
 
 
 def loss_sums(losses: jax.Array, tasks: jax.Array) -> dict[str, jax.Array]:

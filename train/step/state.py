@@ -17,10 +17,11 @@ from janus_jax.config import IMAGE_CHANNELS
 from janus_jax.model.attention import takes
 from janus_jax.model.janus import Janus
 from janus_jax.sharding import RULES, param_shardings
-from janus_jax.weights.torch_weights import abstract_params
-from train.config import TRAINED, OptimizerConfig, TrainConfig
+from train.config import OptimizerConfig, TrainConfig
+from train.step.leaves import abstract_leaves, joined, split_leaves
 
 Params = dict[str, Any]
+_DECAYING = ("kernel", "embedding", "lora_a", "lora_b")
 
 
 @jax.tree_util.register_dataclass
@@ -30,7 +31,7 @@ class TrainState:
 
     Attributes:
       step: int32 scalar, the steps taken, which is also the index of the next batch.
-      trained: the float32 parameters of the stage's trained parts.
+      trained: the float32 parameters of the stage's trained parts, or of the adapter.
       opt_state: optax's state, for `trained` only.
       skipped: int32 scalar, the steps whose update was skipped because it was not finite.
     """
@@ -78,24 +79,16 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW after clipping by the global norm; it only ever sees the trained parts."""
+    """AdamW after clipping by the global norm; it only ever sees what is trained."""
     o = config.optimizer
     # Norms and biases do not decay, as is usual; the reports do not say.
-    decays = functools.partial(
-        jax.tree_util.tree_map_with_path, lambda path, _: path[-1].key in ("kernel", "embedding")
-    )
+    decays = functools.partial(jax.tree_util.tree_map_with_path, lambda path, _: path[-1].key in _DECAYING)
     rate = learning_rate(o, config.steps)
     adamw = optax.adamw(rate, o.b1, o.b2, o.eps, weight_decay=o.weight_decay, mask=decays)
     return optax.chain(optax.clip_by_global_norm(o.clip), adamw)
 
 
 # ---------------------------------------------------------------- shardings
-
-
-def split(params: Mapping[str, Any], stage: int) -> tuple[Params, Params]:
-    """Splits `params` (a tree of anything) into the trained and the frozen parts of `stage`."""
-    trained = {part: params[part] for part in TRAINED[stage]}
-    return trained, {part: tree for part, tree in params.items() if part not in trained}
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -128,10 +121,11 @@ def put_rows(batch: Mapping[str, np.ndarray], rows: Sequence[int], mesh: Mesh, b
 
 def state_shardings(config: TrainConfig, mesh: Mesh) -> tuple[TrainState, Params]:
     """Shardings of the state and of the frozen parameters; ValueError if the mesh does not divide the model."""
-    trained, frozen = split(param_shardings(abstract_params(config.model), mesh), config.stage)
+    leaves = abstract_leaves(config)
+    trained, frozen = split_leaves(param_shardings(joined(*leaves), mesh), config)
     replicated = NamedSharding(mesh, PartitionSpec())
     optimizer = make_optimizer(config)
-    abstract = jax.eval_shape(optimizer.init, split(abstract_params(config.model, dtype="float32"), config.stage)[0])
+    abstract = jax.eval_shape(optimizer.init, leaves[0])
     opt_state = optax.tree_utils.tree_map_params(
         optimizer, lambda _, sharding: sharding, abstract, trained, transform_non_params=lambda _: replicated
     )
@@ -140,8 +134,7 @@ def state_shardings(config: TrainConfig, mesh: Mesh) -> tuple[TrainState, Params
 
 def abstract_state(config: TrainConfig, mesh: Mesh) -> tuple[TrainState, Params]:
     """`jax.ShapeDtypeStruct`s with shardings of the state and of the frozen parameters."""
-    trained, frozen = split(abstract_params(config.model, dtype="float32"), config.stage)
-    frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(config.frozen_dtype)), frozen)
+    trained, frozen = abstract_leaves(config)
     state = jax.eval_shape(functools.partial(start_state, make_optimizer(config)), trained)
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),

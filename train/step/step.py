@@ -1,4 +1,4 @@
-"""One training step: gradients of the trained parts over a batch of packed rows, and the update."""
+"""One training step: gradients of what is trained over a batch of packed rows, and the update."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from janus_jax.processing.images import ImageSettings
-from janus_jax.sharding import RULES, axes_by_hand, gather_but_layers
+from janus_jax.sharding import RULES, axes_by_hand, cast, gather_but_layers
 from train.config import TrainConfig
+from train.step.leaves import joined
 from train.step.loss import loss_sums, token_losses
 from train.step.state import (
     Params,
@@ -93,7 +94,7 @@ def gradients(
     float32. The returned gradients are float32 either way.
     """
     wide = config.reduce_dtype == "float32"
-    cast = trained if wide else _cast(trained, config.compute_dtype)  # once, not for every micro-batch
+    narrow = trained if wide else cast(trained, config.compute_dtype)  # once, not for every micro-batch
     sums_of = _make_sums(config, mesh, settings)
 
     def loss(trained: Params, micro_batch: Batch):
@@ -103,14 +104,14 @@ def gradients(
     objective = jax.grad(loss, has_aux=True)
 
     def add(total, micro_batch: Batch):
-        new = objective(cast, micro_batch)
+        new = objective(narrow, micro_batch)
         return jax.tree.map(lambda t, n: t + n.astype(t.dtype), total, new), None
 
     if config.accumulate == 1:
-        grads, sums = objective(cast, batch)
+        grads, sums = objective(narrow, batch)
     else:
         micro_batches = jax.tree.map(lambda x: _micro_batches(x, config.accumulate), batch)
-        abstract = jax.eval_shape(objective, cast, jax.tree.map(lambda x: x[0], micro_batches))
+        abstract = jax.eval_shape(objective, narrow, jax.tree.map(lambda x: x[0], micro_batches))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), abstract)
         (grads, sums), _ = jax.lax.scan(add, zeros, micro_batches)
     count = jnp.maximum(sums["tokens"], 1)
@@ -120,10 +121,6 @@ def gradients(
 def _micro_batches(x: jax.Array, count: int) -> jax.Array:
     """[B, ...] as [count, B / count, ...], with each device keeping its rows."""
     return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
-
-
-def _cast(params: Params, dtype: Any) -> Params:
-    return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
 def _make_sums(config: TrainConfig, mesh: Mesh, settings: ImageSettings) -> Callable[[Params, Params, Batch], Any]:
@@ -139,8 +136,8 @@ def _make_sums(config: TrainConfig, mesh: Mesh, settings: ImageSettings) -> Call
 
     def local(trained: Params, frozen: Params, batch: Batch):
         if config.reduce_dtype != "float32":
-            trained = _cast(trained, config.compute_dtype)
-        params = gather_but_layers({**_cast(frozen, config.compute_dtype), **trained}, config.compute_dtype)
+            trained = cast(trained, config.compute_dtype)
+        params = gather_but_layers(joined(trained, cast(frozen, config.compute_dtype)), config.compute_dtype)
         sums = loss_sums(token_losses(model, params, batch, settings, config.loss_chunk), batch["tasks"])
         return jax.tree.map(lambda x: x[None], sums)
 
