@@ -152,9 +152,7 @@ class Workdir:
                 earlier = read_json_object(path)
                 settings = _WITHOUT_ADAPTER | earlier["config"]
                 free = tuple(key for key in _FREE if key != "steps" or self.config.optimizer.schedule != "cosine")
-                differing = [
-                    key for key in diff(settings, run["config"]) if not key.startswith(free)
-                ]
+                differing = [key for key in diff(settings, run["config"]) if not key.startswith(free)]
                 changed = sorted(name for name in data if earlier["data"].get(name) != data[name])
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path} is not a run's description ({error}); choose another workdir") from None

@@ -22,7 +22,7 @@ from janus_jax.weights.part_configs import differing_part
 from janus_jax.weights.parts import open_part
 from janus_jax.weights.quantize import quantize_leaf
 from janus_jax.weights.torch_weights import LazyParams, abstract_params, parse_dtype, place, read_raw_config
-from train.config import TRAINED, TrainConfig
+from train.config import TRAINED, AdapterConfig, TrainConfig
 from train.overrides import flat
 from train.step.earlier import open_run
 from train.step.leaves import abstract_leaves, first_adapter, joined, split_leaves
@@ -99,7 +99,7 @@ def open_sources(config: TrainConfig) -> dict[str, LazyParams]:
     parts: dict[str, LazyParams] = {}
     if config.init_from:
         folder = _source("init_from", config.init_from)
-        found, leaves = open_run(folder) or _open_folder(folder, config.adapter.weights if config.adapter else None)
+        found, leaves = open_run(folder) or _open_folder(folder, config.adapter)
         _check_sizes("init_from", folder, found, config.model)
         parts = _by_part(leaves)
     for key, part in (
@@ -119,15 +119,15 @@ def _source(key: str, source: str) -> pathlib.Path:
         raise OSError(f"{key}: {error}") from None
 
 
-def _open_folder(folder: pathlib.Path, form: str | None) -> tuple[JanusConfig, LazyParams]:
-    """The model in `folder`, which may be quantized if that is the `form` in which the run wants it."""
+def _open_folder(folder: pathlib.Path, adapter: AdapterConfig | None) -> tuple[JanusConfig, LazyParams]:
+    """The model in `folder`, which may be quantized if that is how `adapter` wants it."""
     try:
-        checkpoint = open_checkpoint(folder, quantized=form is not None)
+        checkpoint = open_checkpoint(folder, quantized=adapter is not None)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"init_from: {error}; it must be a Janus checkpoint or an earlier run's workdir"
         ) from None
-    if checkpoint.weights not in (None, form):
+    if adapter is not None and checkpoint.weights not in (None, adapter.weights):
         raise ValueError(
             f"init_from: {folder} has {checkpoint.weights} weights; set adapter.weights={checkpoint.weights}, or give "
             "the checkpoint that it was converted from"
