@@ -39,6 +39,7 @@ FLOORS = (
     "train.data.*",
     "train.run.*",
     "train.main train.prepare train.inspect train.inspect_page train.compile train.vq train.vq_images",
+    "train.finetune",
 )
 # What a place may import of the others.
 OTHERS = {

@@ -193,6 +193,7 @@ class TrainConfig:
       accumulate: number of micro-batches into which a step's rows are split.
       seed: seed of initialization, data order and dropout.
       compute_dtype: dtype of activations and of the parameters' copies in products; trained parameters are float32.
+        float16 is for adapters on GPUs without bfloat16 units.
       reduce_dtype: dtype in which gradients are summed over devices; see `train.step.step.gradients`.
       frozen_dtype: dtype of parameters that are not trained.
       remat: what the backward pass recomputes: 'none', all but matrix products ('dots'), or 'full' layers.
@@ -228,9 +229,9 @@ class TrainConfig:
     tokenizer: str = ""
     accumulate: int = 1
     seed: int = 0
-    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     reduce_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    frozen_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    frozen_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     remat: Literal["none", "dots", "full"] = "full"
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     loss_chunk: int = 512

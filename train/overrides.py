@@ -33,16 +33,20 @@ _BOOLS = {"true": True, "1": True, "false": False, "0": False}
 
 def config_names() -> list[str]:
     """Names that `load_config` knows, from `configs/`; files with a leading underscore are helpers."""
-    return sorted(path.stem for path in CONFIGS.glob("*.py") if not path.stem.startswith("_"))
+    return sorted(_paths())
+
+
+def _paths() -> dict[str, pathlib.Path]:
+    return {path.stem: path for path in CONFIGS.rglob("*.py") if not path.stem.startswith("_")}
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> Any:
-    """The config from `get_config()` in `configs/<name>.py`, or in the .py file at the path `name`, with overrides.
+    """The config from `get_config()` in `<name>.py`, in `configs/` or below, or in the .py file `name`, with overrides.
 
     Raises: ValueError in one line for an unknown name, a file that does not return a dataclass, or a bad override.
     """
-    if name in config_names():
-        path = CONFIGS / f"{name}.py"
+    if name in (paths := _paths()):
+        path = paths[name]
     elif name.endswith(".py"):
         path = pathlib.Path(name)
         if not path.is_file():
@@ -107,6 +111,8 @@ def _changed(value: Any, hint: Any, changes: Mapping[tuple[str, ...], str], key:
         if len(changes) > 1:
             raise ValueError(f"{key} is set both as a whole and by its fields; give one or the other")
         return _parse(changes[()], hint, value, key)
+    if value is None and dataclasses.is_dataclass(inner := _without_none(hint)):
+        value = inner()  # a field of an optional part that is left out so far
     groups: dict[str, dict[tuple[str, ...], str]] = {}
     for (head, *rest), text in changes.items():
         groups.setdefault(head, {})[tuple(rest)] = text

@@ -272,7 +272,7 @@ def _drop_indices(out: pathlib.Path):
 
 def vq_encoder(folder: str | os.PathLike) -> tuple[Encode, str]:
     """Compiled `encode_codes` of a checkpoint folder, and a hash of its VQ parameters; nothing else is read."""
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(folder, quantized=True)  # the VQ model never is
     params = place({path: leaf for path, leaf in checkpoint.leaves.items() if path[0] == VQ}, "float32")
     model = Janus(checkpoint.config, dtype=jnp.float32, param_dtype=jnp.float32)
     encode = jax.jit(lambda params, images: model.apply({"params": params}, images, method="encode_codes"))

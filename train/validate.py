@@ -36,6 +36,11 @@ def validate(config: TrainConfig) -> list[str]:
     _require(c.stage in TRAINED, f"stage must be one of {', '.join(map(str, TRAINED))}, got {c.stage}")
     if c.adapter is not None:
         _check_adapter(config)
+    for key in ("compute_dtype", "frozen_dtype"):
+        _require(
+            c.adapter is not None or getattr(c, key) != "float16",
+            f"{key}=float16 has too little range for the gradients of whole parts; use bfloat16, or train an adapter",
+        )
     _require(c.init_from or c.tokenizer, "tokenizer is empty, and there is no init_from to take one from")
     for key in ("steps", "batch_size", "accumulate", "loss_chunk", "log_every", "save_every", "keep", "max_skipped"):
         _require(getattr(c, key) >= 1, f"{key} must be at least 1, got {getattr(c, key)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from train.data.prepared import Prepared
 from train.overrides import flat
 from train.plan.topologies import choose_layout
 from train.run.aside import Draw, Evaluate, Export, get_held_out
-from train.run.callbacks import Moment, Profile, Report, Run, Save
+from train.run.callbacks import Callback, Moment, Profile, Report, Run, Save
 from train.run.checkpoints import Workdir
 from train.run.distributed import check_same, say, together
 from train.run.failures import Failures
@@ -36,13 +37,14 @@ from train.step.step import make_train_step
 from train.validate import check_mesh, validate
 
 
-def train(config: TrainConfig, steal: bool = False) -> pathlib.Path:
+def train(config: TrainConfig, steal: bool = False, more: Sequence[Callable[[Run], Callback]] = ()) -> pathlib.Path:
     """Runs `config` to its last step, from its workdir's newest checkpoint if there is one.
 
     Every process of a run calls it; only process 0 prints.
 
     Args:
       steal: take over the workdir from another start that writes to it, or seems to.
+      more: callbacks of the caller's, made for the run and called after its own.
     Returns: the exported checkpoint folder.
     Raises: FileNotFoundError or ValueError, in one line, for bad input, before the first step; Stopped if the run ends
       later.
@@ -107,6 +109,7 @@ def train(config: TrainConfig, steal: bool = False) -> pathlib.Path:
                 Evaluate(run, held_out, rows),
                 Draw(run),
                 Export(run),
+                *(make(run) for make in more),
             ]
             if first:
                 for callback in callbacks:

@@ -1,0 +1,1 @@
+"""Adapters of the released models, on one device of 16 GB."""

@@ -1,0 +1,168 @@
+"""Two adapters for the trained digits: `python -m examples.digits.tune --model runs/digits/stage3/export/850`.
+
+One teaches a look that the model never draws, mirrored digits, where the prompt says so; the other a question that it
+was never asked, whether a digit is even. Both learn from files as a user has them, by `train.finetune`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+import janus_jax
+from examples.digits.data import SHIFTS, captions, load_split, questions, shifted, to_rgb
+from examples.digits.judge import Judge
+from janus_jax.io.messages import print_any_text, print_error
+from janus_jax.pipeline import JanusPipeline
+from janus_jax.processing.images import contact_sheet
+from janus_jax.weights.adapters.peft_files import read_adapter
+from janus_jax.weights.checkpoint import write_json
+from train.finetune import finetune
+
+MIRRORED = "{caption}, mirrored"
+EVEN = "Is this digit even or odd?"
+# Found on the validation split.
+_SETTINGS: dict[str, Any] = {"rank": 8, "alpha": 16.0, "batch_size": 40, "learning_rate": 4e-3, "dtype": "float32"}
+STEPS = {"mirrored": 250, "even": 120}
+_GUIDANCE, _TEMPERATURE = 2.25, 0.8  # of `configs/digits.py`
+
+
+def write_data(folder: pathlib.Path, seed: int = 0) -> dict[str, pathlib.Path]:
+    """Pictures and two files about them, in `folder`: 'mirrored' of captions, and 'even' of questions.
+
+    Half of each file is of the old kind, without which the model would forget it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    images, labels = load_split("train")
+    rng = np.random.default_rng(seed)
+    moved = shifted(images).reshape(len(SHIFTS), *images.shape)
+    drawn, asked = [], []
+    for i, label in enumerate(map(int, labels)):
+        for mirrored in (False, True):
+            picture = to_rgb(moved[rng.integers(len(SHIFTS)), i][None])[0]
+            name = f"{i:04d}{'_mirrored' if mirrored else ''}.png"
+            Image.fromarray(picture[:, ::-1] if mirrored else picture).save(folder / name)
+            caption = str(rng.choice(captions(label)))
+            drawn.append({"image": name, "caption": MIRRORED.format(caption=caption) if mirrored else caption})
+        old = questions(label)[rng.integers(len(questions(label)))]
+        for question, answer in (old, (EVEN, parity(label))):
+            turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+            asked.append({"image": f"{i:04d}.png", "conversations": turns})
+    files = {}
+    for name, records in {"mirrored": drawn, "even": asked}.items():
+        files[name] = folder / f"{name}.jsonl"
+        files[name].write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return files
+
+
+def parity(label: int) -> str:
+    return "odd" if label % 2 else "even"
+
+
+def tune(model: str, out: pathlib.Path, steps: dict[str, int] | None = None) -> dict[str, Any]:
+    """Trains both adapters of `model` in the folder `out`; returns what came of them, which is in results.json too."""
+    files, figures = write_data(out / "data"), {}
+    for name, kind in (("mirrored", "generation"), ("even", "understanding")):
+        began, cpu = time.monotonic(), time.process_time()
+        prompts = [MIRRORED.format(caption=f"a handwritten {digit}") for digit in (2, 4, 7)]
+        adapter = finetune(
+            model, files[name], kind, out / name, steps=(steps or STEPS)[name], prompts=prompts, guidance=_GUIDANCE,
+            temperature=_TEMPERATURE, **_SETTINGS,
+        )  # fmt: skip
+        figures[f"{name}_seconds"] = round(time.monotonic() - began, 1)
+        figures[f"{name}_cpu_seconds"] = round(time.process_time() - cpu, 1)
+        figures[name] = str(adapter)
+    janus = janus_jax.load(model, dtype="float32", progress=False)
+    whole = sum(x.size for x in _leaves(janus))
+    figures["parameters"] = read_adapter(figures["mirrored"], janus.config).num_parameters / whole
+    figures |= judge_drawing(janus, figures["mirrored"], out) | judge_answers(janus, figures["even"])
+    write_json(out / "results.json", figures)
+    return figures
+
+
+def _leaves(janus: JanusPipeline) -> list[Any]:
+    import jax
+
+    return jax.tree.leaves(janus.params)
+
+
+def judge_drawing(janus: JanusPipeline, adapter: str, out: pathlib.Path, count: int = 20) -> dict[str, float]:
+    """Shares of `count` images a digit that are recognized, by prompt, model and way of looking."""
+    judge, wanted = Judge(("train",)), np.repeat(np.arange(10), count)
+    plain = [captions(label)[i % len(captions(label))] for label in range(10) for i in range(count)]
+    figures: dict[str, float] = {}
+
+    def draw(name: str, prompts: Sequence[str]) -> None:
+        drawn = janus.generate_images(
+            prompts, cfg_weight=_GUIDANCE, temperature=_TEMPERATURE, seed=list(range(len(prompts))), progress=False
+        )
+        images = np.stack([np.asarray(image) for image in drawn])
+        figures[name] = float(np.mean(judge.predict(images) == wanted))
+        figures[f"{name}, mirrored back"] = float(np.mean(judge.predict(images[:, :, ::-1]) == wanted))
+        large = [
+            Image.fromarray(images[label * count + i].repeat(4, 0).repeat(4, 1))
+            for label in range(10)
+            for i in range(8)
+        ]
+        contact_sheet(large, columns=8, gap=2).save(out / f"{name.replace(' ', '_')}.png")
+
+    mirrored = [MIRRORED.format(caption=caption) for caption in plain]
+    draw("base old prompts", plain)
+    draw("base mirrored prompts", mirrored)
+    janus.load_adapter(adapter, name="mirrored")
+    draw("tuned old prompts", plain)
+    draw("tuned mirrored prompts", mirrored)
+    janus.unload_adapter("mirrored")
+    return figures
+
+
+def judge_answers(janus: JanusPipeline, adapter: str) -> dict[str, float]:
+    """Shares of right answers about held-out images, with and without the adapter."""
+    images, labels = load_split("held_out")
+    pictures = [[Image.fromarray(image)] for image in to_rgb(images)]
+    figures: dict[str, float] = {}
+
+    def ask(name: str) -> None:
+        old = [questions(int(label))[i % len(questions(int(label)))] for i, label in enumerate(labels)]
+        for what, asked in (("old", old), ("even", [(EVEN, parity(int(label))) for label in labels])):
+            given: list[str] = []
+            for begin in range(0, len(asked), 120):
+                part = slice(begin, begin + 120)
+                given += janus.chat_batch([question for question, _ in asked[part]], pictures[part], max_new_tokens=16)
+            figures[f"{name} {what} questions"] = float(
+                np.mean([answer == wanted for answer, (_, wanted) in zip(given, asked, strict=True)])
+            )
+
+    ask("base")
+    janus.load_adapter(adapter, name="even")
+    ask("tuned")
+    janus.unload_adapter("even")
+    return figures
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    print_any_text()
+    parser = argparse.ArgumentParser(prog="python -m examples.digits.tune", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", required=True, help="the export of `python -m train.main --config digits`")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/digits_tuned"), help="folder")
+    args = parser.parse_args(argv)
+    try:
+        figures = tune(args.model, args.out)
+    except (OSError, ValueError) as error:
+        print_error(error)
+        return 2
+    for name, value in figures.items():
+        print(f"{name:40} {value if isinstance(value, str) else round(value, 4)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

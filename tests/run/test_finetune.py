@@ -1,0 +1,141 @@
+"""From a file of pictures to an adapter, by a function and by a command; and what bad input gets."""
+
+import json
+import pathlib
+import shlex
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import janus_jax
+from examples.tiny.run import MODEL, write_checkpoint
+from examples.tiny.tokenizer import write_tokenizer
+from janus_jax import __main__ as command
+from janus_jax.sharding import flatten, make_mesh
+from janus_jax.weights.adapters.peft_files import read_adapter
+from train import finetune
+from train.config import EvalConfig
+from train.run import live, loop
+from train.run.metrics import read_metrics
+
+WORDS = ("a red house", "two green trees", "the blue sea", "some yellow sun")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    folder = write_checkpoint(tmp_path_factory.mktemp("model") / "tiny")
+    write_tokenizer(folder, image_size=MODEL.vision.image_size, num_image_tokens=MODEL.vision.num_patches)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> pathlib.Path:
+    folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for i in range(44):
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8)).save(folder / f"{i}.png")
+    lines = [json.dumps({"image": f"{i}.png", "caption": WORDS[i % 4]}) for i in range(44)]
+    (folder / "photos.jsonl").write_text("\n".join(lines))
+    turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": WORDS[1]}]
+    asked = [json.dumps({"image": f"{i}.png", "conversations": turns}) for i in range(6)]
+    (folder / "questions.jsonl").write_text("\n".join(asked))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    monkeypatch.setattr(loop, "make_mesh", lambda shape: make_mesh({}, jax.devices()[:1]))
+    monkeypatch.setattr(finetune.jax, "devices", lambda *args, real=jax.devices: real(*args)[:1])
+
+
+def test_interrupted_and_gone_on_with(model, photos, tmp_path, monkeypatch, capsys):
+    """Preparation is not repeated, held-out samples are told apart, and the result is used as the command says."""
+    how = {"steps": 4, "batch_size": 2, "rank": 2, "targets": ("o_proj",), "weights": "int8"}
+    given = (model, photos / "photos.jsonl", "generation", tmp_path / "out")
+
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "train", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            finetune.finetune(*given, **how)
+    prepared = sorted(path for path in (tmp_path / "out").glob("*/data-*") if path.suffix != ".json")
+    times = {path: path.stat().st_mtime_ns for path in prepared}
+    assert {path.parent.name for path in prepared} == {"train", "held_out"}
+    capsys.readouterr()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(live.Live, "_update", lambda self, name, path: shown.append((name, path.stat().st_size > 0)))
+        patch.setattr(finetune, "in_notebook", lambda: True)
+        shown = []
+        adapter = finetune.finetune(*given, **how)
+    assert {path: path.stat().st_mtime_ns for path in prepared} == times
+    assert {name for name, _ in shown} == {"curves", "samples"} and all(good for _, good in shown)
+    assert not (tmp_path / "out" / "run" / "failures.txt").exists()
+    assert len(list((tmp_path / "out" / "run" / "samples").glob("*.png"))) == 4
+    lines = read_metrics(tmp_path / "out" / "run")
+    assert [line["step"] for line in lines if "eval/loss_generation" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if "train/loss_generation" in line] == [1, 2, 3, 4]
+
+    *_, said = capsys.readouterr().out.strip().splitlines()
+    words = shlex.split(said)
+    assert words[:4] == ["python", "-m", "janus_jax", "generate"]
+    args = command._parser().parse_args(words[3:])
+    assert (args.model, args.adapter, args.weights) == (model, str(adapter), "int8") and args.prompt[0] in WORDS
+    janus = janus_jax.load(args.model, weights=args.weights, adapter=args.adapter, progress=False)
+    assert any(np.asarray(x).any() for path, x in flatten(janus.params).items() if path.endswith("o_proj/lora_b"))
+    assert read_adapter(adapter, MODEL).base == model
+    assert finetune.finetune(*given, **how) == adapter, "what is done is not done again"
+
+
+def test_rows_and_steps_follow_the_data(model, photos, tmp_path, monkeypatch):
+    """Without training: the run that would be started."""
+    runs = []
+    monkeypatch.setattr(finetune, "train", lambda config, more: runs.append(config) or tmp_path / "adapter")
+    finetune.finetune(model, photos / "photos.jsonl", "generation", tmp_path / "many")
+    finetune.finetune(model, photos / "questions.jsonl", "understanding", tmp_path / "few", context=100)
+    many, few = runs
+    assert (many.steps, many.optimizer.warmup_steps, many.adapter.alpha) == (round(20 * 41 / 4), 20, 32)
+    assert many.data.ratio == (0, 0, 1) and few.data.ratio == (1, 0, 0)
+    assert many.data.context == 128 and many.batch_size == 1, "four samples of some twenty tokens"
+    assert many.samples.every == many.steps // 4 and set(many.samples.prompts) <= set(WORDS)
+    assert many.evaluation.generation == (str(tmp_path / "many" / "held_out"),)
+    assert few.evaluation == EvalConfig(batches=2) and few.samples.every == 0, "too few to hold some out"
+    assert (few.data.context, few.steps) == (100, 100)
+    assert (few.compute_dtype, few.init_from) == ("float32", model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"model": "nowhere"}, "nowhere is neither a folder nor a hub id"),
+        ({"data": "nowhere.jsonl"}, "nowhere.jsonl: no such file or folder"),
+        ({"targets": "o_prj"}, "adapter.targets: 'o_prj' names no linear layer of the model; did you mean o_proj"),
+        ({"save": "gen_heat"}, "adapter.save: 'gen_heat' names no module of the model; did you mean gen_head"),
+        ({"rank": "0"}, "rank must be an integer of at least 1, got 0"),
+        ({"alpha": "-1"}, "adapter.alpha must be above 0"),
+        ({"learning-rate": "0"}, "optimizer.learning_rate must be a number above 0"),
+        ({"data": "two.jsonl"}, "a caption needs one image, got 2|missing_image"),
+        ({"data": "questions.jsonl"}, "generation needs a caption with its image|missing_field"),
+        ({"format": "jsn"}, "unknown format 'jsn'; did you mean json"),
+    ],
+    ids=lambda value: ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_bad_input(model, photos, tmp_path, changes, told, capsys):
+    two = {"image": ["0.png", "1.png"], "caption": "both"}
+    (photos / "two.jsonl").write_text(json.dumps(two) + "\n" + json.dumps({"image": "2.png", "caption": "one"}))
+    given = {"model": model, "data": "photos.jsonl", "kind": "generation", "out": str(tmp_path / "out")} | changes
+    given["data"] = str(photos / given["data"])
+    assert finetune.main([word for name, value in given.items() for word in (f"--{name}", value)]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert any(part in line for part in told.split("|")), line
+    assert not (tmp_path / "out").exists(), "nothing half-written"
+
+
+def test_the_function_raises(model, photos, tmp_path):
+    with pytest.raises(ValueError, match="kind must be generation or understanding, got 'generatoin'; did you mean"):
+        finetune.finetune(model, photos / "photos.jsonl", "generatoin", tmp_path / "out")
+    with pytest.raises(ValueError, match="weights must be int8 or int4, got 'int2'"):
+        finetune.finetune(model, photos / "photos.jsonl", "generation", tmp_path / "out", weights="int2")
