@@ -27,7 +27,7 @@ import numpy as np
 from janus_jax import compilation_cache
 from janus_jax.config import JanusConfig
 from janus_jax.io.fields import shown
-from janus_jax.io.messages import did_you_mean, print_any_text, print_error, print_line
+from janus_jax.io.messages import did_you_mean, print_any_text, print_error
 from janus_jax.loading import default_dtype, hub_id, resolve
 from janus_jax.processing.chat import Processor
 from janus_jax.sampling.footprint import refuse_too_large
@@ -39,7 +39,8 @@ from train.data.prepared import Prepared, open_prepared
 from train.prepare import prepare, vq_encoder
 from train.raw.sources import BadSample, RawSample, open_source
 from train.run import faults
-from train.run.live import Live, in_notebook
+from train.run.distributed import say
+from train.run.figures import Live, in_notebook
 from train.run.loop import train
 from train.validate import validate
 
@@ -73,6 +74,7 @@ def finetune(
     temperature: float = 1.0,
     format: str | None = None,
     images: str | os.PathLike | None = None,
+    max_bad_share: float = 0.01,
     seed: int = 0,
     progress: bool | None = None,
 ) -> pathlib.Path:
@@ -94,6 +96,7 @@ def finetune(
       prompts: what to draw four times during the run; default some captions of the data. Empty for no pictures.
       guidance, temperature: with which they are drawn.
       format, images: as for `open_source`.
+      max_bad_share: as for `prepare`.
       progress: whether to show progress bars; default in a terminal or a notebook.
     Returns: the adapter's folder, for `janus_jax.load(model, adapter=...)`, PEFT, or `convert/to_torch.py`.
     Raises: OSError or ValueError in one line for bad input, before anything is written, and for a run that could not
@@ -106,7 +109,7 @@ def finetune(
                 rank, 2.0 * rank if alpha is None else alpha, adapter, tuple(targets), tuple(save), weights
             ),
             dtype=dtype, prompts=prompts, guidance=guidance, temperature=temperature, learning_rate=learning_rate,
-            format=format, images=images, seed=seed, progress=progress,
+            format=format, images=images, max_bad_share=max_bad_share, seed=seed, progress=progress,
         )  # fmt: skip
     except faults.Stopped as error:
         kind_of_error = ValueError if error.code == faults.STOPPED else OSError
@@ -116,7 +119,7 @@ def finetune(
 def _finetune(
     model: str, data: Any, kind: str, out: pathlib.Path, *, steps: int | None, batch_size: int | None, context: int,
     adapter: AdapterConfig, dtype: str | None, prompts: Sequence[str] | None, guidance: float, temperature: float,
-    learning_rate: float, format: str | None, images: Any, seed: int, progress: bool | None,
+    learning_rate: float, format: str | None, images: Any, max_bad_share: float, seed: int, progress: bool | None,
 ) -> pathlib.Path:  # fmt: skip
     # ------------------------------------------------------------ inputs
     if kind not in KINDS:
@@ -131,7 +134,7 @@ def _finetune(
     validate(config)
     processor = Processor.from_folder(folder, checkpoint.config, hub_id=hub_id(model))
     _refuse_too_large(config, checkpoint)
-    print_line(str(source))
+    say(str(source))
 
     # ------------------------------------------------------------ data
     context = min(context, checkpoint.config.language.max_positions)
@@ -141,10 +144,10 @@ def _finetune(
         with _left_as_it_was(out / part.name):
             report = prepare(
                 part, out / part.name, kind, processor, encode=encode, vq_fingerprint=fingerprint, context=context,
-                batch_size=min(8, len(part)), progress=progress,
+                batch_size=min(8, len(part)), max_bad_share=max_bad_share, progress=progress,
             )  # fmt: skip
         dropped = report.read - report.kept
-        print_line(f"{report.folder}: {report.kept:,} samples, {report.tokens:,} tokens; {dropped:,} dropped")
+        say(f"{report.folder}: {report.kept:,} samples, {report.tokens:,} tokens; {dropped:,} dropped")
         folders.append(open_prepared(out / part.name))
     del encode
 
@@ -155,8 +158,8 @@ def _finetune(
         every = max(1, config.steps // 4) if chosen else 0
         config = dataclasses.replace(config, samples=dataclasses.replace(config.samples, every=every, prompts=chosen))
     exported = train(config, more=(Live,) if in_notebook() else ())
-    print_line(f"the adapter is in {exported}; use it with")
-    print_line(_command(model, exported, config))
+    say(f"the adapter is in {exported}; use it with")
+    say(_command(model, exported, config))
     return exported
 
 
@@ -285,8 +288,8 @@ def _fitted(
     a_step = min(max(count // 25, 4), 16) if batch_size is None else batch_size
     devices = len(jax.devices())
     at_once = devices * max(1, _TOKENS_AT_ONCE // context)
-    rows = -(-a_step * float(lengths.mean()) // context)
-    accumulate = max(1, -(-int(rows) // at_once))
+    rows = max(1, round(a_step * float(lengths.mean()) / context))
+    accumulate = -(-rows // at_once)
     rows = max(1, round(rows / accumulate / devices)) * accumulate * devices
     if steps is None:
         passes = min(max(2000 / count, 3), 20)
@@ -347,6 +350,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the data, the run and the adapter")
     parser.add_argument("--format", metavar="FORMAT", help="of the data, as for train.prepare (default: detected)")
     parser.add_argument("--images", metavar="DIR", help="folder for image paths (default: that of the data)")
+    parser.add_argument("--max-bad-share", type=float, help="stop above this share of bad samples (default 0.01)")
     parser.add_argument("--steps", type=int, help="updates (default: by the number of samples)")
     parser.add_argument("--batch-size", type=int, help="samples a step, about (default: by their number)")
     parser.add_argument("--learning-rate", type=float, help="default 1e-4")

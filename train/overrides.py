@@ -158,7 +158,7 @@ def _parse(text: str, hint: Any, value: Any, key: str) -> Any:
     inner = _without_none(hint)
     if inner is not hint and text.lower() == "none":
         return None
-    below = fields_of(value, hint)
+    below = fields_of(inner() if value is None and dataclasses.is_dataclass(inner) else value, hint)
     if dataclasses.is_dataclass(inner) or any(dataclasses.is_dataclass(item) for item, _ in below.values()):
         shown = ", ".join(f"{key}.{name}" for name in below)
         raise ValueError(f"{key} is not a single value; set its fields: {shown}")

@@ -14,7 +14,7 @@ from janus_jax.sharding import flatten, make_mesh
 from janus_jax.weights.torch_weights import abstract_params
 from train import overrides
 from train.command_line import help_text, parse_args
-from train.config import TRAINED, AdapterConfig, TrainConfig
+from train.config import TRAINED, TrainConfig
 from train.overrides import config_names, diff, flat, load_config, override, to_json, value_text
 from train.step.state import abstract_state
 from train.validate import validate
@@ -80,33 +80,6 @@ def test_every_config_can_run(name):
         assert sizes == {path: x.size for path, x in flatten(abstract_params(c.model)).items()}
         moments = sum(x.size for x in jax.tree.leaves(state.opt_state) if x.ndim)
         assert moments == 2 * sum(x.size for x in jax.tree.leaves(state.trained))
-
-
-def test_adapters_of_the_released_models():
-    sizes = {}
-    for name, weights in (("lora_1b", None), ("lora_7b", "int4")):
-        c = load_config(name)
-        assert (c.name, c.init_from, c.adapter.weights) == (name, f"deepseek-ai/Janus-Pro-{name[-2:].upper()}", weights)
-        assert {layout.topology for layout in c.layouts} == {"v5e-1", "t4-1"}
-        state, frozen = abstract_state(c, make_mesh({}, jax.devices()[:1]))
-        sizes[name] = sum(x.size for x in jax.tree.leaves(state.trained))
-        kernels = {x.dtype.name for path, x in flatten(frozen).items() if path.endswith("up_proj/kernel")}
-        assert kernels == {weights or "bfloat16"}
-    # Rank 16 on seven projections: sums of inputs and outputs, times layers.
-    assert sizes["lora_1b"] == 16 * 24 * (4 * (2048 + 2048) + 3 * (2048 + 5632))
-    assert sizes["lora_7b"] == 16 * 30 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
-
-
-def test_a_part_that_is_left_out_is_set_by_its_fields():
-    config = load_config("1b_stage3", ["adapter.rank=8", "init_from=x"])
-    assert config.adapter == AdapterConfig(rank=8)
-    assert load_config("lora_1b", ["adapter=none"]).adapter is None
-    with pytest.raises(ValueError, match=r"adapter is not a single value; set its fields: adapter\.rank"):
-        load_config("1b_stage3", ["adapter=lora"])
-    with pytest.raises(ValueError, match=r"unknown key 'adapter\.dropout'"):
-        load_config("lora_1b", ["adapter.dropout=0.1"])
-    with pytest.raises(ValueError, match="compute_dtype=float16 has too little range for the gradients of whole parts"):
-        validate(load_config("1b_stage3", ["compute_dtype=float16"]))
 
 
 def test_every_run_is_known_and_helpers_are_not():

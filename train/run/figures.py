@@ -1,13 +1,16 @@
-"""Figures of a run: loss curves."""
+"""Figures of a run: loss curves, and in a notebook the run as it goes."""
 
 from __future__ import annotations
 
 import math
 import pathlib
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 from train.config import KINDS
-from train.run.metrics import read_metrics
+from train.run.callbacks import Callback, Moment, Run
+from train.run.metrics import FILE, read_metrics
 
 _COLORS = {"understanding": "#2563eb", "text": "#059669", "generation": "#dc2626"}
 
@@ -98,3 +101,42 @@ def smooth(values: Sequence[float]) -> list[float]:
 def _series(run: list[dict], name: str) -> tuple[list[int], list[float]]:
     points = [(line["step"], line[name]) for line in run if line.get(name) is not None and math.isfinite(line[name])]
     return [step for step, _ in points], [value for _, value in points]
+
+
+# ---------------------------------------------------------------- in a notebook
+
+
+def in_notebook() -> bool:
+    return "ipykernel" in sys.modules
+
+
+class Live(Callback):
+    """Shows the curves and the newest sample grid of a run whenever there is something new."""
+
+    def __init__(self, run: Run):
+        self._run, self._shown = run, None
+        self._handles: dict[str, Any] = {}
+
+    def after(self, moment: Moment):
+        config = self._run.config
+        if moment.done % config.log_every == 0 or moment.last:
+            with self._run.failures.alone("the live figure"):
+                self._show(moment)
+
+    def _show(self, moment: Moment):
+        folder = self._run.workdir.folder
+        if (folder / FILE).exists() and moment.done > 1:
+            self._update("curves", loss_curves(folder / FILE, folder / "live.png", self._run.config.name))
+        grid = max((folder / "samples").glob("*.png"), default=None)
+        if grid is not None and grid != self._shown:
+            self._update("samples", grid)
+            self._shown = grid
+
+    def _update(self, name: str, path: pathlib.Path):
+        from IPython.display import Image, display
+
+        image = Image(data=path.read_bytes(), format="png")
+        if name in self._handles:
+            self._handles[name].update(image)
+        else:
+            self._handles[name] = display(image, display_id=True)
