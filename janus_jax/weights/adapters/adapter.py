@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -91,6 +91,19 @@ def alpha_of(scale: float, rank: int, rslora: bool) -> float:
     """The inverse of `scale_of`; an integer where rounding alone keeps it from being one."""
     alpha = scale * (math.sqrt(rank) if rslora else rank)
     return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-9) else alpha
+
+
+def padded(deltas: Sequence[Delta | None]) -> tuple[np.ndarray, np.ndarray]:
+    """a [X, rank, *inputs] and b [X, *outputs, rank] of X like changes: zeros for lower ranks, and for None."""
+    some = next(delta for delta in deltas if delta)
+    rank = max(delta.rank for delta in deltas if delta)
+    a = np.zeros((len(deltas), rank, *some.a.shape[1:]), np.float32)
+    b = np.zeros((len(deltas), *some.b.shape[:-1], rank), np.float32)
+    for i, delta in enumerate(deltas):
+        if delta:
+            a[i, : delta.rank] = delta.a
+            b[i, ..., : delta.rank] = delta.b
+    return a, b
 
 
 # ---------------------------------------------------------------- which layers

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from janus_jax.io.messages import one_line
 from janus_jax.sharding import flatten, is_stacked, output_axes, param_shardings, unflatten
-from janus_jax.weights.adapters.adapter import Adapter, Delta
+from janus_jax.weights.adapters.adapter import Adapter, Delta, padded
 from janus_jax.weights.fuse import MEMBERS
 from janus_jax.weights.quantize import dequantized
 from janus_jax.weights.torch_weights import LazyArray, LazyParams
@@ -157,22 +157,14 @@ def _beside(
     deltas = [adapter.deltas.get((member, layer)) for layer in layers for member in members]
     if not any(deltas):
         return {}
-    outs = kernel.shape[kind.leading : kind.stacked + kind.outputs]
-    ins = kernel.shape[kind.stacked + kind.outputs :]
-    rank = max(delta.rank for delta in deltas if delta)
-    # Of a lower rank, or none: zeros.
-    a, b = np.zeros((len(deltas), rank, *ins), np.float32), np.zeros((len(deltas), *outs, rank), np.float32)
-    magnitude = np.zeros((len(deltas), *outs), np.float32)
-    for i, delta in enumerate(deltas):
-        if delta:
-            a[i, : delta.rank] = delta.a
-            b[i, ..., : delta.rank] = delta.b * (delta.scale * scale)
-            magnitude[i] = 0 if delta.magnitude is None else delta.magnitude
+    a, b = padded([delta and dataclasses.replace(delta, b=delta.b * (delta.scale * scale)) for delta in deltas])
     lead = kernel.shape[: kind.leading]
     made = {"lora_a": jnp.asarray(a.reshape(*lead, *a.shape[1:]), dtype)}
     made["lora_b"] = jnp.asarray(b.reshape(*lead, *b.shape[1:]), dtype)
     if adapter.dora:
         changed = np.asarray([delta is not None for delta in deltas])
+        outs = kernel.shape[kind.leading : kind.stacked + kind.outputs]
+        magnitude = np.stack([delta.magnitude if delta else np.zeros(outs, np.float32) for delta in deltas])
         wide = dequantized(path, flat)
         made["lora_gain"] = _gain(
             wide, made["lora_a"], made["lora_b"], magnitude.reshape(*lead, *outs), changed, kind

@@ -54,10 +54,6 @@ _INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 _NOTHING = (None, False, "", "none")
 
 
-def is_adapter(folder: str | os.PathLike) -> bool:
-    return (pathlib.Path(folder) / CONFIG).is_file()
-
-
 # ---------------------------------------------------------------- reading
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from janus_jax.sharding import flatten, is_stacked, output_axes, unflatten
-from janus_jax.weights.adapters.adapter import Adapter, Delta, Place, axes_of, scale_of
+from janus_jax.weights.adapters.adapter import Adapter, Delta, Place, axes_of, padded, scale_of
 from janus_jax.weights.quantize import dequantized
 from janus_jax.weights.torch_names import Slot
 
@@ -101,17 +101,10 @@ def _norm(path: str, stored: Mapping[str, jax.Array]) -> jax.Array:
 
 
 def _stacked(deltas: list[Delta | None]) -> dict[str, jax.Array]:
-    some = next(delta for delta in deltas if delta)
-    rank = max(delta.rank for delta in deltas if delta)
-    a = np.zeros((len(deltas), rank, *some.a.shape[1:]), np.float32)
-    b = np.zeros((len(deltas), *some.b.shape[:-1], rank), np.float32)
-    for i, delta in enumerate(deltas):
-        if delta:
-            a[i, : delta.rank] = delta.a
-            b[i, ..., : delta.rank] = delta.b
+    a, b = padded(deltas)
     made = {"lora_a": a, "lora_b": b, "lora_scale": np.array([d.scale if d else 0 for d in deltas], np.float32)}
-    if some.magnitude is not None:
-        made["lora_magnitude"] = np.stack([d.magnitude for d in deltas if d])
+    if magnitudes := [d.magnitude for d in deltas if d and d.magnitude is not None]:
+        made["lora_magnitude"] = np.stack(magnitudes)
     return {name: jnp.asarray(x) for name, x in made.items()}
 
 
