@@ -21,19 +21,9 @@ from janus_jax.weights import checkpoint
 from janus_jax.weights.checkpoint import kind_of, load_params
 from janus_jax.weights.conversion import from_torch, to_torch
 from janus_jax.weights.fuse import fuse
-from janus_jax.weights.torch_weights import LazyArray, abstract_params, read_params
+from janus_jax.weights.torch_weights import LazyArray, abstract_params
 from tests.weights.golden import GOLDEN, assert_same_trees
 from tests.weights.test_convert import write_source
-
-
-@pytest.fixture(scope="module")
-def config():
-    return read_config(GOLDEN)
-
-
-@pytest.fixture(scope="module")
-def golden(config):
-    return read_params(GOLDEN, config, as_numpy=True)[0]
 
 
 @pytest.fixture(scope="module")

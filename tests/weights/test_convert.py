@@ -17,23 +17,13 @@ from janus_jax.weights import checkpoint, conversion
 from janus_jax.weights.checkpoint import load_params
 from janus_jax.weights.conversion import from_torch, parse_size, to_torch
 from janus_jax.weights.torch_names import carried_shapes
-from janus_jax.weights.torch_weights import LazyArray, read_params
+from janus_jax.weights.torch_weights import LazyArray
 from tests.torch_oracle import load_file, torch
 from tests.weights.golden import GOLDEN, assert_same_trees
 from tests.weights.test_torch_weights import assert_same_states
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SIDE_FILES = {"tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "chat_template.jinja"}
-
-
-@pytest.fixture(scope="module")
-def config():
-    return read_config(GOLDEN)
-
-
-@pytest.fixture(scope="module")
-def golden(config):
-    return read_params(GOLDEN, config, as_numpy=True)[0]
 
 
 def write_source(folder: pathlib.Path) -> pathlib.Path:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import pathlib
 import shutil
 
 import jax
@@ -13,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from janus_jax.config import PRESETS, JanusConfig, LlamaConfig, SiglipConfig, VQConfig, read_config
+from janus_jax.config import PRESETS, JanusConfig, LlamaConfig, SiglipConfig, VQConfig
 from janus_jax.model.janus import Janus, init_params
 from janus_jax.weights.formats.safetensors_files import write_safetensors, write_sharded
 from janus_jax.weights.torch_names import DIALECTS, carried_shapes, slots
@@ -39,28 +38,6 @@ def assert_same_states(one: dict[str, torch.Tensor], other: dict[str, torch.Tens
 
 def in_memory(params) -> dict[tuple[str, ...], LazyArray]:
     return {path: LazyArray(a.shape, a.dtype, np.asarray(a).__getitem__) for path, a in flatten(params).items()}
-
-
-@pytest.fixture(scope="module")
-def config() -> JanusConfig:
-    return read_config(GOLDEN)
-
-
-@pytest.fixture
-def state() -> dict[str, torch.Tensor]:
-    return load_file(GOLDEN / "model.safetensors")
-
-
-@pytest.fixture
-def folder(tmp_path) -> pathlib.Path:
-    """A checkpoint folder that still lacks its weights."""
-    shutil.copyfile(GOLDEN / "config.json", tmp_path / "config.json")
-    return tmp_path
-
-
-@pytest.fixture(scope="module")
-def golden(config):
-    return read_params(GOLDEN, config, as_numpy=True)[0]
 
 
 # ---------------------------------------------------------------- the table

@@ -4,42 +4,17 @@ import json
 import os
 import pathlib
 import pickle
-import shutil
 import zipfile
 
 import numpy as np
 import pytest
 
-from janus_jax.config import read_config
 from janus_jax.weights.formats.safetensors_files import TensorToWrite, write_safetensors
 from janus_jax.weights.formats.torch_files import open_tensors
 from janus_jax.weights.torch_names import carried_shapes
 from janus_jax.weights.torch_weights import read_params
 from tests.torch_oracle import load_file, save_file, torch
 from tests.weights.golden import GOLDEN, assert_same_trees
-
-
-@pytest.fixture(scope="module")
-def config():
-    return read_config(GOLDEN)
-
-
-@pytest.fixture(scope="module")
-def golden(config):
-    return read_params(GOLDEN, config, as_numpy=True)[0]
-
-
-@pytest.fixture
-def state() -> dict[str, torch.Tensor]:
-    return load_file(GOLDEN / "model.safetensors")
-
-
-@pytest.fixture
-def folder(tmp_path) -> pathlib.Path:
-    """A checkpoint folder that still lacks its weights."""
-    shutil.copyfile(GOLDEN / "config.json", tmp_path / "config.json")
-    return tmp_path
-
 
 # ---------------------------------------------------------------- files
 
