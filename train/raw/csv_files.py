@@ -14,9 +14,9 @@ import numpy as np
 
 from janus_jax.io.files import open_regular, parse_json
 from janus_jax.io.messages import one_line
-from train.raw.encodings import LOOK, decode_text, encoding_of
-from train.raw.json_files import line_ends
-from train.raw.readers import MAX_LINE, MAX_TEXT, BadSample, Record, listed, read_span, refuse_compressed
+from train.raw.encodings import LOOK, encoding_of
+from train.raw.json_files import line_ends, text_of_span
+from train.raw.readers import MAX_TEXT, BadSample, Record, listed, read_span, refuse_compressed
 
 # Fields of these names may contain JSON lists, since a cell cannot express lists otherwise.
 _LISTS = ("conversations", "messages", "images", "image")
@@ -69,12 +69,8 @@ class CsvFile:
         return len(self._spans)
 
     def __getitem__(self, index: int) -> Record:
-        begin, size, number = map(int, self._spans[index])
-        place = f"{one_line(self.path, 500)}:{number}"
-        if size > MAX_LINE:
-            raise BadSample("too_large", place, f"a row of {size:,} bytes, more than {MAX_LINE:,}")
+        place, text = text_of_span(self.path, self._codec, self._spans[index], "row", "bad_csv")
         try:
-            text = decode_text(read_span(self.path, begin, size), self._codec)
             (row,) = csv.reader(io.StringIO(text, newline="\n"), delimiter=self._delimiter, strict=True)
         except (csv.Error, ValueError) as error:
             raise BadSample("bad_csv", place, str(error)) from None

@@ -56,16 +56,24 @@ class JsonLines:
         return len(self._spans)
 
     def __getitem__(self, index: int) -> Record:
-        begin, size, number = map(int, self._spans[index])
-        place = f"{one_line(self.path, 500)}:{number}"
-        if size > MAX_LINE:
-            raise BadSample("too_large", place, f"a line of {size:,} bytes, more than the limit of {MAX_LINE:,}")
-        try:
-            text = decode_text(read_span(self.path, begin, size), self._codec)
-        except ValueError as error:
-            raise BadSample("bad_json", place, str(error)) from None
+        place, text = text_of_span(self.path, self._codec, self._spans[index], "line", "bad_json")
         # Concatenated files each have a byte order mark.
         return place, object_of(text.removeprefix("\ufeff"), place)
+
+
+def text_of_span(path: pathlib.Path, codec: str, span: np.ndarray, what: str, bad: str) -> tuple[str, str]:
+    """The place and text of a record at `span` (begin, size, line number) of a file of `codec`.
+
+    Raises: BadSample, 'too_large' or `bad`, for a `what` that is too long or is not text.
+    """
+    begin, size, number = map(int, span)
+    place = f"{one_line(path, 500)}:{number}"
+    if size > MAX_LINE:
+        raise BadSample("too_large", place, f"a {what} of {size:,} bytes, more than the limit of {MAX_LINE:,}")
+    try:
+        return place, decode_text(read_span(path, begin, size), codec)
+    except ValueError as error:
+        raise BadSample(bad, place, str(error)) from None
 
 
 def line_ends(file, begin: int, codec: str) -> Iterator[int]:
