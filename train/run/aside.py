@@ -6,6 +6,7 @@ crashed one had not finished.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import pathlib
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ from train.step.step import make_eval_step
 _TRIES = 2  # how often an evaluation or a sample grid may kill the process before it is skipped
 
 
-class Aside(Callback):
+class Aside(Callback, abc.ABC):
     """Work that is due after some steps.
 
     Attributes:
@@ -44,17 +45,17 @@ class Aside(Callback):
     def __init__(self, run: Run):
         self.run = run
 
+    @abc.abstractmethod
     def due(self, moment: Moment) -> bool:
         """Whether the config asks for it after this step."""
-        raise NotImplementedError
 
     def made(self, done: int) -> bool:
         """Whether an earlier start finished it after `done` steps; only process 0's answer counts."""
         return False
 
+    @abc.abstractmethod
     def make(self, moment: Moment):
         """Does the work."""
-        raise NotImplementedError
 
     def resume(self, moment: Moment):
         if self.due(moment) and not from_first(self.made(moment.done)):
@@ -94,8 +95,9 @@ class Look(Aside):
         if is_main:
             self._tries.end(moment.done, self.name)
 
+    @abc.abstractmethod
     def look(self, moment: Moment):
-        raise NotImplementedError
+        """Does the work; what it raises is reported and counted."""
 
 
 class Evaluate(Look):
