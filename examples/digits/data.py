@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from examples.tiny.tokenizer import image_settings
 from janus_jax.processing.chat import (
     BEGIN_OF_IMAGE,
     BOS,
@@ -243,16 +244,7 @@ def write_tokenizer(folder: pathlib.Path, vocab_size: int, image_size: int, num_
     files = {
         "tokenizer_config.json": {**names, "tokenizer_class": "PreTrainedTokenizerFast"},
         "special_tokens_map.json": names,
-        "preprocessor_config.json": {
-            "image_processor_type": "VLMImageProcessor",
-            "background_color": [127, 127, 127],
-            "do_normalize": True,
-            "image_mean": [0.5, 0.5, 0.5],
-            "image_std": [0.5, 0.5, 0.5],
-            "image_size": image_size,
-            "min_size": 14,
-            "rescale_factor": 1 / 255,
-        },
+        "preprocessor_config.json": image_settings(image_size),
         "processor_config.json": {
             "processor_class": "VLChatProcessor",
             "image_tag": IMAGE_PLACEHOLDER,

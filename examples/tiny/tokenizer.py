@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -21,6 +22,20 @@ SENTENCES = (
     "in spring yellow flowers cover the meadow, in winter heavy snow lies upon every roof of our village.",
     "这幅图里有什么？一只红色的猫坐在蓝色的椅子上。 Ein großer Hund läuft über die grüne Wiese. 🙂🎨",
 )
+
+
+def image_settings(image_size: int) -> dict[str, Any]:
+    """Content of the original's preprocessor_config.json for images of `image_size` pixels a side."""
+    return {
+        "image_processor_type": "VLMImageProcessor",
+        "background_color": [127, 127, 127],
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "image_size": image_size,
+        "min_size": 14,
+        "rescale_factor": 1 / 255,
+    }
 
 
 def write_tokenizer(
@@ -61,16 +76,7 @@ def write_tokenizer(
     files = {
         "tokenizer_config.json": {"bos_token": bos, "eos_token": EOS, "pad_token": EOS, "add_bos_token": True},
         "special_tokens_map.json": {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD},
-        "preprocessor_config.json": {
-            "image_processor_type": "VLMImageProcessor",
-            "background_color": [127, 127, 127],
-            "do_normalize": True,
-            "image_mean": [0.5, 0.5, 0.5],
-            "image_std": [0.5, 0.5, 0.5],
-            "image_size": image_size,
-            "min_size": 14,
-            "rescale_factor": 0.00392156862745098,
-        },
+        "preprocessor_config.json": image_settings(image_size),
         "processor_config.json": {
             "processor_class": "VLChatProcessor",
             "image_tag": "<image_placeholder>",
