@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import re
 import socket
 import subprocess
 import sys
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
 
 def free_port() -> int:
     with socket.socket() as door:
         door.bind(("localhost", 0))
         return door.getsockname()[1]
+
+
+def environment(devices: int, **more: str) -> dict[str, str]:
+    """Of a process with so many CPU devices that runs this checkout from any folder."""
+    own = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
+    return os.environ | own | more
 
 
 def launch(

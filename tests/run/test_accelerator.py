@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 import signal
 
@@ -11,21 +10,14 @@ import pytest
 from PIL import Image
 
 from examples.tiny.run import MODEL, params_of, write_checkpoint, write_data
-from tests.several import launch, outcome
+from tests.several import environment, launch, outcome
 from train.run.metrics import read_metrics
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def env() -> dict[str, str]:
     """Of a process with one device, which looks like a TPU's."""
-    return os.environ | {
-        "JANUS_JAX_EMULATE": "tpu",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": "1",
-        "PYTHONPATH": str(ROOT),
-    }
+    return environment(1, JANUS_JAX_EMULATE="tpu")
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import pathlib
 import shutil
 import signal
@@ -17,13 +16,12 @@ import pytest
 
 from examples.tiny.run import params_of, tiny_config, write_checkpoint, write_data
 from janus_jax.config import PRESETS
-from tests.several import free_port, launch, ours, outcome
+from tests.several import environment, free_port, launch, ours, outcome
 from train.config import MeshConfig, SampleConfig
 from train.run import faults, loop
 from train.run.distributed import start as start_processes
 from train.run.metrics import read_metrics
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 MESH = MeshConfig(data=2, fsdp=2, tensor=2)
 
 
@@ -40,12 +38,7 @@ def start(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def env() -> dict[str, str]:
     """Of a process with four CPU devices."""
-    return os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": "4",
-        "JAX_DEFAULT_MATMUL_PRECISION": "float32",
-        "PYTHONPATH": str(ROOT),
-    }
+    return environment(4, JAX_DEFAULT_MATMUL_PRECISION="float32")
 
 
 def write_config(path: pathlib.Path, folders: dict[str, str], start: str, **changes: str) -> pathlib.Path:
