@@ -82,8 +82,7 @@ def load(
     mesh = make_mesh(mesh) if isinstance(mesh, Mapping) else mesh
     if mesh is not None and set(mesh.axis_names) != set(MESH_AXES):
         raise ValueError(f"the mesh must have the axes {MESH_AXES}, got {mesh.axis_names}; use sharding.make_mesh")
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    device = first_device(mesh)
     dtype = parse_dtype(default_dtype(device) if dtype is None else dtype)
     checkpoint = open_checkpoint(folder, quantized=True)
     if checkpoint.weights and weights not in (None, checkpoint.weights):
@@ -94,7 +93,7 @@ def load(
     weights = weights or checkpoint.weights
     config = checkpoint.config
     given = {"scan_layers": scan_layers, "fused": fused}
-    how = layout(config, platform, mesh is not None) | {name: x for name, x in given.items() if x is not None}
+    how = layout(config, device.platform, mesh is not None) | {name: x for name, x in given.items() if x is not None}
     scan_layers, fused = how["scan_layers"], how["fused"]
     if fused and not fusible(config.language):
         c = config.language
@@ -150,6 +149,11 @@ def _as_read(path: Path, leaf: LazyArray, dtype: np.dtype, form: str) -> LazyArr
     narrow = is_quantized(name) and leaf.dtype.itemsize <= dtype.itemsize
     exact = form == "int8" and name.endswith("/kernel_scale")
     return leaf if narrow or exact else leaf.astype(dtype, name)
+
+
+def first_device(mesh: Mesh | None) -> jax.Device:
+    """The device whose kind decides `load`'s defaults: all devices of a mesh are alike."""
+    return jax.devices()[0] if mesh is None else mesh.devices.flat[0]
 
 
 def default_dtype(device: jax.Device) -> str:

@@ -54,9 +54,9 @@ def device(framework: str = "jax") -> str:
 
 def default_dtype() -> str:
     """What `janus_jax.load` takes on this device."""
-    import jax
+    from janus_jax import loading
 
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return loading.default_dtype(loading.first_device(None))
 
 
 def copy_bandwidth(num_bytes: int | None = None) -> float:

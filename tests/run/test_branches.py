@@ -50,9 +50,8 @@ def test_attention_by_device(device, dtype, best):
 @pytest.mark.parametrize(("platform", "dtype"), [("tpu", jnp.bfloat16), ("gpu", jnp.bfloat16), ("cpu", jnp.float32)])
 def test_loading_by_platform(tmp_path, monkeypatch, platform, dtype):
     folder = write_checkpoint(tmp_path / "model")
-    chosen = loading.default_dtype(types.SimpleNamespace(platform=platform, compute_capability="8.0"))
-    monkeypatch.setattr(jax, "default_backend", lambda: platform)
-    monkeypatch.setattr(loading, "default_dtype", lambda device: chosen)
+    device = types.SimpleNamespace(platform=platform, compute_capability="8.0")
+    monkeypatch.setattr(loading, "first_device", lambda mesh: device)
     janus = janus_jax.load(folder, progress=False)
     assert {x.dtype for x in flatten(janus.params).values()} == {jnp.dtype(dtype)}
     assert layout(MODEL, platform)["scan_layers"] == janus.model.scan_layers
