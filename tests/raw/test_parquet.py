@@ -45,7 +45,8 @@ def test_reading_many_files_holds_few(paths, held):
             assert (row["image"][0], row["caption"]) == (number, f"{number}/{index}")
             assert place == f"{paths[number]} row {index}"
         allocated.append(pa.total_allocated_bytes())
-    assert max(allocated[-5:]) <= max(allocated[:5]) + GROUP * SIZE < FILES * ROWS * SIZE / 4, "flat"
+    # Arrow frees a group when its last reader lets go of it, so that one or two more may be there for a moment.
+    assert max(allocated[-5:]) <= max(allocated[:5]) + 2 * GROUP * SIZE < FILES * ROWS * SIZE / 4, "flat"
     assert 1 <= open_in(paths[0].parent, ".parquet") <= parquet._FILES
 
 
