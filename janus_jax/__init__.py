@@ -1,9 +1,9 @@
 """Janus and Janus-Pro in JAX: load a checkpoint, draw, answer.
 
-import janus_jax
-janus = janus_jax.load("deepseek-ai/Janus-Pro-1B")
-janus.generate_images("a red bicycle")[0].save("bicycle.png")
-janus.chat("What is this?", images=["bicycle.png"])
+>>> import janus_jax
+>>> janus = janus_jax.load("deepseek-ai/Janus-Pro-1B")
+>>> janus.generate_images("a red bicycle")[0].save("bicycle.png")
+>>> answer = janus.chat("What is this?", images=["bicycle.png"])
 """
 
 from janus_jax.config import PRESETS, JanusConfig

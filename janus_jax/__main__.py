@@ -133,7 +133,7 @@ def _generate(args: argparse.Namespace):
             _write_png(image, args.out / f"{prompt:03d}_{number:03d}.png")
         sheet = contact_sheet(images, columns=args.n if len(args.prompt) > 1 else None)
         _write_png(sheet, args.out / "sheet.png")
-    _say_roles(janus.processor)
+    _say_roles(janus)
 
 
 def _write_png(image: Image.Image, path: pathlib.Path):
@@ -152,7 +152,7 @@ def _chat(args: argparse.Namespace):
     pieces = janus.stream_chat(args.question, images, **how)
     # The first piece begins with the space after the template's colon.
     first = next(pieces, "").lstrip()
-    _say_roles(janus.processor)
+    _say_roles(janus)
     print(first, end="", flush=True)
     try:
         for piece in pieces:
@@ -161,9 +161,10 @@ def _chat(args: argparse.Namespace):
         print(flush=True)
 
 
-def _say_roles(processor: Processor):
+def _say_roles(janus: JanusPipeline):
     # Only once the request is known to be valid, since bad input gets only one line.
-    print(f"roles: {_roles(processor)}", file=sys.stderr, flush=True)
+    if janus.processor is not None:
+        print(f"roles: {_roles(janus.processor)}", file=sys.stderr, flush=True)
 
 
 def _roles(processor: Processor) -> str:

@@ -55,6 +55,11 @@ def load(
 ) -> JanusPipeline:
     """Loads a Janus checkpoint.
 
+    >>> janus = load("deepseek-ai/Janus-Pro-1B", weights="int8")
+    >>> codes = janus.generate_codes("a red bicycle", n=2, seed=7)
+    >>> codes.shape == (2, janus.config.gen_vision.num_tokens)
+    True
+
     Args:
       path_or_hub_id: a folder in the original, the transformers or our converted layout; or `owner/name` on the
         Hugging Face hub, from which only the needed files are downloaded.

@@ -18,6 +18,7 @@ from janus_jax.config import JanusConfig
 from janus_jax.model.janus import Janus
 from janus_jax.processing.chat import SYSTEM_PROMPT, Processor, bucket
 from janus_jax.processing.images import generation_pixels
+from janus_jax.processing.tokenizer import Tokenizer
 from janus_jax.sampling import batches
 from janus_jax.sampling.batches import Batch, fitting, in_batches
 from janus_jax.sampling.finite import on_host, refuse_codes, refuse_pixels
@@ -176,7 +177,8 @@ class JanusPipeline:
             codes, _ = generate_codes(
                 self.model,
                 self.params,
-                *(batch.put_prompts(x) for x in (ids, mask)),
+                batch.put_prompts(ids),
+                batch.put_prompts(mask),
                 batch.put(keys),
                 guidance=options.cfg_weight,
                 sampler=sampler,
@@ -274,7 +276,7 @@ class JanusPipeline:
         asked = self._asking([messages], [images], max_new_tokens, options, system_prompt)
         # The generator is separate, so that bad input is refused above and not with the first piece.
         pieces = self._stream(asked, batches.first(1, 1, self.mesh), piece=4)
-        return self.processor.tokenizer.stream_answer(piece[0] for piece in pieces)
+        return self._tokenizer.stream_answer(piece[0] for piece in pieces)
 
     def chat_batch(
         self,
@@ -330,7 +332,7 @@ class JanusPipeline:
         return Asked((*given, keys), max_new_tokens, options.sampler)
 
     def _answers(self, asked: Asked) -> list[str]:
-        (ids, _, pixels, *_), tokenizer = asked.arrays, self.processor.tokenizer
+        (ids, _, pixels, *_), tokenizer = asked.arrays, self._tokenizer
 
         def answer(batch: Batch) -> np.ndarray:
             tokens = np.concatenate(list(self._stream(asked, batch, piece=64)), axis=1)
@@ -350,7 +352,7 @@ class JanusPipeline:
             ids, where, pixels, mask, keys = map(batch.put, asked.arrays)
             x = embed_prompt(self.model, self.params, ids, where, pixels)
         stream = functools.partial(stream_tokens, self.model, self.params, x, mask, keys)
-        eos_id, most = self.processor.tokenizer.eos_id, asked.max_new_tokens
+        eos_id, most = self._tokenizer.eos_id, asked.max_new_tokens
         tokens = stream(eos_id=eos_id, max_new_tokens=most, sampler=asked.sampler, piece=piece, room=bucket(most))
         yield from batches.each_using(batch.mesh, tokens)
 
@@ -389,6 +391,10 @@ class JanusPipeline:
         if self.processor is None:
             raise ValueError(f"{self.source or 'this checkpoint'} has no tokenizer.json, which is needed to {purpose}")
         return self.processor
+
+    @property
+    def _tokenizer(self) -> Tokenizer:
+        return self._need_processor("chat").tokenizer
 
     def _refuse_mesh(self, name: str):
         if self.mesh is not None:

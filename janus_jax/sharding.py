@@ -115,6 +115,9 @@ _STACKED = re.compile(r"(language_model/layers|vision_model/blocks)/")
 def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Mesh with the axes `data`, `fsdp`, `tensor`.
 
+    >>> dict(make_mesh({"fsdp": -1, "tensor": 2}, jax.devices()[:8]).shape)
+    {'data': 1, 'fsdp': 4, 'tensor': 2}
+
     Args:
       shape: size of each axis; missing axes are 1, and one may be -1 ("the rest"). Default: all devices on `fsdp`.
       devices: default `jax.devices()`.

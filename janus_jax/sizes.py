@@ -183,7 +183,11 @@ PRESETS: dict[str, JanusConfig] = {
 
 
 def get_preset(name: str) -> JanusConfig:
-    """The preset called `name`; ValueError lists the known ones."""
+    """The preset called `name`; ValueError lists the known ones.
+
+    >>> get_preset("janus_pro_7b").language.layers
+    30
+    """
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
     return PRESETS[name]

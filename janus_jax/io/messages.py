@@ -13,10 +13,13 @@ _LONGEST_NAME = 200
 
 
 def one_line(text: object, limit: int = 200) -> str:
-    """`text` as one printable line of at most `limit` characters, for a name or a value inside a message.
+    r"""`text` as one printable line of at most `limit` characters, for a name or a value inside a message.
 
     Control characters (newlines, escape sequences), marks that reorder text and lone surrogates become escapes, so that
     a name cannot end the line, color the terminal or disguise itself. The middle of a long text is left out.
+
+    >>> one_line("two\nlines")
+    'two\\nlines'
     """
     text = str(text)
     if len(text) <= limit and text.isprintable():
@@ -57,7 +60,11 @@ def nearest(name: str, known: Iterable[str], most: int = 1) -> list[str]:
 
 
 def did_you_mean(name: str, known: Iterable[str], most: int = 1) -> str:
-    """`; did you mean ...?`, or an empty string if no name is close."""
+    """`; did you mean ...?`, or an empty string if no name is close.
+
+    >>> did_you_mean("temperture", ["temperature", "top_k"])
+    '; did you mean temperature?'
+    """
     near = nearest(name, known, most)
     return f"; did you mean {' or '.join(near)}?" if near else ""
 

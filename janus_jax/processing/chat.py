@@ -56,6 +56,9 @@ def format_conversation(messages: Messages, system_prompt: str = "", eos: str = 
     The separator depends on the message index, so turns must alternate. Reference:
     `apply_sft_template_for_multi_turn_prompts` in processing_vlm.py with the DeepSeek separator style of
     conversation.py.
+
+    >>> format_conversation([("<|User|>", "Hi."), ("<|Assistant|>", "")])
+    '<|User|>: Hi.\\n\\n<|Assistant|>:'
     """
     pieces = [f"{system_prompt}\n\n"] if system_prompt else []
     for index, (role, text) in enumerate(messages):
@@ -140,7 +143,11 @@ def normalize_messages(
 
 
 def bucket(length: int, smallest: int = 32) -> int:
-    """The next of 32, 48, 64, 96, 128, 192, ...: lengths are padded to these, so that few programs are compiled."""
+    """The next of 32, 48, 64, 96, 128, 192, ...: lengths are padded to these, so that few programs are compiled.
+
+    >>> [bucket(length) for length in (1, 33, 49, 576)]
+    [32, 48, 64, 768]
+    """
     size = smallest
     while size < length:
         size = size * 3 // 2 if size & (size - 1) == 0 else size // 3 * 4

@@ -138,6 +138,9 @@ def to_uint8(images: Any) -> np.ndarray:
     """`images`, a float array in [-1, 1] of any shape, as uint8: clip((x + 1) / 2 * 255, 0, 255), truncated.
 
     Reference: generation_inference.py. ValueError on NaN.
+
+    >>> to_uint8([-1.5, 0, 1])
+    array([  0, 127, 255], dtype=uint8)
     """
     scaled = (np.asarray(images, dtype=np.float32) + 1) / 2 * 255
     if np.isnan(scaled).any():

@@ -66,6 +66,12 @@ def _setting(default: Any, kind: type, about: str) -> Any:
 class Options:
     """The caller's settings for drawing tokens, validated.
 
+    >>> Options(temperature=0.7, top_p=0.95).cfg_weight
+    1.0
+    >>> Options(top_p=1.5)
+    Traceback (most recent call last):
+    ValueError: top_p must be above 0 and at most 1 (all tokens), got 1.5
+
     The pipeline's methods and the command line take these by name, in this order.
 
     Attributes:

@@ -42,6 +42,10 @@ def quantize(params: Mapping[str, Any], form: str = "int8", delete: bool = False
       delete: free the memory of each kernel once it is quantized.
       dtype: of int4's scales; default each kernel's own.
     Raises: ValueError naming an int4 kernel whose inputs no group divides.
+
+    >>> small = quantize(janus.params, "int4")
+    >>> small["gen_head"]["output_mlp_projector"]["kernel"].dtype
+    dtype(int4)
     """
     made: dict[str, Any] = {}
     for path, x in flatten(params).items():
