@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
 from janus_jax.model.janus import Janus
+from janus_jax.model.precision import residual_dtype
 from janus_jax.sharding import flatten
 
 
@@ -73,7 +74,7 @@ def refuse_pixels(model: Janus, params: Any, finite: jax.Array):
     """Raises NotFinite if the VQ decoder's values for an image are not finite; `finite` [B] bool."""
     rows = np.flatnonzero(~on_host(finite))
     if len(rows):
-        reason = f"the VQ decoder's pixels are not finite (computed in {jnp.dtype(model.dtype)})"
+        reason = f"the VQ decoder's pixels are not finite (computed in {jnp.dtype(residual_dtype(model.dtype))})"
         raise NotFinite("image", rows.tolist(), f"{reason}: {_cure(model, params)}")
 
 
@@ -86,16 +87,22 @@ def refuse_codes(model: Janus, params: Any, codes: np.ndarray):
 
 
 def _cure(model: Janus, params: Any, guidance: float = 1) -> str:
-    damaged = [path for path, x in flatten(params).items() if not _all_finite(x)]
-    if jnp.dtype(model.dtype) == jnp.float16:
+    # A value beyond float16 becomes infinite as it is read; NaN was in the file.
+    half = jnp.dtype(model.dtype) == jnp.float16
+    damaged = [path for path, x in flatten(params).items() if not _all_true(x, _not_nan if half else jnp.isfinite)]
+    if half and not damaged:
         return "load with dtype=float32 or bfloat16" + (f", or lower cfg_weight {guidance:g}" if guidance > 100 else "")
     if damaged:
-        more = f" and {len(damaged) - 1} more parameters" if len(damaged) > 1 else ""
-        return f"{damaged[0]}{more} have values that are not finite; the checkpoint is damaged, get or convert it again"
+        more = f" and {len(damaged) - 1} more parameters have" if len(damaged) > 1 else " has"
+        return f"{damaged[0]}{more} values that are not finite; the checkpoint is damaged, get or convert it again"
     if guidance > 100:
         return f"lower cfg_weight {guidance:g}"
     return "the parameters are finite but overflow, unlike those of a trained model; check the checkpoint"
 
 
-def _all_finite(x: jax.Array) -> bool:
-    return not jnp.issubdtype(x.dtype, jnp.floating) or bool(jnp.isfinite(x).all())
+def _not_nan(x: jax.Array) -> jax.Array:
+    return ~jnp.isnan(x)
+
+
+def _all_true(x: jax.Array, check: Callable[[jax.Array], jax.Array]) -> bool:
+    return not jnp.issubdtype(x.dtype, jnp.floating) or bool(check(x).all())
