@@ -155,7 +155,7 @@ def get_case(tmp_path_factory, request):
     return get
 
 
-@pytest.fixture(scope="session", params=SIZES)
+@pytest.fixture(scope="session", params=["tiny", "grouped", pytest.param("multi_query", marks=pytest.mark.slow)])
 def case(request, get_case) -> Case:
     return get_case(request.param)
 

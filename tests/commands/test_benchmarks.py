@@ -89,6 +89,7 @@ def test_compile(tmp_path, here):
         assert part in text
 
 
+@pytest.mark.slow
 def test_load(tmp_path, here):
     (header, *rows), text = run_few("load", tmp_path)
     assert header == ["seconds", *FEW["load"]]

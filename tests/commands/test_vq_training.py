@@ -90,6 +90,7 @@ def test_quantizer_against_autograd(rng):
         np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_reconstruct_is_encode_and_decode(images):
     """What training sees is what sampling sees: the same codes, and the same images of them."""
     model, params = VQModel(TINY), init_vq_state(CONFIG).params

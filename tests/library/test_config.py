@@ -175,7 +175,7 @@ UNUSED = 1024 + 4 * (1024 * 1024 + 1024) + 2 * 1024 + (1024 * 4096 + 4096) + (40
 
 
 @pytest.mark.parametrize("name, in_checkpoint", [("janus_pro_1b", 2_089_297_547), ("janus_pro_7b", 7_420_434_059)])
-@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize("scan_layers", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_element_counts(name, in_checkpoint, scan_layers):
     model = Janus(PRESETS[name], scan_layers=scan_layers)
     params = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))

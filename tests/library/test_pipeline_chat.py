@@ -130,6 +130,7 @@ def test_batch_equals_each_alone(janus, answers, pictures, monkeypatch):
     assert answers[-3:][end[0] - 1] == ids[end[0] - 1]
 
 
+@pytest.mark.slow
 def test_answers_in_parts(janus, pictures, monkeypatch):
     questions = ["What is it?", "Describe the picture.", "Which is brighter?"]
     images, settings = [(), pictures[:1], pictures[1:]], SETTINGS | {"max_new_tokens": 6}

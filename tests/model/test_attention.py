@@ -102,6 +102,7 @@ def test_head_by_head_is_attention(dtype, masked, close):
     close(got, expected, "attention", 1e-6 if dtype == "float32" else 1e-2)
 
 
+@pytest.mark.slow
 def test_head_by_head_has_the_gradients_of_attention(packed, close):
     for name, ours, theirs in zip(
         "yqkv", value_and_grads("cpu", *packed), value_and_grads("xla", *packed), strict=True

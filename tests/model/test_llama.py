@@ -92,7 +92,7 @@ def test_embed_text(case, rng, oracle, close):
     close(case.run("embed_text", ids), oracle.embed_text(case.torch_model, ids), "text embeddings", 0)
 
 
-@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize("scan_layers", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_cached_decode_equals_full_forward(case, scan_layers, rng, oracle, close):
     """Prompt, then one, one, three and one tokens, in a cache with slots to spare."""
     case = case if scan_layers else case.unstacked
@@ -153,6 +153,7 @@ def test_hidden_is_causal(tiny, rng):
     assert (before[:, 5:] != after[:, 5:]).any(axis=-1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan_layers", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_bfloat16(tiny, scan_layers, rng):
     """In bfloat16 the same layers run, cache included, near the float32 result and with float32 logits."""

@@ -270,6 +270,7 @@ def test_encoders_on_a_mesh(tiny, mesh, placed, rng, close):
     close(sharded_decoded, decoded, "decoded images", 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [MIXED], ids=str, indirect=True)
 def test_text_on_a_mesh(tiny, mesh, placed, prompts, rng):
     """One chat, which no mesh axis divides, with an image in it."""

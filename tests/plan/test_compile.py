@@ -133,6 +133,7 @@ def test_layouts_that_do_not_fit_are_refused_before_compiling(overrides, told, c
     assert [line for line in done.stderr.splitlines() if told in line] and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [pytest.param("v5e-4", marks=needs_libtpu), pytest.param("h100-4", marks=needs_cuda)])
 def test_a_small_step_compiles(place):
     """With the accelerator's own compiler: what it asks of a chip, and no collective but those of the sharding."""

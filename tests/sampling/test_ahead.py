@@ -27,6 +27,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("loading", "prompts", "settings", "sizes"),
     [({}, "a red house", {"n": 2}, 4), ({"weights": "int8"}, ["a cat", "a dog"], {"cfg_weight": 1.0, "top_k": 5}, 1)],

@@ -46,7 +46,7 @@ def draw(case, ids, mask, keys=None, **settings):
     return np.asarray(codes), None if logits is None else np.asarray(logits)
 
 
-@pytest.mark.parametrize("guidance", [5.0, 1.5])
+@pytest.mark.parametrize("guidance", [5.0, pytest.param(1.5, marks=pytest.mark.slow)])
 def test_greedy_codes(case, guidance, oracle, close):
     ids, mask = pairs(case)
     steps = case.config.gen_vision.num_tokens
@@ -200,6 +200,7 @@ def growing(loop, grow: bool):
         yield seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan_layers", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_growing_cache_changes_nothing(tiny, close, scan_layers):
     case = tiny if scan_layers else tiny.unstacked
@@ -265,6 +266,7 @@ def test_every_token_is_drawn_anew(tiny, question):
     assert all(len(np.unique(row)) > 15 for row in tokens), tokens
 
 
+@pytest.mark.slow
 def test_spare_room_changes_nothing(tiny, question):
     exact = tokens_of(tiny, question, max_new_tokens=11, room=None)
     np.testing.assert_array_equal(exact, tokens_of(tiny, question, max_new_tokens=11))

@@ -37,10 +37,12 @@ def both(folder, **settings):
 @pytest.mark.parametrize(
     ("scan_layers", "weights"),
     [
-        (True, None),
         (False, "int8"),
         (True, "int4"),
-        *(pytest.param(*x, marks=pytest.mark.slow) for x in ((True, "int8"), (False, None), (False, "int4"))),
+        *(
+            pytest.param(*x, marks=pytest.mark.slow)
+            for x in ((True, None), (True, "int8"), (False, None), (False, "int4"))
+        ),
     ],
 )
 def test_hidden_states(folder, close, scan_layers, weights):

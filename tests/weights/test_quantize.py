@@ -53,7 +53,10 @@ def hidden(model, params, x):
     return model.apply({"params": params}, x, positions, jnp.ones(x.shape[:2], jnp.int32), method="hidden")
 
 
-@pytest.mark.parametrize(("scan_layers", "dtype"), [(True, "float32"), (False, "bfloat16"), (False, "float16")])
+@pytest.mark.parametrize(
+    ("scan_layers", "dtype"),
+    [(True, "float32"), *(pytest.param(False, x, marks=pytest.mark.slow) for x in ("bfloat16", "float16"))],
+)
 def test_every_int4_kernel_is_within_half_a_level_of_its_group(folder, scan_layers, dtype):
     """Beyond that, only what a scale lost when it was rounded to the dtype: 7 levels of it."""
     params = janus_jax.load(folder, dtype=dtype, scan_layers=scan_layers, progress=False).params
@@ -115,7 +118,7 @@ def test_products_are_those_of_the_rounded_kernels(folder, close, form, least, m
     assert least < error < most
 
 
-@pytest.mark.parametrize("form", ["int8", "int4"])
+@pytest.mark.parametrize("form", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
 def test_draws_and_answers(folder, tmp_path, form):
     from examples.tiny.tokenizer import write_tokenizer
     from janus_jax.processing.processor_files import TOKENIZER_FILES, copy_files
@@ -129,7 +132,7 @@ def test_draws_and_answers(folder, tmp_path, form):
     assert isinstance(janus.chat("what is this?", max_new_tokens=4), str)
 
 
-@pytest.mark.parametrize("form", ["int8", "int4"])
+@pytest.mark.parametrize("form", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
 def test_on_a_mesh(folder, close, form):
     mesh = make_mesh({"fsdp": 2, "tensor": 2}, jax.devices()[:4])
     alone = janus_jax.load(folder, weights=form, scan_layers=True, progress=False).params

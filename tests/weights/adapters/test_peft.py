@@ -73,6 +73,7 @@ def test_adapters_of_peft(size, get_case, oracle, kind, tmp_path, close):
         close(other, one, "ours read by PEFT")
 
 
+@pytest.mark.slow
 def test_layouts(tiny, tmp_path, close):
     """Layers stacked, and kernels fused where they can be: the same numbers."""
     given = inputs(tiny.config)
