@@ -181,7 +181,7 @@ def test_damaged_file(folder, reference, capfd, file, content):
 def test_no_folder(folder, capfd, monkeypatch, name):
     """Nor is the hub asked for it."""
     monkeypatch.chdir(folder.parent)
-    monkeypatch.setattr("janus_jax.loading._download", lambda *args: pytest.fail("the hub was asked"))
+    monkeypatch.setattr("janus_jax.hub._download", lambda *args: pytest.fail("the hub was asked"))
     assert run(pathlib.Path(name), capfd) == (2, [], [f"error: {name} is not a folder"])
 
 
