@@ -274,7 +274,6 @@ class JanusPipeline:
         """
         options = Options(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         asked = self._asking([messages], [images], max_new_tokens, options, system_prompt)
-        # The generator is separate, so that bad input is refused above and not with the first piece.
         pieces = self._stream(asked, batches.first(1, 1, self.mesh), piece=4)
         return self._tokenizer.stream_answer(piece[0] for piece in pieces)
 

@@ -24,10 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from janus_jax.config import read_config
+from janus_jax.hub import resolve
 from janus_jax.io.files import parse_json
 from janus_jax.io.messages import print_any_text, print_error, print_line
 from janus_jax.io.progress import shown, step_bar
-from janus_jax.loading import resolve
 from janus_jax.model.janus import Janus
 from janus_jax.processing.chat import SYSTEM_PROMPT, Processor
 from janus_jax.sampling.memory import OutOfMemory

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from janus_jax.config import dialect_of, original_config, transformers_config
+from janus_jax.hub import resolve
 from janus_jax.io.files import read_json_object
 from janus_jax.io.messages import one_line
 from janus_jax.io.progress import byte_bar
@@ -69,7 +70,7 @@ def from_torch(
 
     Raises OSError and ValueError; `out` is then unchanged.
     """
-    source = open_checkpoint(src)
+    source = open_checkpoint(resolve(src))
     if source.kind == "converted":
         raise ValueError(f"{source.folder} is already converted")
     dtype = parse_dtype(dtype)
@@ -119,7 +120,7 @@ def to_torch(
     max_shard_bytes = parse_size(max_shard_size)
     if dialect not in DIALECTS:
         raise ValueError(f"unknown dialect {dialect!r}; known: {', '.join(DIALECTS)}")
-    source = open_checkpoint(src)
+    source = open_checkpoint(resolve(src))
     same = dialect_of(source.raw_config) == dialect
     raw = source.raw_config if same else _translated(source, dialect, note)
     leaves = source.leaves

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from janus_jax.config import JanusConfig, dialect_of
-from janus_jax.loading import hub_id, resolve
+from janus_jax.hub import hub_id, resolve
 from janus_jax.model.janus import Janus, init_params
 from janus_jax.sharding import flatten, param_shardings, unflatten
 from janus_jax.weights.adapters.trainable import trainable

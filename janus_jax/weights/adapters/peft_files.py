@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import os
-import pathlib
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from janus_jax.config import JanusConfig
+from janus_jax.hub import resolve
 from janus_jax.io.fields import Fields, shown
 from janus_jax.io.files import read_json_object
 from janus_jax.io.messages import did_you_mean, one_line
@@ -57,13 +57,13 @@ _NOTHING = (None, False, "", "none")
 # ---------------------------------------------------------------- reading
 
 
-def read_adapter(folder: str | os.PathLike, config: JanusConfig) -> Adapter:
-    """The adapter in `folder`, for a model of `config`.
+def read_adapter(path_or_hub_id: str | os.PathLike, config: JanusConfig) -> Adapter:
+    """The adapter in a folder or on the hub, for a model of `config`.
 
     Raises: FileNotFoundError for missing files; ValueError in one line for settings that are not implemented, and for
       tensors that are missing, unknown, or of another model's shape.
     """
-    folder = pathlib.Path(folder)
+    folder = resolve(path_or_hub_id)
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{one_line(folder)} has no {CONFIG}; expected the folder of a PEFT adapter")
     try:
