@@ -5,6 +5,10 @@ converts them, and starts a process for each variant, which finds the converted 
 pages are dropped before), and its compilation cache as in `benchmarks.compile`. Start is everything before
 `janus_jax.load`: the interpreter, imports, the device. With `--whole` each process then draws the whole image, and the
 table also has the seconds from its start to the pixels.
+
+`--weights int8` or `int4` quantizes while loading, and `--source torch` loads the torch checkpoint itself. On Linux the
+table ends with the most memory that was resident until the parameters were there (pages of files that were read count)
+and what of it is neither theirs nor was there before.
 """
 
 from __future__ import annotations
@@ -25,8 +29,11 @@ _NAMES = ("prefill", "loop", "VQ decode")
 _STARTED = "JANUS_BENCHMARK_STARTED"
 
 
-def write_checkpoint(folder: pathlib.Path, preset: str) -> pathlib.Path:
-    """A converted checkpoint of `preset` with random bfloat16 weights, under `folder`; returns where it lies."""
+def write_checkpoint(folder: pathlib.Path, preset: str, kind: str = "converted") -> pathlib.Path:
+    """A checkpoint of `preset` with random bfloat16 weights, under `folder`; returns where it lies.
+
+    `kind` is "converted", or "torch" for the original layout in two shards.
+    """
     from benchmarks.convert import write_random_checkpoint
     from janus_jax.config import get_preset
     from janus_jax.weights.conversion import from_torch
@@ -34,6 +41,8 @@ def write_checkpoint(folder: pathlib.Path, preset: str) -> pathlib.Path:
     source, converted = folder / "torch", folder / "converted"
     source.mkdir()
     write_random_checkpoint(source, get_preset(preset))
+    if kind == "torch":
+        return source
     from_torch(source, converted)
     shutil.rmtree(source)
     return converted
@@ -51,19 +60,30 @@ def drop_pages(folder: pathlib.Path) -> int:
     return total
 
 
-def measure(checkpoint: pathlib.Path, whole: bool) -> common.Run:
+def peak_gib() -> float:
+    """The most memory that was ever resident in this process, in GiB; 0 where the system does not say."""
+    status = pathlib.Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return max([0.0, *(int(line.split()[1]) / 2**20 for line in lines if line.startswith("VmHWM"))])
+
+
+def measure(checkpoint: pathlib.Path, whole: bool, weights: str | None) -> common.Run:
     """Loads, compiles and draws once, in this process."""
     import jax
 
     import janus_jax
+    from janus_jax.weights.quantize import array_bytes
 
     jax.block_until_ready(jax.numpy.zeros(()))
     started = float(os.environ[_STARTED])
     run: common.Run = {"start": time.time() - started}
-    began = time.perf_counter()
-    janus = janus_jax.load(checkpoint, progress=False)
+    before, began = peak_gib(), time.perf_counter()
+    janus = janus_jax.load(checkpoint, weights=weights, progress=False)
     jax.block_until_ready(janus.params)
     run |= {"load": time.perf_counter() - began, "dtype": str(janus.model.dtype)}
+    memory: common.Run = {"peak GiB": peak_gib()}
+    params = sum(array_bytes(x.shape, x.dtype) for x in jax.tree.leaves(janus.params)) / 2**30
+    memory["beyond GiB"] = memory["peak GiB"] - before - params
     programs, seconds = compile_programs(janus.model, janus.params, _NAMES)
     run |= {f"{name} {what}": value for name, own in seconds.items() for what, value in own.items()}
     prefill, loop, decode = (programs[name] for name in _NAMES)
@@ -80,7 +100,7 @@ def measure(checkpoint: pathlib.Path, whole: bool) -> common.Run:
     run["VQ decode run"], _ = _device.timed(decode[0], janus.params, state.codes)
     if whole:
         run["image"] = time.time() - started
-    return run
+    return run | (memory if memory["peak GiB"] else {})
 
 
 def table(runs: common.Runs, whole: bool) -> common.Table:
@@ -94,6 +114,9 @@ def table(runs: common.Runs, whole: bool) -> common.Table:
     parts |= {"other steps": "loop: all other steps"} if whole else {}
     parts |= {"VQ decode run": "VQ decode: first run"}
     parts |= {"image": "**start to the first image**"} if whole else {}
+    if all("peak GiB" in run for own in good.values() for run in own):
+        parts |= {"peak GiB": "GiB: most that was resident until loaded"}
+        parts |= {"beyond GiB": "GiB: of these beyond the parameters and what was there before"}
     rows = [("seconds", *good)]
     for key, name in parts.items():
         rows.append((name, *(common.cell(common.median(own, key)) for own in good.values())))
@@ -108,14 +131,16 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     parser = common.make_parser("load", __doc__)
     parser.add_argument("--whole", action="store_true", help="draw a whole image, and tell when it was there")
+    parser.add_argument("--weights", choices=("int8", "int4"), help="quantize while loading (default: no)")
+    parser.add_argument("--source", choices=("converted", "torch"), default="converted", help="(default %(default)s)")
     parser.add_argument("--checkpoint", type=pathlib.Path, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.json:
-        return _device.answer(measure(args.checkpoint, args.whole))
+        return _device.answer(measure(args.checkpoint, args.whole, args.weights))
     variants = common.chosen(parser, args, CACHES)
     with tempfile.TemporaryDirectory(prefix="janus_load_") as name:
         folder = pathlib.Path(name)
-        checkpoint = write_checkpoint(folder, args.preset)
+        checkpoint = write_checkpoint(folder, args.preset, args.source)
         num_bytes = drop_pages(checkpoint)
 
         def environment(number: int, variant: str) -> dict[str, str]:
@@ -124,9 +149,10 @@ def main(argv: list[str] | None = None) -> int:
 
         child = [*arguments, "--checkpoint", str(checkpoint)]
         runs = common.run_rounds("load", child, variants, args.rounds, environment)
+    form = f" with {args.weights} weights" if args.weights else ""
     about = (
-        f"{args.preset}, {common.cell(num_bytes / 1e9)} GB on disk in bfloat16, not in memory; computed in "
-        f"{common.dtype_of(runs)}; one image with guidance; median of {args.rounds} rounds."
+        f"{args.preset}, {args.source}, {common.cell(num_bytes / 1e9)} GB on disk in bfloat16, not in memory; "
+        f"computed in {common.dtype_of(runs)}{form}; one image with guidance; median of {args.rounds} rounds."
     )
     return common.publish("load", "Loading", about, table(runs, args.whole), runs, arguments, args.record)
 

@@ -96,6 +96,8 @@ def test_load(tmp_path, here):
     seconds = {row[0]: numbers(row[1:])[0] for row in rows}
     whole = seconds.pop("**start to the first image**")
     assert 0 < seconds.pop("**start to the second code**") < whole
+    peak, beyond = (seconds.pop(name) for name in [name for name in seconds if name.startswith("GiB")])
+    assert beyond < peak and 0 < peak < 4
     # Nothing of the whole is left out.
     assert len(seconds) == 13 and min(seconds.values()) >= 0
     assert sum(seconds.values()) == pytest.approx(whole, rel=0.05)
