@@ -135,6 +135,7 @@ def test_scaling_counts_what_a_step_reads():
     assert scaling.step_flops(config, 3, 100) == 2 * (3 * weights + 300 * cache)
 
 
+@pytest.mark.slow
 def test_scaling_says_what_does_not_fit(tmp_path, here, monkeypatch):
     monkeypatch.setattr("janus_jax.sampling.memory.available_bytes", lambda device: 4_000_000)
     monkeypatch.setattr(scaling, "BATCHES", (1, 32))

@@ -115,6 +115,7 @@ def test_every_parameter_is_trained(trained):
 # ---------------------------------------------------------------- codes
 
 
+@pytest.mark.slow
 def test_reseeding_replaces_dead_codes_alone(images):
     state = init_vq_state(CONFIG)
     counts = jnp.zeros(TINY.codebook_size, jnp.int32).at[jnp.array([2, 5])].set(7)

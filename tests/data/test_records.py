@@ -116,7 +116,7 @@ def test_readers_are_let_go_and_shared_by_threads(folder, few):
     barrier, most = threading.Barrier(8), []
 
     def read(thread: int):
-        order = np.random.default_rng(thread).permutation(np.repeat(np.arange(len(data)), 20))
+        order = np.random.default_rng(thread).permutation(np.repeat(np.arange(len(data)), 6))
         barrier.wait()
         for index in order:
             assert data[int(index)].ids.tolist() == expected[index]

@@ -15,6 +15,7 @@ from janus_jax.model.llama import Llama
 from tests.library.tiny_janus import GOLDEN
 
 
+@pytest.mark.slow
 def test_float16_against_the_reference():
     """Everything within 2e-2, nothing that is not finite, and every id the same."""
     stored = golden.read_npz(GOLDEN / "golden.npz")
@@ -58,11 +59,11 @@ def test_the_residual_stream_leaves_float16s_range():
     x = jnp.full((1, 3, config.width), 6e4, jnp.float16)
     ids = jnp.zeros((1, 3), jnp.int32)
     model = Llama(config, dtype=jnp.float16)
-    params = model.init(jax.random.key(0), x, ids, ids + 1)
+    params = jax.jit(model.init)(jax.random.key(0), x, ids, ids + 1)
     large = jax.tree.map_with_path(
         lambda path, leaf: leaf * 3e4 if "o_proj" in jax.tree_util.keystr(path) else leaf, params
     )
-    hidden = model.apply(large, x, ids, ids + 1)
+    hidden = jax.jit(model.apply)(large, x, ids, ids + 1)
     assert hidden.dtype == jnp.float16 and bool(jnp.isfinite(hidden).all())
     norm = RMSNorm(1e-6, dtype=jnp.float16)
     y = norm.apply({"params": {"scale": jnp.full(4, 2.0)}}, jnp.asarray([[3e5, 0, 0, 0]], jnp.float32))

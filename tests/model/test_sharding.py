@@ -250,6 +250,7 @@ def test_codes_of_a_batch_that_the_mesh_does_not_divide(mesh, placed, codes_of):
     np.testing.assert_array_equal(codes_of(3, mesh, placed)[0], codes_of(3)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [MIXED], ids=str, indirect=True)
 def test_encoders_on_a_mesh(tiny, mesh, placed, rng, close):
     """SigLIP with its adapter, and VQ decode."""

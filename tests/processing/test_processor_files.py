@@ -186,7 +186,8 @@ def test_the_reference_finds_every_field(get_case, tmp_path, roles):
 # ---------------------------------------------------------------- transformers answers as we do
 
 
-@pytest.mark.parametrize("name", ["tiny", *(pytest.param(x, marks=pytest.mark.slow) for x in SIZES if x != "tiny")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SIZES)
 def test_transformers_answers_with_our_ids(get_case, tmp_path, name):
     from transformers import AutoProcessor, AutoTokenizer, JanusForConditionalGeneration, pipeline
 

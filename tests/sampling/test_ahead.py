@@ -27,10 +27,12 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("loading", "prompts", "settings", "sizes"),
-    [({}, "a red house", {"n": 2}, 4), ({"weights": "int8"}, ["a cat", "a dog"], {"cfg_weight": 1.0, "top_k": 5}, 1)],
+    [
+        pytest.param({}, "a red house", {"n": 2}, 4, marks=pytest.mark.slow),
+        ({"weights": "int8"}, ["a cat", "a dog"], {"cfg_weight": 1.0, "top_k": 5}, 1),
+    ],
 )
 def test_what_was_compiled_is_not_compiled_again(folder, caplog, monkeypatch, loading, prompts, settings, sizes):
     monkeypatch.setattr("janus_jax.sampling.cache._is_large", lambda cache, weights: sizes > 1)
@@ -58,7 +60,8 @@ def compiled(caplog, programs=PROGRAMS) -> dict[str, int]:
     return {name: sum(f"Finished XLA compilation of jit({name})" in line for line in told) for name in programs}
 
 
-@pytest.mark.parametrize(("images", "sizes"), [(0, 4), pytest.param(2, 1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("images", "sizes"), [(0, 4), (2, 1)])
 def test_an_answer_is_not_compiled_again(folder, caplog, monkeypatch, images, sizes):
     monkeypatch.setattr("janus_jax.sampling.cache._is_large", lambda cache, weights: sizes > 1)
     pixels = [np.full((30, 40, 3), 40 * i, np.uint8) for i in range(images)]
@@ -88,6 +91,7 @@ def test_a_mesh_is_refused(folder, name):
         janus_jax.load(folder, mesh={"data": 8}, progress=False, ahead=lambda janus: getattr(janus, name)("a cat"))
 
 
+@pytest.mark.slow
 def test_parts_are_compiled_where_not_all_images_fit(folder, caplog, monkeypatch):
     janus = janus_jax.load(folder, progress=False)
     per_image = batches.bytes_to_draw(janus.model, *janus._drawing("a cat", 1, Options(cfg_weight=5.0))[0].shape[1:])

@@ -43,13 +43,12 @@ def refused(call) -> NotFinite:
     return caught.value
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_damaged_parameters_are_named(janus, dtype):  # noqa: F811
-    broken = changed(janus, "language_model/norm/scale", nan_everywhere, dtype)
+def test_damaged_parameters_are_named(janus):  # noqa: F811
+    broken = changed(janus, "language_model/norm/scale", nan_everywhere)
     error = refused(lambda: broken.generate_images(SHORT, n=2, **GREEDY))
     assert error.rows == [0, 1]
     assert str(error) == (
-        f"image 0 and 1 more: the logits are not finite after the prompt (computed in {dtype}): "
+        "image 0 and 1 more: the logits are not finite after the prompt (computed in float32): "
         "language_model/norm/scale has values that are not finite; the checkpoint is damaged, get or convert it again"
     )
     assert "language_model/norm/scale" in str(refused(lambda: broken.chat(QUESTION, **SETTINGS)))
@@ -133,7 +132,10 @@ def test_black_pictures(janus, codes, dtype):  # noqa: F811
     """The VQ decoder of a model in float16 computes in float32, and is said to."""
     broken = changed(janus, "gen_vision_model/decoder/conv_out/bias", nan_everywhere, dtype)
     error = refused(lambda: broken.decode_codes(codes, batch_size=2))
-    assert error.rows == [0, 1] and "the VQ decoder's pixels are not finite (computed in float32)" in str(error)
+    assert error.rows == [0, 1] and str(error).startswith(
+        "image 0 and 1 more: the VQ decoder's pixels are not finite (computed in float32): "
+        "gen_vision_model/decoder/conv_out/bias has values that are not finite"
+    )
 
 
 def test_codes_of_nothing(janus):  # noqa: F811

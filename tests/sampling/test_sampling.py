@@ -107,7 +107,7 @@ def test_batch_equals_its_rows_alone(tiny, close):
         close(alone_logits[0], logits[i], "logits alone", 1e-5)
 
 
-@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize("scan_layers", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_one_prompt_for_all_images_is_prefilled_once(tiny, close, scan_layers):
     case = tiny if scan_layers else tiny.unstacked
     ids, mask = pairs(case, (8,))

@@ -329,6 +329,7 @@ def test_normalize_is_what_the_host_does(settings, rng):
     np.testing.assert_allclose(normalize(jnp.asarray(stacked), settings), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_recomputation_changes_no_gradient(rng):
     config = LlamaConfig(vocab_size=8, width=16, mlp_dim=24, layers=2, heads=2, kv_heads=1, head_dim=8)
     x = rng.normal(size=(2, 6, 16)).astype(np.float32)

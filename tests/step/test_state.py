@@ -328,6 +328,7 @@ def test_an_update_that_is_not_finite_is_left_out(config, mesh, processor, batch
     assert metrics["learning_rate"] == pytest.approx(3e-3)
 
 
+@pytest.mark.slow
 def test_parts_of_a_step_add_up(config, mesh, processor, batch):
     """accumulate=2 gives the gradients of the whole batch."""
     config = dataclasses.replace(config, stage=1)

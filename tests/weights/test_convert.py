@@ -285,5 +285,5 @@ def test_command_lines_say_errors_in_a_line(script, source, tmp_path):
     dialect = ("--dialect", "original") if script == "to_torch.py" else ()
     done = run(script, "--src", tmp_path / "nowhere", "--out", tmp_path / "out", *dialect)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"error: {tmp_path / 'nowhere'} is not a folder; expected a Janus checkpoint there\n"
+    assert done.stderr == f"error: {tmp_path / 'nowhere'} is neither a folder nor a hub id of the form owner/name\n"
     assert names(tmp_path) == set()

@@ -38,10 +38,9 @@ def both(folder, **settings):
     ("scan_layers", "weights"),
     [
         (False, "int8"),
-        (True, "int4"),
         *(
             pytest.param(*x, marks=pytest.mark.slow)
-            for x in ((True, None), (True, "int8"), (False, None), (False, "int4"))
+            for x in ((True, None), (True, "int8"), (True, "int4"), (False, None), (False, "int4"))
         ),
     ],
 )

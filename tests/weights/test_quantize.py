@@ -118,7 +118,8 @@ def test_products_are_those_of_the_rounded_kernels(folder, close, form, least, m
     assert least < error < most
 
 
-@pytest.mark.parametrize("form", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["int8", "int4"])
 def test_draws_and_answers(folder, tmp_path, form):
     from examples.tiny.tokenizer import write_tokenizer
     from janus_jax.processing.processor_files import TOKENIZER_FILES, copy_files

@@ -32,7 +32,9 @@ def gradients(model, trained, fixed, given, weights):
     return jax.grad(loss)(trained)
 
 
-@pytest.mark.parametrize(("size", "kind"), [("tiny", "dora"), ("grouped", "patterns")])
+@pytest.mark.parametrize(
+    ("size", "kind"), [pytest.param("tiny", "dora", marks=pytest.mark.slow), ("grouped", "patterns")]
+)
 def test_gradients(size, kind, get_case, oracle, tmp_path, close):
     torch, case = pytest.importorskip("torch"), get_case(size)
     wrapped, given, c = peft_model(case.torch_model, kind), inputs(case.config), case.config
