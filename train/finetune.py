@@ -26,9 +26,9 @@ import numpy as np
 
 from janus_jax import compilation_cache
 from janus_jax.config import JanusConfig
+from janus_jax.hub import hub_id, resolve
 from janus_jax.io.fields import shown
 from janus_jax.io.messages import did_you_mean, print_any_text, print_error
-from janus_jax.hub import hub_id, resolve
 from janus_jax.loading import default_dtype
 from janus_jax.processing.chat import Processor
 from janus_jax.sampling.footprint import refuse_too_large

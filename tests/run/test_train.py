@@ -303,7 +303,7 @@ def command(folders, start, tmp_path):
     [
         ("data.text=nowhere", "nowhere"),
         ("mesh.fsdp=3", "batch_size=8 does not divide into accumulate=1 micro-batches over 3 data x fsdp shards"),
-        ("init_from=absent", "init_from: absent is neither a folder nor a hub id"),
+        ("init_from=absent", "init_from: absent is not a folder"),
         ("init_from=tests", "init_from: tests"),
         ("vision_from=absent.safetensors", "vision_from: absent.safetensors does not exist"),
         ("batch_size=0", "batch_size must be at least 1, got 0"),
