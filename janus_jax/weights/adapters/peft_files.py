@@ -54,6 +54,10 @@ _INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 _NOTHING = (None, False, "", "none")
 
 
+def is_adapter(folder: str | os.PathLike) -> bool:
+    return (pathlib.Path(folder) / CONFIG).is_file()
+
+
 # ---------------------------------------------------------------- reading
 
 
