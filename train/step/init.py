@@ -108,7 +108,7 @@ def open_sources(config: TrainConfig) -> dict[str, LazyParams]:
         ("vq_from", "gen_vision_model"),
     ):
         if path := getattr(config, key):
-            parts[part] = _open_one(key, pathlib.Path(path), config, part)
+            parts[part] = _open_one(key, _source(key, path), config, part)
     return parts
 
 
