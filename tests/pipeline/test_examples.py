@@ -19,6 +19,7 @@ from tests.library.tiny_janus import write_checkpoint
 from tests.weights.adapters.random_adapters import written
 
 ROOT = pathlib.Path(janus_jax.__file__).parents[1]
+TRAINING = ("docs/finetuning.md",)
 PAGES = ("README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
 
 
@@ -50,6 +51,7 @@ def here(janus, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(janus.source, tmp_path / "deepseek-ai" / "Janus-Pro-1B")
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8)).save("bicycle.png")
+    pathlib.Path("photos.jsonl").write_text('{"image": "bicycle.png", "caption": "a red bicycle"}\n')
     (tmp_path / "adapters").mkdir()
     for seed, name in enumerate(("watercolor", "photos")):
         written(tmp_path / "adapters" / name, janus.config, seed=seed)
@@ -64,7 +66,10 @@ def test_docstrings(name, here, janus):
         assert doctest.DocTestRunner().run(test).failed == 0, test.name
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=pytest.mark.slow if page in TRAINING else ()) for page in PAGES if blocks(page)],
+)
 def test_pages(page, here, janus):
     """Blocks of a page run one after the other, as a reader would type them."""
     names = {"janus": dataclasses.replace(janus), "janus_jax": janus_jax, "jnp": jnp}
