@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from examples.tiny.run import MODEL, tiny_config, write_checkpoint, write_data
+from janus_jax import hub
 from janus_jax.model.janus import Janus
 from janus_jax.processing.chat import Processor
 from janus_jax.sharding import cast, flatten, make_mesh, unflatten
@@ -22,7 +24,7 @@ from train.config import AdapterConfig, OptimizerConfig, TrainConfig
 from train.data.batches import Assembler
 from train.data.mixture import Mixture
 from train.step import step as step_module
-from train.step.init import first_state
+from train.step.init import first_state, open_sources
 from train.step.leaves import abstract_leaves, first_adapter, joined
 from train.step.loss import loss_sums, token_losses
 from train.step.state import abstract_state, batch_sharding, make_optimizer
@@ -222,3 +224,13 @@ def test_a_base_that_is_quantized_already(job, start, tmp_path):
         other = dataclasses.replace(ready, adapter=dataclasses.replace(config.adapter, weights=weights))
         with raises_one_line("init_from: .* has int4 weights; set adapter.weights=int4"):
             first_state(other, mesh)
+
+
+def test_a_base_from_the_hub(job, start, monkeypatch):
+    config, *_ = job(ORDINARY)
+    asked = []
+    monkeypatch.setattr(hub, "_download", lambda name, revision: asked.append(name) or pathlib.Path(start))
+    sources = open_sources(dataclasses.replace(config, init_from="somebody/janus"))
+    assert asked == ["somebody/janus"] and "language_model" in sources
+    with raises_one_line("init_from: nowhere", FileNotFoundError):
+        open_sources(dataclasses.replace(config, init_from="nowhere"))
