@@ -145,7 +145,7 @@ def _finetune(
         with _left_as_it_was(out / part.name):
             report = prepare(
                 part, out / part.name, kind, processor, encode=encode, vq_fingerprint=fingerprint, context=context,
-                batch_size=min(8, len(part)), max_bad_share=max_bad_share, progress=progress,
+                batch_size=min(32, len(part)), max_bad_share=max_bad_share, progress=progress,
             )  # fmt: skip
         dropped = report.read - report.kept
         say(f"{report.folder}: {report.kept:,} samples, {report.tokens:,} tokens; {dropped:,} dropped")

@@ -17,11 +17,11 @@ def test_data(tmp_path):
     files = tune.write_data(tmp_path / "data")
     _, labels = load_split("train")
     drawn = [json.loads(line) for line in files["mirrored"].read_text().splitlines()]
-    assert len(drawn) == 2 * len(labels)
+    assert len(drawn) == 4 * len(labels)
     assert all(one["caption"].endswith(", mirrored") == ("mirrored" in one["image"]) for one in drawn)
     judge = tune.Judge()
     for back, least, most in ((False, 0.95, 1.0), (True, 0.2, 0.6)):
-        pictures = [np.asarray(Image.open(tmp_path / "data" / f"{i:04d}.png")) for i in range(len(labels))]
+        pictures = [np.asarray(Image.open(tmp_path / "data" / f"{i:04d}_0.png")) for i in range(len(labels))]
         seen = np.stack(pictures)[:, :, :: -1 if back else 1]
         assert least <= np.mean(judge.predict(seen) == labels) <= most, "a mirrored digit is not the digit"
     asked = [json.loads(line) for line in files["even"].read_text().splitlines()]
