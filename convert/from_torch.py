@@ -17,7 +17,7 @@ from janus_jax.weights.torch_weights import DTYPES
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--src", required=True, help="folder with config.json and safetensors or .bin weights")
+    parser.add_argument("--src", required=True, help="folder with config.json and weights, or hub id")
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="cast the parameters (default: keep the checkpoint's)")
     parser.add_argument("--weights", choices=FORMS, help="quantize the decoder's and the heads' kernels (default: no)")
