@@ -60,6 +60,7 @@ def misbehave(data, folder):
     return None
 
 
+@pytest.mark.slow
 def test_the_harness_finds_what_it_looks_for():
     bounded = Bounded(seconds=1, mebibytes=100)
     assert bounded(misbehave, b"") == "" and bounded(misbehave, b"refuse") == "one"

@@ -89,7 +89,8 @@ def test_scale_and_merge(folder, adapters):  # noqa: F811
         janus.merge_adapter()
 
 
-@pytest.mark.parametrize(("weights", "tolerance"), [("int8", 0.02), pytest.param("int4", 0.2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("weights", "tolerance"), [("int8", 0.02), ("int4", 0.2)])
 def test_over_quantized_kernels(folder, adapters, weights, tolerance):  # noqa: F811
     """The same change of a kernel that is stored in another form; it cannot be merged into that."""
     janus = load(folder, weights=weights, adapter=adapters["dora"])

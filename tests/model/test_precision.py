@@ -103,7 +103,7 @@ def test_every_float32_product_is_exact(cpu, weights):
         assert precisions(f, *args) == {"float32": {HIGHEST}}, name
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", [pytest.param("bfloat16", marks=pytest.mark.slow), "float16"])
 def test_narrow_models_ask_for_nothing_but_where_codes_are_decided(dtype):
     for name, (f, args) in programs(dtype).items():
         seen = precisions(f, *args)
@@ -115,9 +115,8 @@ def test_narrow_models_ask_for_nothing_but_where_codes_are_decided(dtype):
             assert seen == {dtype: {None}}, name
 
 
-@pytest.mark.parametrize(
-    ("default", "platform"), [("bfloat16", "tpu"), pytest.param("tensorfloat32", "cuda", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("default", "platform"), [("bfloat16", "tpu"), ("tensorfloat32", "cuda")])
 def test_a_float32_model_is_the_same_whatever_the_default(default, platform):
     def lowered(f, args) -> str:
         return jax.jit(f).trace(*args).lower(lowering_platforms=(platform,)).as_text()

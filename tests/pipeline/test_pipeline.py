@@ -44,7 +44,7 @@ def test_codes_are_codes(janus, codes):
     assert len({tuple(row) for row in codes}) == 5
 
 
-@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_batch_size_changes_nothing(janus, codes, batch_size):
     np.testing.assert_array_equal(janus.generate_codes(SHORT, n=5, batch_size=batch_size), codes)
 
@@ -117,7 +117,9 @@ def test_settings_share_one_program(janus, codes):
     assert [program._cache_size() for program in programs] == before
 
 
-@pytest.mark.parametrize("shape", MESHES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [*(pytest.param(shape, marks=pytest.mark.slow) for shape in MESHES[:-1]), MESHES[-1]], ids=str
+)
 def test_meshes_change_nothing(folder, janus, codes, shape):
     """Five images fit neither eight shards nor four."""
     spread = load(folder, mesh=shape)

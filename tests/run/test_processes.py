@@ -202,6 +202,7 @@ def refusal(told: list[tuple[int, str, str]]) -> str:
     return lines[0]
 
 
+@pytest.mark.slow
 def test_another_configuration_is_found_out(folders, start, env, tmp_path):
     config = write_config(tmp_path / "two.py", folders, start)
     line = refusal(outcome(launch(config, env, [tmp_path] * 2, [], ["optimizer.learning_rate=0.5"])))

@@ -106,6 +106,7 @@ def test_parts_are_compiled_where_not_all_images_fit(folder, caplog, monkeypatch
     assert set(compiled(caplog).values()) == {0}
 
 
+@pytest.mark.slow
 def test_no_memory_ahead_is_left_to_drawing(folder, monkeypatch):
     def compile_codes(*args, **kwargs):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
