@@ -115,6 +115,12 @@ def finetune(
     except faults.Stopped as error:
         kind_of_error = ValueError if error.code == faults.STOPPED else OSError
         raise kind_of_error(str(error)) from None
+    except jax.errors.JaxRuntimeError as error:
+        if not OutOfMemory.says(error):
+            raise
+        raise OutOfMemory(
+            "a step does not fit in the devices' memory; use a smaller context, or weights int8 or int4"
+        ) from None
 
 
 def _finetune(
@@ -329,11 +335,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         finetune(**{name: value for name, value in given.items() if value is not None})
     except (OSError, ValueError, OutOfMemory) as error:
         print_error(error)
-        return 2
-    except jax.errors.JaxRuntimeError as error:
-        if not OutOfMemory.says(error):
-            raise
-        print_error("a step does not fit in the devices' memory; lower --context, or use --weights int4")
         return 2
     except KeyboardInterrupt:
         print("interrupted; run the same command to continue from here", file=sys.stderr)

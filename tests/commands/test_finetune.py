@@ -13,11 +13,12 @@ import janus_jax
 from examples.tiny.run import MODEL, write_checkpoint
 from examples.tiny.tokenizer import write_tokenizer
 from janus_jax import __main__ as command
+from janus_jax.sampling.memory import OutOfMemory
 from janus_jax.sharding import flatten, make_mesh
 from janus_jax.weights.adapters.peft_files import read_adapter
 from train import finetune
 from train.config import EvalConfig
-from train.run import figures, loop
+from train.run import faults, figures, loop
 from train.run.metrics import read_metrics
 
 WORDS = ("a red house", "two green trees", "the blue sea", "some yellow sun")
@@ -138,3 +139,20 @@ def test_the_function_raises(model, photos, tmp_path):
         finetune.finetune(model, photos / "photos.jsonl", "generatoin", tmp_path / "out")
     with pytest.raises(ValueError, match="weights must be int8 or int4, got 'int2'"):
         finetune.finetune(model, photos / "photos.jsonl", "generation", tmp_path / "out", weights="int2")
+
+
+def test_what_ends_a_run_is_an_ordinary_error(model, photos, tmp_path, monkeypatch):
+    """In a notebook: neither an exit nor an exception of the loop's own."""
+    given = (model, photos / "questions.jsonl", "understanding", tmp_path / "out")
+    for raised, kind, told in (
+        (faults.Stopped("not finite", faults.STOPPED), ValueError, "not finite"),
+        (faults.Stopped("disk full", faults.STORAGE), OSError, "disk full"),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GiB"), OutOfMemory, "a step does not fit"),
+    ):
+
+        def train(*args, raised=raised, **options):
+            raise raised
+
+        monkeypatch.setattr(finetune, "train", train)
+        with pytest.raises(kind, match=told):
+            finetune.finetune(*given)
