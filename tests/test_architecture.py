@@ -15,7 +15,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PLACES = ("janus_jax", "train", "convert", "configs", "examples", "benchmarks", "tests")
+PLACES = ("janus_jax", "train", "convert", "configs", "examples", "benchmarks", "notebooks", "tests")
 # The rooms from the ground floor up. A room may import itself and those above it in this list, of its own place;
 # a name that ends in `.*` means all modules of the folder.
 FLOORS = (
@@ -49,6 +49,7 @@ OTHERS = {
     "configs": {"janus_jax", "train", "examples"},
     "examples": {"janus_jax", "train"},
     "benchmarks": {"janus_jax", "train", "examples", "convert"},
+    "notebooks": {"janus_jax", "train", "examples"},
     "tests": set(PLACES),
 }
 
@@ -128,7 +129,7 @@ def test_planning_loads_no_data():
 # ---------------------------------------------------------------- the map, and sizes
 
 # Where users look: tests mirror the modules, and a config is a file a run.
-MAPPED = ("janus_jax", "train", "convert", "examples", "benchmarks")
+MAPPED = ("janus_jax", "train", "convert", "examples", "benchmarks", "notebooks")
 MOST_LINES, MOST_MODULES = 400, 12
 
 

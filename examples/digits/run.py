@@ -57,10 +57,10 @@ def run(config: DigitsConfig, steal: bool = False) -> dict[str, Any]:
     """
     clock = _Clock()
     # In every process alike, and saved together: orbax has no way to save in one of them alone.
-    _train_vq(config)
+    train_tokenizer(config)
     clock.lap("VQ tokenizer")
     if jax.process_index() == 0:
-        _prepare(config)
+        prepare_data(config)
         clock.lap("data")
     barrier()
     exported = None
@@ -104,7 +104,8 @@ class _Clock:
 # ---------------------------------------------------------------- what the stages need
 
 
-def _train_vq(config: DigitsConfig):
+def train_tokenizer(config: DigitsConfig):
+    """Trains the VQ tokenizer of images, unless `config.vq_folder` holds it already."""
     if from_first((config.vq_folder / "config.json").exists()):
         return
     images = to_float(to_rgb(shifted(load_split(*config.training_splits)[0])))
@@ -115,7 +116,8 @@ def _train_vq(config: DigitsConfig):
         print("VQ tokenizer: " + ", ".join(f"{name} {value:.4g}" for name, value in last.items()), flush=True)
 
 
-def _prepare(config: DigitsConfig):
+def prepare_data(config: DigitsConfig):
+    """Writes the digits as sources, the tokenizer of their texts, and the prepared folders that the stages read."""
     model = config.stages[0].model
     if not (config.tokenizer / "tokenizer.json").exists():
         vision = model.vision
