@@ -28,7 +28,7 @@ def pictures(
     rows = -(-len(images) // columns)
     columns = min(columns, len(images))
     figure, axes = pyplot.subplots(
-        rows, columns, figsize=(columns * size, rows * (size + 0.25 * bool(titles))), squeeze=False
+        rows, columns, figsize=(columns * size, rows * (size + 0.25 * (len(titles) > 0))), squeeze=False
     )
     for axis in axes.flat:
         axis.axis("off")
