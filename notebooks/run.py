@@ -148,7 +148,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             tidy(execute(notebook, parameters))
         except (CellExecutionError, ValueError) as error:
-            print(f"error: {path.name}: {_ESCAPES.sub('', str(error))}", file=sys.stderr)
+            # Without what the cell wrote, which may be a long progress bar.
+            what = error.traceback.rpartition("------------------")[2] if isinstance(error, CellExecutionError) else error
+            print(f"error: {path.name}: {_ESCAPES.sub('', str(what)).strip()}", file=sys.stderr)
             return 1
         nbformat.write(notebook, path)
         for fault in (found := faults(notebook)):
