@@ -149,8 +149,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             tidy(execute(notebook, parameters))
         except (CellExecutionError, ValueError) as error:
             # Without what the cell wrote, which may be a long progress bar.
-            what = error.traceback.rpartition("------------------")[2] if isinstance(error, CellExecutionError) else error
-            print(f"error: {path.name}: {_ESCAPES.sub('', str(what)).strip()}", file=sys.stderr)
+            what = getattr(error, "traceback", str(error)).rpartition("------------------")[2]
+            print(f"error: {path.name}: {_ESCAPES.sub('', what).strip()}", file=sys.stderr)
             return 1
         nbformat.write(notebook, path)
         for fault in (found := faults(notebook)):
