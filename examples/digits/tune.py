@@ -35,7 +35,7 @@ _SETTINGS: dict[str, Any] = {
     # Mirrored strokes are codes that the model has hardly drawn: its image head and embedding change too.
     "targets": ("decoder", "heads", "aligners"), "save": ("gen_embed",),
 }  # fmt: skip
-STEPS = {"mirrored": 400, "even": 120}
+STEPS = {"mirrored": 550, "even": 120}
 _GUIDANCE, _TEMPERATURE = 2.25, 0.8  # of `configs/digits.py`
 
 
