@@ -84,7 +84,7 @@ def tidy(notebook: NotebookNode) -> NotebookNode:
         kept = []
         for output in cell.outputs:
             if output.output_type == "stream":
-                output.text = _written(output.text)
+                output.text = _ALARM.sub("", _written(output.text))
                 if output.name == "stderr" and _BAR.sub("", output.text).strip() == "":
                     continue
                 output.text = output.text.replace(f"{_ROOT}/", "").replace(home, "~")
@@ -99,6 +99,8 @@ def tidy(notebook: NotebookNode) -> NotebookNode:
     return notebook
 
 
+# XLA's, when a busy machine takes minutes to compile.
+_ALARM = re.compile(r"^E\d{4} \S+ +\d+ slow_operation_alarm.*\n\n?\*+\n.*\n\*+\n", re.MULTILINE)
 _BAR = re.compile(r"^.*(it/s|s/it|\d+%|\?it).*$", re.MULTILINE)
 
 

@@ -102,6 +102,18 @@ def test_running_one():
     assert run.faults(notebook) == ["its outputs are those of other code"]
 
 
+def test_what_a_busy_machine_says_is_left_out():
+    alarm = (
+        "E1126 05:59:16.290049   28884 slow_operation_alarm.cc:73] \n****\n[Compiling module jit_f] Very slow?\n****\n"
+    )
+    took = "E1126 06:00:09.900992   28661 slow_operation_alarm.cc:140] It took 2m\n\n****\n[Compiling f]\n****\n"
+    notebook = notebook_of("1")
+    notebook.cells[0].outputs = [nbformat.v4.new_output("stream", name="stderr", text=alarm + took)]
+    assert not run.tidy(notebook).cells[0].outputs
+    notebook.cells[0].outputs = [nbformat.v4.new_output("stream", name="stderr", text=alarm + "ours\n")]
+    assert run.tidy(notebook).cells[0].outputs[0].text == "ours\n"
+
+
 def test_failing_ones(tmp_path, monkeypatch, capsys):
     """Nothing is saved of a cell that fails; a name or a parameter that does not exist is named."""
     monkeypatch.setattr(run, "FOLDER", tmp_path)
