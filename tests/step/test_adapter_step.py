@@ -129,7 +129,7 @@ def test_gradients(job, start, kind, close):
     [
         ("dora int4", {"fsdp": 2}),
         ("rslora int8", {"data": 2, "fsdp": 2, "tensor": 2}),
-        ("lora", {"fsdp": 2, "tensor": 4}),
+        ("lora", {"fsdp": 4, "tensor": 2}),
     ],
 )
 def test_several_devices_come_to_what_one_does(job, kind, sizes, close):
