@@ -33,7 +33,8 @@ the model's einsums:
   on each device for its rows. There `constrain` applies to the other axes only.
 
 To add a mesh axis: name it in `MESH_AXES`, declare in `RULES` what it splits (in `PARAMETER_AXES` too, if that has no
-logical axis yet), and give `MeshConfig` in `train/config.py` a field of that name. Then, depending on what it splits:
+logical axis yet), and give `MeshConfig` in `train/config.py` a field of that name, in the order of `MESH_AXES`: devices
+of the last axis are nearest to one another. `tests/step/test_new_axis.py` tries one. Then, depending on what it splits:
 
 - "batch", like `data`: nothing more; batches, gradients, memory estimates and `janus_jax.load` follow the tables.
 - "heads", "kv_heads", "mlp", "vocab", like `tensor`: nothing more; the compiler splits the work.

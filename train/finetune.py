@@ -29,6 +29,7 @@ from janus_jax.config import JanusConfig
 from janus_jax.hub import hub_id, resolve
 from janus_jax.io.fields import shown
 from janus_jax.io.messages import did_you_mean, print_any_text, print_error
+from janus_jax.io.progress import in_notebook
 from janus_jax.loading import default_dtype
 from janus_jax.processing.chat import Processor
 from janus_jax.sampling.footprint import refuse_too_large
@@ -41,7 +42,7 @@ from train.prepare import prepare, vq_encoder
 from train.raw.sources import BadSample, RawSample, open_source
 from train.run import faults
 from train.run.distributed import say
-from train.run.figures import Live, in_notebook
+from train.run.figures import Live
 from train.run.loop import train
 from train.validate import validate
 

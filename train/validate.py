@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from janus_jax.config import original_config
 from janus_jax.model.attention import takes
-from janus_jax.sharding import batch_shards
+from janus_jax.sharding import RULES, batch_shards
 from train.config import KINDS, TRAINED, TrainConfig
 from train.step.leaves import abstract_leaves
 
@@ -107,11 +107,11 @@ def _check_adapter(config: TrainConfig):
 
 def check_mesh(config: TrainConfig, mesh: Mesh):
     """ValueError in one line if `mesh` does not fit the rest of `config`."""
-    shards = batch_shards(mesh)
+    shards, axes = batch_shards(mesh), " x ".join(RULES["batch"])
     if config.batch_size % (config.accumulate * shards):
         raise ValueError(
             f"batch_size={config.batch_size} does not divide into accumulate={config.accumulate} micro-batches over "
-            f"{shards} data x fsdp shards of the mesh; make it a multiple of {config.accumulate * shards}"
+            f"{shards} {axes} shards of the mesh; make it a multiple of {config.accumulate * shards}"
         )
 
 

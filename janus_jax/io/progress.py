@@ -11,7 +11,13 @@ def shown(progress: bool | None) -> bool:
     """Whether to show progress: as requested; by default, in a terminal or a notebook."""
     if progress is not None:
         return progress
-    return sys.stderr.isatty() or "ipykernel" in sys.modules
+    return sys.stderr.isatty() or in_notebook()
+
+
+def in_notebook() -> bool:
+    """Whether this code runs in a notebook's kernel, whatever has been imported."""
+    get_shell = getattr(sys.modules.get("IPython"), "get_ipython", None)
+    return get_shell is not None and hasattr(get_shell(), "kernel")
 
 
 def step_bar(description: str, steps: int, enabled: bool) -> tqdm:

@@ -12,6 +12,7 @@ from examples.digits import tune
 from examples.digits.data import QUESTIONS, load_split
 
 
+@pytest.mark.slow
 def test_data(tmp_path):
     """Every digit as it is and mirrored, under captions that say so; and as many old questions as new ones."""
     files = tune.write_data(tmp_path / "data")

@@ -50,6 +50,7 @@ def one_device(monkeypatch):
     monkeypatch.setattr(finetune.jax, "devices", lambda *args, real=jax.devices: real(*args)[:1])
 
 
+@pytest.mark.slow
 def test_interrupted_and_gone_on_with(model, photos, tmp_path, monkeypatch, capsys):
     """Preparation is not repeated, held-out samples are told apart, and the result is used as the command says."""
     how = {"steps": 4, "batch_size": 2, "rank": 2, "targets": ("o_proj",), "weights": "int8", "prompts": ()}

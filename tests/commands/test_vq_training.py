@@ -101,6 +101,7 @@ def test_reconstruct_is_encode_and_decode(images):
     np.testing.assert_allclose(reconstruction, run("decode", codes), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_every_parameter_is_trained(trained):
     """What is before the quantizer straight through it, the codebook by its own loss."""
     before = jax.tree_util.tree_leaves_with_path(init_vq_state(CONFIG).params)
@@ -157,6 +158,7 @@ def test_counts_are_of_one_window(images):
 # ---------------------------------------------------------------- runs
 
 
+@pytest.mark.slow
 def test_training_learns(trained, images):
     params, history = trained
     assert {name: values.shape for name, values in history.items()} == dict.fromkeys(
@@ -167,12 +169,14 @@ def test_training_learns(trained, images):
     assert jax.tree.structure(params) == jax.tree.structure(init_vq_state(CONFIG).params)
 
 
+@pytest.mark.slow
 def test_training_is_deterministic(trained, images):
     params, history = train_vq(CONFIG, images, progress=False)
     jax.tree.map(np.testing.assert_array_equal, params, trained[0])
     jax.tree.map(np.testing.assert_array_equal, history, trained[1])
 
 
+@pytest.mark.slow
 def test_saved_folder_is_a_checkpoint(trained, images, tmp_path):
     params, _ = trained
     save_vq(tmp_path / "vq", TINY, params)

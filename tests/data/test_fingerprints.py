@@ -64,6 +64,7 @@ def test_a_little_training_is_another_model(params):
         check_codes([Folder(params_fingerprint({VQ: params}))], frozen, mesh)
 
 
+@pytest.mark.slow
 def test_a_run_refuses_codes_of_another_model_before_its_first_step(tmp_path):
     folders = write_data(tmp_path / "data", count=12)
     ours, other = write_checkpoint(tmp_path / "ours", seed=0), write_checkpoint(tmp_path / "other", seed=1)

@@ -45,6 +45,7 @@ def test_entropy():
     assert inside.entropy(np.log([0.5, 0.25, 0.25]), 0.5) == pytest.approx(1.2516292)
 
 
+@pytest.mark.slow
 def test_growing(janus, drawn):
     codes = drawn[0][:1]
     most, size = codes.shape[1], janus.config.gen_vision.image_size

@@ -96,7 +96,7 @@ def programs(dtype: str, cpu: bool = False, weights: str | None = None) -> dict[
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("cpu", [False, True])
+@pytest.mark.parametrize("cpu", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("weights", [None, "int8"])
 def test_every_float32_product_is_exact(cpu, weights):
     for name, (f, args) in programs("float32", cpu, weights).items():

@@ -1,4 +1,4 @@
-"""The examples of docstrings, README.md and docs/ run, with the files that they name and a tiny model in place."""
+"""The examples of docstrings, and (slow) of README.md and docs/, run, with the files that they name and a tiny model in place."""
 
 import dataclasses
 import doctest
@@ -19,7 +19,6 @@ from tests.library.tiny_janus import write_checkpoint
 from tests.weights.adapters.random_adapters import written
 
 ROOT = pathlib.Path(janus_jax.__file__).parents[1]
-TRAINING = ("docs/finetuning.md",)
 PAGES = ("README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
 
 
@@ -66,10 +65,8 @@ def test_docstrings(name, here, janus):
         assert doctest.DocTestRunner().run(test).failed == 0, test.name
 
 
-@pytest.mark.parametrize(
-    "page",
-    [pytest.param(page, marks=pytest.mark.slow if page in TRAINING else ()) for page in PAGES if blocks(page)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
 def test_pages(page, here, janus):
     """Blocks of a page run one after the other, as a reader would type them."""
     names = {"janus": dataclasses.replace(janus), "janus_jax": janus_jax, "jnp": jnp}

@@ -29,6 +29,7 @@ from tests.library.tiny_janus import (  # noqa: F401
 # ---------------------------------------------------------------- text to image
 
 
+@pytest.mark.slow
 def test_images_come_prompt_by_prompt(janus, codes):
     images = janus.generate_images([SHORT, OTHER], n=5, batch_size=5)
     assert len(images) == 10 and all(isinstance(image, Image.Image) for image in images)

@@ -166,6 +166,7 @@ def test_metrics(whole):
     assert [line["step"] for line in lines if "eval/loss_generation" in line] == [2, 4]
 
 
+@pytest.mark.slow
 def test_every_key_of_the_steps_metrics_is_reported(get_config, monkeypatch):
     """Those of today, and one more that nobody has told the loop of."""
     known = {}

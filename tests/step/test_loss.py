@@ -228,6 +228,7 @@ def check_only(own, before, after):
     np.testing.assert_array_equal(before[~own], after[~own])
 
 
+@pytest.mark.slow
 def test_accumulation_changes_nothing(run):
     grads, sums = run.grads(run.packed)
     in_parts, its_sums = run.compile(dataclasses.replace(run.config, accumulate=2))(run.packed)

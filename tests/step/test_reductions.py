@@ -70,6 +70,7 @@ def reduced_bytes(text: str) -> dict[str, int]:
     return dict(found)
 
 
+@pytest.mark.slow
 def test_sums_travel_in_the_dtype_of_the_config(lower):
     bytes_of = {dtype: reduced_bytes(lower(dtype, *EIGHT)[0].as_text()) for dtype in ("bfloat16", "float32")}
     print(bytes_of)

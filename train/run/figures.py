@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import pathlib
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -104,10 +103,6 @@ def _series(run: list[dict], name: str) -> tuple[list[int], list[float]]:
 
 
 # ---------------------------------------------------------------- in a notebook
-
-
-def in_notebook() -> bool:
-    return "ipykernel" in sys.modules
 
 
 class Live(Callback):

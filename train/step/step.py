@@ -36,8 +36,9 @@ def make_train_step(config: TrainConfig, mesh: Mesh, settings: ImageSettings) ->
     Metrics are float32 scalars: the sums of `loss.loss_sums`, the number of 'damaged' samples, 'grad_norm' before
     clipping, 'learning_rate', and 'finite', which is 0 if the loss or a gradient is not finite, so that the update was
     skipped. All of them reach metrics.jsonl and TensorBoard as `train/<name>`: one value for the steps since the last
-    line, combined by `loss.combined`; for the gradient norm and the learning rate, the last step's. To add a metric,
-    add a key to `metrics` in `train_step`, and nothing else.
+    line, combined by `loss.combined`; for the gradient norm and the learning rate, the last step's. To add a metric
+    of the step, add a key to `metrics` in `train_step`, and nothing else; one of the tokens is a sum of
+    `loss.loss_sums`, where the logits are, and `loss.combined` says which sums are divided by the tokens.
 
     Call it under `jax.set_mesh(mesh)`.
     """

@@ -36,7 +36,12 @@ def logits(model, params, given):
 
 
 @pytest.mark.parametrize(
-    ("size", "kind"), [("tiny", "lora"), ("grouped", "dora"), ("grouped", "patterns"), ("tiny", "saved")]
+    ("size", "kind"),
+    [
+        ("tiny", "lora"),
+        ("grouped", "dora"),
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in (("grouped", "patterns"), ("tiny", "saved"))),
+    ],
 )
 def test_adapters_of_peft(size, get_case, oracle, kind, tmp_path, close):
     """Read here; written here in both dialects and read again; merged; and read by PEFT."""
