@@ -1,4 +1,4 @@
-"""The examples of docstrings, and (slow) of README.md and docs/, run, with the files that they name and a tiny model in place."""
+"""Examples run, of docstrings and (slow) of README.md and docs/, with the files that they name and a tiny model."""
 
 import dataclasses
 import doctest
