@@ -26,6 +26,7 @@ def drawn(janus):
     return np.asarray(codes), np.asarray(logits)
 
 
+@pytest.mark.slow
 def test_code_logits_are_those_of_drawing(janus, drawn):
     codes, logits = drawn
     found = inside.code_logits(janus, [SHORT, LONG], codes)

@@ -70,6 +70,7 @@ def test_place_images():
     np.testing.assert_array_equal(placed, [[-1, 1, 2, -4, 3], [-6, -7, -8, 4, -10]])
 
 
+@pytest.mark.slow
 def test_greedy_text_stops_at_eos(case, prompts, oracle):
     """Tokens identical to transformers' generate; the end of the sentence is a token that rows reach at odd times."""
     ids, mask, pixels, images = prompts

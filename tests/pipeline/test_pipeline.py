@@ -197,6 +197,7 @@ def test_encoding(janus, codes, tmp_path):
     np.testing.assert_array_equal(encode_codes(janus.model, janus.params, scaled), ours)
 
 
+@pytest.mark.slow
 def test_encoding_in_parts(janus, monkeypatch):
     pictures = list(np.random.default_rng(1).integers(0, 256, (5, 16, 16, 3), np.uint8))
     whole, sizes = janus.encode_images(pictures), []

@@ -287,7 +287,8 @@ def take_steps(config, mesh, settings, batch, count: int = 2):
     return before, state, frozen, metrics
 
 
-@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2)), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_what_a_stage_moves(config, mesh, processor, batch, stage):
     own = dataclasses.replace(config, stage=stage)
     before, state, frozen, metrics = take_steps(own, mesh, processor.settings, batch)
