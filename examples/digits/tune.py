@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from PIL import Image
 
@@ -23,6 +24,7 @@ from examples.digits.judge import Judge
 from janus_jax.io.messages import print_any_text, print_error
 from janus_jax.pipeline import JanusPipeline
 from janus_jax.processing.images import contact_sheet
+from janus_jax.sampling.memory import OutOfMemory
 from janus_jax.weights.adapters.peft_files import read_adapter
 from janus_jax.weights.checkpoint import write_json
 from train.finetune import finetune
@@ -85,17 +87,11 @@ def tune(model: str, out: pathlib.Path, steps: dict[str, int] | None = None) -> 
         figures[f"{name}_cpu_seconds"] = round(time.process_time() - cpu, 1)
         figures[name] = str(adapter)
     janus = janus_jax.load(model, dtype="float32", progress=False)
-    whole = sum(x.size for x in _leaves(janus))
+    whole = sum(x.size for x in jax.tree.leaves(janus.params))
     figures["parameters"] = read_adapter(figures["mirrored"], janus.config).num_parameters / whole
     figures |= judge_drawing(janus, figures["mirrored"], out) | judge_answers(janus, figures["even"])
     write_json(out / "results.json", figures)
     return figures
-
-
-def _leaves(janus: JanusPipeline) -> list[Any]:
-    import jax
-
-    return jax.tree.leaves(janus.params)
 
 
 def judge_drawing(janus: JanusPipeline, adapter: str, out: pathlib.Path, count: int = 20) -> dict[str, float]:
@@ -160,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         figures = tune(args.model, args.out)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OutOfMemory) as error:
         print_error(error)
         return 2
     for name, value in figures.items():

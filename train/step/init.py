@@ -80,7 +80,8 @@ def _random_parts(config: TrainConfig, mesh: Mesh, parts: Sequence[str]) -> Para
     if not parts:
         return {}
     dtypes = {part: "float32" if part in TRAINED[config.stage] else config.frozen_dtype for part in parts}
-    shardings = param_shardings({part: abstract_params(config.model)[part] for part in parts}, mesh)
+    shapes = abstract_params(config.model)
+    shardings = param_shardings({part: shapes[part] for part in parts}, mesh)
 
     def make(key: jax.Array) -> Params:
         made = init_params(Janus(config.model), key)
