@@ -2,10 +2,10 @@
 
 `python -m benchmarks.sampling --preset janus_pro_1b --images 1 4 --vs torch` draws images with guidance, two rows each:
 prefill of a prompt of 32 tokens, decoding steps, and the VQ decoder, apart, in each framework and dtype, and here for
-int8 weights, for fused products and not, and for both layouts of the decoder's layers. Steps are timed in the middle of
-an image, and if our cache grows, in the middle of each of its sizes. On torch there are three loops: the reference
-script's (a growing cache, one call of the model per step), the same compiled by torch.compile over a static cache, and
-the port's own `generate`. Weights are random, and prompts are new in every repetition.
+int8 and int4 weights, for fused products and not, and for both layouts of the decoder's layers. Steps are timed in the
+middle of an image, and if our cache grows, in the middle of each of its sizes. On torch there are three loops: the
+reference script's (a growing cache, one call of the model per step), the same compiled by torch.compile over a static
+cache, and the port's own `generate`. Weights are random, and prompts are new in every repetition.
 
 The roofline is the time in which a step's bytes (all weights of decoder and image head once, and the filled part of the
 cache once) pass at the bandwidth that a copy of 1 GiB has on the same device, measured in the same process.
@@ -25,8 +25,8 @@ from benchmarks.common import device as _device
 from benchmarks.common import runs as common
 
 OURS = (
-    *(f"jax float32{how}" for how in ("", " int8", " fused", " apart", " scanned", " unstacked")),
-    *(f"jax bfloat16{how}" for how in ("", " int8", " fused", " apart", " scanned", " unstacked")),
+    *(f"jax float32{how}" for how in ("", " int8", " int4", " fused", " apart", " scanned", " unstacked")),
+    *(f"jax bfloat16{how}" for how in ("", " int8", " int4", " fused", " apart", " scanned", " unstacked")),
 )
 TORCH = (
     "torch float32",
@@ -53,10 +53,12 @@ def step_bytes(model: Any, params: Any, rows: int, context: int) -> int:
     import jax
 
     from janus_jax.model.kv_cache import cache_bytes
+    from janus_jax.weights.quantize import array_bytes
 
     language = {k: v for k, v in params["language_model"].items() if k not in ("embed_tokens", "lm_head")}
     weights = jax.tree.leaves((language, params["gen_head"], params["gen_aligner"]))
-    return sum(leaf.nbytes for leaf in weights) + cache_bytes(model.config.language, rows, context, model.dtype)
+    read = sum(array_bytes(leaf.shape, leaf.dtype) for leaf in weights)
+    return read + cache_bytes(model.config.language, rows, context, model.dtype)
 
 
 def time_jax(args: argparse.Namespace, dtype: str, how: str) -> common.Run:

@@ -2,7 +2,8 @@
 
 `python -m benchmarks.training --preset janus_pro_1b --layers 4 --rows 1 --context 2048` runs stage 3, in which all but
 the VQ tokenizer trains, with fewer layers of decoder and SigLIP. Rows are packed with random samples of all kinds until
-no more fit; the padded variant has the same samples, one per row. Recomputation (`remat`) and the tokens of a row whose
+no more fit; the padded variant has the same samples, one per row, and 'lora' trains an adapter of rank 16 on the decoder
+over the same rows instead, on bfloat16, int8 or int4 kernels. Recomputation (`remat`) and the tokens of a row whose
 logits are in memory at a time (`loss_chunk`) are varied one by one. Weights are random, samples new in every step. Only
 tokens of samples are counted, never padding; FLOPs are those that the model needs (`train.plan.flops`).
 """
@@ -27,6 +28,8 @@ from janus_jax.io.messages import print_any_text
 STAGE = "1b_stage3"
 _REMATS = ("none", "dots", "full")
 _IMAGES_PER_ROW = 4
+# Rows whose step trains an adapter, and the quantized form of the kernels below it.
+_ADAPTERS: dict[str, Any] = {"lora": None, "lora-int8": "int8", "lora-int4": "int4"}
 _TRIES = 64  # samples that are tried until no more fit
 # What a run tells, in the table's order.
 _COLUMNS = {
@@ -41,11 +44,12 @@ def variants_of(context: int) -> list[str]:
     usual = min(512, context)
     others = [chunk for chunk in (context // 8, context) if chunk != usual]
     packed = [f"packed {remat} {usual}" for remat in _REMATS] + [f"packed full {chunk}" for chunk in others]
-    return [*packed, f"padded full {usual}"]
+    return [*packed, f"padded full {usual}", *(f"{kind} full {usual}" for kind in _ADAPTERS)]
 
 
-def make_config(args: argparse.Namespace, remat: str, chunk: int) -> Any:
+def make_config(args: argparse.Namespace, kind: str, remat: str, chunk: int) -> Any:
     """The stage's config with the sizes asked for; batch_size is still that of the stage."""
+    from train.config import AdapterConfig
     from train.overrides import load_config
 
     config, model = load_config(STAGE), PRESETS[args.preset]
@@ -55,9 +59,11 @@ def make_config(args: argparse.Namespace, remat: str, chunk: int) -> Any:
         model = dataclasses.replace(model, **fewer)
     data = dataclasses.replace(config.data, context=args.context, images_per_row=_IMAGES_PER_ROW)
     dtype = _device.default_dtype()
+    adapter = AdapterConfig(weights=_ADAPTERS[kind]) if kind in _ADAPTERS else None
     return dataclasses.replace(
-        config, model=model, data=data, remat=remat, loss_chunk=chunk, compute_dtype=dtype, frozen_dtype=dtype
-    )
+        config, model=model, data=data, remat=remat, loss_chunk=chunk, compute_dtype=dtype, frozen_dtype=dtype,
+        adapter=adapter,
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------- samples
@@ -139,7 +145,7 @@ def measure(args: argparse.Namespace, kind: str, remat: str, chunk: int) -> comm
 
     mesh = make_mesh()
     devices = mesh.size
-    config = make_config(args, remat, chunk)
+    config = make_config(args, kind, remat, chunk)
     lengths, rows = draw_lengths(config, args.rows * devices)
     if kind == "padded":
         rows = [[i] for i in range(len(lengths))]
@@ -165,17 +171,20 @@ def measure(args: argparse.Namespace, kind: str, remat: str, chunk: int) -> comm
     with jax.set_mesh(mesh):
         batch, report = put(0)
         began = time.perf_counter()
-        step = make_train_step(config, mesh, assembler.settings).lower(state, frozen, batch).compile()
+        step = make_train_step(config, mesh, assembler.settings)
+        program = step.lower(state, frozen, batch).compile()
         compiled = time.perf_counter() - began
+        # A program compiled ahead refuses int4 arrays for their layout (jax 0.10 to 0.12); this compiles it again.
+        call = step if kind == "lora-int4" else program
         for number in range(args.steps + 1):
             batch, report = put(number)
-            took, (state, metrics) = _device.timed(step, state, frozen, batch)
+            took, (state, metrics) = _device.timed(call, state, frozen, batch)
             seconds += [took] if number else []
             if report["problems"] or not float(metrics["finite"]):
                 raise ValueError(f"step {number} of {kind} rows did not train: {report['problems'] or 'not finite'}")
     drawn, targets = (float(metrics[f"tokens{which}"]) for which in ("_generation", ""))
     flops = step_flops(config, report["tokens"], report["images"], targets - drawn, drawn, report["sample_length"])
-    peak, memory = peak_flops(jax.devices()[0].device_kind), step.memory_analysis()
+    peak, memory = peak_flops(jax.devices()[0].device_kind), program.memory_analysis()
     return {
         "step": seconds,
         "rate": [report["tokens"] / s / devices for s in seconds],

@@ -117,8 +117,13 @@ def _values() -> np.ndarray:
 
 
 def random_array(shape: Sequence[int], dtype: Any = np.float32) -> np.ndarray:
-    """One block of random numbers, over and over: as good as others for timing, and made at the speed of a copy."""
-    return np.resize(_values().astype(dtype), shape)
+    """One block of random numbers, over and over: as good as others for timing, and made at the speed of a copy.
+
+    Integers are spread over the levels of int4: products by zeros take less time than others on a GPU.
+    """
+    integers = np.dtype(dtype).name.startswith("int")
+    values = np.clip(np.rint(_values() * 150), -7, 7) if integers else _values()
+    return np.resize(values.astype(dtype), shape)
 
 
 def random_model(
@@ -127,7 +132,7 @@ def random_model(
     """The model and parameters that `janus_jax.load` would give for random weights, on the default device.
 
     Args:
-      how: 'int8' for such weights, 'fused' or 'apart' for products that are or are not, 'scanned' or 'unstacked' for
+      how: 'int8' or 'int4' for such weights, 'fused' or 'apart' for products that are or are not, 'scanned' or 'unstacked' for
         that layout of the layers; '' for load's defaults.
       parts: of the model; default all.
     """
@@ -137,7 +142,7 @@ def random_model(
     from janus_jax.loading import layout
     from janus_jax.model.janus import Janus
     from janus_jax.weights.fuse import fuse, fusible
-    from janus_jax.weights.quantize import quantize
+    from janus_jax.weights.quantize import FORMS, quantize
     from janus_jax.weights.torch_weights import abstract_params
 
     attributes = layout(config, jax.default_backend())
@@ -148,7 +153,7 @@ def random_model(
     abstract = abstract_params(config, attributes["scan_layers"], dtype)
     wanted = {part: abstract[part] for part in parts or abstract}
     params = jax.tree.map(lambda leaf: jnp.asarray(random_array(leaf.shape, leaf.dtype)), wanted)
-    params = quantize(params, delete=True) if how == "int8" else params
+    params = quantize(params, how, delete=True) if how in FORMS else params
     params = fuse(params, delete=True) if attributes["fused"] else params
     return Janus(config, jnp.dtype(dtype), jnp.dtype(dtype), **attributes), params
 
