@@ -1,20 +1,33 @@
-"""What a trained Janus of handwritten digits can do: questions answered, digits drawn, and pictures of both."""
+"""What a trained Janus of handwritten digits can do: questions answered, digits drawn, and pictures of both.
+
+    python -m examples.digits.evaluate --model runs/digits/stage3/export/850 --weights int8 int4
+
+compares the model with itself in other forms of weights.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+import janus_jax
 from examples.digits.config import DigitsConfig
 from examples.digits.data import captions, load_split, questions, to_rgb
 from examples.digits.judge import Judge
+from janus_jax.io.messages import print_any_text, print_error
 from janus_jax.pipeline import JanusPipeline
 from janus_jax.processing.images import contact_sheet
+from janus_jax.sampling.memory import OutOfMemory
+from janus_jax.weights.checkpoint import write_json
+from janus_jax.weights.quantize import FORMS
+from train.overrides import load_config
 
 _ASKED_AT_ONCE = 120
 _SHOWN = 8  # images a row of the pictures
@@ -120,3 +133,71 @@ def _answers_picture(asked: Sequence[tuple[np.ndarray, str, str, bool]], path: p
     figure.tight_layout()
     figure.savefig(path, dpi=80)
     pyplot.close(figure)
+
+
+# ---------------------------------------------------------------- forms of weights, side by side
+
+
+def compare(
+    model: str, config: DigitsConfig, forms: Sequence[str] = (), dtype: str = "float32", out: pathlib.Path | None = None
+) -> dict[str, dict[str, Any]]:
+    """The figures of `evaluate` for `model` with weights in `dtype` and in each of `forms`, by form.
+
+    Args:
+      out: folder for the pictures, a folder for each form, and results.json; default `config.workdir`.
+    """
+    out = pathlib.Path(config.workdir) if out is None else out
+    figures = {}
+    for form in (dtype, *forms):
+        janus = janus_jax.load(model, dtype=dtype, weights=form if form in FORMS else None, progress=False)
+        (out / form).mkdir(parents=True, exist_ok=True)
+        figures[form] = evaluate(janus, config, out / form)
+    write_json(out / "results.json", figures)
+    return figures
+
+
+def comparison(figures: dict[str, dict[str, Any]]) -> str:
+    """The figures of `compare` in Markdown; in brackets, how many points fewer than the first's."""
+    first = next(iter(figures.values()))
+    drawn = 10 * first["images_per_class"]
+    names = {
+        "reconstruction": "reconstructions recognized",
+        "understanding": f"understanding, {first['questions']} questions",
+        "generation": f"generation, {drawn} images, guidance {first['guidance']:g}, "
+        f"temperature {first['temperature']:g}",
+        "lowest_class": "lowest class",
+    }
+    lines = [f"| split {first['split']} | {' | '.join(figures)} |", "|---" * (len(figures) + 1) + "|"]
+    for name, what in names.items():
+        shares = [100 * one[name] for one in figures.values()]
+        others = [f"{share:.1f}% ({shares[0] - share:+.1f})" for share in shares[1:]]
+        lines.append(f"| {what} | {' | '.join([f'{shares[0]:.1f}%', *others])} |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    print_any_text()
+    parser = argparse.ArgumentParser(prog="python -m examples.digits.evaluate", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", required=True, help="the export of `python -m train.main --config digits`")
+    parser.add_argument("--weights", nargs="+", default=[], choices=FORMS, help="forms to compare with --dtype")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of computation")
+    parser.add_argument("--split", default="held_out", choices=("held_out", "validation"), help="images asked about")
+    parser.add_argument("--seed", type=int, default=0, help="of the drawn images")
+    parser.add_argument("--images", type=int, default=100, help="drawn of each digit")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/digits_evaluated"), help="folder")
+    args = parser.parse_args(argv)
+    try:
+        if args.images < 1:
+            raise ValueError(f"--images must be at least 1, got {args.images}")
+        given = {"split": args.split, "seed": args.seed, "images_per_class": args.images}
+        config = load_config("digits", [f"{name}={value}" for name, value in given.items()])
+        figures = compare(args.model, config, args.weights, args.dtype, args.out)
+    except (OSError, ValueError, OutOfMemory) as error:
+        print_error(error)
+        return 2
+    print(comparison(figures))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
