@@ -5,6 +5,8 @@ folder; then the checkpoint is loaded here and the same outputs are computed. Pr
 relative to the reference's largest value, and of differing tokens; exits with 1 if an error is above 1e-3 or a token
 differs. A full-size preset takes 9 GB of memory (two copies in float32), and as much disk, for each billion parameters;
 everything is deleted again.
+
+With `--forms int8 int4 bfloat16` the model in float32 is compared with itself in these forms instead, by its logits.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.common import forms
 from janus_jax.config import PRESETS, JanusConfig, get_preset
 from janus_jax.io.messages import print_any_text
 from janus_jax.model.janus import Janus
@@ -179,15 +182,19 @@ def compare(config: JanusConfig, seed: int, folder: pathlib.Path) -> list[Row]:
     return rows
 
 
-def table(rows: list[Row], command: str) -> str:
-    """The rows in markdown, with what they were measured on."""
+def measured(command: str, packages: tuple[str, ...], how: str) -> list[str]:
     from importlib.metadata import version
 
-    versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "flax", "torch", "transformers"))
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    device = f"{jax.devices()[0].device_kind} ({platform.machine()}, {os.cpu_count()} cores)"
+    return [f"Command: `python -m benchmarks.parity {command}`", f"Device: {device}; {versions}; {how}."]
+
+
+def table(rows: list[Row], command: str) -> str:
+    """The rows in markdown, with what they were measured on."""
+    how = f"float32 on both sides, random weights; bound {TOLERANCE:.0e}"
     lines = [
-        f"Command: `{command}`",
-        f"Device: {jax.devices()[0].device_kind} ({platform.machine()}, {os.cpu_count()} cores); {versions};"
-        f" float32 on both sides, random weights; bound {TOLERANCE:.0e}.",
+        *measured(command, ("jax", "flax", "torch", "transformers"), how),
         "",
         "| compared with transformers | largest relative error | |",
         "|---|---|---|",
@@ -201,6 +208,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.parity", description=__doc__.split("\n\n")[0])
     parser.add_argument("--preset", default="janus_tiny", choices=PRESETS)
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the inputs")
+    parser.add_argument("--forms", nargs="+", choices=forms.FORMS, help="compare these with float32, without torch")
+    parser.add_argument("--tokens", type=int, default=64, help="whose logits --forms compares (default %(default)s)")
     parser.add_argument("--reference", type=pathlib.Path, help=argparse.SUPPRESS)  # the torch side's own process
     args = parser.parse_args(argv)
     config = get_preset(args.preset)
@@ -208,12 +217,20 @@ def main(argv: list[str] | None = None) -> int:
         write_reference(config, args.seed, args.reference)
         return 0
     jax.config.update("jax_default_matmul_precision", "float32")
+    command = ["--preset", args.preset, "--seed", str(args.seed)]
+    if args.forms:
+        most = config.language.max_positions
+        if not 1 <= args.tokens <= most:
+            parser.error(f"--tokens must be from 1 to {most}, got {args.tokens}")
+        found = forms.compare(config, args.forms, args.seed, args.tokens, lambda form: log(f"jax: {form}"))
+        command += ["--tokens", str(args.tokens), "--forms", *args.forms]
+        print("\n".join([*measured(" ".join(command), ("jax", "flax"), "random weights"), "", forms.table(found)]))
+        return 0
     with tempfile.TemporaryDirectory(prefix="janus_parity_") as folder:
-        command = ["--preset", args.preset, "--seed", str(args.seed)]
         # In another process, so that torch's memory is given back before ours is taken.
         subprocess.run([sys.executable, "-m", "benchmarks.parity", *command, "--reference", folder], check=True)
         rows = compare(config, args.seed, pathlib.Path(folder))
-    print(table(rows, " ".join(["python -m benchmarks.parity", *command])))
+    print(table(rows, " ".join(command)))
     return 0 if all(good for *_, good in rows) else 1
 
 
