@@ -110,7 +110,10 @@ def load(
 
     # Before gigabytes are read for nothing; it is small, and is read again below.
     adapting = None if adapter is None else read_adapter(adapter, config)
-    refuse_too_large(path_or_hub_id, config, dtype, weights, plain_shardings, mesh, stored=bool(checkpoint.weights))
+    beside = 0 if adapting is None else adapting.num_parameters
+    refuse_too_large(
+        path_or_hub_id, config, dtype, weights, plain_shardings, mesh, stored=bool(checkpoint.weights), adapter=beside
+    )
 
     def arranged(params: Any) -> Any:
         params = quantize(params, weights) if weights else params

@@ -50,13 +50,19 @@ def refuse_too_large(
     shardings: Mapping[str, Any] | None,
     mesh: Mesh | None,
     stored: bool = False,
+    adapter: int = 0,
 ) -> None:
     """Raises OutOfMemory if the parameters for `load`'s arguments do not fit in the memory that is free now.
 
     On a CPU that is the memory that the system reports as available, including the page cache. If the free memory is
     unknown, nothing is refused. With `stored`, the checkpoint itself has `weights`, so no other form is suggested.
+    `adapter` is how many parameters there are beside them.
     """
-    need = params_bytes(config, dtype, weights, shardings)  # refuses what cannot be int4, however much is free
+
+    def bytes_of(dtype: Any, weights: str | None) -> int:
+        return params_bytes(config, dtype, weights, shardings) + array_bytes((adapter,), dtype)
+
+    need = bytes_of(dtype, weights)  # refuses what cannot be int4, however much is free
     devices = jax.devices()[:1] if mesh is None else list(mesh.local_devices)
     free = memory.least_available_bytes(mesh)
     if free is None:
@@ -72,15 +78,16 @@ def refuse_too_large(
     sizes = {}
     for option, how in options.items():
         with contextlib.suppress(ValueError):  # no groups for int4
-            sizes[option] = params_bytes(config, *how, shardings)
+            sizes[option] = bytes_of(*how)
     sizes = {option: size for option, size in sizes.items() if size <= free}
     count = len(jax.devices()) if mesh is None and devices[0].platform != "cpu" else 1
     if not sizes and need <= free * count:
         sizes = {f"a mesh, as mesh={{'tensor': {count}}}": need // count}
     cure = next((f"load with {option} ({gib(size)})" for option, size in sizes.items()), None)
+    what = "parameters and the adapter" if adapter else "parameters"
     where = f"each {devices[0].platform} device has" if mesh else f"the {devices[0].platform} has"
     raise memory.OutOfMemory(
-        f"{one_line(name)}: the parameters take {gib(need)} in {weights or np.dtype(dtype)}, "
+        f"{one_line(name)}: the {what} take {gib(need)} in {weights or np.dtype(dtype)}, "
         f"but {where} {gib(free)} free; "
         + (cure or "neither bfloat16 nor int4 nor a mesh of the devices here would fit, so free memory")
     )

@@ -1,6 +1,7 @@
 """load(): every layout, dtype and mesh, and the hub without a network."""
 
 import pathlib
+import re
 import shutil
 
 import huggingface_hub
@@ -15,8 +16,10 @@ from janus_jax.sampling.footprint import gib, params_bytes
 from janus_jax.sampling.memory import OutOfMemory
 from janus_jax.sharding import flatten
 from janus_jax.weights import conversion
+from janus_jax.weights.adapters.peft_files import read_adapter
 from janus_jax.weights.quantize import array_bytes
 from tests.library.tiny_janus import SHORT, codes, folder, janus, raises_one_line  # noqa: F401
+from tests.weights.adapters.random_adapters import written
 
 # ruff: noqa: F811
 
@@ -189,6 +192,19 @@ def test_what_cannot_fit_is_refused_before_reading(folder, janus, monkeypatch):
             load(folder)
         with raises_one_line("each cpu device has", OutOfMemory):
             load(folder, mesh={"data": 8})
+
+
+def test_an_adapter_takes_memory_too(folder, janus, tmp_path, monkeypatch):
+    adapter = written(tmp_path / "adapter", janus.config)
+    need = params_bytes(janus.config, "float32") + 4 * read_adapter(adapter, janus.config).num_parameters
+    monkeypatch.setattr("janus_jax.sampling.memory.available_bytes", lambda device: need - 1)
+    told = (
+        f"the parameters and the adapter take {gib(need)} in float32, but the cpu has {gib(need - 1)} free; load with"
+    )
+    with raises_one_line(re.escape(told), OutOfMemory):
+        load(folder, adapter=adapter)
+    monkeypatch.setattr("janus_jax.sampling.memory.available_bytes", lambda device: need)
+    assert len(flatten(load(folder, adapter=adapter).params)) > len(flatten(janus.params))
 
 
 def test_what_fits_is_loaded(folder, janus, monkeypatch):
