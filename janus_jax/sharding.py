@@ -313,6 +313,8 @@ def cast(params: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
 def _gather(flat: Mapping[str, jax.Array], dtype: Any, prefix: str = "") -> dict[str, Any]:
     def whole(path: str, x: jax.Array) -> jax.Array:
         axes, wanted = _axes_in_layer(path, x.ndim), computing_dtype(path, x.dtype, dtype)
+        if (wanted, x.dtype) == (jnp.float16, jnp.float32):
+            wanted = x.dtype  # it is trained, and a sum over all uses of an embedding can leave float16's range
         if "embed" not in axes:
             return x.astype(wanted)
         return _whole(axes.index("embed"), wanted, x.dtype, x)

@@ -194,7 +194,8 @@ class TrainConfig:
       seed: seed of initialization, data order and dropout.
       compute_dtype: dtype of activations and of the parameters' copies in products; trained parameters are float32.
         float16 is for adapters on GPUs without bfloat16 units.
-      reduce_dtype: dtype in which gradients are summed over devices; see `train.step.step.gradients`.
+      reduce_dtype: dtype in which gradients are summed over devices (in float16 always float32); see
+        `train.step.step.gradients`.
       frozen_dtype: dtype of parameters that are not trained.
       remat: what the backward pass recomputes: 'none', all but matrix products ('dots'), or 'full' layers.
       attention: implementation in the decoder: 'xla', 'splash' (TPU), 'cudnn' (GPU), or 'auto' for the best that the

@@ -204,8 +204,6 @@ def _config(
         seed=seed,
         compute_dtype=dtype,
         frozen_dtype=dtype,
-        # Sums of gradients in float16 could overflow.
-        reduce_dtype="float32" if dtype == "float16" else "bfloat16",
         loss_chunk=math.gcd(rows, 512),
         samples=SampleConfig(images=2, guidance=guidance, temperature=temperature),
         keep=1,

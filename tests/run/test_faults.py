@@ -16,10 +16,11 @@ import pytest
 
 from examples.tiny.run import MODEL, params_of, tiny_config, write_checkpoint, write_data
 from janus_jax.weights import checkpoint
-from train.config import TrainConfig
+from train.config import TASKS, TrainConfig
 from train.main import main
 from train.run import faults, loop
 from train.run.faults import Notice, Stopped, Watchdog
+from train.run.flow import Health, NotFinite
 from train.run.metrics import Metrics, read_metrics
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -110,6 +111,19 @@ def test_too_many_updates_that_are_not_finite_stop_the_run(config, folders, tmp_
         for key in rest:
             before = before[key]
         np.testing.assert_array_equal(x.astype(np.float32), np.asarray(before, np.float32), err_msg=path)
+
+
+def test_float16_is_named_and_what_to_do(config, capsys):
+    health = Health(dataclasses.replace(config, compute_dtype="float16", max_skipped=2))
+    values = {"damaged": 0.0, "finite": 0.0} | {f"loss_{kind}": 1.0 for kind in TASKS}
+    health(0, values, {"samples": 8})
+    assert capsys.readouterr().out == "step 1: a gradient in float16 is not finite; the update is skipped\n"
+    with pytest.raises(NotFinite) as told:
+        health(1, values, {"samples": 8})
+    assert str(told.value) == (
+        "a gradient in float16 was not finite in 2 steps in a row (max_skipped), up to 2; "
+        "train in float32 or bfloat16, in another folder"
+    )
 
 
 # ---------------------------------------------------------------- storage

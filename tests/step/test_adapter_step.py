@@ -140,6 +140,44 @@ def test_several_devices_come_to_what_one_does(job, kind, sizes, close):
         close(apart[path], x, f"{path} on {sizes}", 2e-5)
 
 
+@pytest.mark.parametrize("kind", KIND_MARKS)
+def test_gradients_in_float16(job, kind, close):
+    """Those of float32, though losses are scaled; also where that overflows, until no scale helps."""
+    config, settings, batch = job(kind)
+    narrow = dataclasses.replace(config, compute_dtype="float16", frozen_dtype="float16")
+    wide, right, *_ = gradients(config, settings, batch, {}, 1)
+    ours, sums, _, frozen = gradients(narrow, settings, batch, {}, 1)
+    assert not [x for x in jax.tree.leaves(frozen) if x.dtype == jnp.bfloat16]
+    assert sums["loss"] == pytest.approx(right["loss"], rel=2e-3) and sums["tokens"] == right["tokens"]
+    for path, x in wide.items():
+        assert ours[path].dtype == np.float32
+        close(ours[path], x, path, 2e-2)
+
+
+def test_losses_are_scaled_by_what_leaves_gradients_finite():
+    """Down to what no scale makes finite, and only once if the loss itself is not."""
+    asked = []
+
+    def of(largest, loss, scale):
+        jax.debug.callback(lambda scale: asked.append(float(scale)), scale)
+        scaled = (largest * scale).astype(jnp.float16)
+        return {"x": scaled, "y": jnp.float32(3) * scale}, {"loss": loss}
+
+    @jax.jit
+    def run(largest, loss):
+        return step_module._scaled(functools.partial(of, largest, loss))
+
+    for largest, loss, scales, finite in (
+        (2.0, 1.0, [256], True), (3e4, 1.0, [256, 1], True), (3e6, 1.0, [256, 1, 2**-8], True),
+        (np.nan, 1.0, [256, 1, 2**-8], False), (np.nan, np.inf, [256], False),
+    ):  # fmt: skip
+        grads, sums = jax.block_until_ready(run(np.float32(largest), np.float32(loss)))
+        jax.effects_barrier()
+        assert asked == scales and np.isfinite(grads["x"]) == finite and sums["loss"] == loss
+        assert grads["y"] == 3 and (not finite or grads["x"] == pytest.approx(largest, rel=1e-3))
+        asked.clear()
+
+
 def test_only_the_adapter_moves_and_decays(job):
     config, *_ = job(ORDINARY)
     state, frozen = abstract_state(config, make_mesh({}, jax.devices()[:1]))

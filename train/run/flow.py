@@ -110,6 +110,11 @@ class Health:
         self._skipped += 1
         kinds = [kind for kind in TASKS if not np.isfinite(values[f"loss_{kind}"])]
         what = ", ".join(kinds) or "a gradient"
+        if self._config.compute_dtype == "float16":
+            what += " in float16"
         say(f"step {step + 1}: {what} is not finite; the update is skipped")
         if self._skipped >= self._config.max_skipped:
-            raise NotFinite(f"{what} was not finite in {self._skipped} steps in a row (max_skipped), up to {step + 1}")
+            cure = "; train in float32 or bfloat16, in another folder" if what.endswith("float16") else ""
+            raise NotFinite(
+                f"{what} was not finite in {self._skipped} steps in a row (max_skipped), up to {step + 1}{cure}"
+            )

@@ -26,6 +26,10 @@ from train.step.state import (
     state_shardings,
 )
 
+# float16: gradients of attention scores are far below its least normal number, 6e-5, and those of a spike above 65,504.
+# So losses are multiplied by the first of these scales with which all gradients are finite.
+_SCALES = (2.0**8, 1.0, 2.0**-8)
+
 Batch = dict[str, jax.Array]
 Step = Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
@@ -92,31 +96,68 @@ def gradients(
     device computes its share of a micro-batch's gradients in `config.compute_dtype`; the shares are then summed over
     the devices in `config.reduce_dtype`: with 'bfloat16' each share and each partial sum keeps 8 bits of mantissa; with
     'float32' only the products before are rounded, and twice as many bytes are sent. A float32 run always sums in
-    float32. The returned gradients are float32 either way.
+    float32, and so does one in float16, where losses are scaled too. The returned gradients are float32 either way.
     """
-    wide = config.reduce_dtype == "float32"
-    narrow = trained if wide else cast(trained, config.compute_dtype)  # once, not for every micro-batch
+    gradients_of_sums = _make_gradients(config, mesh, settings, trained, frozen, batch)
+    if config.compute_dtype == "float16":
+        grads, sums = _scaled(gradients_of_sums)
+    else:
+        grads, sums = gradients_of_sums(1.0)
+    count = jnp.maximum(sums["tokens"], 1)
+    return jax.tree.map(lambda g: g.astype(jnp.float32) / count, grads), sums
+
+
+def _scaled(gradients_of_sums: Callable[[jax.Array], Any]) -> Any:
+    """`gradients_of_sums` with the first of _SCALES for which they are finite, unless the loss itself is not."""
+    scales = jnp.asarray(_SCALES, jnp.float32)
+
+    def unfinished(carry: Any) -> jax.Array:
+        tries, grads, sums = carry
+        finite = jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(grads)]).all()
+        return (tries == 0) | ((tries < len(_SCALES)) & jnp.isfinite(sums["loss"]) & ~finite)
+
+    def attempt(carry: Any) -> Any:
+        tries = carry[0]
+        grads, sums = gradients_of_sums(scales[tries])
+        return tries + 1, jax.tree.map(lambda g: g.astype(jnp.float32) / scales[tries], grads), sums
+
+    abstract = jax.eval_shape(lambda: attempt((jnp.int32(0),)))
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract)
+    return jax.lax.while_loop(unfinished, attempt, start)[1:]
+
+
+def _make_gradients(
+    config: TrainConfig, mesh: Mesh, settings: ImageSettings, trained: Params, frozen: Params, batch: Batch
+) -> Callable[[Any], tuple[Params, dict[str, jax.Array]]]:
+    """From a scale to the gradients of the scaled sum of losses, and the sums themselves."""
+    # Cast once, not for every micro-batch.
+    narrow = trained if _summed_in_float32(config) else cast(trained, config.compute_dtype)
     sums_of = _make_sums(config, mesh, settings)
 
-    def loss(trained: Params, micro_batch: Batch):
+    def loss(trained: Params, micro_batch: Batch, scale: Any):
         sums = sums_of(trained, frozen, micro_batch)
-        return sums["loss"], sums
+        return sums["loss"] * scale, sums
 
     objective = jax.grad(loss, has_aux=True)
 
-    def add(total, micro_batch: Batch):
-        new = objective(narrow, micro_batch)
-        return jax.tree.map(lambda t, n: t + n.astype(t.dtype), total, new), None
+    def of(scale: Any):
+        if config.accumulate == 1:
+            return objective(narrow, batch, scale)
 
-    if config.accumulate == 1:
-        grads, sums = objective(narrow, batch)
-    else:
+        def add(total, micro_batch: Batch):
+            new = objective(narrow, micro_batch, scale)
+            return jax.tree.map(lambda t, n: t + n.astype(t.dtype), total, new), None
+
         micro_batches = jax.tree.map(lambda x: _micro_batches(x, config.accumulate), batch)
-        abstract = jax.eval_shape(objective, narrow, jax.tree.map(lambda x: x[0], micro_batches))
+        abstract = jax.eval_shape(objective, narrow, jax.tree.map(lambda x: x[0], micro_batches), scale)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), abstract)
-        (grads, sums), _ = jax.lax.scan(add, zeros, micro_batches)
-    count = jnp.maximum(sums["tokens"], 1)
-    return jax.tree.map(lambda g: g.astype(jnp.float32) / count, grads), sums
+        return jax.lax.scan(add, zeros, micro_batches)[0]
+
+    return of
+
+
+def _summed_in_float32(config: TrainConfig) -> bool:
+    return config.reduce_dtype == "float32" or config.compute_dtype == "float16"
 
 
 def _micro_batches(x: jax.Array, count: int) -> jax.Array:
@@ -136,7 +177,7 @@ def _make_sums(config: TrainConfig, mesh: Mesh, settings: ImageSettings) -> Call
     rows = PartitionSpec(RULES["batch"])
 
     def local(trained: Params, frozen: Params, batch: Batch):
-        if config.reduce_dtype != "float32":
+        if not _summed_in_float32(config):
             trained = cast(trained, config.compute_dtype)
         params = gather_but_layers(joined(trained, cast(frozen, config.compute_dtype)), config.compute_dtype)
         sums = loss_sums(token_losses(model, params, batch, settings, config.loss_chunk), batch["tasks"])
