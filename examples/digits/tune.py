@@ -21,12 +21,13 @@ from PIL import Image
 import janus_jax
 from examples.digits.data import SHIFTS, captions, load_split, questions, shifted, to_rgb
 from examples.digits.judge import Judge
+from janus_jax.hub import resolve
 from janus_jax.io.messages import print_any_text, print_error
 from janus_jax.pipeline import JanusPipeline
 from janus_jax.processing.images import contact_sheet
 from janus_jax.sampling.memory import OutOfMemory
 from janus_jax.weights.adapters.peft_files import read_adapter
-from janus_jax.weights.checkpoint import write_json
+from janus_jax.weights.checkpoint import open_checkpoint, write_json
 from train.finetune import finetune
 
 MIRRORED = "{caption}, mirrored"
@@ -73,37 +74,59 @@ def parity(label: int) -> str:
     return "odd" if label % 2 else "even"
 
 
-def tune(model: str, out: pathlib.Path, steps: dict[str, int] | None = None) -> dict[str, Any]:
-    """Trains both adapters of `model` in the folder `out`; returns what came of them, which is in results.json too."""
-    files, figures = write_data(out / "data"), {}
-    for name, kind in (("mirrored", "generation"), ("even", "understanding")):
+def tune(
+    model: str, out: pathlib.Path, only: Sequence[str] = tuple(STEPS), seed: int = 0, split: str = "held_out",
+    steps: dict[str, int] | None = None, **settings: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Trains both adapters of `model` in the folder `out`; returns what came of them, which is in results.json too.
+
+    Args:
+      only: names of `STEPS`.
+      seed: of data, training and the digits that are judged.
+      split: images to be asked about; settings were chosen on 'validation', and on digits of seeds of its own.
+      steps, settings: changes of `STEPS` and of `finetune`'s arguments.
+    """
+    open_checkpoint(resolve(model), quantized=True)  # before anything is written for nothing
+    files, figures = write_data(out / "data", seed), {"seed": seed, "split": split}
+    for name in only:
+        kind = {"mirrored": "generation", "even": "understanding"}[name]
         began, cpu = time.monotonic(), time.process_time()
         prompts = [MIRRORED.format(caption=f"a handwritten {digit}") for digit in (2, 4, 7)]
         adapter = finetune(
-            model, files[name], kind, out / name, steps=(steps or STEPS)[name], prompts=prompts, guidance=_GUIDANCE,
-            temperature=_TEMPERATURE, **_SETTINGS,
+            model, files[name], kind, out / name, steps=(STEPS | (steps or {}))[name], prompts=prompts,
+            guidance=_GUIDANCE, temperature=_TEMPERATURE, seed=seed, **(_SETTINGS | settings),
         )  # fmt: skip
         figures[f"{name}_seconds"] = round(time.monotonic() - began, 1)
         figures[f"{name}_cpu_seconds"] = round(time.process_time() - cpu, 1)
         figures[name] = str(adapter)
     janus = janus_jax.load(model, dtype="float32", progress=False)
     whole = sum(x.size for x in jax.tree.leaves(janus.params))
-    figures["parameters"] = read_adapter(figures["mirrored"], janus.config).num_parameters / whole
-    figures |= judge_drawing(janus, figures["mirrored"], out) | judge_answers(janus, figures["even"])
+    figures["parameters"] = read_adapter(figures[only[0]], janus.config).num_parameters / whole
+    if "mirrored" in only:
+        figures |= judge_drawing(janus, figures["mirrored"], out, 1_000_000 * (seed + (split != "held_out")))
+    if "even" in only:
+        figures |= judge_answers(janus, figures["even"], split)
     write_json(out / "results.json", figures)
     return figures
 
 
-def judge_drawing(janus: JanusPipeline, adapter: str, out: pathlib.Path, count: int = 20) -> dict[str, float]:
-    """Shares of `count` images a digit that are recognized, by prompt, model and way of looking."""
+def judge_drawing(
+    janus: JanusPipeline, adapter: str, out: pathlib.Path, seed: int = 0, count: int = 20
+) -> dict[str, float]:
+    """Shares of `count` images a digit that are recognized, by prompt, model and way of looking.
+
+    Args:
+      seed: of the first image; the next is of the next seed.
+    """
     judge, wanted = Judge(("train",)), np.repeat(np.arange(10), count)
     plain = [captions(label)[i % len(captions(label))] for label in range(10) for i in range(count)]
     figures: dict[str, float] = {}
 
     def draw(name: str, prompts: Sequence[str]) -> None:
         drawn = janus.generate_images(
-            prompts, cfg_weight=_GUIDANCE, temperature=_TEMPERATURE, seed=list(range(len(prompts))), progress=False
-        )
+            prompts, cfg_weight=_GUIDANCE, temperature=_TEMPERATURE, progress=False,
+            seed=[seed + number for number in range(len(prompts))],
+        )  # fmt: skip
         images = np.stack([np.asarray(image) for image in drawn])
         figures[name] = float(np.mean(judge.predict(images) == wanted))
         figures[f"{name}, mirrored back"] = float(np.mean(judge.predict(images[:, :, ::-1]) == wanted))
@@ -124,9 +147,9 @@ def judge_drawing(janus: JanusPipeline, adapter: str, out: pathlib.Path, count: 
     return figures
 
 
-def judge_answers(janus: JanusPipeline, adapter: str) -> dict[str, float]:
-    """Shares of right answers about held-out images, with and without the adapter."""
-    images, labels = load_split("held_out")
+def judge_answers(janus: JanusPipeline, adapter: str, split: str = "held_out") -> dict[str, float]:
+    """Shares of right answers about the images of `split`, with and without the adapter."""
+    images, labels = load_split(split)
     pictures = [[Image.fromarray(image)] for image in to_rgb(images)]
     figures: dict[str, float] = {}
 
@@ -153,9 +176,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m examples.digits.tune", description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help="the export of `python -m train.main --config digits`")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/digits_tuned"), help="folder")
+    parser.add_argument("--only", nargs="+", default=list(STEPS), choices=tuple(STEPS), help="adapters to train")
+    parser.add_argument("--seed", type=int, default=0, help="of data, training and drawing")
+    parser.add_argument("--split", default="held_out", choices=("held_out", "validation"), help="images asked about")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of training")
     args = parser.parse_args(argv)
     try:
-        figures = tune(args.model, args.out)
+        figures = tune(args.model, args.out, args.only, args.seed, args.split, dtype=args.dtype)
     except (OSError, ValueError, OutOfMemory) as error:
         print_error(error)
         return 2

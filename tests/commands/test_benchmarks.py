@@ -12,8 +12,9 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import load, sampling, scaling, training, understanding
+from benchmarks import load, parity, sampling, scaling, training, understanding
 from benchmarks.common import device as _device
+from benchmarks.common import forms
 from benchmarks.common import runs as _common
 from janus_jax import sharding
 from janus_jax.config import PRESETS
@@ -318,3 +319,20 @@ def test_bandwidth_and_weights():
 def test_in_processes_of_their_own(name, tmp_path):
     rows, _ = run(name, tmp_path)
     assert len(rows) > 2
+
+
+@pytest.mark.slow
+def test_forms(capsys):
+    """The more bits, the nearer; and the command prints what was found."""
+    config = PRESETS["janus_tiny"]
+    found = forms.compare(config, ("int4", "int8", "float16"), 0, 24, lambda form: None)
+    for kind in ("image logits", "text logits"):
+        (four, *_), (eight, *_), (half, *_) = (by_kind[kind] for by_kind in found.values())
+        assert 0 < half < 0.01 < eight < 0.1 < four < 1
+        assert all(0 <= same <= 1 and kl >= 0 for _, same, kl in (by_kind[kind] for by_kind in found.values()))
+    assert parity.main(["--preset", "janus_tiny", "--forms", "int8", "--tokens", "24"]) == 0
+    told = capsys.readouterr().out
+    assert "--tokens 24 --forms int8" in told and f"| int8 | {found['int8']['image logits'][0]:.1%}, " in told
+    with pytest.raises(SystemExit):
+        parity.main(["--preset", "janus_tiny", "--forms", "int8", "--tokens", "0"])
+    assert "--tokens must be from 1 to" in capsys.readouterr().err

@@ -33,8 +33,3 @@ def test_data(tmp_path):
     assert answers.keys() == {tune.EVEN, *(question for question, _ in QUESTIONS)}
     assert len(answers[tune.EVEN]) == len(labels) == len(asked) // 2
     assert all(answer == ("odd" if labels[i] % 2 else "even") for i, answer in answers[tune.EVEN])
-
-
-def test_no_model(tmp_path, capsys):
-    assert tune.main(["--model", str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 2
-    assert len(capsys.readouterr().err.strip().splitlines()) == 1
