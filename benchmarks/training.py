@@ -2,10 +2,10 @@
 
 `python -m benchmarks.training --preset janus_pro_1b --layers 4 --rows 1 --context 2048` runs stage 3, in which all but
 the VQ tokenizer trains, with fewer layers of decoder and SigLIP. Rows are packed with random samples of all kinds until
-no more fit; the padded variant has the same samples, one per row, and 'lora' trains an adapter of rank 16 on the decoder
-over the same rows instead, on bfloat16, int8 or int4 kernels. Recomputation (`remat`) and the tokens of a row whose
-logits are in memory at a time (`loss_chunk`) are varied one by one. Weights are random, samples new in every step. Only
-tokens of samples are counted, never padding; FLOPs are those that the model needs (`train.plan.flops`).
+no more fit; the padded variant has the same samples, one per row, and 'lora' trains an adapter of rank 16 on the
+decoder over the same rows instead, on bfloat16, int8 or int4 kernels. Recomputation (`remat`) and the tokens of a row
+whose logits are in memory at a time (`loss_chunk`) are varied one by one. Weights are random, samples new in every
+step. Only tokens of samples are counted, never padding; FLOPs are those that the model needs (`train.plan.flops`).
 """
 
 from __future__ import annotations

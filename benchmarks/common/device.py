@@ -132,8 +132,8 @@ def random_model(
     """The model and parameters that `janus_jax.load` would give for random weights, on the default device.
 
     Args:
-      how: 'int8' or 'int4' for such weights, 'fused' or 'apart' for products that are or are not, 'scanned' or 'unstacked' for
-        that layout of the layers; '' for load's defaults.
+      how: 'int8' or 'int4' for such weights, 'fused' or 'apart' for products that are or are not, 'scanned' or
+        'unstacked' for that layout of the layers; '' for load's defaults.
       parts: of the model; default all.
     """
     import jax

@@ -174,7 +174,7 @@ def test_training_compares_rates_with_the_padded_rows():
 
 def test_training_samples_are_new_in_every_step_and_of_one_shape():
     args = training.argparse.Namespace(preset="janus_tiny", layers=1, context=64)
-    config = training.make_config(args, "none", 64)
+    config = training.make_config(args, "packed", "none", 64)
     lengths, rows = training.draw_lengths(config, 4)
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     assert {kind for kind, _ in lengths} == {"understanding", "text", "generation"}
