@@ -121,9 +121,15 @@ def _by_groups(x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def _in_float32(x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
-    """[T, D] by [F, D] to [T, F] without a product of matrices: one fusion, which reads the kernel once."""
+    """[T, D] by [F, D] to [T, F] without a product of matrices: one fusion, which reads the kernel once.
+
+    Groups are scaled before they are summed. One sum a group, then scaled, would be written out: with groups of 128 and
+    two tokens that is a quarter more traffic than int4 and its scales.
+    """
     groups = scale.shape[1]
     wide = kernel.reshape(len(kernel), groups, -1).astype(jnp.float32)
     scale = scale.astype(jnp.float32)
     x = x.astype(jnp.float32).reshape(len(x), groups, -1)
-    return jnp.stack([((wide * row).sum(-1) * scale).sum(-1) for row in x])
+    if groups == 1:
+        return jnp.stack([(wide * row).sum((1, 2)) * scale[:, 0] for row in x])
+    return jnp.stack([(wide * scale[..., None] * row).sum((1, 2)) for row in x])

@@ -1,5 +1,7 @@
 """Products by int4 kernels, and by int8 ones in float16: every platform's form against the dequantized kernel."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,6 +48,13 @@ def test_int4(platform, spec, shape, features, rng, close):
         y = module.apply({"params": params}, x)
         assert y.dtype == jnp.float32
         close(y, np.einsum(spec, x.astype(np.float64), wide), spec, 1e-6 if dtype == "float32" else 2e-3)
+
+
+@pytest.mark.parametrize("form", [quantized._by_groups, quantized._in_float32])
+def test_forms_of_gpus_are_exact_in_float32(form, rng, close):
+    params, wide = random_int4(rng, (48, 256))
+    x = rng.standard_normal((2, 256)).astype(np.float32)
+    close(form(x, *params.values()), x.astype(np.float64) @ wide.T, form.__name__, 1e-6)
 
 
 @pytest.mark.parametrize(("dtype", "out_dtype"), [("bfloat16", None), ("float16", None), ("bfloat16", jnp.float32)])
@@ -99,5 +108,7 @@ def test_each_platform_gets_its_own_form():
         assert "batching_dims" in lowered(platform, "bfloat16", 2)
         assert "batching_dims" not in lowered(platform, "bfloat16", quantized._FEW_TOKENS + 1)
         assert "dot_general" not in lowered(platform, "float16", 2)
+        sums = re.findall(r"stablehlo\.reduce\(.*-> tensor<(\w+)>", lowered(platform, "float16", 2))
+        assert sums == ["256xf32"] * 2  # none of groups, which XLA:GPU would write to memory and read again
     assert "optimization_barrier" in lowered("cpu", "float32", 2)
     assert "bitcast_convert" not in lowered("tpu", "bfloat16", 2)

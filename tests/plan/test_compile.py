@@ -145,17 +145,26 @@ def test_a_small_step_compiles(place):
 
 
 @needs_cuda
-@pytest.mark.parametrize("more", [(), ("--images", "4", "--weights", "int8"), ("--weights", "int4")])
-def test_sampling_on_a_gpu_reads_weights_and_cache_once(more):
+@pytest.mark.parametrize(
+    ("place", "more", "most"),
+    [
+        ("h100-1", (), 1.3),
+        ("h100-1", ("--images", "4", "--weights", "int8"), 1.3),
+        ("h100-1", ("--weights", "int4"), 1.3),
+        ("t4-1", ("--weights", "int8"), 1.1),
+        ("t4-1", ("--weights", "int4"), 1.1),
+    ],
+)
+def test_sampling_on_a_gpu_reads_weights_and_cache_once(place, more, most):
     """A loop over stacked layers would move three times as much: XLA copies each of them out."""
     fitting = ["model.language.layers=4", "model.language.width=1024", "model.language.mlp_dim=2816"]
     heads = ["model.language.heads=8", "model.language.kv_heads=8", "model.language.head_dim=128"]
-    done = _command("--config", "debug", "--topology", "h100-1", "--sampling", *more, *fitting, *heads)
+    done = _command("--config", "debug", "--topology", place, "--sampling", *more, *fitting, *heads)
     assert done.returncode == 0, done.stderr
     moved, least = map(
         float, re.search(r"a step moves (\S+) GiB; parameters and cache are (\S+) GiB", done.stdout).groups()
     )
-    assert least <= moved < 1.3 * least
+    assert least <= moved < most * least
     assert "copies of cache or weights in the loop: 0" in done.stdout
 
 
