@@ -4,13 +4,14 @@ Chosen when a program is lowered, by the platform that it is lowered for:
 
     platform                         few tokens (a decoding step)                many tokens
     CPU, int4                        `cpu.int4_product`                          the same
-    TPU, int4                        dequantize, then multiply                   the same
+    TPU, int4                        multiply by each group alone, scale, sum    dequantize, then multiply
     GPU, int4                        multiply group by group, scale, then sum    dequantize, then multiply
     GPU in float16, int8 and int4    multiply and sum in float32                 as any GPU
     any other, int8                  multiply, then scale                        the same
 
-XLA:GPU would write a dequantized kernel out wide. float16 is what GPUs compute in that have no bfloat16 units (compute
-capability below 8.0); Triton does not serve them either, so that any product would go through a float16 copy.
+XLA casts a kernel inside the product, but writes a dequantized one out wide, and reads it again. float16 is what GPUs
+compute in that have no bfloat16 units (compute capability below 8.0); Triton does not serve them either, so that any
+product would go through a float16 copy.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ import jax
 import jax.numpy as jnp
 
 from janus_jax.model import cpu
-from janus_jax.model.precision import einsum, einsum_with_narrow_gradients
+from janus_jax.model.precision import einsum, einsum_with_narrow_gradients, precision_of
 
 # Partial sums of groups, in float32, cost more than a copy of the kernel from about 64 tokens on.
 _FEW_TOKENS = 32
 _ROWS_IN_FLOAT32 = 4  # multiplied and summed one by one
+# Above, a TPU's products of a token for each group cost more than to write a kernel out and read it, by its data sheet.
+_FEW_TOKENS_IN_BLOCKS = 16
 
 
 def product(spec: str, x: jax.Array, kernel: jax.Array, scale: jax.Array, out_dtype: Any, as_matrix: bool) -> jax.Array:
@@ -86,6 +89,9 @@ def _forward(
     def by_groups(x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
         return back(_by_groups(*matrices(x, kernel, scale)))
 
+    def by_blocks(x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
+        return _by_blocks(*(a.reshape(*axes, -1) for a, axes in ((x, leading), (kernel, outputs), (scale, outputs))))
+
     def in_float32(x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
         return back(_in_float32(*matrices(x, kernel, scale)))
 
@@ -98,10 +104,11 @@ def _forward(
         on_gpu = by_groups
     if x.dtype == jnp.float16 and tokens <= _ROWS_IN_FLOAT32:
         on_gpu = in_float32
+    on_tpu = by_blocks if int4 and tokens <= _FEW_TOKENS_IN_BLOCKS else usual
     if on_gpu is usual and not int4:
         y = usual(x, kernel, scale)
     else:
-        forms = {"cpu": on_cpu if int4 else usual, "cuda": on_gpu, "rocm": on_gpu}
+        forms = {"cpu": on_cpu if int4 else usual, "cuda": on_gpu, "rocm": on_gpu, "tpu": on_tpu}
         y = jax.lax.platform_dependent(x, kernel, scale, **forms, default=usual)
     return y.astype(out_dtype)
 
@@ -118,6 +125,21 @@ def _by_groups(x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
     kernel = kernel.reshape(len(kernel), groups, -1).astype(x.dtype)
     y = einsum("TGD,FGD->GTF", x.reshape(len(x), groups, -1), kernel, jnp.float32)
     return (y * scale.T[:, None].astype(jnp.float32)).sum(0)
+
+
+def _by_blocks(x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
+    """[..., D] by [*outputs, D] to [..., *outputs] in one product, of each token once a group with zeros elsewhere.
+
+    A TPU's matrix units take 128 tokens in the time of one. A kernel with an axis of groups would be laid out anew, and
+    one whose outputs are joined would be gathered where a mesh splits them.
+    """
+    size, groups = x.shape[-1], scale.shape[-1]
+    own = jnp.arange(size) // (size // groups) == jnp.arange(groups)[:, None]
+    blocks = jnp.where(own, x[..., None, :], 0)
+    y = jnp.tensordot(
+        blocks, kernel.astype(x.dtype), (-1, -1), precision=precision_of(x.dtype), preferred_element_type=jnp.float32
+    )
+    return (y * jnp.moveaxis(scale, -1, 0).astype(jnp.float32)).sum(x.ndim - 1)
 
 
 def _in_float32(x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:

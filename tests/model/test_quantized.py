@@ -50,8 +50,8 @@ def test_int4(platform, spec, shape, features, rng, close):
         close(y, np.einsum(spec, x.astype(np.float64), wide), spec, 1e-6 if dtype == "float32" else 2e-3)
 
 
-@pytest.mark.parametrize("form", [quantized._by_groups, quantized._in_float32])
-def test_forms_of_gpus_are_exact_in_float32(form, rng, close):
+@pytest.mark.parametrize("form", [quantized._by_groups, quantized._by_blocks, quantized._in_float32])
+def test_forms_of_accelerators_are_exact_in_float32(form, rng, close):
     params, wide = random_int4(rng, (48, 256))
     x = rng.standard_normal((2, 256)).astype(np.float32)
     close(form(x, *params.values()), x.astype(np.float64) @ wide.T, form.__name__, 1e-6)
@@ -101,9 +101,11 @@ def lowered(platform: str, dtype: str, tokens: int) -> str:
 
 def test_each_platform_gets_its_own_form():
     """At lowering, whatever devices there are."""
-    groups, whole = "tensor<256x4x128xbf16>, tensor", "tensor<256x512xbf16>"
-    assert f"({groups.replace('256x4x128', '2x4x128')}" not in lowered("tpu", "bfloat16", 2)
-    assert "batching_dims" not in lowered("tpu", "bfloat16", 2) and whole in lowered("tpu", "bfloat16", 2)
+    grouped, whole = "tensor<256x4x128xbf16>", "tensor<256x512xbf16>"
+    few, many = (lowered("tpu", "bfloat16", tokens) for tokens in (2, quantized._FEW_TOKENS_IN_BLOCKS + 1))
+    # XLA casts inside the product, but writes out what is multiplied by its scales.
+    assert grouped not in few and f"(tensor<1x2x4x512xbf16>, {whole})" in few
+    assert grouped in many and "batching_dims" not in few + many
     for platform in ("cuda", "rocm"):
         assert "batching_dims" in lowered(platform, "bfloat16", 2)
         assert "batching_dims" not in lowered(platform, "bfloat16", quantized._FEW_TOKENS + 1)

@@ -84,3 +84,40 @@ def test_tpu_programs():
     assert hlo.copies(TPU, small + 1) == []
     # The weights come over once, the cache is read, then copied: read and written. Its update in place is free.
     assert hlo.loop_bytes(TPU) == large + small + 2 * small + large
+
+
+def test_copies_inside_fusions_are_no_traffic():
+    """Only what a fusion returns is written: alone, or as one of several results."""
+    text = """HloModule jit_step, is_scheduled=true
+
+%inner (a: s8[64,128]) -> s8[64,128] {
+  %a = s8[64,128]{1,0:T(32,128)(4,1)} parameter(0)
+  ROOT %copy.inner = s8[64,128]{1,0:T(8,128)(4,1)} copy(%a)
+}
+
+%product (b: s8[64,128]) -> bf16[64,128] {
+  %b = s8[64,128]{1,0:T(32,128)(4,1)} parameter(0)
+  %fusion.inner = s8[64,128]{1,0:T(8,128)(4,1)} fusion(%b), kind=kLoop, calls=%inner
+  %copy.middle = s8[64,128]{1,0:T(8,128)(4,1)} copy(%fusion.inner)
+  ROOT %wide = bf16[64,128]{1,0:T(8,128)(2,1)} convert(%copy.middle)
+}
+
+%two (c: s8[64,128]) -> (s8[64,128], bf16[64,128]) {
+  %c = s8[64,128]{1,0:T(32,128)(4,1)} parameter(0)
+  %copy.stored = s8[64,128]{1,0:T(8,128)(4,1)} copy(%c)
+  %also = bf16[64,128]{1,0:T(8,128)(2,1)} convert(%c)
+  ROOT %both = (s8[64,128]{1,0:T(8,128)(4,1)}, bf16[64,128]{1,0:T(8,128)(2,1)}) tuple(%copy.stored, %also)
+}
+
+%body (p: s8[64,128]) -> s8[64,128] {
+  %p = s8[64,128]{1,0:T(32,128)(4,1)} parameter(0)
+  %f.1 = bf16[64,128]{1,0:T(8,128)(2,1)} fusion(%p), kind=kOutput, calls=%product
+  %f.2 = (s8[64,128]{1,0:T(8,128)(4,1)}, bf16[64,128]{1,0:T(8,128)(2,1)}) fusion(%p), kind=kLoop, calls=%two
+  ROOT %f.3 = s8[64,128]{1,0:T(8,128)(4,1)} fusion(%p), kind=kLoop, calls=%inner
+}
+
+ENTRY %main (a: s8[64,128]) -> s8[64,128] {
+  ROOT %while.1 = s8[64,128]{1,0:T(32,128)(4,1)} while(%a), condition=%condition, body=%body
+}
+"""
+    assert [one.line.split(" = ")[0] for one in hlo.copies(text, 64 * 128)] == ["%copy.stored", "ROOT %copy.inner"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 _BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0}
@@ -45,6 +45,7 @@ class Instruction:
       computation: the computation that contains it.
       times: how often it runs; loops of unknown length count as one iteration.
       in_loop: whether it is in the body of a loop.
+      stored: whether its result is an array of its own, and not a value inside a fusion.
     """
 
     opcode: str
@@ -53,6 +54,7 @@ class Instruction:
     computation: str
     times: int
     in_loop: bool
+    stored: bool
 
     @property
     def bytes(self) -> int:
@@ -72,8 +74,10 @@ def instructions(text: str) -> Iterator[Instruction]:
     """Every instruction that a run of the module `text` executes, through loops, branches and fusions."""
     computations, entry = _computations(text)
 
-    def walk(name: str, times: int, in_loop: bool) -> Iterator[Instruction]:
-        for line in computations.get(name, ()):
+    def walk(name: str, times: int, in_loop: bool, fusions: int) -> Iterator[Instruction]:
+        lines = computations.get(name, ())
+        results = _results(lines) if fusions == 1 else set()
+        for line in lines:
             match = _INSTRUCTION.match(line)
             if not match or match["opcode"].endswith(("-done", "-update")):
                 continue
@@ -86,10 +90,22 @@ def instructions(text: str) -> Iterator[Instruction]:
             for called in _CALLED.findall(line):
                 for callee in called.replace("%", "").split(","):
                     if not callee.strip().startswith("async_collective_fusion"):
-                        yield from walk(callee.strip(), inside, in_loop or loops)
-            yield Instruction(opcode.removesuffix("-start"), _arrays(match["type"]), line.strip(), name, times, in_loop)
+                        yield from walk(callee.strip(), inside, in_loop or loops, fusions + (opcode == "fusion"))
+            yield Instruction(
+                opcode.removesuffix("-start"), _arrays(match["type"]), line.strip(), name, times, in_loop,
+                stored=not fusions or match["name"] in results,
+            )  # fmt: skip
 
-    yield from walk(entry, 1, False)
+    yield from walk(entry, 1, False, 0)
+
+
+def _results(lines: Sequence[str]) -> set[str]:
+    """The names of what a computation returns: its root, or the parts of a tuple."""
+    for line in lines:
+        if (match := _INSTRUCTION.match(line)) and line.lstrip().startswith("ROOT "):
+            parts = match["rest"].split(")")[0] if match["opcode"] == "tuple" else ""
+            return {match["name"], *re.findall(r"%([\w.\-]+)", parts)}
+    return set()
 
 
 def _turns(line: str, computations: dict[str, list[str]]) -> int:
@@ -160,7 +176,11 @@ def copies(text: str, at_least: int) -> list[Instruction]:
     return [
         one
         for one in instructions(text)
-        if one.opcode == "copy" and one.in_loop and one.bytes >= at_least and not any(a.fast for a in one.arrays)
+        if one.opcode == "copy"
+        and one.in_loop
+        and one.stored
+        and one.bytes >= at_least
+        and not any(a.fast for a in one.arrays)
     ]
 
 
