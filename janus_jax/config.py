@@ -14,6 +14,7 @@ from typing import Any
 from janus_jax.io import files
 from janus_jax.io.fields import Fields, shown
 from janus_jax.io.messages import one_line
+from janus_jax.io.stores import as_path
 from janus_jax.sizes import (
     IMAGE_CHANNELS,
     PRESETS,
@@ -48,7 +49,7 @@ def read_config(path: str | pathlib.Path) -> JanusConfig:
 
     Raises OSError if it is missing, ValueError if it is not a Janus configuration that is supported.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
     if path.is_dir():
         path = path / "config.json"
     if not path.exists():

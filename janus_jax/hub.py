@@ -7,6 +7,8 @@ import pathlib
 import re
 
 from janus_jax.io.messages import one_line
+from janus_jax.io.store_access import is_store
+from janus_jax.io.stores import as_path, missing
 
 # Neither name starts with a dot: ../name is a path.
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -17,13 +19,15 @@ _SMALL_FILES = ("*.json", "*.jinja", "*.model")
 
 
 def resolve(path_or_hub_id: str | os.PathLike, revision: str | None = None) -> pathlib.Path:
-    """The local folder of a checkpoint or an adapter, downloaded from the hub if it is a hub id and not a folder.
+    """The folder of a checkpoint or an adapter: local, in a store, or downloaded from the hub if it is a hub id.
 
     Raises: OSError in one line for what is neither, and for a download that fails.
     """
-    folder = pathlib.Path(path_or_hub_id)
+    folder = as_path(path_or_hub_id)
     if (name := hub_id(path_or_hub_id)) is not None:
         return _download(name, revision)
+    if is_store(folder) and not folder.is_dir():
+        raise missing(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{one_line(path_or_hub_id)} is neither a folder nor a hub id of the form owner/name")
     return folder

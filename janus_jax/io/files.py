@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import pathlib
 import stat
 from typing import Any, BinaryIO
 
 from janus_jax.io.messages import one_line
+from janus_jax.io.store_access import is_store
+from janus_jax.io.stores import as_path, open_object, size_of
 
 MAX_JSON = 64 << 20  # bytes; the largest JSON of a published checkpoint, its tokenizer, has 5 MB
 MAX_JSON_DEPTH = 200  # levels of nested lists and objects
@@ -26,11 +27,13 @@ _KINDS = {
 
 
 def open_regular(path: str | os.PathLike) -> BinaryIO:
-    """Opens `path` for reading bytes if it is a regular file (or a link to one); never blocks.
+    """Opens `path` for reading bytes if it is a regular file (or a link to one), or an object in a store; never blocks.
 
     Raises: FileNotFoundError and other OSErrors of the system; ValueError for a folder, FIFO, device or socket, and for
       a path that contains a null character.
     """
+    if is_store(path):
+        return open_object(path)
     try:
         # Non-blocking: opening a FIFO would wait for somebody to write to it.
         number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -57,7 +60,7 @@ def _kind(path: str | os.PathLike) -> str | None:
 def read_bytes(path: str | os.PathLike, limit: int) -> bytes:
     """All bytes of the regular file `path`; ValueError if it has more than `limit`, see also `open_regular`."""
     with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
+        size = size_of(file)
         data = file.read(size + 1) if size <= limit else b""
         if size < len(data) <= limit:
             # Files under /proc report size 0 but have content. (Read last: `read` allocates all that it is asked for.)
@@ -83,7 +86,7 @@ def read_json(path: str | os.PathLike, limit: int = MAX_JSON) -> Any:
 
 def read_json_object(path: str | os.PathLike, limit: int = MAX_JSON, missing_ok: bool = False) -> dict[str, Any]:
     """The object in the JSON file `path`; {} if it is absent and `missing_ok`; ValueError as `read_json`."""
-    if missing_ok and not pathlib.Path(path).exists():
+    if missing_ok and not as_path(path).exists():
         return {}
     raw = read_json(path, limit)
     if not isinstance(raw, dict):

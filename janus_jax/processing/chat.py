@@ -8,7 +8,6 @@ positions. Reference: janus/models/processing_vlm.py and janus/utils/conversatio
 from __future__ import annotations
 
 import os
-import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from janus_jax.config import JanusConfig
 from janus_jax.io import files
 from janus_jax.io.fields import Fields, shown
 from janus_jax.io.messages import one_line
+from janus_jax.io.stores import as_path
 from janus_jax.processing.images import ImageSettings, ImageSource, understanding_pixels
 from janus_jax.processing.roles import ROLES, detect_roles
 from janus_jax.processing.tokenizer import (
@@ -191,7 +191,7 @@ class Processor:
         preprocessor_config.json (or `image_processor` in processor_config.json, as transformers 5 writes it) is read
         if present. Raises as `Tokenizer.from_folder`, and ValueError if the files contradict `config`.
         """
-        folder = pathlib.Path(folder)
+        folder = as_path(folder)
         tokenizer = Tokenizer.from_folder(folder)
         processor = files.read_json_object(folder / "processor_config.json", missing_ok=True)
         path = folder / "preprocessor_config.json"

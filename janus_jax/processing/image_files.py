@@ -12,7 +12,6 @@ import errno
 import functools
 import io
 import os
-import pathlib
 import warnings
 from collections.abc import Iterator
 
@@ -21,6 +20,7 @@ from PIL import Image, UnidentifiedImageError
 
 from janus_jax.io import files
 from janus_jax.io.messages import one_line
+from janus_jax.io.stores import as_path
 from janus_jax.processing import image_metadata
 
 ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray
@@ -134,7 +134,7 @@ def _from_path(source: str | bytes, memory: int) -> tuple[str, bytes]:
     name = one_line(os.fsdecode(source))
     if len(source) > _MAX_NAME:
         raise ValueError(f"{name}: a path may have at most {_MAX_NAME:,} characters, got {len(source):,}")
-    path = pathlib.Path(os.fsdecode(source))
+    path = as_path(os.fsdecode(source))
     try:
         if path.is_dir():
             raise IsADirectoryError(f"{name}: expected an image file, found a folder")

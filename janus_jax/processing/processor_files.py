@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +18,7 @@ from tokenizers import processors
 from janus_jax.config import JanusConfig
 from janus_jax.io.files import read_json_object, read_text
 from janus_jax.io.messages import one_line
+from janus_jax.io.stores import copy_file
 from janus_jax.processing.chat import Processor
 from janus_jax.processing.roles import ROLES
 
@@ -76,7 +76,7 @@ def copy_files(src: pathlib.Path, out: pathlib.Path, names: tuple[str, ...]) -> 
     """Copies the files `names` that exist in `src`."""
     for name in names:
         if (src / name).is_file():
-            shutil.copyfile(src / name, out / name)
+            copy_file(src / name, out / name)
 
 
 def write_processor_files(
@@ -98,7 +98,7 @@ def write_processor_files(
         return
     for name, value in files.of(dialect, note):
         if _is_of(src, name, dialect):
-            shutil.copyfile(src / name, out / name)
+            copy_file(src / name, out / name)
         elif isinstance(value, str):
             (out / name).write_text(value, encoding="utf-8")
         elif value is not None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 from janus_jax.io.files import read_json_object, read_text
 from janus_jax.io.messages import one_line
+from janus_jax.io.stores import as_path
 
 # (user, assistant): "pro" for the Janus-Pro models, "old" for Janus-1.3B.
 ROLES = {"pro": ("<|User|>", "<|Assistant|>"), "old": ("User", "Assistant")}
@@ -42,7 +43,7 @@ def detect_roles(
       pad_id, is_token: the id of its tokenizer's pad token, and whether a string is one token.
       hub_id: the hub id that the caller asked for, if any.
     """
-    folder = pathlib.Path(folder)
+    folder = as_path(folder)
     if read_json_object(folder / "processor_config.json", missing_ok=True).get("sft_format") == "deepseek_old":
         return "old", "sft_format in processor_config.json is deepseek_old"
     for name in ("chat_template.jinja", "chat_template.json"):

@@ -14,6 +14,7 @@ import tokenizers
 from janus_jax.io import files
 from janus_jax.io.fields import Fields, shown
 from janus_jax.io.messages import one_line
+from janus_jax.io.stores import as_path
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 BEGIN_OF_IMAGE, END_OF_IMAGE, IMAGE_PLACEHOLDER = "<begin_of_image>", "<end_of_image>", "<image_placeholder>"
@@ -61,7 +62,7 @@ class Tokenizer:
 
         Raises FileNotFoundError without tokenizer.json, ValueError if a file is damaged or a special token unknown.
         """
-        folder = pathlib.Path(folder)
+        folder = as_path(folder)
         path = folder / "tokenizer.json"
         if not path.exists():
             name = one_line(path)

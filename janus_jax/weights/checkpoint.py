@@ -31,6 +31,7 @@ from orbax.checkpoint import v1 as ocp
 from janus_jax.config import JanusConfig, dialect_of, original_config, parse_config
 from janus_jax.io.messages import one_line
 from janus_jax.io.progress import byte_bar
+from janus_jax.io.stores import as_path
 from janus_jax.weights import orbax_layouts, quantized_files
 from janus_jax.weights.formats.stored_tensor import Tensor
 from janus_jax.weights.formats.torch_files import open_file, weight_file
@@ -73,7 +74,7 @@ class Checkpoint:
 
 def kind_of(folder: str | pathlib.Path) -> str:
     """'converted', 'original' or 'transformers'; FileNotFoundError or ValueError if `folder` is none of them."""
-    folder = pathlib.Path(folder)
+    folder = as_path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; expected a Janus checkpoint there")
     dialect = dialect_of(read_raw_config(folder))
@@ -94,7 +95,7 @@ def open_checkpoint(
 
     Without `quantized`, a folder of quantized kernels is refused, as one that is no source for anything but `load`.
     """
-    folder = pathlib.Path(folder)
+    folder = as_path(folder)
     kind = kind_of(folder)
     raw = read_raw_config(folder)
     try:
@@ -152,9 +153,9 @@ def save_params(folder: str | pathlib.Path, params: Any) -> None:
     """
     if jax.process_count() == 1:
         flat = traverse_util.flatten_dict(params)
-        write_lazy(pathlib.Path(folder), {path: _lazy(array) for path, array in flat.items()})
+        write_lazy(as_path(folder), {path: _lazy(array) for path, array in flat.items()})
     else:
-        _save_by_orbax(pathlib.Path(folder), params)
+        _save_by_orbax(as_path(folder), params)
 
 
 def _lazy(array: Any) -> LazyArray:
@@ -174,7 +175,7 @@ def save(folder: str | pathlib.Path, config: JanusConfig, params: Any) -> None:
 
     Raises ValueError if the folder already has parameters, or the original dialect cannot express `config`.
     """
-    folder = pathlib.Path(folder)
+    folder = as_path(folder)
     raw = original_config(config)
     save_params(folder / PARAMS, params)
     if jax.process_index() == 0:

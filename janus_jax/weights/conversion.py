@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import pathlib
 import re
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,7 @@ from janus_jax.io.files import read_json_object
 from janus_jax.io.messages import one_line
 from janus_jax.io.progress import byte_bar
 from janus_jax.io.staging import destination, staged
+from janus_jax.io.stores import copy_file
 from janus_jax.processing.processor_files import (
     PROCESSOR_FILES,
     TOKENIZER_FILES,
@@ -86,7 +86,7 @@ def from_torch(
             write_safetensors(folder / CARRIED, [_carried(source, name, dtype) for name in source.carried])
         copy_files(source.folder, folder, TOKENIZER_FILES + PROCESSOR_FILES)
         if raw is source.raw_config:
-            shutil.copyfile(source.folder / "config.json", folder / "config.json")
+            copy_file(source.folder / "config.json", folder / "config.json")
         else:
             write_json(folder / "config.json", raw)
         if verify:
@@ -134,7 +134,7 @@ def to_torch(
         copy_files(source.folder, folder, TOKENIZER_FILES)
         write_processor_files(source.folder, folder, source.config, dialect, note)
         if same and _untied(raw) is raw:
-            shutil.copyfile(source.folder / "config.json", folder / "config.json")
+            copy_file(source.folder / "config.json", folder / "config.json")
         else:
             write_json(folder / "config.json", _untied(raw))
 

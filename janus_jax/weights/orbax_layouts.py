@@ -18,6 +18,8 @@ from typing import Any
 import tensorstore as ts
 
 from janus_jax.io.messages import one_line
+from janus_jax.io.store_access import is_store, kvstore_spec
+from janus_jax.io.stores import as_path
 
 _OCDBT = "manifest.ocdbt"
 _METADATA = {".zarray": "zarr", "zarr.json": "zarr3"}  # the metadata file of each driver
@@ -38,6 +40,8 @@ def _holds_arrays(folder: pathlib.Path) -> bool:
         return True
     if not folder.is_dir():
         return False
+    if is_store(folder):
+        return bool(_drivers_below(folder))
     with os.scandir(folder) as entries:
         return any(_plain_driver(pathlib.Path(entry.path)) for entry in entries if entry.is_dir())
 
@@ -75,11 +79,20 @@ def open_store(folder: pathlib.Path) -> Store:
             name, _, file = key.decode("utf-8", "surrogateescape").rpartition("/")
             if file in _METADATA:
                 drivers[name] = _METADATA[file]
+    elif is_store(folder):
+        drivers = _drivers_below(folder)
     else:
         for path in folder.iterdir():
             if path.is_dir() and (driver := _plain_driver(path)):
                 drivers[path.name] = driver
     return Store(folder, ocdbt, drivers)
+
+
+def _drivers_below(folder: pathlib.Path) -> dict[str, str]:
+    """The drivers of the arrays in separate folders of a store, from one listing."""
+    found = as_path(folder).walk()  # type: ignore[attr-defined]
+    below = [path for path, _ in found if path.parent.parent == folder and path.name in _METADATA]
+    return {path.parent.name: _METADATA[path.name] for path in below}
 
 
 def open_array(folder: pathlib.Path, name: str, driver: str, ocdbt: bool) -> ts.TensorStore:
@@ -96,7 +109,7 @@ def create_array(folder: pathlib.Path, name: str, codecs: list[dict[str, Any]], 
 
 
 def _files(folder: pathlib.Path) -> dict[str, str]:
-    return {"driver": "file", "path": f"{folder.absolute()}/"}
+    return kvstore_spec(f"{folder}/") if is_store(folder) else {"driver": "file", "path": f"{folder.absolute()}/"}
 
 
 def _kvstore(folder: pathlib.Path) -> dict[str, Any]:
@@ -105,6 +118,8 @@ def _kvstore(folder: pathlib.Path) -> dict[str, Any]:
 
 def _refuse_special_files(folder: pathlib.Path):
     """ValueError for a FIFO or a device in `folder`, since tensorstore would open it."""
+    if is_store(folder):
+        return
     count = 0
     for parent, _, names in os.walk(folder):
         for name in names:

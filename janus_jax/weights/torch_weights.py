@@ -23,6 +23,7 @@ from janus_jax.config import JanusConfig, dialect_of
 from janus_jax.io.files import read_json_object
 from janus_jax.io.messages import one_line
 from janus_jax.io.progress import byte_bar
+from janus_jax.io.stores import as_path
 from janus_jax.weights.formats.safetensors_files import TensorToWrite
 from janus_jax.weights.formats.stored_tensor import Tensor
 from janus_jax.weights.formats.torch_files import open_tensors
@@ -151,7 +152,7 @@ def read_raw_config(folder: pathlib.Path) -> dict[str, Any]:
 
 def lazy_params(folder: str | pathlib.Path, config: JanusConfig) -> tuple[LazyParams, dict[str, Tensor]]:
     """Like `read_params`, with everything still in its file."""
-    folder = pathlib.Path(folder)
+    folder = as_path(folder)
     raw = read_raw_config(folder)
     dialect = dialect_of(raw)
     tensors = open_tensors(folder, _say)

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from janus_jax.config import JanusConfig, dialect_of
 from janus_jax.hub import hub_id, resolve
+from janus_jax.io.stores import as_path
 from janus_jax.model.janus import Janus, init_params
 from janus_jax.sharding import flatten, param_shardings, unflatten
 from janus_jax.weights.adapters.trainable import trainable
@@ -92,7 +93,7 @@ def _random_parts(config: TrainConfig, mesh: Mesh, parts: Sequence[str]) -> Para
 
 def folder_of(source: str) -> pathlib.Path:
     """The local folder of a path or a hub id; what the hub has is downloaded, unless it was before."""
-    return resolve(source) if hub_id(source) else pathlib.Path(source)
+    return resolve(source) if hub_id(source) else as_path(source)
 
 
 def open_sources(config: TrainConfig) -> dict[str, LazyParams]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import pathlib
 from typing import Any
 
 from jax.sharding import Mesh
@@ -12,6 +11,7 @@ from jax.sharding import Mesh
 from janus_jax.config import JanusConfig
 from janus_jax.io.fields import shown
 from janus_jax.io.messages import did_you_mean, one_line, print_note
+from janus_jax.io.stores import as_path
 from janus_jax.weights.adapters.attach import attach, merge
 from janus_jax.weights.adapters.peft_files import read_adapter
 
@@ -42,7 +42,7 @@ class Adapters:
         """Reads the adapter at `path`, to be used with `params`, the model's; returns its name."""
         if type(scale) not in (int, float) or not math.isfinite(scale):
             raise ValueError(f"scale must be a finite number, got {shown(scale)}")
-        name = pathlib.Path(path).resolve().name if name is None else name
+        name = as_path(path).resolve().name if name is None else name
         if name in self._with:
             raise ValueError(f"an adapter named {shown(name)} is loaded; unload it, or give this one another name=")
         adapter = read_adapter(path, self._config)

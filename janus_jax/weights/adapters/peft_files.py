@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import os
-import pathlib
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +20,7 @@ from janus_jax.hub import resolve
 from janus_jax.io.fields import Fields, shown
 from janus_jax.io.files import read_json_object
 from janus_jax.io.messages import did_you_mean, one_line
+from janus_jax.io.stores import as_path, lexists
 from janus_jax.weights.adapters.adapter import (
     Adapter,
     Delta,
@@ -56,7 +56,7 @@ _NOTHING = (None, False, "", "none")
 
 
 def is_adapter(folder: str | os.PathLike) -> bool:
-    return (pathlib.Path(folder) / CONFIG).is_file()
+    return (as_path(folder) / CONFIG).is_file()
 
 
 # ---------------------------------------------------------------- reading
@@ -75,8 +75,8 @@ def read_adapter(path_or_hub_id: str | os.PathLike, config: JanusConfig) -> Adap
         settings = _Settings.read(read_json_object(folder / CONFIG))
     except ValueError as error:
         raise ValueError(f"{one_line(folder / CONFIG)}: {error}") from None
-    weights = folder / (WEIGHTS if os.path.lexists(folder / WEIGHTS) else _PICKLED)
-    if not os.path.lexists(weights):
+    weights = folder / (WEIGHTS if lexists(folder / WEIGHTS) else _PICKLED)
+    if not lexists(weights):
         raise FileNotFoundError(f"{one_line(folder)} has neither {WEIGHTS} nor {_PICKLED}")
     try:
         return _adapter(open_file(weights), settings, config, str(folder))

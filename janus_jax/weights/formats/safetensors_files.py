@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import pathlib
 import struct
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +19,7 @@ import numpy as np
 
 from janus_jax.io.files import open_regular, parse_json
 from janus_jax.io.messages import one_line
+from janus_jax.io.stores import size_of
 from janus_jax.weights.formats.stored_tensor import Tensor, row_major
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -44,7 +44,7 @@ def open_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
     """Every tensor of the file `path`, by name; ValueError if it violates the specification."""
     with open_regular(path) as file:
         try:
-            return _read_header(path, file, os.fstat(file.fileno()).st_size)
+            return _read_header(path, file, size_of(file))
         except ValueError as error:
             raise ValueError(
                 f"{one_line(path)} is damaged or not a safetensors file ({one_line(error, 500)}); download it again"

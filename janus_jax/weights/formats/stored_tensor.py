@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import mmap
+import os
 import pathlib
 import zlib
 from collections.abc import Sequence
@@ -13,8 +14,9 @@ import numpy as np
 
 from janus_jax.io.files import open_regular
 from janus_jax.io.messages import one_line
+from janus_jax.io.store_access import is_store, read_spans
 
-_BLOCK_BYTES = 16 << 20
+_BLOCK_BYTES = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Tensor:
     record: Record | None = None
 
     def view(self, verify: bool = True) -> np.ndarray:
-        """The tensor as a read-only array over mapped pages of the file.
+        """The tensor as a read-only array over mapped pages of the file; from a store, its bytes are fetched.
 
         Args:
           verify: verify the record's checksum first, unless this process has already done so.
@@ -52,7 +54,7 @@ class Tensor:
         num_bytes = extent(self.shape, self.strides) * self.dtype.itemsize
         if verify and self.record is not None:
             _verify(self.file, self.record)
-        flat = np.frombuffer(_mapped(self.file, self.offset, num_bytes), np.uint8)[-num_bytes:].view(self.dtype)
+        flat = np.frombuffer(_pages(self.file, self.offset, num_bytes), np.uint8)[-num_bytes:].view(self.dtype)
         strides = [stride * self.dtype.itemsize for stride in self.strides]
         return np.lib.stride_tricks.as_strided(flat, self.shape, strides, writeable=False)
 
@@ -65,6 +67,13 @@ def extent(shape: Sequence[int], strides: Sequence[int]) -> int:
 def row_major(shape: Sequence[int]) -> tuple[int, ...]:
     """Strides, in elements, of a contiguous tensor."""
     return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+def _pages(path: pathlib.Path, offset: int, num_bytes: int) -> mmap.mmap | bytes:
+    """Bytes of `path` that end with the `num_bytes` bytes from `offset`."""
+    if is_store(path):
+        return read_spans(os.fspath(path), [(offset, offset + num_bytes)])[0]
+    return _mapped(path, offset, num_bytes)
 
 
 def _mapped(path: pathlib.Path, offset: int, num_bytes: int) -> mmap.mmap:
@@ -91,10 +100,10 @@ def _verify(path: pathlib.Path, record: Record):
     key = (path, status.st_size, status.st_mtime_ns, record)
     if key in _verified:
         return
-    pages = memoryview(_mapped(path, record.start, record.size))[-record.size :]
     crc = 0
-    for begin in range(0, record.size, _BLOCK_BYTES):
-        crc = zlib.crc32(pages[begin : begin + _BLOCK_BYTES], crc)
+    for begin in range(record.start, record.start + record.size, _BLOCK_BYTES):
+        size = min(_BLOCK_BYTES, record.start + record.size - begin)
+        crc = zlib.crc32(memoryview(_pages(path, begin, size))[-size:], crc)
     if crc != record.crc:
         raise ValueError(
             f"{one_line(path)} is damaged: the {record.size:,} bytes from byte {record.start:,} do not match their "

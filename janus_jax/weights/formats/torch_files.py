@@ -6,13 +6,13 @@ process has only a few tensors in memory, however large the checkpoint.
 
 from __future__ import annotations
 
-import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
 from janus_jax.io.files import read_json_object
 from janus_jax.io.messages import one_line
+from janus_jax.io.stores import as_path, lexists
 from janus_jax.weights.formats.pickle_files import PICKLE, PICKLE_INDEX, open_pickle
 from janus_jax.weights.formats.safetensors_files import SAFETENSORS, SAFETENSORS_INDEX, open_safetensors
 from janus_jax.weights.formats.stored_tensor import Tensor
@@ -28,7 +28,7 @@ Note = Callable[[str], Any]
 def weight_file(folder: pathlib.Path) -> pathlib.Path | None:
     """The file of `folder` from which its weights are read, or None."""
     # A dangling link counts, so that the error names it.
-    return next((folder / name for name in WEIGHT_FILES if os.path.lexists(folder / name)), None)
+    return next((folder / name for name in WEIGHT_FILES if lexists(folder / name)), None)
 
 
 def open_tensors(folder: str | pathlib.Path, note: Note = lambda text: None) -> dict[str, Tensor]:
@@ -38,7 +38,7 @@ def open_tensors(folder: str | pathlib.Path, note: Note = lambda text: None) -> 
       note: called with a sentence that says which of several sets of weights in a file is read.
     Raises: FileNotFoundError if a file is missing, ValueError if one is damaged or a name appears in two shards.
     """
-    folder = pathlib.Path(folder)
+    folder = as_path(folder)
     path = weight_file(folder)
     if path is None:
         raise FileNotFoundError(f"{one_line(folder)} has no weights; expected one of {', '.join(WEIGHT_FILES)}")
@@ -67,7 +67,7 @@ def _shards(index: pathlib.Path) -> list[pathlib.Path]:
     for name in names:
         if pathlib.Path(name).name != name or name in ("", "..") or "\0" in name or "\\" in name:
             raise ValueError(f"{one_line(index)} names a shard outside its own folder: {one_line(name)}")
-    absent = [one_line(name) for name in names if not os.path.lexists(index.parent / name)]
+    absent = [one_line(name) for name in names if not lexists(index.parent / name)]
     if absent:
         more = f" and {len(absent) - 4} more" if len(absent) > 4 else ""
         raise FileNotFoundError(
@@ -78,6 +78,6 @@ def _shards(index: pathlib.Path) -> list[pathlib.Path]:
 
 def open_file(path: pathlib.Path, note: Note = lambda text: None) -> dict[str, Tensor]:
     """Every tensor of one file, by name; `note` as for `open_tensors`."""
-    if not os.path.lexists(path):
+    if not lexists(path):
         raise FileNotFoundError(f"{one_line(path)} does not exist; expected a file of tensors there")
     return open_pickle(path, note) if path.suffix in _PICKLE_SUFFIXES else open_safetensors(path)

@@ -7,11 +7,11 @@ Here all have to agree, and the records have to fill the archive without gaps.
 
 from __future__ import annotations
 
-import os
 import struct
 from typing import BinaryIO
 
 from janus_jax.io.messages import one_line
+from janus_jax.io.stores import size_of
 from janus_jax.weights.formats.stored_tensor import Record
 
 _MAX_RECORDS = 200_000
@@ -32,7 +32,7 @@ def read_records(file: BinaryIO) -> dict[str, Record]:
     Raises: NoZip if the file is not an archive, or truncated; ValueError if its headers disagree, or for anything that
       torch.save does not write: compressed or encrypted records, multi-volume archives.
     """
-    size = os.fstat(file.fileno()).st_size
+    size = size_of(file)
     count, directory_size, directory_at = _find_directory(file, size)
     file.seek(directory_at)
     directory = file.read(directory_size)

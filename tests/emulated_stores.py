@@ -1,0 +1,202 @@
+"""Object stores on loopback: gcp-storage-emulator and moto's server, behind a proxy that can be slow and fail.
+
+What they cannot show: credentials and rights, the speed of a network, and for gcp-storage-emulator conditions on
+generations, which it ignores (moto checks those of S3).
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import http.client
+import http.server
+import logging
+import os
+import random
+import socket
+import socketserver
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+BUCKET = "janus-test"
+
+
+class Proxy(http.server.ThreadingHTTPServer):
+    """Passes requests on to `port`, `delay` seconds late, or fails them with a status or by hanging up.
+
+    Attributes:
+      requests: method and path of every request so far.
+    """
+
+    daemon_threads = True
+    request_queue_size = 256
+
+    def __init__(self, port: int):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.port, self.delay, self.requests = port, 0.0, []
+        self._random, self._faults = random.Random(0), {}
+        self._one = threading.Lock()  # gcp-storage-emulator takes one request at a time
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @contextlib.contextmanager
+    def failing(self, share: float = 1.0, most: int = 1 << 30, kinds: tuple[str, ...] = ("503", "drop")):
+        """Fails `share` of the requests, at most `most` of them; yields the faults so far, by kind."""
+        counts = dict.fromkeys(kinds, 0)
+        self._faults = {"share": share, "left": most, "counts": counts}
+        try:
+            yield counts
+        finally:
+            self._faults = {}
+
+    def fault(self) -> str:
+        faults = self._faults
+        if not faults or not faults["left"] or self._random.random() >= faults["share"]:
+            return ""
+        faults["left"] -= 1
+        kind = self._random.choice(list(faults["counts"]))
+        faults["counts"][kind] += 1
+        return kind
+
+    def passed_on(self, method: str, path: str, headers: dict[str, str], body: bytes):
+        with self._one:
+            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+            connection.request(method, path, body, headers)
+            answer = connection.getresponse()
+            data = answer.read()
+            connection.close()
+        return answer, data
+
+    def handle_error(self, *_):
+        pass
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def _serve(self):
+        server = self.server
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        server.requests.append((self.command, self.path))
+        time.sleep(server.delay)
+        if kind := server.fault():
+            if kind == "drop":
+                self.close_connection = True
+                self.connection.shutdown(socket.SHUT_RDWR)
+            else:
+                self._answer(int(kind), [("Content-Type", "text/plain")], b"busy" if kind == "503" else b"Forbidden")
+            return
+        headers = {name: value for name, value in self.headers.items() if name.lower() != "connection"}
+        answer, data = server.passed_on(self.command, self.path, headers, body)
+        kept = [(name, value) for name, value in answer.getheaders() if name.lower() not in _OWN]
+        if self.command == "HEAD" and (length := answer.getheader("Content-Length")):
+            kept.append(("Content-Length", length))
+        self._answer(answer.status, kept, data)
+
+    def _answer(self, status: int, headers: list[tuple[str, str]], data: bytes):
+        self.send_response_only(status)
+        for name, value in headers:
+            self.send_header(name, value)
+        if self.command != "HEAD":
+            self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = do_PATCH = _serve
+
+    def log_message(self, *_):
+        pass
+
+
+_OWN = ("connection", "transfer-encoding", "content-length", "keep-alive", "date", "server")
+
+
+def _started(kind: str) -> int:
+    """The port of an emulator in a process of its own, which ends with this one."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    child = subprocess.Popen([sys.executable, "-m", __name__, kind, str(port)], stdin=subprocess.PIPE)
+    atexit.register(child.kill)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and child.poll() is None:
+        with contextlib.suppress(OSError):
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return port
+        time.sleep(0.05)
+    raise RuntimeError(f"the emulator of {kind} did not start")
+
+
+def _complete_google():
+    """What gcp-storage-emulator lacks: objects without bytes, and the generation of what is read, which OCDBT needs."""
+    from gcp_storage_emulator import server, storage
+
+    read, described, write, latest = server._read_data, storage.Storage.get_file_obj, server.Response.write_file, {}
+    server._read_data = lambda *given: b"" if (data := read(*given)) is None else data
+
+    def get_file_obj(self, *given):
+        latest["object"] = described(self, *given)
+        return latest["object"]
+
+    def write_file(self, *given, **named):
+        self["x-goog-generation"] = latest["object"]["generation"]
+        return write(self, *given, **named)
+
+    storage.Storage.get_file_obj, server.Response.write_file = get_file_obj, write_file
+
+
+def main(kind: str, port: int):
+    # Headers and content are sent apart: without this, the second waits 40 ms for the first to be acknowledged.
+    socketserver.StreamRequestHandler.disable_nagle_algorithm = True
+    if kind == "gs":
+        from gcp_storage_emulator.server import create_server
+
+        logging.disable(logging.ERROR)
+        _complete_google()
+        create_server("127.0.0.1", port, in_memory=True, default_bucket=BUCKET).start()
+    else:
+        from moto.server import ThreadedMotoServer
+
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)
+        ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False).start()
+    sys.stdin.read()
+    os._exit(0)
+
+
+@functools.cache
+def google() -> tuple[str, Proxy]:
+    """`gs://BUCKET`, which this process and those that it starts reach at once, and the proxy before it."""
+    proxy = Proxy(_started("gs"))
+    address = f"http://127.0.0.1:{proxy.server_port}"
+    os.environ |= {"STORAGE_EMULATOR_HOST": address, "TENSORSTORE_GCS_HTTP_URL": address}
+    return f"gs://{BUCKET}", proxy
+
+
+@functools.cache
+def amazon() -> tuple[str, Proxy]:
+    """`s3://BUCKET`, as `google`."""
+    proxy = Proxy(_started("s3"))
+    os.environ |= {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.server_port}",
+        "AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }  # fmt: skip
+    proxy.passed_on("PUT", f"/{BUCKET}", {"Host": "127.0.0.1"}, b"")
+    return f"s3://{BUCKET}", proxy
+
+
+@contextlib.contextmanager
+def slow(proxy: Proxy, seconds: float) -> Iterator[None]:
+    proxy.delay = seconds
+    try:
+        yield
+    finally:
+        proxy.delay = 0.0
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
