@@ -4,7 +4,7 @@
 converts them, and starts a process for each variant, which finds the converted files on disk and not in memory (their
 pages are dropped before), and its compilation cache as in `benchmarks.compile`. Start is everything before
 `janus_jax.load`: the interpreter, imports, the device. With `--whole` each process then draws the whole image, and the
-table also has the seconds from its start to the pixels.
+table also has the seconds from its start to the pixels; with `--until-loaded` it ends once the parameters are there.
 
 `--weights int8` or `int4` quantizes while loading, and `--source torch` loads the torch checkpoint itself. On Linux the
 table ends with the most memory that was resident until the parameters were there (pages of files that were read count)
@@ -67,8 +67,8 @@ def peak_gib() -> float:
     return max([0.0, *(int(line.split()[1]) / 2**20 for line in lines if line.startswith("VmHWM"))])
 
 
-def measure(checkpoint: pathlib.Path, whole: bool, weights: str | None) -> common.Run:
-    """Loads, compiles and draws once, in this process."""
+def measure(checkpoint: pathlib.Path, whole: bool, weights: str | None, until_loaded: bool = False) -> common.Run:
+    """Loads, compiles and draws once, in this process; or only loads."""
     import jax
 
     import janus_jax
@@ -84,6 +84,8 @@ def measure(checkpoint: pathlib.Path, whole: bool, weights: str | None) -> commo
     memory: common.Run = {"peak GiB": peak_gib()}
     params = sum(array_bytes(x.shape, x.dtype) for x in jax.tree.leaves(janus.params)) / 2**30
     memory["beyond GiB"] = memory["peak GiB"] - before - params
+    if until_loaded:
+        return run | (memory if memory["peak GiB"] else {})
     programs, seconds = compile_programs(janus.model, janus.params, _NAMES)
     run |= {f"{name} {what}": value for name, own in seconds.items() for what, value in own.items()}
     prefill, loop, decode = (programs[name] for name in _NAMES)
@@ -114,10 +116,10 @@ def table(runs: common.Runs, whole: bool) -> common.Table:
     parts |= {"other steps": "loop: all other steps"} if whole else {}
     parts |= {"VQ decode run": "VQ decode: first run"}
     parts |= {"image": "**start to the first image**"} if whole else {}
-    if all("peak GiB" in run for own in good.values() for run in own):
-        parts |= {"peak GiB": "GiB: most that was resident until loaded"}
-        parts |= {"beyond GiB": "GiB: of these beyond the parameters and what was there before"}
+    parts |= {"peak GiB": "GiB: most that was resident until loaded"}
+    parts |= {"beyond GiB": "GiB: of these beyond the parameters and what was there before"}
     rows = [("seconds", *good)]
+    parts = {key: name for key, name in parts.items() if all(key in run for own in good.values() for run in own)}
     for key, name in parts.items():
         rows.append((name, *(common.cell(common.median(own, key)) for own in good.values())))
     return rows
@@ -131,12 +133,15 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     parser = common.make_parser("load", __doc__)
     parser.add_argument("--whole", action="store_true", help="draw a whole image, and tell when it was there")
+    parser.add_argument("--until-loaded", action="store_true", help="stop once the parameters are there")
     parser.add_argument("--weights", choices=("int8", "int4"), help="quantize while loading (default: no)")
     parser.add_argument("--source", choices=("converted", "torch"), default="converted", help="(default %(default)s)")
     parser.add_argument("--checkpoint", type=pathlib.Path, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.json:
-        return _device.answer(measure(args.checkpoint, args.whole, args.weights))
+        return _device.answer(measure(args.checkpoint, args.whole, args.weights, args.until_loaded))
+    if args.whole and args.until_loaded:
+        parser.error("--whole draws an image, --until-loaded draws none; give one of them")
     variants = common.chosen(parser, args, CACHES)
     with tempfile.TemporaryDirectory(prefix="janus_load_") as name:
         folder = pathlib.Path(name)
@@ -150,9 +155,10 @@ def main(argv: list[str] | None = None) -> int:
         child = [*arguments, "--checkpoint", str(checkpoint)]
         runs = common.run_rounds("load", child, variants, args.rounds, environment)
     form = f" with {args.weights} weights" if args.weights else ""
+    drawn = "" if args.until_loaded else "one image with guidance; "
     about = (
         f"{args.preset}, {args.source}, {common.cell(num_bytes / 1e9)} GB on disk in bfloat16, not in memory; "
-        f"computed in {common.dtype_of(runs)}{form}; one image with guidance; median of {args.rounds} rounds."
+        f"computed in {common.dtype_of(runs)}{form}; {drawn}median of {args.rounds} rounds."
     )
     return common.publish("load", "Loading", about, table(runs, args.whole), runs, arguments, args.record)
 

@@ -105,6 +105,15 @@ def test_load(tmp_path, here):
     assert "GB on disk in bfloat16" in text
 
 
+def test_load_may_end_once_the_parameters_are_there(tmp_path, here, monkeypatch):
+    monkeypatch.setitem(COMMANDS, "load", ["--rounds", "1", "--until-loaded", "--source", "torch", "--weights", "int4"])
+    (header, *rows), text = run_few("load", tmp_path)
+    assert header == ["seconds", *FEW["load"]]
+    assert [row[0].split(":")[0] for row in rows] == ["start", "load", "GiB", "GiB"]
+    assert all(numbers(row[1:])[0] > 0 for row in rows[:3])
+    assert "with int4 weights; median" in text
+
+
 def test_load_claims_an_image_only_where_one_was_drawn():
     runs = {"no cache": [{"load": 2.0, "second code": 5.0, "image": 9.0}]}
     rows = {False: load.table(runs, False), True: load.table(runs, True)}
@@ -296,6 +305,7 @@ def test_a_process_that_fails_is_reported():
         ("training", ["--preset", "janus_pro_1b", "--context", "512"], "--context 512"),
         ("scaling", ["--steps", "32"], "--steps 32 is too many for a cache of 64 tokens"),
         ("load", ["--rounds", "0"], "must be at least 1, got 0"),
+        ("load", ["--whole", "--until-loaded"], "--whole draws an image, --until-loaded draws none"),
     ],
 )
 def test_bad_arguments_get_one_line(name, arguments, says, capsys):

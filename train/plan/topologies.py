@@ -20,6 +20,7 @@ GENERATIONS: dict[str, tuple[float, str]] = {
     "v5p": (95.74 * GIB, "TPU v5"),
     "v6e": (31.25 * GIB, "TPU v6 lite"),
 }
+SHARE = 0.75  # of a GPU's memory is XLA's, unless XLA_PYTHON_CLIENT_MEM_FRACTION is set
 _HOST = 8  # GPUs
 _HOSTS = (1, 2, 4, 8, 16, 32)
 _SQUARES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -32,7 +33,7 @@ class Gpu:
 
     Attributes:
       device_kind: `jax.Device.device_kind`.
-      memory, cache: bytes of HBM and of L2 cache.
+      memory, cache: bytes of its memory, of which programs may use `SHARE`, and of its L2 cache.
       bandwidth: bytes/s of HBM.
       cores, clock: streaming multiprocessors, and their GHz.
       units: float32 units per multiprocessor.
@@ -124,7 +125,8 @@ def _known() -> dict[str, Topology]:
             known[name] = Topology(f"{generation}:{shape}", generation, chips, hbm)
     for name, gpu in GPUS.items():
         for hosts, each in (*((1, n) for n in (1, 2, 4)), *((hosts, _HOST) for hosts in _HOSTS)):
-            known[f"{name}-{hosts * each}"] = Topology(f"{name}:{hosts}x{each}", name, hosts * each, gpu.memory)
+            hbm = SHARE * gpu.memory
+            known[f"{name}-{hosts * each}"] = Topology(f"{name}:{hosts}x{each}", name, hosts * each, hbm)
     return known
 
 
