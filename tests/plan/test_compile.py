@@ -168,11 +168,27 @@ def test_sampling_on_a_gpu_reads_weights_and_cache_once(place, more, most):
     assert "copies of cache or weights in the loop: 0" in done.stdout
 
 
+@needs_libtpu
+@pytest.mark.slow
+def test_sampling_with_int4_on_a_tpu_reads_weights_and_cache_once():
+    """With 7B's widths; a kernel that is written out in bfloat16 moves several times as much, or fills fast memory."""
+    sizes = {"layers": 4, "width": 4096, "mlp_dim": 11008, "heads": 32, "kv_heads": 32, "head_dim": 128}
+    overrides = [f"model.language.{key}={value}" for key, value in sizes.items()]
+    done = _command("--config", "debug", "--topology", "v5e-1", "--sampling", "--weights", "int4", *overrides)
+    assert done.returncode == 0, done.stderr
+    moved, least = map(
+        float, re.search(r"a step moves (\S+) GiB; parameters and cache are (\S+) GiB", done.stdout).groups()
+    )
+    # Some of four layers stays in fast memory from step to step.
+    assert 0.5 * least < moved < 1.1 * least
+    assert "copies of cache or weights in the loop: 0" in done.stdout
+
+
 def _command(*arguments: str) -> subprocess.CompletedProcess:
     env = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "XLA_"))}
     return subprocess.run(
         [sys.executable, "-m", "train.compile", *arguments],
-        cwd=ROOT, env=env, capture_output=True, text=True, timeout=400, check=False,
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
 
 
