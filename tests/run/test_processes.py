@@ -13,11 +13,13 @@ import time
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from examples.tiny.run import params_of, tiny_config, write_checkpoint, write_data
 from janus_jax.config import PRESETS
+from janus_jax.weights.adapters import peft_files
 from tests.several import environment, free_port, launch, ours, outcome
-from train.config import MeshConfig, SampleConfig
+from train.config import AdapterConfig, MeshConfig, SampleConfig
 from train.run import faults, loop
 from train.run.distributed import start as start_processes
 from train.run.metrics import read_metrics
@@ -46,7 +48,7 @@ def write_config(path: pathlib.Path, folders: dict[str, str], start: str, **chan
     arguments = "".join(f", {key}={value}" for key, value in changes.items())
     path.write_text(
         "from examples.tiny.run import tiny_config\n"
-        "from train.config import EvalConfig, MeshConfig, SampleConfig\n"
+        "from train.config import AdapterConfig, EvalConfig, MeshConfig, SampleConfig\n"
         "def get_config():\n"
         f"    return tiny_config({folders!r}, 'run', init_from={start!r}, mesh={MESH!r}{arguments})\n"
     )
@@ -120,6 +122,35 @@ def test_goes_on_in_four_processes(shared, alone, folders, start, env, tmp_path)
     told = outcome(launch(config, env | {"JAX_NUM_CPU_DEVICES": "2"}, [tmp_path] * 4))
     assert [code for code, _, _ in told] == [0] * 4, told
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(alone), rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_an_adapter_in_two_processes(folders, start, env, tmp_path):
+    """It is what one process trains, and process 0 alone writes it, once."""
+    adapter = AdapterConfig(rank=2, targets=("decoder", "heads"), save=("gen_embed",))
+    config = write_config(tmp_path / "two.py", folders, start, adapter=repr(adapter), steps="6")
+    config.write_text(
+        config.read_text() + "import jax\n"
+        "from train.run import checkpoints\n"
+        "def counted(folder, *args, write=checkpoints.write_adapter):\n"
+        "    open('written', 'a').write(f'{jax.process_index()} ')\n"
+        "    write(folder, *args)\n"
+        "checkpoints.write_adapter = counted\n"
+    )
+    told = outcome(launch(config, env, [tmp_path, tmp_path]))
+    assert [code for code, _, _ in told] == [0, 0], told
+    assert ours(told[1][1]) == [] and (tmp_path / "written").read_text() == "0 "
+
+    whole = loop.train(tiny_config(folders, tmp_path / "one", init_from=start, mesh=MESH, adapter=adapter, steps=6))
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "one"), rtol=1e-6)
+    exported = tmp_path / "run" / "export" / "6"
+    assert sorted(path.name for path in exported.iterdir()) == sorted(path.name for path in whole.iterdir())
+    assert (exported / peft_files.CONFIG).read_bytes() == (whole / peft_files.CONFIG).read_bytes()
+    one, two = (load_file(folder / peft_files.WEIGHTS) for folder in (whole, exported))
+    assert one.keys() == two.keys()
+    for name, x in one.items():
+        assert np.abs(two[name] - x).max() <= 1e-6 * np.abs(x).max(), name
+        assert x.any(), name
 
 
 @pytest.mark.slow
