@@ -32,8 +32,8 @@ from janus_jax.io.messages import did_you_mean, print_any_text, print_error
 from janus_jax.io.progress import in_notebook
 from janus_jax.loading import default_dtype
 from janus_jax.processing.chat import Processor
-from janus_jax.sampling.footprint import refuse_too_large
-from janus_jax.sampling.memory import OutOfMemory
+from janus_jax.sampling.footprint import params_bytes, refuse_too_large
+from janus_jax.sampling.memory import OutOfMemory, least_available_bytes
 from janus_jax.weights.checkpoint import Checkpoint, open_checkpoint
 from janus_jax.weights.quantize import FORMS
 from train.config import AdapterConfig, DataConfig, EvalConfig, OptimizerConfig, SampleConfig, TrainConfig
@@ -44,6 +44,7 @@ from train.run import faults
 from train.run.distributed import say
 from train.run.figures import Live
 from train.run.loop import train
+from train.step.state import activation_bytes
 from train.validate import validate
 
 KINDS = ("generation", "understanding")
@@ -161,6 +162,7 @@ def _finetune(
 
     # ------------------------------------------------------------ the run
     config = _fitted(config, folders, context, steps, batch_size)
+    config = dataclasses.replace(config, remat=_remat(config))
     if kind == "generation":
         chosen = _some_captions(source) if prompts is None else tuple(prompts)
         every = max(1, config.steps // 4) if chosen else 0
@@ -318,6 +320,17 @@ def _fitted(
         log_every=max(1, steps // 50),
         save_every=max(10, steps // 5),
     )
+
+
+def _remat(config: TrainConfig) -> str:
+    """Nothing is computed twice where that takes a small part of the memory left beside the frozen parameters."""
+    free = least_available_bytes(None)
+    if free is None:
+        return "full"
+    # As if one device held them all: the mesh is chosen later.
+    free -= params_bytes(config.model, jnp.dtype(config.frozen_dtype), config.adapter.weights)
+    on_cpu = jax.devices()[0].platform == "cpu"
+    return "none" if 4 * activation_bytes(config, 1 if on_cpu else len(jax.devices())) <= free else "full"
 
 
 # ---------------------------------------------------------------- command line

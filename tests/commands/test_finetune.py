@@ -1,5 +1,6 @@
 """From a file of pictures to an adapter, by a function and by a command; and what bad input gets."""
 
+import dataclasses
 import json
 import pathlib
 import shlex
@@ -13,6 +14,8 @@ import janus_jax
 from examples.tiny.run import MODEL, write_checkpoint
 from examples.tiny.tokenizer import write_tokenizer
 from janus_jax import __main__ as command
+from janus_jax.config import PRESETS
+from janus_jax.sampling.footprint import params_bytes
 from janus_jax.sampling.memory import OutOfMemory
 from janus_jax.sharding import flatten, make_mesh
 from janus_jax.weights.adapters.peft_files import read_adapter
@@ -20,6 +23,7 @@ from train import finetune
 from train.config import EvalConfig
 from train.run import faults, figures, loop
 from train.run.metrics import read_metrics
+from train.step.state import activation_bytes
 
 WORDS = ("a red house", "two green trees", "the blue sea", "some yellow sun")
 
@@ -106,6 +110,15 @@ def test_rows_and_steps_follow_the_data(model, photos, tmp_path, monkeypatch):
     assert few.evaluation == EvalConfig(batches=2) and few.samples.every == 0, "too few to hold some out"
     assert (few.data.context, few.steps) == (128, 100)
     assert (few.compute_dtype, few.init_from) == ("float32", model)
+    # Layers are computed twice where keeping them would take more than a quarter of what is free.
+    for free, remat in ((None, "full"), (2**20, "full"), (2**30, "none")):
+        monkeypatch.setattr(finetune, "least_available_bytes", lambda mesh, free=free: free)
+        assert finetune._remat(few) == remat
+    large = dataclasses.replace(few, model=PRESETS["janus_pro_1b"], batch_size=8)
+    least = 4 * activation_bytes(large, 1) + params_bytes(large.model, "float32")
+    for free, remat in ((least, "none"), (least - 1, "full")):
+        monkeypatch.setattr(finetune, "least_available_bytes", lambda mesh, free=free: free)
+        assert finetune._remat(large) == remat
 
 
 @pytest.mark.parametrize(

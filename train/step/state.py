@@ -48,6 +48,19 @@ def make_model(config: TrainConfig, mesh: Mesh | None = None) -> Janus:
     return Janus(config.model, dtype=jnp.dtype(config.compute_dtype), remat=config.remat, **own)
 
 
+def activation_bytes(config: TrainConfig, devices: int) -> int:
+    """About how much the backward pass keeps on each of `devices` with remat=none; more rather than less."""
+    c, v, itemsize = config.model.language, config.model.vision, jnp.dtype(config.compute_dtype).itemsize
+    rows = -(-config.batch_size // (config.accumulate * devices))
+    images = rows * config.data.images_per_row if config.data.understanding else 0
+
+    def of_layers(layers: int, rows: int, length: int, heads: int, width: int, mlp: int) -> int:
+        return layers * rows * length * ((16 * width + 6 * mlp) * itemsize + heads * length * (itemsize + 4))
+
+    decoder = of_layers(c.layers, rows, config.data.context, c.heads, c.width, c.mlp_dim)
+    return decoder + of_layers(v.layers, images, v.num_patches, v.heads, v.width, v.mlp_dim)
+
+
 def attention_on(config: TrainConfig, mesh: Mesh) -> str:
     """The implementation of the decoder's attention for `config` on `mesh`."""
     if config.attention != "auto":
