@@ -1,5 +1,6 @@
 """Adapters against PEFT on transformers' port: its files read here, ours read there."""
 
+import dataclasses
 import functools
 import json
 
@@ -8,13 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import janus_jax
+from examples.tiny.run import MODEL, tiny_config, write_checkpoint, write_data
 from janus_jax.model.janus import Janus, place_images
-from janus_jax.sharding import flatten
+from janus_jax.sharding import flatten, make_mesh
 from janus_jax.weights.adapters.attach import attach, merge
 from janus_jax.weights.adapters.peft_files import CONFIG, WEIGHTS, read_adapter
 from janus_jax.weights.adapters.peft_writing import write_adapter
+from janus_jax.weights.conversion import to_torch
 from janus_jax.weights.fuse import fuse
 from tests.weights.adapters.torch_adapters import inputs, peft_model, saved, torch_logits
+from train.config import AdapterConfig, OptimizerConfig
+from train.run import loop
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -76,6 +82,31 @@ def test_adapters_of_peft(size, get_case, oracle, kind, tmp_path, close):
     found = torch_logits(oracle, theirs.base_model.model, given)
     for one, other in zip(found, ours, strict=True):
         close(other, one, "ours read by PEFT")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["rslora", "dora"])
+def test_a_trained_adapter_is_read_by_peft(oracle, kind, tmp_path, monkeypatch, close):
+    """The export of a run here, on the port with the checkpoint that the run began with, written as torch's."""
+    peft = pytest.importorskip("peft")
+    monkeypatch.setattr(loop, "make_mesh", lambda shape: make_mesh({}, jax.devices()[:1]))
+    model = dataclasses.replace(MODEL, gen_head_width=MODEL.language.width)  # as the port has it
+    start = write_checkpoint(tmp_path / "start", model)
+    adapter = AdapterConfig(rank=3, alpha=6, kind=kind, targets=("decoder", "heads", "aligners"), save=("gen_embed",))
+    folders = write_data(tmp_path / "data", count=12, model=model)
+    config = tiny_config(folders, tmp_path / "run", init_from=str(start), model=model, adapter=adapter)
+    exported = loop.train(dataclasses.replace(config, optimizer=OptimizerConfig(learning_rate=0.05)))
+
+    to_torch(start, tmp_path / "torch", "transformers", note=lambda told: None)
+    given, placeholder = inputs(model), model.language.vocab_size - 1
+    base = oracle.TorchJanus.from_pretrained(tmp_path / "torch", image_token_id=placeholder).eval()
+    plain = torch_logits(oracle, base, given)
+    wrapped = peft.PeftModel.from_pretrained(base, exported).eval()
+    expected = torch_logits(oracle, wrapped.base_model.model, given)
+    janus = janus_jax.load(start, adapter=exported, progress=False)
+    for found, wanted, without in zip(logits(janus.model, janus.params, given), expected, plain, strict=True):
+        close(found, wanted, kind, 1e-4)
+        assert np.abs(wanted - without).max() > 1e-2 * np.abs(without).max()
 
 
 @pytest.mark.slow
