@@ -26,7 +26,7 @@ from train.data.mixture import Mixture
 from train.step import step as step_module
 from train.step.init import first_state, open_sources
 from train.step.leaves import abstract_leaves, first_adapter, joined
-from train.step.loss import loss_sums, token_losses
+from train.step.loss import token_sums, token_values
 from train.step.state import abstract_state, batch_sharding, make_optimizer
 from train.validate import validate
 
@@ -111,8 +111,8 @@ def test_gradients(job, start, kind, close):
 
     @jax.jit
     def plain(trained):
-        losses = token_losses(Janus(MODEL), joined(trained, base), batch, settings, config.loss_chunk)
-        sums = loss_sums(losses, batch["tasks"])
+        losses = token_values(Janus(MODEL), joined(trained, base), batch, settings, config.loss_chunk)
+        sums = token_sums(losses, batch["tasks"])
         return sums["loss"] / sums["tokens"]
 
     loss, wanted = jax.value_and_grad(plain)(unflatten(values))

@@ -25,7 +25,7 @@ from train.data.mixture import Item, Plan
 from train.data.packing import pack
 from train.data.prepared import open_prepared
 from train.step.leaves import split
-from train.step.loss import combined, cross_entropy, normalize, token_losses
+from train.step.loss import PER_TOKEN, combined, cross_entropy, normalize, token_values
 from train.step.step import gradients
 
 # transformers' port wants the head as wide as the decoder.
@@ -86,7 +86,7 @@ class Run:
     def losses(self):
         """Loss of each token of any batch of ROWS rows; compiled once."""
         model, params = Janus(MODEL), {**self.trained, **self.frozen}
-        compiled = jax.jit(lambda batch: token_losses(model, params, batch, self.assembler.settings, 32))
+        compiled = jax.jit(lambda batch: token_values(model, params, batch, self.assembler.settings, 32)["loss"])
         return lambda batch: np.asarray(compiled(batch))
 
 
@@ -245,10 +245,10 @@ def test_a_batch_without_targets_has_no_gradient(run):
 
 def test_metrics_of_several_steps_are_one_number_each():
     """Losses by their tokens, left-out updates aside; counts summed; whatever else a step reports is averaged."""
-    names = ("loss", "tokens", "loss_text", "tokens_text", "finite", "norm", "loss_scale")
-    numbers = [(6, 3, 2, 1, 1, 1, 8), (9, 2, 0, 0, 1, 4, 4), (math.nan, 5, 1, 1, 0, math.inf, 0)]
+    names = ("loss", "accuracy", "tokens", "loss_text", "tokens_text", "finite", "norm", "loss_scale")
+    numbers = [(6, 3, 3, 2, 1, 1, 1, 8), (9, 1, 2, 0, 0, 1, 4, 4), (math.nan, 0, 5, 1, 1, 0, math.inf, 0)]
     steps = [dict(zip(names, map(float, step), strict=True)) for step in numbers]
-    assert combined(steps) == dict(zip(names, (3, 5, 2, 1, 2 / 3, 2.5, 4), strict=True))
+    assert combined(steps) == dict(zip(names, (3, 0.8, 5, 2, 1, 2 / 3, 2.5, 4), strict=True))
     left_out = combined(steps[2:])
     assert math.isnan(left_out.pop("norm"))
     assert left_out == {"tokens": 0, "tokens_text": 0, "finite": 0.0, "loss_scale": 0.0}
@@ -279,16 +279,19 @@ def test_cross_entropy_and_its_gradients_for_any_chunk(problem):
 
     weights = np.random.default_rng(1).normal(size=wanted.shape)  # so that no token's gradient hides in another's
     expected = plain(hidden, head)
+    right = wanted & ((hidden @ head).argmax(-1) == targets)
+    assert 0 < right.sum() < wanted.sum()
     of_plain = jax.grad(lambda *args: (weights * plain(*args)).sum(), (0, 1))(hidden, head)
     for chunk in (1, 8, 24):
 
         def ours(hidden, head, chunk=chunk):
-            losses = chunked(hidden, head, targets, wanted, chunk)
-            return (weights * losses).sum(), losses
+            values = chunked(hidden, head, targets, wanted, chunk)
+            return (weights * values["loss"]).sum(), tuple(values[name] for name in PER_TOKEN)
 
-        grads, losses = jax.jit(jax.grad(ours, (0, 1), has_aux=True))(hidden, head)
+        grads, (losses, accuracy) = jax.jit(jax.grad(ours, (0, 1), has_aux=True))(hidden, head)
         np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-6)
         assert not np.asarray(losses)[~wanted].any()
+        np.testing.assert_array_equal(accuracy, right)
         for got, wanted_grad in zip(grads, of_plain, strict=True):
             np.testing.assert_allclose(got, wanted_grad, rtol=1e-5, atol=1e-5)
         assert not np.asarray(grads[0])[~wanted].any()
@@ -302,7 +305,7 @@ def test_chunks_without_a_wanted_token_are_skipped(problem):
         jax.debug.callback(lambda: calls.append(1))
         return hidden @ head
 
-    compiled = jax.jit(lambda wanted: cross_entropy(logits, head, hidden, targets, wanted, 4))
+    compiled = jax.jit(lambda wanted: cross_entropy(logits, head, hidden, targets, wanted, 4)["loss"])
     for counts, chunks in (((0, 0, 0), 0), ((0, 1, 4), 1), ((5, 0, 4), 2), ((24, 3, 0), 6)):
         wanted = np.arange(24)[::-1] < np.array(counts)[:, None]  # at the rows' ends: they are moved to the front
         calls.clear()

@@ -21,6 +21,9 @@ from train.config import TASKS
 
 Params = dict[str, Any]
 
+# What `_of_tokens` says of each target token; its sums over all of them and over each kind are divided by their number.
+PER_TOKEN = ("loss", "accuracy")
+
 
 def embed_batch(model: Janus, params: Params, batch: dict[str, jax.Array], settings: ImageSettings) -> jax.Array:
     """Embeddings [B, T, D] of a batch of `train.data.batches.Assembler`: text, codes and images in their places."""
@@ -45,10 +48,10 @@ def normalize(images: jax.Array, settings: ImageSettings) -> jax.Array:
     return pixels
 
 
-def token_losses(
+def token_values(
     model: Janus, params: Params, batch: dict[str, jax.Array], settings: ImageSettings, chunk: int
-) -> jax.Array:
-    """Cross entropy [B, T] in float32 of each target token, 0 at positions without a task.
+) -> dict[str, jax.Array]:
+    """What `cross_entropy` says of each target token, 0 at positions without a task.
 
     Args:
       chunk: tokens of each row whose logits are in memory at a time.
@@ -61,15 +64,15 @@ def token_losses(
         ("text_logits", is_text, {"language_model": {"lm_head": params["language_model"]["lm_head"]}}),
         ("image_logits", is_code, {"gen_head": params["gen_head"]}),
     )
-    losses = jnp.zeros(batch["tasks"].shape, jnp.float32)
+    of_heads = []
     for method, wanted, own in heads:
 
         def logits(own: Params, hidden: jax.Array, method: str = method) -> jax.Array:
             return model.apply({"params": own}, hidden, method=method)
 
         with jax.named_scope(method):
-            losses += cross_entropy(logits, own, hidden, batch["targets"], wanted, chunk)
-    return losses
+            of_heads.append(cross_entropy(logits, own, hidden, batch["targets"], wanted, chunk))
+    return jax.tree.map(jnp.add, *of_heads)
 
 
 def cross_entropy(
@@ -79,8 +82,10 @@ def cross_entropy(
     targets: jax.Array,
     wanted: jax.Array,
     chunk: int,
-) -> jax.Array:
-    """-log p [B, T] of `targets` under `logits(params, hidden)` where `wanted`, 0 elsewhere.
+) -> dict[str, jax.Array]:
+    """What `logits(params, hidden)` says of `targets` where `wanted`, each [B, T] in float32 and 0 elsewhere.
+
+    'loss' is -log p of the target, the only one that is differentiated; 'accuracy' is 1 where no token is likelier.
 
     The wanted tokens of each row are moved to its front and processed in chunks, whose logits are recomputed in the
     backward pass; a chunk in which no row has a wanted token costs nothing. The gradients of those `params` that are
@@ -103,28 +108,30 @@ def cross_entropy(
         x = jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1)
         return x.reshape(batch, length // chunk, chunk, *x.shape[2:]).swapaxes(0, 1)
 
-    losses = _in_chunks(logits, params, chunks(hidden), chunks(targets), chunks(wanted), -(-most // chunk))
-    losses = losses.swapaxes(0, 1).reshape(batch, length)
-    return jnp.take_along_axis(losses, jnp.argsort(order, axis=1), axis=1)
+    found = _in_chunks(logits, params, chunks(hidden), chunks(targets), chunks(wanted), -(-most // chunk))
+    back = jnp.argsort(order, axis=1)
+    return jax.tree.map(lambda x: jnp.take_along_axis(x.swapaxes(0, 1).reshape(batch, length), back, axis=1), found)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _in_chunks(logits, params, hidden, targets, wanted, count):
-    """Losses [chunks, B, C] of the first `count` chunks, 0 in the others."""
+    """`_of_tokens`, each [chunks, B, C], in the first `count` chunks; 0 in the others."""
 
     def one(number, args):
-        skipped = jnp.zeros(args[2].shape)
-        do = functools.partial(_negative_log_likelihood, logits, params)
+        skipped = dict.fromkeys(PER_TOKEN, jnp.zeros(args[2].shape))
+        do = functools.partial(_of_tokens, logits, params)
         return number + 1, jax.lax.cond(number < count, do, lambda *_: skipped, *args)
 
     return jax.lax.scan(one, 0, (hidden, targets, wanted))[1]
 
 
-def _negative_log_likelihood(logits, params, hidden, targets, wanted):
+def _of_tokens(logits, params, hidden, targets, wanted):
+    """The values of PER_TOKEN by name, [B, C]; whatever is added here is summed and written as the loss is."""
     scores = logits(params, hidden)
     # By comparison rather than gathering, which stays local if the vocabulary is split over devices.
     chosen = jnp.where(jnp.arange(scores.shape[-1]) == targets[..., None], scores, 0).sum(-1)
-    return jnp.where(wanted, jax.nn.logsumexp(scores, axis=-1) - chosen, 0)
+    found = {"loss": jax.nn.logsumexp(scores, axis=-1) - chosen, "accuracy": chosen >= scores.max(-1)}
+    return {name: jnp.where(wanted, value, 0).astype(jnp.float32) for name, value in found.items()}
 
 
 def _in_chunks_forward(logits, params, *arrays):
@@ -146,6 +153,8 @@ def _joined(own: Params, others: Params) -> Params:
 
 def _in_chunks_backward(logits, residuals, cotangents):
     own, others, *arrays, count = residuals
+    # The others' are zeros: only the loss is differentiated.
+    cotangents = cotangents["loss"]
 
     def one(carry, args):
         number, total = carry
@@ -153,7 +162,7 @@ def _in_chunks_backward(logits, residuals, cotangents):
 
         def do(total):
             def loss(own, hidden):
-                return _negative_log_likelihood(logits, _joined(own, others), hidden, targets, wanted)
+                return _of_tokens(logits, _joined(own, others), hidden, targets, wanted)["loss"]
 
             of_own, of_hidden = jax.vjp(loss, own, hidden)[1](cotangent)
             return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, of_own), of_hidden
@@ -176,35 +185,39 @@ def _no_gradient(x: jax.Array) -> Any:
 _in_chunks.defvjp(_in_chunks_forward, _in_chunks_backward, symbolic_zeros=True)
 
 
-def loss_sums(losses: jax.Array, tasks: jax.Array) -> dict[str, jax.Array]:
-    """Sums over a batch, to be added up over batches and divided once.
+def token_sums(values: Mapping[str, jax.Array], tasks: jax.Array) -> dict[str, jax.Array]:
+    """Sums over a batch, to be added up over batches and divided once, see `combined`.
 
     Args:
-      losses, tasks: [B, T], as from `token_losses` and in the batch.
-    Returns: 'loss' and 'tokens', and 'loss_<kind>' and 'tokens_<kind>' of each kind, float32 scalars.
+      values: as from `token_values`, each [B, T].
+      tasks: [B, T], as in the batch.
+    Returns: the sum of each value and 'tokens', their number; and '<name>_<kind>' of each kind. float32 scalars.
     """
-    sums = {"loss": losses.sum(), "tokens": (tasks > 0).sum(dtype=jnp.float32)}
-    for kind, task in TASKS.items():
-        sums[f"loss_{kind}"] = jnp.where(tasks == task, losses, 0).sum()
-        sums[f"tokens_{kind}"] = (tasks == task).sum(dtype=jnp.float32)
+    sums = {}
+    for ending, of_kind in {"": tasks > 0, **{f"_{kind}": tasks == task for kind, task in TASKS.items()}}.items():
+        sums |= {f"{name}{ending}": jnp.where(of_kind, value, 0).sum() for name, value in values.items()}
+        sums[f"tokens{ending}"] = of_kind.sum(dtype=jnp.float32)
     return sums
 
 
 def combined(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Combines the metrics of several steps, for every name.
 
-    - 'tokens...' are summed, and 'loss...' is the summed loss divided by the tokens with the same ending, omitted if
-      there are none; steps whose update was skipped ('finite' is 0) do not count.
+    - 'tokens' and 'tokens_<kind>' are summed, and those of PER_TOKEN are divided by them, omitted if there are none;
+      steps whose update was skipped ('finite' is 0) do not count.
     - Anything else is the mean of its finite values, NaN if it has none.
     """
+    endings = ("", *(f"_{kind}" for kind in TASKS))
+    tokens_of = {f"{name}{ending}": f"tokens{ending}" for name in PER_TOKEN for ending in endings}
     taken, result = [one for one in steps if one.get("finite", 1)], {}
     for name in steps[0]:
+        total = sum(one[name] for one in taken)
         if name.startswith("tokens"):
-            loss, tokens = name.replace("tokens", "loss", 1), sum(one[name] for one in taken)
-            result[name] = tokens
-            if tokens and loss in steps[0]:
-                result[loss] = sum(one[loss] for one in taken) / tokens
-        elif not (name.startswith("loss") and name.replace("loss", "tokens", 1) in steps[0]):
+            result[name] = total
+        elif name in tokens_of:
+            if tokens := sum(one[tokens_of[name]] for one in taken):
+                result[name] = total / tokens
+        else:
             finite = [one[name] for one in steps if math.isfinite(one[name])]
             result[name] = sum(finite) / len(finite) if finite else math.nan
     return result

@@ -15,7 +15,7 @@ from janus_jax.processing.images import ImageSettings
 from janus_jax.sharding import RULES, axes_by_hand, cast, gather_but_layers
 from train.config import TrainConfig
 from train.step.leaves import joined
-from train.step.loss import loss_sums, token_losses
+from train.step.loss import token_sums, token_values
 from train.step.state import (
     Params,
     TrainState,
@@ -37,12 +37,12 @@ Step = Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, jax.Arr
 def make_train_step(config: TrainConfig, mesh: Mesh, settings: ImageSettings) -> Step:
     """The compiled step: (state, frozen parameters, batch) to (state, metrics); the state is donated.
 
-    Metrics are float32 scalars: the sums of `loss.loss_sums`, the number of 'damaged' samples, 'grad_norm' before
+    Metrics are float32 scalars: the sums of `loss.token_sums`, the number of 'damaged' samples, 'grad_norm' before
     clipping, 'learning_rate', and 'finite', which is 0 if the loss or a gradient is not finite, so that the update was
     skipped. All of them reach metrics.jsonl and TensorBoard as `train/<name>`: one value for the steps since the last
     line, combined by `loss.combined`; for the gradient norm and the learning rate, the last step's. To add a metric
-    of the step, add a key to `metrics` in `train_step`, and nothing else; one of the tokens is a sum of
-    `loss.loss_sums`, where the logits are, and `loss.combined` says which sums are divided by the tokens.
+    of the step, add a key to `metrics` in `train_step`, and nothing else; for one of the tokens, an entry to
+    `loss.PER_TOKEN`, and nothing else.
 
     Call it under `jax.set_mesh(mesh)`.
     """
@@ -56,7 +56,7 @@ def make_train_step(config: TrainConfig, mesh: Mesh, settings: ImageSettings) ->
 
 
 def make_eval_step(config: TrainConfig, mesh: Mesh, settings: ImageSettings) -> Callable[[Params, Params, Batch], Any]:
-    """The compiled function from (trained parameters, frozen parameters, batch) to the sums of `loss.loss_sums`."""
+    """The compiled function from (trained parameters, frozen parameters, batch) to the sums of `loss.token_sums`."""
     shardings, frozen = state_shardings(config, mesh)
     evaluate = _make_sums(config, mesh, settings)
     return jax.jit(evaluate, in_shardings=(shardings.trained, frozen, batch_sharding(mesh)))
@@ -90,7 +90,7 @@ def train_step(
 def gradients(
     config: TrainConfig, mesh: Mesh, settings: ImageSettings, trained: Params, frozen: Params, batch: Batch
 ) -> tuple[Params, dict[str, jax.Array]]:
-    """Gradients of the mean loss per target token with respect to `trained`, and the batch's `loss_sums`.
+    """Gradients of the mean loss per target token with respect to `trained`, and the batch's `token_sums`.
 
     The batch is split into `config.accumulate` micro-batches, whose sums are added in float32 and divided once. Each
     device computes its share of a micro-batch's gradients in `config.compute_dtype`; the shares are then summed over
@@ -166,7 +166,7 @@ def _micro_batches(x: jax.Array, count: int) -> jax.Array:
 
 
 def _make_sums(config: TrainConfig, mesh: Mesh, settings: ImageSettings) -> Callable[[Params, Params, Batch], Any]:
-    """(trained parameters, frozen parameters, batch) to `loss_sums`.
+    """(trained parameters, frozen parameters, batch) to `token_sums`.
 
     Each device works on its own rows, and gathers over `fsdp` the parameters that it needs, layer by layer. This is
     written out (`jax.shard_map`), since the compiler would reduce the gradients of the heads again for every chunk of a
@@ -180,7 +180,7 @@ def _make_sums(config: TrainConfig, mesh: Mesh, settings: ImageSettings) -> Call
         if not _summed_in_float32(config):
             trained = cast(trained, config.compute_dtype)
         params = gather_but_layers(joined(trained, cast(frozen, config.compute_dtype)), config.compute_dtype)
-        sums = loss_sums(token_losses(model, params, batch, settings, config.loss_chunk), batch["tasks"])
+        sums = token_sums(token_values(model, params, batch, settings, config.loss_chunk), batch["tasks"])
         return jax.tree.map(lambda x: x[None], sums)
 
     def specs(shardings: Params) -> Params:
