@@ -16,6 +16,7 @@ from janus_jax.io.fields import Fields, shown
 from janus_jax.io.messages import one_line
 from janus_jax.io.stores import as_path
 from janus_jax.sizes import (
+    DECODER_ACTIVATION,
     IMAGE_CHANNELS,
     PRESETS,
     JanusConfig,
@@ -91,8 +92,8 @@ def _read_sizes(cls: type, block: Fields, keys: Mapping[str, str], **defaults: A
     return found
 
 
-def _only(block: Fields, key: str, known: str):
-    value = block.get(key, known)
+def _only(block: Fields, key: str, known: str, usual: str | None = None):
+    value = block.get(key, known if usual is None else usual)
     require(value == known, f"{block.name(key)} must be {known!r}, got {shown(value)}; nothing else is supported")
 
 
@@ -104,7 +105,7 @@ def parse_language(block: Fields) -> LlamaConfig:
     rope = next((block.block(key) for key in ("rope_parameters", "rope_scaling") if block.raw.get(key)), Fields({}))
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     require(rope_type == "default", f"rope type {shown(rope_type)} is not supported (only 'default')")
-    _only(block, "hidden_act", "silu")
+    _only(block, "hidden_act", DECODER_ACTIVATION, usual="silu")
     for bias in ("attention_bias", "mlp_bias"):
         require(not block.flag(bias, False, null=True), f"{bias} is set; Janus decoders have none")
     keys = {
@@ -375,6 +376,7 @@ def _language_block(t: LlamaConfig) -> dict[str, Any]:
         "model_type": "llama",
         "hidden_size": t.width,
         "intermediate_size": t.mlp_dim,
+        "hidden_act": DECODER_ACTIVATION,
         "num_hidden_layers": t.layers,
         "num_attention_heads": t.heads,
         "num_key_value_heads": t.kv_heads,

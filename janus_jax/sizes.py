@@ -13,6 +13,8 @@ from janus_jax.io.fields import shown
 
 IMAGE_CHANNELS = 3
 DTYPES = ("bfloat16", "float16", "float32")
+# Of the decoder's MLP, one of `model.llama.ACTIVATIONS`: what a config.json must have and what exports say.
+DECODER_ACTIVATION = "silu"
 _MOST_LEVELS = 8  # entries of ch_mult; images halve in size between them
 _MOST_GRID = 512  # patches or codes on a side
 

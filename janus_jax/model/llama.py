@@ -13,10 +13,14 @@ import jax.numpy as jnp
 from janus_jax.config import LlamaConfig
 from janus_jax.model.attention import attend_segments, attention_weights, causal_mask
 from janus_jax.model.kv_cache import KVCache, attend_cached, store
-from janus_jax.model.layers import Embed, RMSNorm, apply_rope, rematerialized, rope
+from janus_jax.model.layers import Embed, RMSNorm, apply_rope, gelu, rematerialized, rope
 from janus_jax.model.linear import Linear
 from janus_jax.model.precision import residual_dtype
 from janus_jax.sharding import constrain, gather_layer
+from janus_jax.sizes import DECODER_ACTIVATION
+
+# By their names in config.json. nn.gelu is another one: it approximates.
+ACTIVATIONS = {"silu": nn.silu, "gelu": gelu}
 
 
 class Attention(nn.Module):
@@ -64,7 +68,7 @@ class Mlp(nn.Module):
         else:
             gate = Linear("BTD,FD->BTF", (c.mlp_dim, c.width), **types, name="gate_proj")(x)
             up = Linear("BTD,FD->BTF", (c.mlp_dim, c.width), **types, name="up_proj")(x)
-        h = constrain(nn.silu(gate) * up, "batch", "length", "mlp")
+        h = constrain(ACTIVATIONS[DECODER_ACTIVATION](gate) * up, "batch", "length", "mlp")
         out = {"out_dtype": residual_dtype(self.dtype), **types}
         return Linear("BTF,DF->BTD", (c.width, c.mlp_dim), **out, name="down_proj")(h)
 
