@@ -35,7 +35,7 @@ class Sampler:
 
     Attributes:
       temperature: above 0; ignored when greedy.
-      top_k: keep this many of the likeliest tokens; 0 keeps all.
+      top_k: keep this many of the likeliest tokens, with all that tie with the last of them; 0 keeps all.
       top_p: keep the likeliest tokens up to this much probability; 1 keeps all.
       greedy: take the likeliest token.
       truncated: whether top_k or top_p have an effect. Static, like greedy, since it costs a sort per step.
@@ -76,7 +76,7 @@ class Options:
 
     Attributes:
       temperature: divides the logits; 0 takes the likeliest token (greedy), 1 draws from the model's distribution.
-      top_k: draw among this many of the likeliest tokens; None keeps all.
+      top_k: draw among this many of the likeliest tokens, with all that tie with the last; None keeps all.
       top_p: draw among the likeliest tokens up to this much probability; 1 keeps all.
       seed: from 0 to 2**32 - 1; for images also one for each, see `image_keys`.
       cfg_weight: weight of classifier-free guidance, for images; 1 is the conditional model alone.
@@ -160,5 +160,6 @@ def _kept(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
     # top-p applies to the tokens that top-k keeps. The first token always stays.
     probabilities = jax.nn.softmax(jnp.where(ordered >= kth, ordered, -jnp.inf), axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    inside = (before < top_p) & (ordered >= kth)
+    # `before` rounds to 1 where less than 6e-8 is left, which top_p=1 keeps too.
+    inside = ((before < top_p) | (top_p >= 1)) & (ordered >= kth)
     return logits >= jnp.min(jnp.where(inside, ordered, jnp.inf), axis=-1, keepdims=True)

@@ -60,6 +60,14 @@ def test_greedy_limits(settings, rng):
     np.testing.assert_array_equal(make_sampler(**settings)(keys(50), jnp.asarray(logits)), logits.argmax(-1))
 
 
+@pytest.mark.parametrize("logits, top_k", [([3.0, 1, 1, 1, 0], 2), ([200.0, 0, 0, -1], 2), ([0.0, 0, 0], 1)])
+def test_ties_at_the_border_of_top_k_all_stay(logits, top_k):
+    """Those of next to no probability too: in float32 the likelier ones add up to 1."""
+    logits = np.array(logits, np.float32)
+    kept = _kept(jnp.asarray(logits)[None], jnp.int32(top_k), jnp.float32(1))[0]
+    np.testing.assert_array_equal(kept, logits >= np.sort(logits)[-top_k])
+
+
 @hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
 @hypothesis.given(st.integers(0, 2**31), st.integers(1, 40), st.floats(0.05, 1), st.floats(0.1, 5))
 def test_truncation_against_transformers(seed, top_k, top_p, spread):

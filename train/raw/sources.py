@@ -55,8 +55,10 @@ class Format:
     """A kind of file or folder that contains records.
 
     Attributes:
-      reader: opens a file of this format, or a folder if it has no endings.
-      endings: the endings of its files.
+      reader: opens a file of this format, or a folder if it has no endings; ValueError if it is none. `len()` of it, and
+        `[i]`: the record's place, for messages, and its fields, or BadSample. Threads share a reader: it keeps an
+        index, and no open file. It opens by `open_regular`, and reads no more at a time than it means to keep.
+      endings: the endings of its files, in lower case: what follows the last dot of a name, with the dot.
       schema: the schema of its records; '' if it is detected by their fields.
     """
 
@@ -65,7 +67,7 @@ class Format:
     schema: str = ""
 
 
-# A new format is a reader in a new module (see `train.raw.readers`) and a row here.
+# A new format is a reader and a row here.
 FORMATS: dict[str, Format] = {
     "json": Format(json_reader, (".json", ".jsonl", ".ndjson")),
     "csv": Format(CsvFile, (".csv", ".tsv")),

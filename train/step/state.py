@@ -105,7 +105,7 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over the `data` and `fsdp` axes."""
+    """Rows over the mesh axes of `RULES["batch"]`."""
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
