@@ -55,7 +55,7 @@ class Format:
     """A kind of file or folder that contains records.
 
     Attributes:
-      reader: opens a file of this format, or a folder if it has no endings; ValueError if it is none. `len()` of it, and
+      reader: opens a file of this format, or a folder if it has no endings; ValueError if it is none. `len()`, and
         `[i]`: the record's place, for messages, and its fields, or BadSample. Threads share a reader: it keeps an
         index, and no open file. It opens by `open_regular`, and reads no more at a time than it means to keep.
       endings: the endings of its files, in lower case: what follows the last dot of a name, with the dot.
