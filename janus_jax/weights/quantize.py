@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ _KERNELS = re.compile(
     r"(language_model/layers(_\d+)?/(self_attn|mlp)/\w+_proj|language_model/lm_head|gen_head/\w+)/kernel"
 )
 _LEVELS = {"int8": 127, "int4": 7}
+_BLOCK = 1 << 26  # weights that are quantized at a time; XLA:CPU holds them in float32 meanwhile
 
 
 def quantize(params: Mapping[str, Any], form: str = "int8", delete: bool = False, dtype: Any = None) -> dict[str, Any]:
@@ -126,26 +127,43 @@ def _shardings(path: str, x: Any, form: str) -> tuple[NamedSharding, NamedShardi
     return sharding, NamedSharding(sharding.mesh, PartitionSpec(*axes[:kept]))
 
 
-def _constrained(made: tuple[jax.Array, jax.Array], shardings: Any) -> tuple[jax.Array, jax.Array]:
-    return made if shardings is None else jax.lax.with_sharding_constraint(made, shardings)
-
-
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _to_int8(kernel: jax.Array, kept: int, shardings: Any) -> tuple[jax.Array, jax.Array]:
     """`kernel` as int8, and its scales, whose axes are its first `kept`."""
     contracted = tuple(range(kept, kernel.ndim))
-    x = kernel.astype(jnp.float32)
-    scale = jnp.abs(x).max(contracted, keepdims=True) / _LEVELS["int8"]
-    rounded = jnp.round(x / jnp.where(scale > 0, scale, 1))
-    return _constrained((rounded.astype(jnp.int8), scale.reshape(scale.shape[:kept])), shardings)
+
+    def make(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x = kernel.astype(jnp.float32)
+        scale = jnp.abs(x).max(contracted, keepdims=True) / _LEVELS["int8"]
+        rounded = jnp.round(x / jnp.where(scale > 0, scale, 1))
+        return rounded.astype(jnp.int8), scale.reshape(scale.shape[:kept])
+
+    return _in_blocks(make, kernel) if shardings is None else jax.lax.with_sharding_constraint(make(kernel), shardings)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _to_int4(kernel: jax.Array, group: int, dtype: Any, shardings: Any) -> tuple[jax.Array, jax.Array]:
     """`kernel` as int4, and its scales in `dtype`, with groups in place of its last axis."""
-    x = kernel.astype(jnp.float32).reshape(*kernel.shape[:-1], -1, group)
-    most = _LEVELS["int4"]
-    scale = (jnp.abs(x).max(-1) / most).astype(dtype)
-    wide = scale.astype(jnp.float32)[..., None]  # as it will be multiplied by
-    rounded = jnp.clip(jnp.round(x / jnp.where(wide > 0, wide, 1)), -most, most)
-    return _constrained((rounded.reshape(kernel.shape).astype(jnp.int4), scale), shardings)
+
+    def make(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x = kernel.astype(jnp.float32).reshape(*kernel.shape[:-1], -1, group)
+        most = _LEVELS["int4"]
+        scale = (jnp.abs(x).max(-1) / most).astype(dtype)
+        wide = scale.astype(jnp.float32)[..., None]  # as it will be multiplied by
+        rounded = jnp.clip(jnp.round(x / jnp.where(wide > 0, wide, 1)), -most, most)
+        return rounded.reshape(kernel.shape).astype(jnp.int4), scale
+
+    return _in_blocks(make, kernel) if shardings is None else jax.lax.with_sharding_constraint(make(kernel), shardings)
+
+
+def _in_blocks(make: Callable[[jax.Array], tuple[jax.Array, jax.Array]], kernel: jax.Array) -> Any:
+    """`make` of the kernel's rows, each of which has its own scales, about `_BLOCK` weights at a time."""
+    least = -(-kernel.size // _BLOCK)
+    blocks = next((n for n in range(least, 16 * least) if len(kernel) % n == 0), 1)
+    if blocks == 1:
+        return make(kernel)
+    # As integers, since XLA:CPU widens what it slices, and then all blocks before the first.
+    as_stored = jnp.dtype(f"uint{8 * kernel.dtype.itemsize}")
+    rows = jax.lax.bitcast_convert_type(kernel, as_stored).reshape(blocks, -1, *kernel.shape[1:])
+    made = jax.lax.map(lambda block: make(jax.lax.bitcast_convert_type(block, kernel.dtype)), rows)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), made)

@@ -291,9 +291,10 @@ def place(
             cast = leaf.astype(dtype or leaf.dtype, "/".join(path))
             if spread and not as_numpy:
                 arrays[path] = _read_sharded(cast, spread[path])
+            elif as_numpy:
+                arrays[path] = read_now(cast)
             else:
-                array = read_now(cast)
-                arrays[path] = array if as_numpy else jax.device_put(array)
+                arrays[path] = jax.device_put(read_now(cast))  # of which nothing else holds the copy on the host
             if made is not None:
                 name = "/".join(path)
                 arrays |= {tuple(key.split("/")): x for key, x in made(name, arrays.pop(path)).items()}

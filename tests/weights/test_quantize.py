@@ -11,6 +11,7 @@ import janus_jax
 from examples.tiny.run import MODEL, write_checkpoint
 from janus_jax.model.janus import Janus
 from janus_jax.sharding import flatten, make_mesh, param_shardings, unflatten
+from janus_jax.weights import quantize as quantize_module
 from janus_jax.weights.quantize import array_bytes, is_quantized, quantize, quantize_leaf, scale_shape
 from tests.conftest import SIZES
 
@@ -46,6 +47,25 @@ def test_every_int8_kernel_is_within_half_a_level(folder, scan_layers):
         # The largest of each output channel keeps its value.
         axes = tuple(range(scale.ndim, x.ndim))
         np.testing.assert_array_equal(np.abs(np.asarray(after[path])).max(axes), 127)
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_large_kernels_are_quantized_in_blocks(form, dtype, rng, monkeypatch):
+    """The same bit for bit, and without the whole kernel in float32, which XLA:CPU would hold."""
+    path, shape = "language_model/lm_head/kernel", (96, 256)
+    kernel = jnp.asarray(rng.standard_normal(shape), dtype)
+    whole = quantize_leaf(path, kernel, form)
+    make = {"int8": quantize_module._to_int8, "int4": quantize_module._to_int4}[form]
+    how = (1,) if form == "int8" else (128, jnp.dtype(dtype))
+    make.clear_cache()
+    monkeypatch.setattr(quantize_module, "_BLOCK", kernel.size // 7)  # the next number that divides the rows is 8
+    for name, x in quantize_leaf(path, kernel, form).items():
+        assert (x.dtype, x.shape) == (whole[name].dtype, whole[name].shape)
+        np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(whole[name], np.float32))
+    temporaries = make.lower(kernel, *how, None).compile().memory_analysis().temp_size_in_bytes
+    assert temporaries < kernel.nbytes + 2 * 4 * kernel.size // 7
+    make.clear_cache()
 
 
 def hidden(model, params, x):
