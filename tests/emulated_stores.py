@@ -23,6 +23,7 @@ import time
 from collections.abc import Iterator
 
 BUCKET = "janus-test"
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # as `store_access`, if gcsfs is imported before
 
 
 class Proxy(http.server.ThreadingHTTPServer):
@@ -30,6 +31,7 @@ class Proxy(http.server.ThreadingHTTPServer):
 
     Attributes:
       requests: method and path of every request so far.
+      most: how many requests have waited at the same time.
     """
 
     daemon_threads = True
@@ -38,6 +40,8 @@ class Proxy(http.server.ThreadingHTTPServer):
     def __init__(self, port: int):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.port, self.delay, self.requests = port, 0.0, []
+        self.waiting = self.most = 0
+        self._counting = threading.Lock()
         self._random, self._faults = random.Random(0), {}
         self._one = threading.Lock()  # gcp-storage-emulator takes one request at a time
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -51,6 +55,11 @@ class Proxy(http.server.ThreadingHTTPServer):
             yield counts
         finally:
             self._faults = {}
+
+    def count(self, change: int):
+        with self._counting:
+            self.waiting += change
+            self.most = max(self.most, self.waiting)
 
     def fault(self) -> str:
         faults = self._faults
@@ -82,7 +91,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         server = self.server
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         server.requests.append((self.command, self.path))
+        server.count(1)
         time.sleep(server.delay)
+        server.count(-1)
         if kind := server.fault():
             if kind == "drop":
                 self.close_connection = True

@@ -30,6 +30,7 @@ from janus_jax.hub import hub_id, resolve
 from janus_jax.io.fields import shown
 from janus_jax.io.messages import did_you_mean, print_any_text, print_error
 from janus_jax.io.progress import in_notebook
+from janus_jax.io.stores import local_only
 from janus_jax.loading import default_dtype
 from janus_jax.processing.chat import Processor
 from janus_jax.sampling.footprint import params_bytes, refuse_too_large
@@ -107,7 +108,7 @@ def finetune(
     """
     try:
         return _finetune(
-            str(model), data, kind, pathlib.Path(out), steps=steps, batch_size=batch_size, context=context,
+            str(model), data, kind, local_only(out), steps=steps, batch_size=batch_size, context=context,
             adapter=AdapterConfig(
                 rank, 2.0 * rank if alpha is None else alpha, adapter, tuple(targets), tuple(save), weights
             ),

@@ -14,6 +14,7 @@ import sys
 import numpy as np
 
 from janus_jax.io.messages import one_line, print_any_text, print_error
+from janus_jax.io.stores import local_only
 from janus_jax.processing.images import open_image
 from train.data.prepared import open_prepared
 from train.data.views import View, Viewer
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--random", type=int, metavar="SEED", help="random samples instead of the first ones")
     parser.add_argument("--json", action="store_true", help="print a JSON object on each line")
     parser.add_argument("--html", metavar="FILE", type=pathlib.Path, help="write an HTML page")
-    parser.add_argument("--model", type=pathlib.Path, help="checkpoint with the tokenizer (default: the stored one)")
+    parser.add_argument("--model", help="checkpoint with the tokenizer (default: the stored one)")
     args = parser.parse_args(argv)
     # Text may contain characters that the terminal or the output file cannot represent.
     sys.stdout.reconfigure(errors="backslashreplace")
@@ -85,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
             elif not args.html:
                 print(describe(view), end="\n\n")
         if args.html:
-            _write(args.html, page(folder, views))
+            _write(local_only(args.html), page(folder, views))
             if not args.json:
                 print(f"{one_line(args.html)}: {len(views)} of {len(folder):,} samples")
     except BrokenPipeError:

@@ -28,18 +28,23 @@ from janus_jax.hub import resolve
 from janus_jax.io.files import parse_json
 from janus_jax.io.messages import print_any_text, print_error, print_line
 from janus_jax.io.progress import shown, step_bar
+from janus_jax.io.store_access import is_store
+from janus_jax.io.store_cache import local_copy
+from janus_jax.io.stores import as_path
 from janus_jax.model.janus import Janus
 from janus_jax.processing.chat import SYSTEM_PROMPT, Processor
 from janus_jax.sampling.memory import OutOfMemory
-from janus_jax.weights.checkpoint import open_checkpoint, write_json
+from janus_jax.weights.checkpoint import open_checkpoint
 from janus_jax.weights.torch_weights import place
 from train.config import KINDS
 from train.data.fingerprints import VQ, params_fingerprint
-from train.data.prepared import DROPPED, FORMAT_VERSION, IMAGES, LENGTHS, META, SPECIAL_IDS, TOKENIZER, read_meta
-from train.data.shards import Encode, ShardWriter, data_file, index_file, read_index, replace_file
+from train.data.prepared import DROPPED, ENDS, FORMAT_VERSION, IMAGES, LENGTHS, META, SPECIAL_IDS, TOKENIZER, read_meta
+from train.data.shards import Encode, ShardWriter, appearing, data_file, index_file, read_indices, replace_file
 from train.data.tokenize import STORES, SampleTokenizer, resized_by, tokenizer_fingerprint
 from train.raw.sources import FORMATS, NAMES, SCHEMAS, BadSample, RawSample, open_source
 from train.raw.storage import patiently
+
+_REQUESTS = 32  # to a store at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +121,7 @@ def prepare(
         raise ValueError(f"max_bad_share must be between 0 and 1, got {max_bad_share}")
     if not len(source):
         raise ValueError("the source is empty")
-    out = pathlib.Path(out)
+    out = as_path(out)
     tokenize = SampleTokenizer(processor, kind, context, system_prompt, store)
     settings = {
         "kind": kind,
@@ -139,11 +144,12 @@ def prepare(
     if meta["finished"]:
         _drop_indices(out)
         totals = meta["read"], meta["samples"], meta["tokens"], meta["dropped"]
-        return Report(out, kind, *totals, _pictures(out, kind), work.decides_anew(_read_dropped(out)))
+        images = np.load(local_copy(out / IMAGES) if is_store(out) else out / IMAGES, allow_pickle=False)
+        return Report(out, kind, *totals, _pictures(kind, images), work.decides_anew(_read_dropped(out)))
 
     count = -(-len(source) // shard_size)
     ranges = [range(shard * shard_size, min((shard + 1) * shard_size, len(source))) for shard in range(count)]
-    done = {shard: index for shard in range(count) if (index := read_index(out, shard)) is not None}
+    done = read_indices(out, count)
     for shard, index in list(done.items()):
         if work.decides_anew(index["dropped"]):
             # For example, missing images have appeared: without its index, the shard is written again.
@@ -151,7 +157,7 @@ def prepare(
             del done[shard]
         else:
             work.add(index["read"], index["dropped"])
-    pool = ThreadPoolExecutor(workers or os.cpu_count() or 1)
+    pool = ThreadPoolExecutor(workers or default_workers(source))
     try:
         with step_bar("preparing", len(source), shown(progress)) as bar:
             for shard, items in enumerate(ranges):
@@ -163,6 +169,12 @@ def prepare(
         pool.shutdown(cancel_futures=True)
     work.check()
     return _finish(out, meta, [done[shard] for shard in range(count)], processor)
+
+
+def default_workers(source: Sequence[RawSample]) -> int:
+    """Threads that read: one per core, and enough for many requests at once if samples come from a store."""
+    path = getattr(source, "description", {}).get("path", "")
+    return max(os.cpu_count() or 1, _REQUESTS if is_store(path) else 1)
 
 
 # ---------------------------------------------------------------- the folder
@@ -186,17 +198,17 @@ def _probe(source: Sequence[RawSample]) -> str:
 
 def _begin(out: pathlib.Path, settings: dict[str, Any]) -> dict[str, Any]:
     """The meta of `out`, created if missing; ValueError if it is another folder or was begun with other settings."""
-    if out.exists() and not out.is_dir():
+    if not is_store(out) and out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; choose a new folder, or one begun before")
     out.mkdir(parents=True, exist_ok=True)
     meta = read_meta(out)
     if meta is None:
-        if any(not child.name.endswith(".partial") for child in out.iterdir()):
+        there = out.iterdir() if not is_store(out) or out.exists() else ()
+        if any(not child.name.endswith(".partial") for child in there):
             raise ValueError(f"{out} has other files in it; choose a new folder, or one begun before")
         meta = {"version": FORMAT_VERSION, "kind": settings["kind"], "finished": False, "shards": []}
         meta["settings"] = settings
-        write_json(out / "meta.partial", meta)
-        (out / "meta.partial").replace(out / META)
+        replace_file(out / META, json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
         return meta
     ours, theirs = _flat(settings), _flat(meta.get("settings", {}))
     # The same data may have another path, format or schema; the probe compares their content.
@@ -224,8 +236,11 @@ def _finish(out: pathlib.Path, meta: dict[str, Any], shards: list[dict[str, Any]
     tokenizer = processor.tokenizer
     (out / TOKENIZER).write_text(tokenizer.state(), encoding="utf-8")
     lengths = np.array([n for index in shards for n in index["lengths"]], np.int32)
-    np.save(out / LENGTHS, lengths)
-    np.save(out / IMAGES, np.array([n for index in shards for n in index["images"]], np.int32))
+    images = np.array([n for index in shards for n in index["images"]], np.int32)
+    ends = np.array([n for index in shards for n in index.get("ends", ())], np.uint64)
+    for name, array in ((LENGTHS, lengths), (IMAGES, images), (ENDS, ends)):
+        with appearing(out / name) as path, open(path, "wb") as file:
+            np.save(file, array)
     dropped = [one for index in shards for one in index["dropped"]]
     (out / DROPPED).write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in dropped), encoding="utf-8")
     counts = dict(collections.Counter(one["reason"] for one in dropped).most_common())
@@ -239,17 +254,17 @@ def _finish(out: pathlib.Path, meta: dict[str, Any], shards: list[dict[str, Any]
         }
         for shard, index in enumerate(shards)
     ]
-    totals = {"read": read, "samples": len(lengths), "tokens": tokens, "dropped": counts, "shards": files}
+    totals = {"version": FORMAT_VERSION, "read": read, "samples": len(lengths), "tokens": tokens}
+    totals |= {"dropped": counts, "shards": files}
     # Not among the settings, which determine the samples: this is for decoding them.
     totals["ids"] = {name: getattr(tokenizer, f"{name}_id") for name in SPECIAL_IDS}
     replace_file(out / META, json.dumps(meta | totals | {"finished": True}, indent=2, ensure_ascii=False) + "\n")
     _drop_indices(out)
-    return Report(out, meta["kind"], read, len(lengths), tokens, counts, _pictures(out, meta["kind"]))
+    return Report(out, meta["kind"], read, len(lengths), tokens, counts, _pictures(meta["kind"], images))
 
 
-def _pictures(out: pathlib.Path, kind: str) -> int:
+def _pictures(kind: str, images: np.ndarray) -> int:
     """Number of images in the samples of a finished folder: generation samples have one each."""
-    images = np.load(out / IMAGES, allow_pickle=False)
     return len(images) if kind == "generation" else int(images.sum(dtype=np.int64))
 
 
@@ -262,8 +277,8 @@ def _read_dropped(out: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _drop_indices(out: pathlib.Path):
-    # Their content is in the folder's own index by now.
-    for path in out.glob("data-*.json"):
+    # Their content is in the folder's own index by now; records of version 2 were written again.
+    for path in [*out.glob("data-*.json"), *out.glob("data-*.array_record")]:
         path.unlink()
 
 

@@ -32,6 +32,7 @@ from janus_jax.config import IMAGE_CHANNELS, JanusConfig, LlamaConfig, SiglipCon
 from janus_jax.io.files import read_json_object
 from janus_jax.io.messages import one_line, print_any_text, print_error
 from janus_jax.io.progress import shown, step_bar
+from janus_jax.io.stores import local_only
 from janus_jax.model.vq import VQModel
 from janus_jax.weights import checkpoint
 from janus_jax.weights.torch_weights import abstract_params
@@ -358,7 +359,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: dict[str, Any]) -> dict[str, float]:
     """Trains with the settings of the command line; returns the report of the last step."""
-    out = args["out"]
+    out = local_only(args["out"])
+    local_only(args["images"])
     if (out / checkpoint.PARAMS).exists():
         raise ValueError(f"{out} already has a checkpoint; choose another --out")
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Sequence
 from typing import Any, BinaryIO
 
 from janus_jax.io.messages import one_line
-from janus_jax.io.store_access import is_store
+from janus_jax.io.store_access import is_store, read_spans
 from janus_jax.io.stores import as_path, open_object, size_of
 
 MAX_JSON = 64 << 20  # bytes; the largest JSON of a published checkpoint, its tokenizer, has 5 MB
@@ -55,6 +56,20 @@ def _kind(path: str | os.PathLike) -> str | None:
         return _KINDS.get(stat.S_IFMT(os.stat(path).st_mode))
     except OSError:
         return None
+
+
+def read_ranges(path: str | os.PathLike, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+    """The bytes [begin, end) of the regular file `path` for each of `spans`; ValueError if it ends before."""
+    if is_store(path):
+        return read_spans(os.fspath(path), spans)
+    found = []
+    with open_regular(path) as file:
+        for begin, end in spans:
+            file.seek(begin)
+            found.append(file.read(end - begin))
+            if len(found[-1]) < end - begin:
+                raise ValueError(f"{one_line(path)} has become shorter since it was opened")
+    return found
 
 
 def read_bytes(path: str | os.PathLike, limit: int) -> bytes:

@@ -26,6 +26,7 @@ from typing import Any
 from janus_jax.io.files import read_json_object
 from janus_jax.io.leftovers import new_lock, remove, remove_left
 from janus_jax.io.messages import one_line
+from janus_jax.io.stores import local_only
 
 MARK = "janus_jax.json"
 _MADE_BY = "janus_jax"
@@ -82,7 +83,7 @@ def destination(out: str | os.PathLike) -> pathlib.Path:
 
     Raises ValueError if no folder can be created there: for a circle of links, a file, a mount point.
     """
-    given = pathlib.Path(out)
+    given = local_only(out)
     try:
         place = pathlib.Path(os.path.realpath(given))
     except ValueError as error:  # a null character
@@ -296,6 +297,7 @@ def new_folder(folder: pathlib.Path) -> Iterator[None]:
 
     Raises OSError if it is not writable.
     """
+    local_only(folder)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:

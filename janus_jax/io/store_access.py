@@ -131,40 +131,51 @@ os.register_at_fork(after_in_child=_forget)
 
 
 def read_spans(address: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
-    """The bytes [begin, end) of an object for each of `spans`, requested at the same time.
+    """The bytes [begin, end) of an object for each of `spans`; see `read_many`."""
+    return read_many([(address, begin, end) for begin, end in spans])
 
-    Raises: FileNotFoundError, PermissionError, StoreUnavailable; ValueError if the object ends before.
+
+def read_many(spans: Sequence[tuple[str, int, int]]) -> list[bytes]:
+    """The bytes [begin, end) of the object at each address, all requested at the same time.
+
+    Raises: FileNotFoundError, PermissionError, StoreUnavailable; ValueError if an object ends before.
     """
     pieces = [
-        (place, begin, min(begin + _PIECE, end))
-        for place, (start, end) in enumerate(spans)
+        (place, address, begin, min(begin + _PIECE, end))
+        for place, (address, start, end) in enumerate(spans)
         for begin in range(start, end, _PIECE)
     ]
     found: list[bytes | None] = [None] * len(pieces)
+    last = [""]  # the address at which an error was met
 
     def read() -> None:
-        scheme, bucket, key = split(address)
-        store = _bucket(scheme, bucket)
         left = [i for i, data in enumerate(found) if data is None]
         # At most this many in memory that are not yet ours.
         for first in range(0, len(left), 2 * _IN_FLIGHT):
             some = left[first : first + 2 * _IN_FLIGHT]
-            futures = [store.read(key, byte_range=slice(*pieces[i][1:])) for i in some]
+            futures = [_read(*pieces[i][1:]) for i in some]
             for i, future in zip(some, futures, strict=True):
+                last[0] = pieces[i][1]
                 result = future.result()
                 if result.state != "value":
-                    raise FileNotFoundError(errno.ENOENT, "no such object", address)
+                    raise FileNotFoundError(errno.ENOENT, "no such object", last[0])
                 found[i] = result.value
 
-    request(address, read)
+    if pieces:
+        request(pieces[0][1], read, last)
     joined: list[list[bytes]] = [[] for _ in spans]
-    for (place, _, _), data in zip(pieces, found, strict=True):
+    for (place, *_), data in zip(pieces, found, strict=True):
         joined[place].append(data or b"")
     whole = [parts[0] if len(parts) == 1 else b"".join(parts) for parts in joined]
-    for (begin, end), data in zip(spans, whole, strict=True):
+    for (address, begin, end), data in zip(spans, whole, strict=True):
         if len(data) != end - begin:
             raise ValueError(f"{one_line(address)} has become shorter since it was opened")
     return whole
+
+
+def _read(address: str, begin: int, end: int) -> Any:
+    scheme, bucket, key = split(address)
+    return _bucket(scheme, bucket).read(key, byte_range=slice(begin, end))
 
 
 def write(address: str, data: bytes) -> None:
@@ -174,7 +185,10 @@ def write(address: str, data: bytes) -> None:
         scheme, bucket, key = split(address)
         _bucket(scheme, bucket).write(key, data).result()
 
-    request(address, put)
+    try:
+        request(address, put)
+    except FileNotFoundError:
+        raise FileNotFoundError(errno.ENOENT, f"there is no bucket {split(address)[1]}", address) from None
 
 
 def info(address: str) -> dict[str, Any] | None:
@@ -185,9 +199,11 @@ def info(address: str) -> dict[str, Any] | None:
         return None
 
 
-def request(address: str, function: Callable[[], T]) -> T:
+def request(address: str, function: Callable[[], T], last: Sequence[str] = ()) -> T:
     """The result of `function`, tried again while the store is busy or the connection breaks; each wait is reported.
 
+    Args:
+      last: holds the address at which an error was met, if that is not `address`.
     Raises: FileNotFoundError, PermissionError, StoreUnavailable or another OSError, in one line with the address.
     """
     split(address)
@@ -195,6 +211,7 @@ def request(address: str, function: Callable[[], T]) -> T:
         try:
             return function()
         except Exception as error:
+            address = next(iter(last), "") or address
             told = _told(error, address)
             if not isinstance(told, StoreUnavailable) or wait is None:
                 raise told from None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import glob
 import io
 import os
 import pathlib
@@ -46,10 +47,11 @@ class StorePath(os.PathLike):
     Errors are OSErrors in one line; requests are retried, see `store_access.request`.
     """
 
-    def __init__(self, address: str):
+    def __init__(self, address: str, known: dict[str, Any] | None = None):
+        """`known` is what a listing says of the object or folder, which is then not asked for again."""
         scheme, bucket, key = split(os.fspath(address))
         key = posixpath.normpath(f"/{key}").lstrip("/")
-        self._address = f"{scheme}://{bucket}/{key}" if key else f"{scheme}://{bucket}"
+        self._address, self._known = f"{scheme}://{bucket}/{key}" if key else f"{scheme}://{bucket}", known
 
     def __fspath__(self) -> str:
         return self._address
@@ -109,7 +111,7 @@ class StorePath(os.PathLike):
     def __truediv__(self, other: str | os.PathLike) -> Any:
         other = os.fspath(other)
         # As for local paths, an absolute one replaces what is before it.
-        return as_path(other) if is_store(other) else StorePath(f"{self._address}/{other}")
+        return as_path(other) if is_store(other) or other.startswith("/") else StorePath(f"{self._address}/{other}")
 
     def with_name(self, name: str) -> StorePath:
         return self.parent / name
@@ -127,15 +129,18 @@ class StorePath(os.PathLike):
 
     # ------------------------------------------------------------ what is there
 
+    def _info(self) -> dict[str, Any] | None:
+        return self._known or info(self._address)
+
     def exists(self) -> bool:
-        return info(self._address) is not None
+        return self._info() is not None
 
     def is_file(self) -> bool:
-        found = info(self._address)
+        found = self._info()
         return found is not None and found["type"] == "file"
 
     def is_dir(self) -> bool:
-        found = info(self._address)
+        found = self._info()
         return found is not None and found["type"] == "directory"
 
     def is_symlink(self) -> bool:
@@ -143,32 +148,29 @@ class StorePath(os.PathLike):
 
     def stat(self) -> os.stat_result:
         """Size and time of change of an object."""
-        found = info(self._address)
+        found = self._info()
         if found is None:
             raise FileNotFoundError(2, "no such object", self._address)
         return _status(found)
 
     def iterdir(self) -> Iterator[StorePath]:
-        """What is in the folder; FileNotFoundError if there is none."""
-        yield from (path for path, _ in self.entries())
-
-    def entries(self) -> list[tuple[StorePath, os.stat_result]]:
-        """What is in the folder, with sizes and times, from one listing."""
+        """What is in the folder, whose kinds and sizes are then known; FileNotFoundError if there is no folder."""
         scheme, *_ = split(self._address)
         found = request(self._address, lambda: files(scheme).ls(self._address, detail=True))
-        pairs = [(StorePath(f"{scheme}://{each['name']}"), _status(each)) for each in found]
-        return [(path, status) for path, status in pairs if path != self]
+        paths = (StorePath(f"{scheme}://{each['name']}", each) for each in found)
+        return (path for path in paths if path != self)
 
-    def walk(self) -> list[tuple[StorePath, os.stat_result]]:
-        """All objects whose names begin with this folder's, from one listing; none if there is no such folder."""
-        scheme, *_ = split(self._address)
-        found = request(self._address, lambda: files(scheme).find(self._address, detail=True))
-        return [(StorePath(f"{scheme}://{name}"), _status(each)) for name, each in sorted(found.items())]
+    def walk(self) -> list[StorePath]:
+        """All objects whose names begin with this folder's, sorted, from one listing; none if there is no folder."""
+        return self._matching("find", self._address)
 
-    def glob(self, pattern: str) -> Iterator[StorePath]:
-        scheme, *_ = split(self._address)
-        found = request(self._address, lambda: files(scheme).glob(f"{self._address}/{pattern}"))
-        yield from (StorePath(f"{scheme}://{name}") for name in found)
+    def glob(self, pattern: str) -> list[StorePath]:
+        return self._matching("glob", f"{self._address}/{pattern}")
+
+    def _matching(self, method: str, address: str) -> list[StorePath]:
+        scheme, *_ = split(address)
+        found = request(self._address, lambda: getattr(files(scheme), method)(address, detail=True))
+        return [StorePath(f"{scheme}://{name}", each) for name, each in sorted(found.items())]
 
     # ------------------------------------------------------------ contents
 
@@ -214,7 +216,7 @@ class StorePath(os.PathLike):
     def rmtree(self) -> None:
         """Removes everything whose name begins with this folder's."""
         scheme, *_ = split(self._address)
-        found = [str(path) for path, _ in self.walk()]
+        found = [str(path) for path in self.walk()]
         if found:
             request(self._address, lambda: files(scheme).rm(found))
 
@@ -258,8 +260,8 @@ def open_object(path: str | os.PathLike) -> BinaryIO:
 
     Raises: FileNotFoundError; IsADirectoryError for a folder; PermissionError and other OSErrors.
     """
-    path = StorePath(os.fspath(path))
-    found = info(os.fspath(path))
+    path = path if isinstance(path, StorePath) else StorePath(os.fspath(path))
+    found = path._info()
     if found is None:
         raise FileNotFoundError(2, "no such object", os.fspath(path))
     if found["type"] != "file":
@@ -274,6 +276,19 @@ def size_of(file: BinaryIO) -> int:
     return raw.size if isinstance(raw, _Object) else os.fstat(file.fileno()).st_size
 
 
+def has_pattern(path: str | os.PathLike) -> bool:
+    """Whether `path` is a pattern for names."""
+    return glob.has_magic(os.fspath(path))
+
+
+def matching(path: pathlib.Path) -> list[pathlib.Path]:
+    """The files that match the pattern `path`, sorted."""
+    if isinstance(path, StorePath):
+        found = StorePath(f"{split(str(path))[0]}://{path.parts[0]}").glob("/".join(path.parts[1:]))
+        return [each for each in found if each.is_file()]  # type: ignore[misc]
+    return sorted(pathlib.Path(name) for name in glob.glob(str(path), recursive=True) if not os.path.isdir(name))
+
+
 def missing(path: str | os.PathLike) -> FileNotFoundError:
     """The error for an address where nothing is, which tells a missing bucket from a missing folder."""
     scheme, bucket, _ = split(os.fspath(path))
@@ -285,6 +300,17 @@ def missing(path: str | os.PathLike) -> FileNotFoundError:
 def lexists(path: pathlib.Path) -> bool:
     """Whether there is anything at `path`, be it a link that leads nowhere."""
     return path.exists() if isinstance(path, StorePath) else os.path.lexists(path)
+
+
+def local_only(path: str | os.PathLike) -> pathlib.Path:
+    """`path`, for what is written to local folders only; ValueError for the address of a store."""
+    text = os.fspath(path)
+    # `pathlib.Path` makes one slash of two.
+    if isinstance(text, str) and re.match(rf"({'|'.join(SCHEMES)}):/", text):
+        raise ValueError(
+            f"{one_line(text)} is in a store, and this is written to local folders only; copy it from there"
+        )
+    return pathlib.Path(path)
 
 
 def copy_file(source: pathlib.Path, target: pathlib.Path) -> None:

@@ -20,6 +20,7 @@ from PIL import Image, UnidentifiedImageError
 
 from janus_jax.io import files
 from janus_jax.io.messages import one_line
+from janus_jax.io.store_access import is_store
 from janus_jax.io.stores import as_path
 from janus_jax.processing import image_metadata
 
@@ -136,7 +137,7 @@ def _from_path(source: str | bytes, memory: int) -> tuple[str, bytes]:
         raise ValueError(f"{name}: a path may have at most {_MAX_NAME:,} characters, got {len(source):,}")
     path = as_path(os.fsdecode(source))
     try:
-        if path.is_dir():
+        if not is_store(path) and path.is_dir():
             raise IsADirectoryError(f"{name}: expected an image file, found a folder")
         return name, files.read_bytes(path, memory // 4)
     except FileNotFoundError:

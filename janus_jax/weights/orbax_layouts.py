@@ -91,7 +91,7 @@ def open_store(folder: pathlib.Path) -> Store:
 def _drivers_below(folder: pathlib.Path) -> dict[str, str]:
     """The drivers of the arrays in separate folders of a store, from one listing."""
     found = as_path(folder).walk()  # type: ignore[attr-defined]
-    below = [path for path, _ in found if path.parent.parent == folder and path.name in _METADATA]
+    below = [path for path in found if path.parent.parent == folder and path.name in _METADATA]
     return {path.parent.name: _METADATA[path.name] for path in below}
 
 

@@ -66,6 +66,9 @@ class Samples(list):
 
     folder = pathlib.Path("some/folder")
 
+    def stored(self, indices):
+        return None  # as of a local folder
+
     def __getitem__(self, index: int) -> Sample:
         if isinstance(found := super().__getitem__(index), Exception):
             raise found

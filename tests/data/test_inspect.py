@@ -178,9 +178,9 @@ def test_bad_input(understanding, tmp_path, processor, capsys):
     assert "No such file or directory" in refused(capsys, understanding, "--html", tmp_path / "no" / "page.html")
     texts = [RawSample(f"{i}", text=f"The quick brown fox {i}.") for i in range(3)]
     folder = prepared(texts, tmp_path / "text", "text", processor, shard_size=1)
-    path = tmp_path / "text" / "data-00001.array_record"
+    path = tmp_path / "text" / "data-00001.bag"
     raw = path.read_bytes()
-    path.write_bytes(raw[:70] + bytes(byte ^ 255 for byte in raw[70:200]) + raw[200:])
+    path.write_bytes(raw[:20] + bytes(byte ^ 255 for byte in raw[20:40]) + raw[40:])
     assert main([folder, "--json"]) == 2
     captured = capsys.readouterr()
     assert [json.loads(line)["index"] for line in captured.out.splitlines()] == [0, 2]

@@ -1,7 +1,9 @@
 """Preparing and reading prepared folders."""
 
 import dataclasses
+import errno
 import json
+import os
 import threading
 
 import jax
@@ -68,7 +70,7 @@ def test_generation(captions, processor, tmp_path):
     for text in ("read", "undecodable_image", "missing_image", "mean length"):
         assert text in str(report)
     assert sorted(content(tmp_path / "out")) == [
-        *(f"data-0000{i}.array_record" for i in range(4)), "dropped.jsonl", "images.npy", "lengths.npy",
+        *(f"data-0000{i}.bag" for i in range(4)), "dropped.jsonl", "ends.npy", "images.npy", "lengths.npy",
         "prepared.json", "tokenizer.json",
     ]  # fmt: skip
 
@@ -107,7 +109,7 @@ def test_a_stopped_preparation_goes_on_to_the_same_bytes(captions, processor, tm
         open_prepared(out)
     whole = stop_at // 6
     assert len(list(out.glob("data-*.json"))) == whole
-    before = {path: path.stat().st_mtime_ns for path in out.glob("*.array_record")}
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*.bag")}
     reads[:] = range(100)
     report = prepare(Stopping(), out, "generation", processor, **options)
     assert len(reads) == 100 + 20 - 6 * whole
@@ -183,14 +185,14 @@ def test_what_was_missing_may_come(captions, processor, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(ValueError, match=r"1 undecodable_image .*1 missing_image"):
         run(captions, out, processor, max_bad_share=0.05)
-    before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.array_record")}
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.bag")}
     assert len(before) == 4
     (captions.parent / "9.png").write_bytes(png())
     # Still damaged, and within what is allowed now: the shard of the damaged one stays as it is.
     report = run(captions, out, processor, max_bad_share=0.05)
     assert (report.kept, report.pictures, report.dropped) == (19, 19, {"undecodable_image": 1}) and not report.changed
-    after = {path.name: path.stat().st_mtime_ns for path in out.glob("*.array_record")}
-    assert [name for name in sorted(after) if after[name] != before[name]] == ["data-00001.array_record"]
+    after = {path.name: path.stat().st_mtime_ns for path in out.glob("*.bag")}
+    assert [name for name in sorted(after) if after[name] != before[name]] == ["data-00001.bag"]
     run(captions, tmp_path / "fresh", processor)
     assert content(out) == content(tmp_path / "fresh")
     # A finished folder may be in use: it is left alone, and says that it lacks something.
@@ -273,13 +275,19 @@ def test_bad_arguments(captions, processor, tmp_path, options, match):
 
 
 def test_a_full_disk_is_noticed(captions, processor, tmp_path, monkeypatch):
-    class Forgetful(shards.ArrayRecordWriter):
+    class Full(shards.BagWriter):
         def write(self, record):
-            pass
+            super().write(record)
+            if len(self.ends) == 3:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(shards, "ArrayRecordWriter", Forgetful)
-    with pytest.raises(OSError, match="is the disk full"):
+    monkeypatch.setattr(shards, "BagWriter", Full)
+    with pytest.raises(OSError, match="No space left"):
         run(captions, tmp_path / "out", processor)
+    monkeypatch.undo()
+    run(captions, tmp_path / "out", processor)
+    run(captions, tmp_path / "whole", processor)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
 def test_pictures_stored_as_the_model_sees_them(processor, tmp_path):

@@ -54,18 +54,18 @@ def spoil(path, edit):
         (lambda d: (d / "lengths.npy").unlink(), FileNotFoundError, "lengths.npy is missing"),
         (lambda d: spoil(d / "images.npy", lambda b: b[:40]), ValueError, "images.npy is damaged"),
         (lambda d: np.save(d / "lengths.npy", np.ones(7, np.int32)), ValueError, "for 7 samples, prepared.json for 18"),
-        (lambda d: (d / "data-00001.array_record").unlink(), FileNotFoundError, "data-00001.array_record is missing"),
-        (lambda d: spoil(d / "data-00001.array_record", lambda b: b[:-9]), ValueError, "65536 bytes, got 65527"),
-        (lambda d: spoil(d / "data-00001.array_record", lambda b: bytes(len(b))), ValueError, "has a damaged shard"),
+        (lambda d: (d / "data-00001.bag").unlink(), FileNotFoundError, "data-00001.bag is missing"),
+        (lambda d: spoil(d / "data-00001.bag", lambda b: b[:-9]), ValueError, "65536 bytes, got 65527"),
+        (lambda d: spoil(d / "data-00001.bag", lambda b: bytes(len(b))), ValueError, "has a damaged shard"),
         (lambda d: spoil(d / "prepared.json", lambda b: b[:-9]), ValueError, "prepared.json is damaged"),
         (lambda d: spoil(d / "prepared.json", lambda b: b"[]"), ValueError, "prepared.json is damaged"),
-        (lambda d: spoil(d / "prepared.json", lambda b: b.replace(b'"version": 2', b'"version": 7')), ValueError,
-         "must have the format version 1 or 2, got 7"),
+        (lambda d: spoil(d / "prepared.json", lambda b: b.replace(b'"version": 3', b'"version": 7')), ValueError,
+         "must have the format version 1 or 2 or 3, got 7"),
     ],
 )  # fmt: skip
 def test_damaged_folders(folder, damage, error, match):
     if "65527" in match:
-        size = (folder / "data-00001.array_record").stat().st_size
+        size = (folder / "data-00001.bag").stat().st_size
         match = match.replace("65527", str(size - 9)).replace("65536", str(size))
     damage(folder)
     with pytest.raises(error, match=match) as caught:
@@ -85,7 +85,7 @@ def test_shards_that_do_not_match_the_index(folder):
 
 def test_a_damaged_record_is_named(folder):
     data = open_prepared(folder)
-    path = folder / "data-00001.array_record"
+    path = folder / "data-00001.bag"
     spoil(path, lambda b: b[:70] + bytes(byte ^ 255 for byte in b[70:200]) + b[200:])
     with pytest.raises(ValueError, match="out sample 5 is damaged") as caught:
         data[5]

@@ -8,13 +8,16 @@ import os
 import pathlib
 import pickle
 import resource
+import struct
 import subprocess
 import sys
 import threading
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
 from examples.tiny.run import MODEL
@@ -24,12 +27,12 @@ from janus_jax.processing.images import ImageSettings, open_image
 from tests.handles import open_in
 from train.config import DataConfig
 from train.data import records
+from train.data.bags import ENDING, BagReader, BagWriter
 from train.data.batches import Assembler, load_batches
 from train.data.mixture import Mixture
 from train.data.prepared import FORMAT_VERSION, open_prepared
 from train.data.records import ArrayRecordReader, Records
 from train.data.samples import Sample
-from train.data.shards import ArrayRecordWriter, data_file
 from train.prepare import prepare
 from train.raw import storage
 from train.raw.sources import RawSample
@@ -39,21 +42,35 @@ from train.run.flow import next_batch
 PER_SHARD = 2
 
 
-def write_shards(folder: pathlib.Path, shards: int) -> pathlib.Path:
+OLD = ".array_record"  # of folders prepared before version 3
+
+
+def data_file(shard: int, ending: str = ENDING) -> str:
+    return f"data-{shard:05d}{ending}"
+
+
+def write_shards(folder: pathlib.Path, shards: int, ending: str = ENDING) -> pathlib.Path:
     """A prepared folder of `shards` shards of two texts each: one file by many names."""
     folder.mkdir()
-    writer = ArrayRecordWriter(str(folder / data_file(0)), "group_size:1")
+    path = folder / data_file(0, ending)
+    writer = BagWriter(path) if ending == ENDING else ArrayRecordWriter(str(path), "group_size:1")
     for i in range(PER_SHARD):
         writer.write(Sample("text", np.arange(1, 9 + i, dtype=np.int32), np.ones(8 + i, bool)).to_bytes())
     writer.close()
-    size = (folder / data_file(0)).stat().st_size
+    size = path.stat().st_size
     for shard in range(1, shards):
-        os.link(folder / data_file(0), folder / data_file(shard))
+        os.link(path, folder / data_file(shard, ending))
     lengths = np.tile(np.arange(7, 7 + PER_SHARD, dtype=np.int32), shards)
     np.save(folder / "lengths.npy", lengths)
     np.save(folder / "images.npy", np.zeros_like(lengths))
-    files = [{"file": data_file(i), "samples": PER_SHARD, "bytes": size, "sha256": ""} for i in range(shards)]
-    meta = {"version": FORMAT_VERSION, "kind": "text", "finished": True, "shards": files, "settings": {}}
+    files = [{"file": data_file(i, ending), "samples": PER_SHARD, "bytes": size, "sha256": ""} for i in range(shards)]
+    meta = {
+        "version": FORMAT_VERSION if ending == ENDING else 2,
+        "kind": "text",
+        "finished": True,
+        "shards": files,
+        "settings": {},
+    }
     (folder / "prepared.json").write_text(json.dumps(meta))
     return folder
 
@@ -96,9 +113,14 @@ def test_an_epoch_over_more_shards_than_handles(tmp_path, shards, handles, rows)
     assert found["handles"] <= handles
 
 
+@pytest.fixture(params=[ENDING, OLD])
+def ending(request) -> str:
+    return request.param
+
+
 @pytest.fixture
-def folder(tmp_path) -> pathlib.Path:
-    return write_shards(tmp_path / "data", 12)
+def folder(tmp_path, ending) -> pathlib.Path:
+    return write_shards(tmp_path / "data", 12, ending)
 
 
 @pytest.fixture
@@ -110,7 +132,7 @@ def few(monkeypatch) -> records._OpenFiles:
     return opened
 
 
-def test_readers_are_let_go_and_shared_by_threads(folder, few):
+def test_readers_are_let_go_and_shared_by_threads(folder, few, ending):
     data = open_prepared(folder)
     expected = [data[i % PER_SHARD].ids.tolist() for i in range(len(data))]
     barrier, most = threading.Barrier(8), []
@@ -120,14 +142,14 @@ def test_readers_are_let_go_and_shared_by_threads(folder, few):
         barrier.wait()
         for index in order:
             assert data[int(index)].ids.tolist() == expected[index]
-            most.append(open_in(folder, ".array_record"))
+            most.append(open_in(folder, ending))
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(read, range(8)))
     assert len(few) == 3
     assert 3 <= max(most) <= 3 + 2 * 8, "held, or being opened and let go by each thread"
     gc.collect()
-    assert 1 <= open_in(folder, ".array_record") <= 3
+    assert 1 <= open_in(folder, ending) <= 3
 
 
 class Failing:
@@ -136,7 +158,7 @@ class Failing:
     times, said = 0, ""
 
     def __init__(self, path, **options):
-        self._reader = ArrayRecordReader(path, **options)
+        self._reader = (BagReader if path.endswith(ENDING) else ArrayRecordReader)(path, **options)
 
     def read(self, positions):
         if Failing.times:
@@ -153,6 +175,7 @@ def test_errors_of_the_machine_are_tried_again_and_never_damage(folder, few, mon
     made = assembler(folder, 2)
     whole = made(0)
     few.clear()
+    monkeypatch.setattr(records, "BagReader", Failing)
     monkeypatch.setattr(records, "ArrayRecordReader", Failing)
     Failing.said = f"pread() failed: {os.strerror(number)}; reading {folder}/data-00000.array_record"
     Failing.times = 2
@@ -164,14 +187,14 @@ def test_errors_of_the_machine_are_tried_again_and_never_damage(folder, few, mon
     for workers in (made, lambda step: next(load_batches(made, range(2), step, step + 1, workers=0))):
         with pytest.raises(OSError, match=os.strerror(number)) as caught:
             workers(0)
-        assert caught.value.errno == number and "array_record" in caught.value.filename
+        assert caught.value.errno == number and "data-00" in caught.value.filename
     Failing.times = 0
     assert made(0)[1]["problems"] == []
 
 
-def test_a_shard_that_is_gone_is_no_damaged_sample(folder, few):
+def test_a_shard_that_is_gone_is_no_damaged_sample(folder, few, ending):
     data = open_prepared(folder)
-    (folder / data_file(5)).unlink()
+    (folder / data_file(5, ending)).unlink()
     with pytest.raises(FileNotFoundError, match="data-00005"):
         data[5 * PER_SHARD]
     assert data[0].kind == "text"
@@ -238,6 +261,7 @@ def test_a_preparation_ends_resumably_and_drops_nothing_that_is_good(tmp_path, m
 
 def test_the_loop_ends_resumably_when_the_data_cannot_be_read(folder, few, monkeypatch):
     made = assembler(folder, 2)
+    monkeypatch.setattr(records, "BagReader", Failing)
     monkeypatch.setattr(records, "ArrayRecordReader", Failing)
     Failing.said, Failing.times = os.strerror(errno.EIO), 10**6
     with pytest.raises(Stopped, match="could not be read, though they do not seem damaged") as caught:
@@ -245,6 +269,40 @@ def test_the_loop_ends_resumably_when_the_data_cannot_be_read(folder, few, monke
     Failing.times = 0
     assert caught.value.code == STORAGE and "run the same command to resume" in str(caught.value)
     assert "delete" not in str(caught.value)
+
+
+def test_bags_are_bagz_files(tmp_path):
+    """Records one after the other, then the end of each as 64 bits; ours begin with the CRC-32 of their content."""
+    contents = [b"", b"a", bytes(range(256)) * 300]
+    writer = BagWriter(tmp_path / "x.bag")
+    for content in contents:
+        writer.write(content)
+    writer.close()
+    data = (tmp_path / "x.bag").read_bytes()
+    *ends, table = struct.unpack("<4Q", data[-24:] + data[-8:])
+    assert table == ends[-1] == len(data) - 24 == sum(map(len, contents)) + 12
+    begins = [0, *ends[:-1]]
+    assert [data[b + 4 : e] for b, e in zip(begins, ends, strict=True)] == contents
+    assert [data[b : b + 4] for b in begins] == [struct.pack("<I", zlib.crc32(content)) for content in contents]
+    assert BagReader(tmp_path / "x.bag").read([2, 0, 1]) == [contents[2], contents[0], contents[1]]
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda b: b[:-8], lambda b: b[:-3], lambda b: b"", lambda b: bytes(len(b)), lambda b: b[:-8] + b"\xff" * 8,
+        lambda b: b[:-16] + b"\xff" * 8 + b[-8:], lambda b: b[:5] + b"\0" + b[6:],
+    ],
+)  # fmt: skip
+def test_damaged_bags_are_told(tmp_path, edit):
+    writer = BagWriter(tmp_path / "x.bag")
+    writer.write(b"first record")
+    writer.write(b"second record")
+    writer.close()
+    (tmp_path / "x.bag").write_bytes(edit((tmp_path / "x.bag").read_bytes()))
+    with pytest.raises((ValueError, IndexError)) as caught:
+        BagReader(tmp_path / "x.bag").read([0, 1])
+    assert "\n" not in str(caught.value)
 
 
 def test_index_lists_are_mapped_and_not_pickled(tmp_path):
@@ -263,8 +321,8 @@ def test_index_lists_are_mapped_and_not_pickled(tmp_path):
         pickle.loads(kept)
 
 
-def test_records_by_place(folder):
-    found = Records(folder, [data_file(0), data_file(1)], [PER_SHARD] * 2)
+def test_records_by_place(folder, ending):
+    found = Records(folder, [data_file(0, ending), data_file(1, ending)], [PER_SHARD] * 2)
     assert len(found) == found.counted() == 4
     assert found[0] == found[2] != found[1] == found[3]
     for index in (-1, 4):

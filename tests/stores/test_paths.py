@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import numpy as np
 import pytest
 
 from janus_jax.io import store_access
 from janus_jax.io.files import open_regular, read_json_object
+from janus_jax.io.staging import staged
 from janus_jax.io.stores import StorePath, as_path, copy_file, size_of
 from janus_jax.weights.formats.safetensors_files import TensorToWrite, write_safetensors
 from janus_jax.weights.formats.torch_files import open_tensors
@@ -19,7 +22,7 @@ def test_a_store_path_reads_like_a_path(store):
         assert (folder / name).write_bytes(name.encode() * 3) == 3 * len(name)
     assert folder.is_dir() and not folder.is_file() and (folder / "a.json").is_file()
     assert sorted(folder.iterdir()) == [folder / "a.json", folder / "sub"]
-    assert [path.relative_to(folder).as_posix() for path, _ in folder.walk()] == [
+    assert [path.relative_to(folder).as_posix() for path in folder.walk()] == [
         "a.json",
         "sub/b.tar",
         "sub/deep/c.txt",
@@ -136,6 +139,23 @@ def s3fs_without_cache():
     import fsspec
 
     return fsspec.filesystem("s3", skip_instance_cache=True)
+
+
+def test_what_is_written_to_local_folders_only_says_so(tmp_path, capsys):
+    """Before anything is read, and without a folder called `gs:` here."""
+    from janus_jax.__main__ import main as janus_main
+    from train.main import main as train_main
+    from train.vq import main as vq_main
+
+    told = "gs://bucket/out is in a store, and this is written to local folders only"
+    with pytest.raises(ValueError, match=told), staged("gs://bucket/out"):
+        pass
+    assert janus_main(["generate", "--model", "x", "--prompt", "a", "--out", "gs://bucket/out"]) == 2
+    assert vq_main(["--images", str(tmp_path), "--out", "s3://bucket/out"]) == 2
+    assert capsys.readouterr().err.count("is in a store, and this is written to local folders only") == 2
+    assert train_main(["--config", "debug", "workdir=gs://bucket/run"]) == 2
+    assert "workdir must be a folder, got gs://bucket/run; mount the bucket" in capsys.readouterr().err
+    assert not pathlib.Path("gs:").exists()
 
 
 def test_without_the_extra_the_package_is_named(monkeypatch):

@@ -15,6 +15,7 @@ import grain
 import numpy as np
 
 from janus_jax.config import IMAGE_CHANNELS
+from janus_jax.io.store_access import is_store
 from janus_jax.processing.images import ImageSettings, understanding_pixels_uint8
 from train.config import TASKS
 from train.data.mixture import Item, Mixture
@@ -64,7 +65,8 @@ class Assembler:
         plan = self.mixture.plan(step)
         rows = range(len(plan.rows)) if rows is None else rows
         problems: list[str] = []
-        made = [self._row(plan.rows[row], problems) for row in rows]
+        fetched = self._fetched([item for row in rows for item in plan.rows[row]])
+        made = [self._row(plan.rows[row], problems, fetched) for row in rows]
         batch = {name: np.stack([row[name] for row in made]) for name in made[0]}
         lengths = np.array([item.length for row in plan.rows for item in row], np.int64)
         report = {
@@ -78,7 +80,16 @@ class Assembler:
         }
         return batch, report
 
-    def _row(self, items: Sequence[Item], problems: list[str]) -> Batch:
+    def _fetched(self, items: Sequence[Item]) -> dict[tuple[int, int], bytes]:
+        """What stores have for `items`, by folder and index: one after the other, each would wait for an answer."""
+        found: dict[tuple[int, int], bytes] = {}
+        for folder in {id(item.folder): item.folder for item in items}.values():
+            indices = [item.index for item in items if item.folder is folder]
+            for index, stored in zip(indices, folder.stored(indices) or (), strict=False):
+                found[id(folder), index] = stored
+        return found
+
+    def _row(self, items: Sequence[Item], problems: list[str], fetched: dict[tuple[int, int], bytes]) -> Batch:
         data = self.mixture.data
         length, size = data.context, self.settings.image_size
         most = data.images_per_row if "understanding" in self.mixture.ratio else 0
@@ -96,7 +107,8 @@ class Assembler:
         start = placed = 0
         for segment, item in enumerate(items, 1):
             try:
-                sample = item.folder[item.index]
+                stored = fetched.get((id(item.folder), item.index))
+                sample = item.folder[item.index] if stored is None else item.folder.sample(item.index, stored)
                 pixels = patiently(functools.partial(self._pixels, sample))
             except ValueError as error:
                 problems.append(f"{item.folder.folder}, sample {item.index}: {error}")
@@ -162,7 +174,9 @@ def load_batches(
     """
     steps = grain.MapDataset.range(first, last).map(_Assemble(assembler, tuple(rows)))
     if not workers:
-        return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+        # A store answers late, and many requests at once.
+        ahead = 8 if any(is_store(folder.folder) for folder in assembler.mixture.folders) else 2
+        return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=2 * ahead)))
     _parse_absl_flags()
     made = steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)

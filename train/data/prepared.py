@@ -1,8 +1,9 @@
 """Reads prepared folders: `open_prepared(folder)[i]` is a `Sample`.
 
-A folder contains `data-00000.array_record` and so on (one record per sample), `lengths.npy` and `images.npy` (int32,
-one value per sample), `dropped.jsonl`, `tokenizer.json` to decode the samples, and `prepared.json`, which is finished
-last.
+A folder contains `data-00000.bag` and so on (one record per sample), `lengths.npy` and `images.npy` (int32, one value
+per sample), `ends.npy` (uint64, where each record ends in its file), `dropped.jsonl`, `tokenizer.json` to decode the
+samples, and `prepared.json`, which is finished last. In a store, the index is copied to this machine and mapped, and
+samples are read by ranges of bytes.
 """
 
 from __future__ import annotations
@@ -12,25 +13,31 @@ import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from janus_jax.io.files import read_json_object
 from janus_jax.io.messages import one_line
-from train.data.records import Records
+from janus_jax.io.store_access import is_store
+from janus_jax.io.store_cache import local_copy
+from janus_jax.io.stores import as_path
+from train.data.bags import content_of
+from train.data.records import Records, StoreRecords
 from train.data.samples import Sample
 from train.raw.sources import missing_path
 from train.raw.storage import machine_error, patiently
 
-META, LENGTHS, IMAGES, DROPPED = "prepared.json", "lengths.npy", "images.npy", "dropped.jsonl"
+META, LENGTHS, IMAGES, ENDS, DROPPED = "prepared.json", "lengths.npy", "images.npy", "ends.npy", "dropped.jsonl"
 TOKENIZER = "tokenizer.json"
 # Special tokens whose ids prepared.json has under `ids`.
 SPECIAL_IDS = ("bos", "eos", "pad", "begin_of_image", "end_of_image", "image_placeholder")
 # 2 stores each sample's place in the source and the tokenizer, and hashes VQ parameters as `train.data.fingerprints`
-# does.
-FORMAT_VERSION = 2
-_READABLE = (1, 2)
+# does; 3 stores records in Bagz's format, those before in ArrayRecord files.
+FORMAT_VERSION = 3
+_READABLE = (1, 2, 3)
+_BY_RANGE = 3  # the first that is read from a store
 _MAX_META = 1 << 30  # bytes; 0.2 KB for each shard
 _HASHED_AT_ONCE = 1 << 20  # values
 
@@ -56,7 +63,7 @@ class Prepared:
     images: np.ndarray
     meta: dict[str, Any]
     fingerprint: str
-    records: Records = dataclasses.field(repr=False)
+    records: Records | StoreRecords = dataclasses.field(repr=False)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -65,8 +72,19 @@ class Prepared:
         """Raises IndexError beyond the end, ValueError for a damaged record, OSError if the machine cannot read it."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)} in {self.folder}")
+        return self._sample(index, lambda: self.records[index])
+
+    def stored(self, indices: Sequence[int]) -> list[bytes] | None:
+        """What a store has for each of `indices`, all requested at once, for `sample`; None for a local folder."""
+        return self.records.stored(indices) if isinstance(self.records, StoreRecords) else None
+
+    def sample(self, index: int, stored: bytes) -> Sample:
+        """The sample in what `stored` returned for `index`; ValueError if it is damaged."""
+        return self._sample(index, lambda: content_of(stored))
+
+    def _sample(self, index: int, content: Callable[[], bytes]) -> Sample:
         try:
-            return Sample.from_bytes(self.records[index])
+            return Sample.from_bytes(content())
         except (ValueError, RuntimeError, IndexError) as error:
             raise ValueError(f"{self.folder} sample {index} is damaged ({_first_line(error)}); {_again()}") from None
 
@@ -80,7 +98,7 @@ def open_prepared(folder: str | os.PathLike) -> Prepared:
     Raises FileNotFoundError if there is none, ValueError if it is unfinished, empty, damaged or of another version; all
     messages say what to do.
     """
-    folder = pathlib.Path(folder)
+    folder = as_path(folder)
     if not folder.exists():
         raise FileNotFoundError(f"{missing_path(folder)}; make it with `python -m train.prepare --out {folder} ...`")
     meta = read_meta(folder)
@@ -90,6 +108,11 @@ def open_prepared(folder: str | os.PathLike) -> Prepared:
         )
     if not meta["finished"]:
         raise ValueError(f"the preparation of {folder} is unfinished; run the same `python -m train.prepare` again")
+    if is_store(folder) and meta["version"] < _BY_RANGE:
+        raise ValueError(
+            f"{folder} was prepared by an earlier version, whose files are read from a local disk only; copy it to "
+            "one, or prepare it again"
+        )
     found = _map(folder, meta)
     lengths, images, records = found.lengths, found.images, found.records
     if not len(records):
@@ -97,19 +120,21 @@ def open_prepared(folder: str | os.PathLike) -> Prepared:
     for name, array in ((LENGTHS, lengths), (IMAGES, images)):
         if array.shape != (len(records),):
             raise ValueError(f"{folder / name} is for {len(array)} samples, {META} for {len(records)}; {_again()}")
+    there = {path.name: path.stat().st_size for path in folder.iterdir()} if is_store(folder) else None
     for shard in _filled(meta):
         path = folder / shard["file"]
-        if not path.is_file():
+        if path.name not in there if there is not None else not path.is_file():
             raise FileNotFoundError(f"{path} is missing; copy it again, or {_again()}")
-        if path.stat().st_size != shard["bytes"]:
-            found = path.stat().st_size
-            raise ValueError(f"{path} must have {shard['bytes']} bytes, got {found}; copy it again, or {_again()}")
-    try:
-        count = records.counted()
-    except (ValueError, RuntimeError, IndexError) as error:
-        raise ValueError(f"{folder} has a damaged shard ({_first_line(error)}); {_again()}") from None
-    if count != len(records):
-        raise ValueError(f"the shards in {folder} have {count} samples, but {META} says {len(records)}; {_again()}")
+        size = path.stat().st_size if there is None else there[path.name]
+        if size != shard["bytes"]:
+            raise ValueError(f"{path} must have {shard['bytes']} bytes, got {size}; copy it again, or {_again()}")
+    if isinstance(records, Records):
+        try:
+            count = records.counted()
+        except (ValueError, RuntimeError, IndexError) as error:
+            raise ValueError(f"{folder} has a damaged shard ({_first_line(error)}); {_again()}") from None
+        if count != len(records):
+            raise ValueError(f"the shards in {folder} have {count} samples, but {META} says {len(records)}; {_again()}")
     digest = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
     for array in (lengths, images):
         for begin in range(0, len(array), _HASHED_AT_ONCE):
@@ -120,7 +145,15 @@ def open_prepared(folder: str | os.PathLike) -> Prepared:
 def _map(folder: pathlib.Path, meta: dict[str, Any], fingerprint: str = "") -> Prepared:
     shards = _filled(meta)
     try:
-        records = Records(folder, [shard["file"] for shard in shards], [shard["samples"] for shard in shards])
+        files, counts = [shard["file"] for shard in shards], [shard["samples"] for shard in shards]
+        if is_store(folder):
+            records = StoreRecords(folder, files, counts, _read_array(folder / ENDS, np.uint64))
+            if len(records) != len(records.ends):
+                raise ValueError(f"{ENDS} is for {len(records.ends)} samples, {META} for {len(records)}")
+        else:
+            records = Records(folder, files, counts)
+    except FileNotFoundError:
+        raise
     except (TypeError, KeyError, ValueError, OverflowError) as error:
         raise ValueError(f"{folder / META} is damaged ({_first_line(error)}); {_again()}") from None
     lengths, images = _read_array(folder / LENGTHS), _read_array(folder / IMAGES)
@@ -161,11 +194,11 @@ def read_meta(folder: pathlib.Path) -> dict[str, Any] | None:
     return meta
 
 
-def _read_array(path: pathlib.Path) -> np.ndarray:
+def _read_array(path: pathlib.Path, dtype: type = np.int32) -> np.ndarray:
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-        if array.dtype != np.int32 or array.ndim != 1:
-            raise ValueError(f"{array.dtype} {list(array.shape)} instead of int32 in one dimension")
+        array = np.load(local_copy(path) if is_store(path) else path, mmap_mode="r", allow_pickle=False)
+        if array.dtype != dtype or array.ndim != 1:
+            raise ValueError(f"{array.dtype} {list(array.shape)} instead of {np.dtype(dtype)} in one dimension")
         return array
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing; copy it again, or {_again()}") from None

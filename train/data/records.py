@@ -1,4 +1,4 @@
-"""The records of many ArrayRecord files as one sequence, with a bounded number of open files."""
+"""The records of many shard files as one sequence: a bounded number of open files, or ranges of objects in a store."""
 
 from __future__ import annotations
 
@@ -15,10 +15,21 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from janus_jax.io.files import open_regular
+from janus_jax.io.store_access import read_many
+from train.data.bags import ENDING, BagReader, content_of
 from train.raw.storage import machine_error, patiently
 
 _CHECKED_AT_ONCE = 16  # threads that open files when a folder is opened
 _MOST_OPEN = 1024  # each takes a file handle and up to 0.2 MB
+
+
+Reader = BagReader | ArrayRecordReader  # the second for folders prepared before version 3
+
+
+def _reader(path: str) -> Reader:
+    if path.endswith(ENDING):
+        return BagReader(path)
+    return ArrayRecordReader(path, options="readahead_buffer_size:0", file_reader_buffer_size=32768)
 
 
 class _OpenFiles:
@@ -34,18 +45,18 @@ class _OpenFiles:
 
     def clear(self):
         self._lock = threading.Lock()
-        self._readers: collections.OrderedDict[str, ArrayRecordReader] = collections.OrderedDict()
+        self._readers: collections.OrderedDict[str, Reader] = collections.OrderedDict()
 
     def __len__(self) -> int:
         return len(self._readers)
 
-    def get(self, path: str) -> ArrayRecordReader:
+    def get(self, path: str) -> Reader:
         with self._lock:
             if (reader := self._readers.get(path)) is not None:
                 self._readers.move_to_end(path)
                 return reader
         # Outside the lock, so that each thread only waits for its own file.
-        reader = ArrayRecordReader(path, options="readahead_buffer_size:0", file_reader_buffer_size=32768)
+        reader = _reader(path)
         dropped = []
         with self._lock:
             self._readers[path] = reader
@@ -115,7 +126,7 @@ def _count(path: str) -> int:
     return _of_new_reader(path, _whole_count)
 
 
-def _whole_count(reader: ArrayRecordReader) -> int:
+def _whole_count(reader: Reader) -> int:
     if reader.ok():
         return reader.num_records()
     reader.read([0])  # raises an error that says what is wrong
@@ -124,7 +135,7 @@ def _whole_count(reader: ArrayRecordReader) -> int:
 
 def _of_new_reader(path: str, use):
     try:
-        return use(ArrayRecordReader(path, options="readahead_buffer_size:0", file_reader_buffer_size=32768))
+        return use(_reader(path))
     except (RuntimeError, ValueError, IndexError) as error:
         _raise_machine_error(error, path)
         raise
@@ -138,3 +149,34 @@ def _raise_machine_error(error: Exception, path: str):
     # The library does not always report the system's error; opening the file does.
     with open_regular(path) as file:
         file.read(1)
+
+
+class StoreRecords:
+    """The records of `files` in a `folder` of a store; shared by threads and pickled with the path of its index alone.
+
+    Args:
+      ends: uint64 [N], where each record ends in its file.
+    Raises: as `Records`, IndexError, OSError, and ValueError for damaged content.
+    """
+
+    def __init__(self, folder: pathlib.Path, files: Sequence[str], counts: Sequence[int], ends: np.ndarray):
+        self._paths = [str(folder / file) for file in files]
+        self._begins = [0, *map(int, np.cumsum(np.asarray(counts, np.int64)))]
+        self.ends = ends
+
+    def __len__(self) -> int:
+        return self._begins[-1]
+
+    def __getitem__(self, index: int) -> bytes:
+        return content_of(self.stored([index])[0])
+
+    def stored(self, indices: Sequence[int]) -> list[bytes]:
+        """What is stored for each of `indices`, for `content_of`; all are requested at the same time."""
+        return read_many([self._span(index) for index in indices])
+
+    def _span(self, index: int) -> tuple[str, int, int]:
+        if not 0 <= index < self._begins[-1]:
+            raise IndexError(f"record {index} of {len(self)}")
+        shard = bisect.bisect_right(self._begins, index) - 1
+        begin = int(self.ends[index - 1]) if index > self._begins[shard] else 0
+        return self._paths[shard], begin, int(self.ends[index])

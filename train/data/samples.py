@@ -42,7 +42,7 @@ class Sample:
         return len(self.ids) + len(self.codes) - 1
 
     def to_bytes(self) -> bytes:
-        """The sample as a record of an ArrayRecord file."""
+        """The sample as a record of a shard file."""
         fields = {
             "kind": self.kind,
             "ids": self.ids.astype("<i4").tobytes(),

@@ -1,29 +1,33 @@
 """Writes the shards of a prepared folder: each from a fixed range of the source's samples, and atomically.
 
-After `data-00000.array_record`, its index `data-00000.json` is written (lengths, images, dropped samples), which is
-merged into the folder's own index at the end.
+After `data-00000.bag`, its index `data-00000.json` is written (lengths, images, ends, dropped samples), which is merged
+into the folder's own index at the end. A folder in a store gets each file whole, and so the index after its records.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
 import pathlib
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from janus_jax.io.files import read_json_object
+from janus_jax.io.store_access import is_store
+from train.data.bags import ENDING, BagWriter
 from train.data.samples import Sample
 from train.data.tokenize import SampleTokenizer
 from train.raw.sources import BadSample
 from train.raw.storage import patiently
 
+_INDICES_AT_ONCE = 32  # requests to a store
 _MAX_INDEX = 1 << 30  # bytes of a shard's index
 # Fewer samples say too little about the share of bad ones.
 _LEAST_READ = 100
@@ -78,11 +82,17 @@ class ShardWriter:
 
     def write(self, pool: ThreadPoolExecutor, shard: int, items: range, on_read: Callable[[int], Any]) -> dict:
         """Writes the shard of `items` and then its index, and returns the index."""
-        path = self.out / data_file(shard)
-        partial = path.with_name(f"{path.name}.partial")
+        with appearing(self.out / data_file(shard)) as partial:
+            index = self._write(pool, partial, items, on_read)
+            if not index["lengths"]:
+                partial.unlink()
+        replace_file(self.out / index_file(shard), json.dumps(index, ensure_ascii=False))
+        return index
+
+    def _write(self, pool: ThreadPoolExecutor, path: pathlib.Path, items: range, on_read: Callable[[int], Any]) -> dict:
         index = {"read": len(items), "lengths": [], "images": [], "dropped": []}
         digest, waiting = hashlib.sha256(), []
-        writer = ArrayRecordWriter(str(partial), "group_size:1")
+        writer = BagWriter(path)
 
         def put(sample: Sample):
             record = sample.to_bytes()
@@ -115,18 +125,8 @@ class ShardWriter:
         finally:
             writer.close()
         if index["lengths"]:
-            # The writer does not report a full disk.
-            try:
-                written = ArrayRecordReader(str(partial)).num_records()
-            except RuntimeError:
-                written = 0
-            if written != len(index["lengths"]):
-                raise OSError(f"{partial} could not be written completely; is the disk full?")
-            index |= {"bytes": partial.stat().st_size, "sha256": digest.hexdigest()}
-            partial.replace(path)
-        else:
-            partial.unlink()
-        replace_file(self.out / index_file(shard), json.dumps(index, ensure_ascii=False))
+            size = path.stat().st_size
+            index |= {"ends": writer.ends, "bytes": size, "sha256": digest.hexdigest()}
         return index
 
     def add_codes(self, waiting: list[tuple[Sample, np.ndarray]]) -> Iterator[Sample]:
@@ -173,25 +173,56 @@ def _in_order(pool: ThreadPoolExecutor, function: Callable, items: range, ahead:
 
 
 def data_file(shard: int) -> str:
-    return f"data-{shard:05d}.array_record"
+    return f"data-{shard:05d}{ENDING}"
 
 
 def index_file(shard: int) -> str:
     return f"data-{shard:05d}.json"
 
 
+@contextlib.contextmanager
+def appearing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A local path to write a file at, which then appears at `path`, whole, if it is still there."""
+    if is_store(path):
+        with tempfile.TemporaryDirectory(prefix="janus_jax_") as folder:
+            partial = pathlib.Path(folder) / path.name
+            yield partial
+            if partial.exists():
+                path.upload(partial)
+        return
+    partial = path.with_name(f"{path.name}.partial")
+    yield partial
+    if partial.exists():
+        partial.replace(path)
+
+
 def replace_file(path: pathlib.Path, text: str):
     """Writes a file atomically."""
+    if is_store(path):
+        path.write_text(text, encoding="utf-8")
+        return
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 
 def read_index(out: pathlib.Path, shard: int) -> dict[str, Any] | None:
-    """The index of a complete shard; None if it is not complete."""
+    """The index of a complete shard; None if it is not complete, or of an earlier format."""
     try:
         index = read_json_object(out / index_file(shard), _MAX_INDEX)
         whole = not index["lengths"] or (out / data_file(shard)).stat().st_size == index["bytes"]
+        whole = whole and len(index["lengths"]) == len(index.get("ends", ()))
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
     return index if whole else None
+
+
+def read_indices(out: pathlib.Path, shards: int) -> dict[int, dict[str, Any]]:
+    """The indices of the complete shards of `shards`, by number."""
+    if not is_store(out):
+        return {shard: index for shard in range(shards) if (index := read_index(out, shard)) is not None}
+    there = {path.name for path in out.iterdir()}
+    known = [shard for shard in range(shards) if index_file(shard) in there]
+    with ThreadPoolExecutor(_INDICES_AT_ONCE) as pool:
+        read = pool.map(lambda shard: read_index(out, shard), known)
+        return {shard: index for shard, index in zip(known, read, strict=True) if index is not None}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO
@@ -14,6 +13,7 @@ import numpy as np
 
 from janus_jax.io.files import open_regular, parse_json
 from janus_jax.io.messages import one_line
+from janus_jax.io.stores import size_of
 from train.raw.encodings import LOOK, encoding_of
 from train.raw.json_files import line_ends, text_of_span
 from train.raw.readers import MAX_TEXT, BadSample, Record, listed, read_span, refuse_compressed
@@ -95,7 +95,7 @@ class _Lines:
     def __init__(self, file: BinaryIO, begin: int, codec: str):
         self.at, self.number = begin, 0
         self._file, self._codec = file, codec
-        self._ends = iter((*line_ends(file, begin, codec), os.fstat(file.fileno()).st_size))
+        self._ends = iter((*line_ends(file, begin, codec), size_of(file)))
 
     def __iter__(self) -> Iterator[str]:
         return self

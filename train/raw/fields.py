@@ -10,11 +10,14 @@ import dataclasses
 import functools
 import os
 import pathlib
+import posixpath
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from janus_jax.io.messages import one_line
+from janus_jax.io.store_access import is_store
+from janus_jax.io.stores import as_path
 from janus_jax.processing.chat import IMAGE_PLACEHOLDER
 from janus_jax.processing.images import ImageSource
 from train.raw.folders import is_picture
@@ -112,15 +115,26 @@ class Root:
             raise BadSample("missing_image", place, f"an image must be a path or bytes, got {told(value)}")
         if value.startswith("data:"):
             return value
+        if is_store(value) and (is_store(self.folder) or self.allow_outside):
+            if not self.allow_outside and not str(as_path(value)).startswith(f"{self.folder}/"):
+                raise self._outside(value, place)
+            return as_path(value)
         if _ADDRESS.match(value):
             raise BadSample("missing_image", place, f"{told(value)} is not fetched; download it and use its path")
         if len(value) > _MAX_PATH or "\0" in value:
             detail = f"{told(value)} is not a path; base64 must be written as data:image/...;base64,..."
             raise BadSample("missing_image", place, detail)
-        if not self.allow_outside and self._leads_out(os.path.join(self.folder, value)):
-            detail = f"{one_line(value)} is outside {one_line(self.folder)}; use --allow-outside if that is intended"
-            raise BadSample("outside_folder", place, detail)
+        if is_store(self.folder):
+            outside = value.startswith("/") or posixpath.normpath(value).startswith("..")  # there are no links
+        else:
+            outside = self._leads_out(os.path.join(self.folder, value))
+        if outside and not self.allow_outside:
+            raise self._outside(value, place)
         return self.folder / value
+
+    def _outside(self, value: str, place: str) -> BadSample:
+        detail = f"{one_line(value)} is outside {one_line(self.folder)}; use --allow-outside if that is intended"
+        return BadSample("outside_folder", place, detail)
 
     def images(self, fields: dict[str, Any], place: str, where: str = "") -> tuple[ImageSource, ...]:
         """The images in a record or a turn; BadSample if another field names media."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from janus_jax.io.files import read_bytes
 from janus_jax.io.messages import one_line
+from janus_jax.io.store_access import is_store
 from train.raw.encodings import decode_text
 from train.raw.readers import (
     MAX_TEXT,
@@ -56,8 +57,8 @@ class ImageFolders:
         self._names = [names[folder.name] if names else folder.name.replace("_", " ") for folder in folders]
         categories, images = [], []
         for category, folder in enumerate(folders):
-            for name in sorted(os.listdir(folder)):
-                if is_picture(name) and not (folder / name).is_dir():
+            for name, is_folder in _entries(folder):
+                if is_picture(name) and not is_folder:
                     categories.append(category)
                     images.append(f"{folder.name}/{name}")
                 elif not name.startswith("."):
@@ -130,11 +131,31 @@ def count_sidecars(path: pathlib.Path, within: bool = True) -> tuple[int, int]:
 
 def _walk(path: pathlib.Path) -> Iterator[tuple[str, list[str]]]:
     """Each folder from `path` down, as '' or a relative path with a slash at the end, and its files, sorted."""
+    if is_store(path):
+        yield from _walk_store(path)
+        return
     for folder, folders, names in os.walk(path, onerror=_raise):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
         relative = os.path.relpath(folder, path)
         prefix = "" if relative == "." else f"{relative}/"
         yield prefix, sorted(name for name in names if not name.startswith("."))
+
+
+def _walk_store(path: pathlib.Path) -> Iterator[tuple[str, list[str]]]:
+    found: dict[str, list[str]] = {}
+    for file in path.walk():  # type: ignore[attr-defined]
+        *folders, name = file.relative_to(path).parts
+        if not any(part.startswith(".") or part == "__MACOSX" for part in folders) and not name.startswith("."):
+            found.setdefault("".join(f"{part}/" for part in folders), []).append(name)
+    found.setdefault("", [])
+    yield from sorted((prefix, sorted(names)) for prefix, names in found.items())
+
+
+def _entries(folder: pathlib.Path) -> list[tuple[str, bool]]:
+    """Names in `folder`, sorted, and whether each is a folder."""
+    if is_store(folder):
+        return sorted((path.name, path.is_dir()) for path in folder.iterdir())
+    return [(name, is_picture(name) and (folder / name).is_dir()) for name in sorted(os.listdir(folder))]
 
 
 def _raise(error: OSError):

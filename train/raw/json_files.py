@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 from collections.abc import Iterator
 
@@ -11,6 +10,7 @@ import numpy as np
 
 from janus_jax.io.files import open_regular
 from janus_jax.io.messages import one_line
+from janus_jax.io.stores import size_of
 from train.raw.encodings import LOOK, WIDTH, decode_text, encoding_of
 from train.raw.readers import MAX_LINE, BadSample, Record, as_object, object_of, read_span, refuse_compressed
 
@@ -37,7 +37,7 @@ class JsonLines:
         self._codec, begin = encoding_of(read_span(path, 0, LOOK))
         spans, number = [], 0
         with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
+            size = size_of(file)
             for end in (*line_ends(file, begin, self._codec), size):
                 number += 1
                 if end > begin and not self._is_blank(file, begin, end):

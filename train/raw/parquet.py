@@ -12,6 +12,7 @@ import numpy as np
 
 from janus_jax.io.files import open_regular
 from janus_jax.io.messages import one_line
+from janus_jax.io.store_access import is_store
 from train.raw.fields import wanted
 from train.raw.readers import BadSample, Record, listed
 from train.raw.storage import machine_error, patiently
@@ -34,10 +35,12 @@ class _Held:
         import pyarrow.parquet as pq
 
         if path not in self.files:
-            open_regular(path).close()  # pyarrow would wait for a FIFO
+            file = open_regular(path)  # pyarrow would wait for a FIFO
+            if not is_store(path):
+                file.close()
             while len(self.files) >= _FILES:
                 self.files.popitem(last=False)[1].close()
-            self.files[path] = pq.ParquetFile(path)
+            self.files[path] = pq.ParquetFile(file if is_store(path) else path)
         self.files.move_to_end(path)
         return self.files[path]
 

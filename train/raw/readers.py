@@ -18,6 +18,8 @@ import numpy as np
 
 from janus_jax.io.files import open_regular, too_deep
 from janus_jax.io.messages import one_line
+from janus_jax.io.store_access import is_store, read_spans
+from janus_jax.io.stores import size_of
 from train.raw.encodings import decode_text
 
 # Suffixes of image files. Pillow reads most of them; a sample with another is dropped with the reason.
@@ -31,6 +33,7 @@ _OTHERS = ".mp4 .webm .avi .mov .mkv .m4v .mpg .mpeg .wmv .flv .wav .mp3 .flac .
 OTHER_MEDIA_SUFFIXES = frozenset(_OTHERS.split())
 MAX_TEXT = 64 << 20  # bytes of one text: a caption, a document, a line of JSON without its images
 MAX_LINE = 512 << 20  # bytes of a line of JSON, which may contain images in base64
+_NO_QUESTION = 8 << 20  # bytes; a larger span is compared with the size of its object before
 MAX_PICTURE = 256 << 20  # bytes of an image file
 _PLACE, _DETAIL = 500, 500  # characters
 
@@ -79,9 +82,12 @@ class TextFile:
 
 def read_span(path: str | os.PathLike, begin: int, size: int) -> bytes:
     """`size` bytes of a regular file from `begin` on, fewer if it ends before."""
+    if is_store(path) and size <= _NO_QUESTION and begin:
+        # Spans in the middle are of an index: one request, without asking for the size before.
+        return read_spans(os.fspath(path), [(begin, begin + size)])[0]
     with open_regular(path) as file:
         # `read` allocates all that it is asked for.
-        size = min(size, max(os.fstat(file.fileno()).st_size - begin, 0))
+        size = min(size, max(size_of(file) - begin, 0))
         file.seek(begin)
         return file.read(size)
 

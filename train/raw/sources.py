@@ -29,16 +29,19 @@ unless `allow_outside`.
 from __future__ import annotations
 
 import dataclasses
-import glob
 import os
 import pathlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from janus_jax.io.files import open_regular
 from janus_jax.io.messages import nearest, one_line
+from janus_jax.io.store_access import is_store
+from janus_jax.io.stores import as_path, has_pattern, matching
+from janus_jax.io.stores import missing as missing_in_store
 from train.raw.csv_files import CsvFile
 from train.raw.fields import SCHEMAS, Parse, RawSample, Root, schema_of
 from train.raw.folders import ImageFolders, Sidecars, count_sidecars, is_picture, read_names
@@ -78,6 +81,7 @@ FORMATS: dict[str, Format] = {
     "sidecar": Format(Sidecars, schema="captions"),
 }
 NAMES = (*FORMATS, *SCHEMAS)  # what `open_source` accepts as a format
+_FILES_AT_ONCE = 16  # of a store, while their indices are built
 # The datasets library's names for a file about the images next to it.
 _METADATA = ("metadata.jsonl", "metadata.csv")
 
@@ -144,7 +148,7 @@ def open_source(
     """Opens training data.
 
     Args:
-      path: file, folder or glob.
+      path: file, folder or glob, also in a store.
       format: one of `FORMATS`; None detects it by the files' names. One of `fields.SCHEMAS` means that schema in any
         format.
       images: the folder from which image paths start; None means the folder of the file with the paths.
@@ -163,9 +167,9 @@ def open_source(
             raise ValueError(f"format={format} is a schema, and contradicts schema={schema}; give only one of them")
         format, schema = None, format
     for folder in (images, names):
-        if folder is not None and not pathlib.Path(folder).exists():
+        if folder is not None and not as_path(folder).exists():
             raise missing_path(folder)
-    path = pathlib.Path(path)
+    path = as_path(path)
     if format is None and schema is not None and path.is_dir():
         endings, why = _endings_of(path, schema), "as requested"
     else:
@@ -182,14 +186,18 @@ def open_source(
         if not path.is_dir():
             kind = "folders" if format == "folders" else "images"
             raise missing_path(path) if not path.exists() else ValueError(f"{one_line(path)} is not a folder of {kind}")
-        categories = [read_names(pathlib.Path(names))] if names else []
+        categories = [read_names(as_path(names))] if names else []
         files, readers = [], [FORMATS[format].reader(path, *categories)]
         roots, used = [Root(path, allow_outside)], [format]
     else:
         files = _files(path, endings, passed)
         used = [format or _format_of(file) for file in files]
-        readers = [_reader(file, name) for file, name in zip(files, used, strict=True)]
-        folders = {file.parent: Root(pathlib.Path(images or file.parent), allow_outside) for file in files}
+        if is_store(path):
+            with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+                readers = list(pool.map(_reader, files, used))
+        else:
+            readers = [_reader(file, name) for file, name in zip(files, used, strict=True)]
+        folders = {file.parent: Root(as_path(images or file.parent), allow_outside) for file in files}
         roots = [folders[file.parent] for file in files]
     for reader in readers:
         if more := getattr(reader, "passed_over", None):
@@ -209,7 +217,9 @@ def open_source(
 
 def missing_path(path: str | os.PathLike) -> FileNotFoundError:
     """The error for a path that does not exist, suggesting a similar one that does."""
-    path = pathlib.Path(path)
+    path = as_path(path)
+    if is_store(path):
+        return missing_in_store(path)
     missing = path
     while not missing.parent.exists():
         missing = missing.parent
@@ -245,8 +255,8 @@ def _files(path: pathlib.Path, endings: Sequence[str], passed: PassedOver) -> li
         return found
     if path.exists():
         return [path]
-    if glob.has_magic(str(path)):
-        found = sorted(pathlib.Path(name) for name in glob.glob(str(path), recursive=True) if not os.path.isdir(name))
+    if has_pattern(path):
+        found = matching(path)
         if not found:
             raise FileNotFoundError(f"no file matches {one_line(path)}")
         return found
@@ -296,7 +306,7 @@ def _guess_by_name(path: pathlib.Path) -> tuple[str, str]:
     """The format, by the files' names, and the reason."""
     if path.is_dir():
         return _guess_folder(path)
-    if not path.exists() and not glob.has_magic(str(path)):
+    if not path.exists() and not has_pattern(path):
         raise missing_path(path)
     return _format_of(path), f"by its ending {path.suffix.lower()}"
 
@@ -360,6 +370,8 @@ def _untold(path: pathlib.Path) -> ValueError:
 
 
 def _holds_images(folder: pathlib.Path) -> bool:
+    if is_store(folder):
+        return any(is_picture(path.name) for path in folder.iterdir())
     with os.scandir(folder) as entries:
         return any(is_picture(entry.name) for entry in entries)
 

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from janus_jax.io.store_access import StoreUnavailable
+
 T = TypeVar("T")
 
 MACHINE = frozenset(
@@ -54,7 +56,7 @@ def patiently(function: Callable[[], T], path: str | os.PathLike = "", waits: Se
             found = machine_error(error, path)
             if found is None:
                 raise
-            if wait is None:
+            if wait is None or isinstance(error, StoreUnavailable):  # which has been tried long enough
                 # Without the frames of the failed try, which may keep its memory alive.
                 raise found from None
         time.sleep(wait)

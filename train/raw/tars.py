@@ -15,8 +15,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from janus_jax.io.files import open_regular
+from janus_jax.io.files import open_regular, read_ranges
 from janus_jax.io.messages import one_line
+from janus_jax.io.stores import size_of
 from train.raw.readers import (
     MAX_PICTURE,
     MAX_TEXT,
@@ -69,23 +70,21 @@ class TarShard:
         if index in self._faults:
             reason, detail = self._faults[index]
             raise BadSample(reason, place, detail)
-        with open_regular(self.path) as file:
-            image, text, fields = self._spans[index].tolist()
-            if text[0] >= 0:
-                caption = text_of(_read(file, *text, place), place)
-            else:
-                caption = object_of(text_of(_read(file, *fields, place), place), place).get("caption")
-                if caption is None:
-                    raise BadSample("missing_field", place, "there is no .txt file, and no caption in the .json file")
-            return place, {"image": _read(file, *image, place), "caption": caption}
+        image, text, fields = self._spans[index].tolist()
+        told = text if text[0] >= 0 else fields
+        image, told = self._read([image, told], place)
+        caption = text_of(told, place)
+        if text[0] < 0:
+            caption = object_of(caption, place).get("caption")
+            if caption is None:
+                raise BadSample("missing_field", place, "there is no .txt file, and no caption in the .json file")
+        return place, {"image": image, "caption": caption}
 
-
-def _read(file, begin: int, size: int, place: str) -> bytes:
-    file.seek(begin)
-    data = file.read(size)
-    if len(data) < size:
-        raise BadSample("truncated_tar", place, "the tar has become shorter since it was opened")
-    return data
+    def _read(self, spans: list[list[int]], place: str) -> list[bytes]:
+        try:
+            return read_ranges(self.path, [(begin, begin + size) for begin, size in spans])
+        except ValueError:
+            raise BadSample("truncated_tar", place, "the tar has become shorter since it was opened") from None
 
 
 # ---------------------------------------------------------------- members to samples
@@ -211,7 +210,7 @@ class _Scan:
     def __iter__(self) -> Iterator[_Member]:
         with open_regular(self.path) as file:
             try:
-                yield from self._members(file, os.fstat(file.fileno()).st_size)
+                yield from self._members(file, size_of(file))
             except _Damage as damage:
                 after = f" after {one_line(self._last)}" if self._last else ""
                 self.fault = f"{damage}{after}"
