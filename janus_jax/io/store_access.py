@@ -96,7 +96,8 @@ def kvstore_spec(address: str) -> dict[str, Any]:
 
 
 @functools.cache
-def _context() -> Any:
+def store_context() -> Any:
+    """The context of tensorstore for requests to stores."""
     import tensorstore as ts  # late: commands that only read local files need none of it
 
     # Few tries of its own: ours are reported.
@@ -116,11 +117,11 @@ def _context() -> Any:
 def _bucket(scheme: str, bucket: str) -> Any:
     import tensorstore as ts
 
-    return ts.KvStore.open(kvstore_spec(f"{scheme}://{bucket}/"), context=_context()).result()
+    return ts.KvStore.open(kvstore_spec(f"{scheme}://{bucket}/"), context=store_context()).result()
 
 
 def _forget() -> None:
-    for made in (files, _context, _bucket):
+    for made in (files, store_context, _bucket):
         made.cache_clear()
 
 

@@ -246,13 +246,16 @@ def _leaf(folder: pathlib.Path, shape: tuple[int, ...], arrays: list[ts.TensorSt
     dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
 
     def read(index: Index) -> np.ndarray:
-        with orbax_layouts.named(folder):
-            if arrays[0].shape == shape:
-                return arrays[0][index].read().result()
-            layers = [array[index[1:]].read() for array in arrays[index[0]]]
-            return np.stack([layer.result().astype(dtype, copy=False) for layer in layers])
+        if arrays[0].shape == shape:
+            return arrays[0][index].read().result()
+        layers = [array[index[1:]].read() for array in arrays[index[0]]]
+        return np.stack([layer.result().astype(dtype, copy=False) for layer in layers])
 
-    return LazyArray(shape, dtype, read)
+    def named(index: Index) -> np.ndarray:
+        with orbax_layouts.named(folder):
+            return orbax_layouts.asked(folder, lambda: read(index))
+
+    return LazyArray(shape, dtype, named)
 
 
 def write_lazy(folder: pathlib.Path, leaves: LazyParams, progress: bool = False) -> None:

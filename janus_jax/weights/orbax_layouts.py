@@ -12,14 +12,16 @@ import dataclasses
 import os
 import pathlib
 import stat
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import tensorstore as ts
 
 from janus_jax.io.messages import one_line
-from janus_jax.io.store_access import is_store, kvstore_spec
+from janus_jax.io.store_access import is_store, kvstore_spec, request, store_context
 from janus_jax.io.stores import as_path
+
+T = TypeVar("T")
 
 _OCDBT = "manifest.ocdbt"
 _METADATA = {".zarray": "zarr", "zarr.json": "zarr3"}  # the metadata file of each driver
@@ -74,7 +76,9 @@ def open_store(folder: pathlib.Path) -> Store:
     ocdbt = (folder / _OCDBT).is_file()
     drivers: dict[str, str] = {}
     if ocdbt:
-        keys = ts.KvStore.open(_kvstore(folder)).result().list().result()
+        keys = asked(
+            folder, lambda: ts.KvStore.open(_kvstore(folder), context=_context(folder)).result().list().result()
+        )
         for key in keys:
             name, _, file = key.decode("utf-8", "surrogateescape").rpartition("/")
             if file in _METADATA:
@@ -98,7 +102,8 @@ def _drivers_below(folder: pathlib.Path) -> dict[str, str]:
 def open_array(folder: pathlib.Path, name: str, driver: str, ocdbt: bool) -> ts.TensorStore:
     """Opens the array called `name` in `folder` for reading."""
     kvstore = _kvstore(folder) | {"path": f"{name}/"} if ocdbt else _files(folder / name)
-    return ts.open({"driver": driver, "kvstore": kvstore, **_POLICY}).result()
+    spec = {"driver": driver, "kvstore": kvstore, **_POLICY}
+    return asked(folder, lambda: ts.open(spec, context=_context(folder)).result())
 
 
 def create_array(folder: pathlib.Path, name: str, codecs: list[dict[str, Any]], **options: Any) -> ts.Future:
@@ -110,6 +115,15 @@ def create_array(folder: pathlib.Path, name: str, codecs: list[dict[str, Any]], 
 
 def _files(folder: pathlib.Path) -> dict[str, str]:
     return kvstore_spec(f"{folder}/") if is_store(folder) else {"driver": "file", "path": f"{folder.absolute()}/"}
+
+
+def asked(folder: pathlib.Path, function: Callable[[], T]) -> T:
+    """The result of `function`, which reads from `folder`; tried again if that is in a store which is busy."""
+    return request(os.fspath(folder), function) if is_store(folder) else function()
+
+
+def _context(folder: pathlib.Path) -> ts.Context | None:
+    return store_context() if is_store(folder) else None
 
 
 def _kvstore(folder: pathlib.Path) -> dict[str, Any]:

@@ -248,18 +248,16 @@ def _files(path: pathlib.Path, endings: Sequence[str], passed: PassedOver) -> li
             if child not in found and not child.is_dir() and not is_picture(child.name):
                 passed.add(child.name)
         if not found:
-            compressed = [child for child in children if child.suffix.lower() in COMPRESSED_SUFFIXES]
-            if compressed:
+            if compressed := [child for child in children if child.suffix.lower() in COMPRESSED_SUFFIXES]:
                 raise _compressed(compressed[0])
             raise ValueError(f"{one_line(path)} is empty: it has no {' or '.join(endings)} file")
         return found
     if path.exists():
         return [path]
     if has_pattern(path):
-        found = matching(path)
-        if not found:
-            raise FileNotFoundError(f"no file matches {one_line(path)}")
-        return found
+        if found := matching(path):
+            return found
+        raise FileNotFoundError(f"no file matches {one_line(path)}")
     raise missing_path(path)
 
 
