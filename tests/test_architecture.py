@@ -38,6 +38,7 @@ FLOORS = (
     "train.raw.*",
     "train.data.*",
     "train.run.*",
+    "train.watch.dry_run",
     "train.main train.prepare train.inspect train.inspect_page train.compile train.vq train.vq_images",
     "train.finetune",
 )

@@ -21,14 +21,14 @@ class _Parser(argparse.ArgumentParser):
 def parse_args(
     argv: Sequence[str] | None = None, prog: str = "python -m train.main"
 ) -> tuple[Any, dict[str, str | int | None]]:
-    """The config of `--config NAME [key=value ...]`, the arguments of `train.run.distributed.start`, and `steal`.
+    """The config of `--config NAME [key=value ...]`; the arguments of `distributed.start`, `steal` and `dry_run`.
 
     `--help` (with a config: all its fields) and `--print-config` print and exit with 0; bad input prints one line,
     `error: ...`, on standard error and exits with 2.
     """
     parser = _Parser(
         prog=prog, add_help=False, allow_abbrev=False,
-        usage="%(prog)s --config NAME [key=value ...] [--help] [--print-config] [--steal] "
+        usage="%(prog)s --config NAME [key=value ...] [--help] [--print-config] [--dry-run] [--steal] "
         "[--coordinator HOST:PORT --processes N --process I] [--timeout SECONDS]",
         epilog=f"configs: {', '.join(config_names())}",
     )  # fmt: skip
@@ -36,6 +36,10 @@ def parse_args(
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of single fields")
     parser.add_argument("--help", "-h", action="store_true", help="with --config, list every field of that config")
     parser.add_argument("--print-config", action="store_true", help="print every field's value and do nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true",
+        help="check everything that the run needs on these hosts, say what was found, and stop before the first step",
+    )  # fmt: skip
     parser.add_argument(
         "--steal", action="store_true", help="take over the workdir from another start, which then ends"
     )
@@ -59,7 +63,8 @@ def parse_args(
     elif args.print_config:
         print("\n".join(f"{key} = {value_text(value)}" for key, value in flat(config).items()))
     else:
-        return config, {key: getattr(args, key) for key in ("coordinator", "processes", "process", "timeout", "steal")}
+        keys = ("coordinator", "processes", "process", "timeout", "steal", "dry_run")
+        return config, {key: getattr(args, key) for key in keys}
     raise SystemExit(0)
 
 

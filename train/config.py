@@ -213,6 +213,7 @@ class TrainConfig:
     """
 
     RUNNER: ClassVar[str] = "train.run.loop:train"  # what `train.main` calls with the config and `steal`
+    CHECKER: ClassVar[str] = "train.watch.dry_run:dry_run"  # what it calls instead with --dry-run
 
     name: str
     workdir: str

@@ -21,10 +21,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one configuration; returns 0 on success, else an exit code of `train.run.faults`, with one line why."""
     print_any_text()
     config, processes = parse_args(argv)
-    steal = processes.pop("steal")
+    steal, dry = processes.pop("steal"), processes.pop("dry_run")
     compilation_cache.enable()
     try:
         distributed.start(**processes)
+        if dry:
+            return checker_of(config)(config, steal)
         runner_of(config)(config, steal)
     except faults.Stopped as error:
         return _end(f"stopped: {error_text(error)}", error.code, error.alone)
@@ -49,6 +51,14 @@ def runner_of(config: Any) -> Callable[[Any, bool], Any]:
     if not isinstance(runner, str):
         raise ValueError(f"the config is a {type(config).__name__}, which names no RUNNER; return a TrainConfig")
     return pkgutil.resolve_name(runner)
+
+
+def checker_of(config: Any) -> Callable[[Any, bool], int]:
+    """The function that looks at what `config` needs, named by its class as `CHECKER`; ValueError if there is none."""
+    checker = getattr(config, "CHECKER", None)
+    if not isinstance(checker, str):
+        raise ValueError(f"--dry-run is for a training run, whose config is a TrainConfig, not {type(config).__name__}")
+    return pkgutil.resolve_name(checker)
 
 
 def _end(line: str, code: int, alone: bool = False) -> int:

@@ -30,7 +30,26 @@ def validate(config: TrainConfig) -> list[str]:
     Returns: remarks, one line each, on settings that work but are probably not intended.
     Raises: ValueError in one line, naming the first key that cannot work.
     """
-    c, d = config, config.data
+    remarks, problems = examine(config)
+    if problems:
+        raise ValueError(problems[0])
+    return remarks
+
+
+def examine(config: TrainConfig) -> tuple[list[str], list[str]]:
+    """The remarks of `validate`, and a problem of each aspect of `config` that cannot work, in one line each."""
+    remarks, problems = [], []
+    for check in (_check_run, _check_counts, _check_attention, _check_data, _check_optimizer, _check_watching,
+                  _check_export):  # fmt: skip
+        try:
+            remarks += check(config) or []
+        except ValueError as error:
+            problems.append(str(error))
+    return remarks, problems
+
+
+def _check_run(config: TrainConfig):
+    c = config
     for key in ("name", "workdir"):
         _require(getattr(c, key), f"{key} is empty")
     _require(c.stage in TRAINED, f"stage must be one of {', '.join(map(str, TRAINED))}, got {c.stage}")
@@ -42,6 +61,11 @@ def validate(config: TrainConfig) -> list[str]:
             f"{key}=float16 has too little range for the gradients of whole parts; use bfloat16, or train an adapter",
         )
     _require(c.init_from or c.tokenizer, "tokenizer is empty, and there is no init_from to take one from")
+    _require("://" not in c.workdir, f"workdir must be a folder, got {c.workdir}; mount the bucket and name its folder")
+
+
+def _check_counts(config: TrainConfig):
+    c, d = config, config.data
     for key in ("steps", "batch_size", "accumulate", "loss_chunk", "log_every", "save_every", "keep", "max_skipped"):
         _require(getattr(c, key) >= 1, f"{key} must be at least 1, got {getattr(c, key)}")
     for key in ("export_every", "profile_start", "profile_steps"):
@@ -50,26 +74,26 @@ def validate(config: TrainConfig) -> list[str]:
         value = functools.reduce(getattr, key.split("."), c)
         _require(value <= most, f"{key} must be at most {most:,}, got {value}")
     _require(0 <= c.seed < 2**32, f"seed must be from 0 to {2**32 - 1}, got {c.seed}")
-    _require("://" not in c.workdir, f"workdir must be a folder, got {c.workdir}; mount the bucket and name its folder")
     _require(c.watchdog >= 0, f"watchdog must be at least 0 (0 for never), got {c.watchdog}")
-    language = c.model.language
+    _require(
+        c.batch_size % c.accumulate == 0,
+        f"batch_size={c.batch_size} must be a multiple of accumulate={c.accumulate}, the micro-batches of a step",
+    )
+    _require(d.context % c.loss_chunk == 0, f"loss_chunk={c.loss_chunk} does not divide data.context={d.context}")
+
+
+def _check_attention(config: TrainConfig):
+    c, d, language = config, config.data, config.model.language
     _require(
         c.attention == "auto"
         or takes(c.attention, d.context, language.heads, language.kv_heads, language.head_dim, c.compute_dtype),
         f"attention={c.attention} does not support data.context={d.context} with {language.heads} heads of "
         f"{language.head_dim} and {language.kv_heads} key/value heads in {c.compute_dtype}; use attention=auto",
     )
-    _require(
-        c.batch_size % c.accumulate == 0,
-        f"batch_size={c.batch_size} must be a multiple of accumulate={c.accumulate}, the micro-batches of a step",
-    )
-    remarks = _check_data(config)
-    _check_optimizer(config)
-    _require(d.context % c.loss_chunk == 0, f"loss_chunk={c.loss_chunk} does not divide data.context={d.context}")
-    if c.optimizer.warmup_steps >= c.steps:
-        remarks.append(f"optimizer.warmup_steps={c.optimizer.warmup_steps}: all {c.steps} steps are warm-up")
 
-    e, s = c.evaluation, c.samples
+
+def _check_watching(config: TrainConfig):
+    c, e, s = config, config.evaluation, config.samples
     _require(e.every >= 0, f"evaluation.every must be at least 0 (0 for never), got {e.every}")
     if e.every:
         _require(e.batches >= 1, f"evaluation.batches must be at least 1, got {e.batches}")
@@ -82,11 +106,13 @@ def validate(config: TrainConfig) -> list[str]:
         _require(s.temperature >= 0, f"samples.temperature must be at least 0 (0 is greedy), got {s.temperature}")
         codes, most = c.model.gen_vision.num_tokens, c.model.language.max_positions
         _require(codes < most, f"samples.every={s.every}: an image's {codes} codes exceed the model's {most} positions")
+
+
+def _check_export(config: TrainConfig):
     try:
-        original_config(dataclasses.replace(c.model, dtype="bfloat16"))  # as the run exports it, at the end
+        original_config(dataclasses.replace(config.model, dtype="bfloat16"))  # as the run exports it, at the end
     except ValueError as error:
         raise ValueError(f"model: {error}, so the run could not export it; change the model's sizes") from None
-    return remarks
 
 
 def _check_adapter(config: TrainConfig):
@@ -176,7 +202,7 @@ def _check_data(config: TrainConfig) -> list[str]:
     return remarks
 
 
-def _check_optimizer(config: TrainConfig):
+def _check_optimizer(config: TrainConfig) -> list[str]:
     o = config.optimizer
     for key in ("learning_rate", "eps", "clip"):
         _require(0 < getattr(o, key) < math.inf, f"optimizer.{key} must be a number above 0, got {getattr(o, key)}")
@@ -184,6 +210,9 @@ def _check_optimizer(config: TrainConfig):
         _require(0 <= getattr(o, key) < 1, f"optimizer.{key} must be from 0 to below 1, got {getattr(o, key)}")
     for key in ("warmup_steps", "weight_decay"):
         _require(0 <= getattr(o, key) < math.inf, f"optimizer.{key} must be at least 0, got {getattr(o, key)}")
+    if o.warmup_steps >= config.steps:
+        return [f"optimizer.warmup_steps={o.warmup_steps}: all {config.steps} steps are warm-up"]
+    return []
 
 
 def _commas(values: tuple) -> str:

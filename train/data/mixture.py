@@ -85,6 +85,26 @@ class _Phase:
     groups: int
 
 
+def open_kind(path: str, kind: str, data: DataConfig) -> Prepared:
+    """The prepared folder `path`; ValueError in one line if it has no samples of `kind` that fit the rows of `data`."""
+    folder = open_prepared(path)
+    if folder.kind != kind:
+        raise ValueError(
+            f"{path} has {folder.kind} samples but is listed in data.{kind}; list it in data.{folder.kind}"
+        )
+    longest, most = int(folder.lengths.max()), int(folder.images.max())
+    if longest > data.context:
+        raise ValueError(
+            f"{path} has samples of up to {longest} tokens, more than data.context={data.context}; "
+            "prepare it again with that --context"
+        )
+    if most > data.images_per_row:
+        raise ValueError(
+            f"{path} has samples of up to {most} images, more than data.images_per_row={data.images_per_row}"
+        )
+    return folder
+
+
 class Mixture:
     """Plans steps of `batch_size` rows over the prepared folders of `data`.
 
@@ -128,27 +148,9 @@ class Mixture:
         streams = {}
         for number, kind in enumerate(KINDS):
             if kind in self.ratio:
-                opened = [self._open(path, kind) for path in folders[kind]]
+                opened = [open_kind(path, kind, d) for path in folders[kind]]
                 streams[kind] = Stream(opened, weights[kind], self.seed + 1000 * number)
         return _Phase(start, read, streams, self._fitting_groups(streams))
-
-    def _open(self, path: str, kind: str) -> Prepared:
-        folder = open_prepared(path)
-        if folder.kind != kind:
-            raise ValueError(
-                f"{path} has {folder.kind} samples but is listed in data.{kind}; list it in data.{folder.kind}"
-            )
-        longest, most = int(folder.lengths.max()), int(folder.images.max())
-        if longest > self.data.context:
-            raise ValueError(
-                f"{path} has samples of up to {longest} tokens, more than data.context={self.data.context}; "
-                "prepare it again with that --context"
-            )
-        if most > self.data.images_per_row:
-            raise ValueError(
-                f"{path} has samples of up to {most} images, more than data.images_per_row={self.data.images_per_row}"
-            )
-        return folder
 
     def _fitting_groups(self, streams: dict[str, Stream]) -> int:
         """The most groups that fit the rows in all but one of a few trial steps."""

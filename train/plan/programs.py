@@ -132,20 +132,26 @@ def _bounds(place: Topology) -> dict[str, Any]:
     return {}
 
 
-def compile_training(config: TrainConfig, place: Topology) -> Compiled:
-    """The train step of `config`, with its own mesh, for `place`."""
-    mesh = make_mesh(dataclasses.asdict(config.mesh), devices_of(place))
-    check_mesh(config, mesh)
+def lower_step(config: TrainConfig, mesh: Mesh, settings: ImageSettings) -> tuple[Any, dict[str, int]]:
+    """The train step of `config` on `mesh`, lowered, and the bytes of its arguments on a device, by name."""
     state, frozen = abstract_state(config, mesh)
     batch = abstract_batch(config, mesh)
-    step = make_train_step(config, mesh, ImageSettings(config.model.vision.image_size))
     with jax.set_mesh(mesh):
-        made = _compile(step.lower(state, frozen, batch))
-    arguments = {
+        lowered = make_train_step(config, mesh, settings).lower(state, frozen, batch)
+    return lowered, {
         "parameters": _shard_bytes((state.trained, frozen)),
         "optimizer state": _shard_bytes(state.opt_state),
         "batch": _shard_bytes(batch),
     }
+
+
+def compile_training(config: TrainConfig, place: Topology) -> Compiled:
+    """The train step of `config`, with its own mesh, for `place`."""
+    mesh = make_mesh(dataclasses.asdict(config.mesh), devices_of(place))
+    check_mesh(config, mesh)
+    lowered, arguments = lower_step(config, mesh, ImageSettings(config.model.vision.image_size))
+    with jax.set_mesh(mesh):
+        made = _compile(lowered)
     return _report(config.name, place, mesh, arguments, made, flops=typical_flops(config), accumulate=config.accumulate)
 
 
@@ -226,8 +232,9 @@ def _compile(lowered: Any) -> _Made:
         return _Made(compiled, largest.read_text(encoding="utf-8"), seconds)
 
 
-def _report(name: str, place: Topology, mesh: Mesh, arguments: dict[str, int], made: _Made, **more: Any) -> Compiled:
-    memory = made.compiled.memory_analysis()
+def memory_of(compiled: Any, arguments: dict[str, int]) -> tuple[int, int]:
+    """The bytes of a compiled program's intermediate results, and of everything at its peak, on a device."""
+    memory = compiled.memory_analysis()
     # Arguments that a program does not use still occupy memory.
     passed = max(memory.argument_size_in_bytes, sum(arguments.values()))
     peak = (
@@ -237,8 +244,13 @@ def _report(name: str, place: Topology, mesh: Mesh, arguments: dict[str, int], m
         + memory.temp_size_in_bytes
         + memory.generated_code_size_in_bytes
     )
+    return memory.temp_size_in_bytes, peak
+
+
+def _report(name: str, place: Topology, mesh: Mesh, arguments: dict[str, int], made: _Made, **more: Any) -> Compiled:
+    temporaries, peak = memory_of(made.compiled, arguments)
     return Compiled(
-        name, place, dict(mesh.shape), arguments, memory.temp_size_in_bytes, peak, made.seconds,
+        name, place, dict(mesh.shape), arguments, temporaries, peak, made.seconds,
         hlo.collectives(made.text), **more,
     )  # fmt: skip
 

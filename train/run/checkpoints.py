@@ -60,12 +60,34 @@ _SEEN_WITHIN = 30  # seconds within which a new file in a shared folder must be 
 _FREE = (
     "workdir", "steps", "accumulate", "remat", "loss_chunk", "mesh.", "evaluation.", "samples.", "log_every",
     "save_every", "keep", "export_every", "profile_start", "profile_steps", "max_skipped", "watchdog",
-    "attention", "reduce_dtype", "layouts.", "sampling_layouts.",
+    "attention", "reduce_dtype", "layouts.", "sampling_layouts.", "writers",
     "data.workers", "data.max_bad_share",
     "init_from", "language_from", "vision_from", "vq_from",
 )  # fmt: skip
 
 _WITHOUT_ADAPTER = {"adapter": None}  # a run from before there were adapters
+
+
+def check_claim(config: TrainConfig, run: dict[str, Any]):
+    """ValueError in one line if the workdir of `config` has something else than `run`: its settings and its data."""
+    folder, data = pathlib.Path(config.workdir), run["data"]
+    path = folder / RUN
+    if path.exists():
+        try:
+            earlier = read_json_object(path)
+            settings = _WITHOUT_ADAPTER | earlier["config"]
+            free = tuple(key for key in _FREE if key != "steps" or config.optimizer.schedule != "cosine")
+            differing = [key for key in diff(settings, run["config"]) if not key.startswith(free)]
+            changed = sorted(name for name in data if earlier["data"].get(name) != data[name])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a run's description ({error}); choose another workdir") from None
+        cure = "use the run's own settings, or another workdir"
+        if differing:
+            raise ValueError(f"{folder} has a run with another configuration: {'; '.join(differing)}; {cure}")
+        if changed:
+            raise ValueError(f"{folder} has a run on other data: {', '.join(changed)} changed; {cure}")
+    elif folder.is_dir() and any(not _is_passing(other.name) for other in folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and has no run in it; choose another workdir")
 
 
 class Workdir:
@@ -79,7 +101,7 @@ class Workdir:
         self.config, self.folder = config, pathlib.Path(config.workdir)
         run = {"config": to_json(config), "data": data}
         with together():
-            self._check_claim(run)
+            check_claim(config, run)
         self._lease = Lease(self.folder)
         _quiet_orbax()
         try:
@@ -92,7 +114,7 @@ class Workdir:
     def _open(self, run: dict[str, Any]):
         config = self.config
         with together():
-            self._check_claim(run)  # again: another run may have begun in the folder before the lease was taken
+            check_claim(config, run)  # again: another run may have begun in the folder before the lease was taken
             if jax.process_index() == 0:
                 # Written under another name and renamed, so that a kill leaves a complete file.
                 checkpoint.write_json(self.folder / _TEMPORARY, run)
@@ -144,25 +166,6 @@ class Workdir:
                 reason = str(error)
         if reason := from_first(reason):
             raise Stopped(reason, STOPPED)
-
-    def _check_claim(self, run: dict[str, Any]):
-        path, data = self.folder / RUN, run["data"]
-        if path.exists():
-            try:
-                earlier = read_json_object(path)
-                settings = _WITHOUT_ADAPTER | earlier["config"]
-                free = tuple(key for key in _FREE if key != "steps" or self.config.optimizer.schedule != "cosine")
-                differing = [key for key in diff(settings, run["config"]) if not key.startswith(free)]
-                changed = sorted(name for name in data if earlier["data"].get(name) != data[name])
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path} is not a run's description ({error}); choose another workdir") from None
-            cure = "use the run's own settings, or another workdir"
-            if differing:
-                raise ValueError(f"{self.folder} has a run with another configuration: {'; '.join(differing)}; {cure}")
-            if changed:
-                raise ValueError(f"{self.folder} has a run on other data: {', '.join(changed)} changed; {cure}")
-        elif self.folder.is_dir() and any(not _is_passing(other.name) for other in self.folder.iterdir()):
-            raise ValueError(f"{self.folder} is not empty and has no run in it; choose another workdir")
 
     def _check_shared(self):
         """Checks that all processes see the folder of process 0, by a file with a new random name."""

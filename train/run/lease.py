@@ -64,6 +64,23 @@ class Lease:
             "start waits until then"
         )
 
+    def look(self, patience: float = 1.5 * RENEW) -> str:
+        """Whether `acquire` would get it, without writing anything: '' if so, else why it would have to wait.
+
+        Args:
+          patience: seconds in which a holder on another machine must renew it to count as running.
+        Raises: ValueError in one line while another run renews it.
+        """
+        deadline = time.monotonic() + patience
+        while (found := self._read()) is not None and not self._lapsed(found):
+            if time.monotonic() >= deadline:
+                return (
+                    f"{self._path} is held by {_name(found)}, which did not renew it in {patience:g} seconds; a start "
+                    f"waits until it has not been renewed for {LAPSE}"
+                )
+            time.sleep(min(0.5, patience / 4))
+        return ""
+
     def _create(self) -> bool:
         self._mine["time"] = time.time()
         try:
