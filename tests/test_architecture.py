@@ -32,6 +32,7 @@ FLOORS = (
     "janus_jax.__main__",
     "train",
     "train.config train.overrides train.command_line",
+    "train.watch.writers",
     "train.step.*",
     "train.validate",
     "train.plan.*",

@@ -204,6 +204,8 @@ class TrainConfig:
       layouts: devices that the run is meant for; on these it uses their mesh, accumulate and remat, unless `mesh` is
         set.
       sampling_layouts: devices for sampling with its model, for `train.compile`.
+      writers: where metrics go: jsonl (always among them: it is what a resumed run and figures read), tensorboard, and
+        the trackers wandb and trackio, each an extra of the same name.
       log_every, save_every: steps between lines of metrics, and between checkpoints.
       keep: number of newest checkpoints to keep.
       export_every: steps between exports of bfloat16 parameters (0: only at the end).
@@ -242,6 +244,7 @@ class TrainConfig:
     sampling_layouts: tuple[Layout, ...] = ()
     evaluation: EvalConfig = EvalConfig()
     samples: SampleConfig = SampleConfig()
+    writers: tuple[str, ...] = ("jsonl", "tensorboard")
     log_every: int = 10
     save_every: int = 1000
     keep: int = 3

@@ -13,6 +13,7 @@ from janus_jax.model.attention import takes
 from janus_jax.sharding import RULES, batch_shards
 from train.config import KINDS, TRAINED, TrainConfig
 from train.step.leaves import abstract_leaves
+from train.watch.writers import JSONL, WRITERS
 
 # Counts larger than any run's, beyond which arrays would be too large or 32-bit counters wrap.
 _COUNT = 2**31 - 1
@@ -94,6 +95,10 @@ def _check_attention(config: TrainConfig):
 
 def _check_watching(config: TrainConfig):
     c, e, s = config, config.evaluation, config.samples
+    known = (JSONL, *WRITERS)
+    for name in c.writers:
+        _require(name in known, f"writers must be among {', '.join(known)}, got {name}")
+    _require(JSONL in c.writers, f"writers must include {JSONL}, which a resumed run and figures read")
     _require(e.every >= 0, f"evaluation.every must be at least 0 (0 for never), got {e.every}")
     if e.every:
         _require(e.batches >= 1, f"evaluation.batches must be at least 1, got {e.batches}")

@@ -7,6 +7,7 @@ failures.txt      tracebacks of failures that did not end the run
 frozen/           the parameters that the run does not train, written once
 checkpoints/N/    after N steps: `trained` (float32 parameters) and `rest` (optimizer state and counters)
 export/N/         a checkpoint folder in bfloat16 for `janus_jax.load` and `convert/to_torch.py`, or an adapter's folder
+trackers.json     ids of the run in Weights & Biases and trackio
 metrics.jsonl, tensorboard/, samples/, profile/
 """
 

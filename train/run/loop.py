@@ -35,6 +35,7 @@ from train.step.leaves import changed_slots
 from train.step.state import Params, TrainState, abstract_state, batch_sharding, local_rows, put_rows
 from train.step.step import make_train_step
 from train.validate import check_mesh, validate
+from train.watch.writers import missing
 
 
 def train(config: TrainConfig, steal: bool = False, more: Sequence[Callable[[Run], Callback]] = ()) -> pathlib.Path:
@@ -55,6 +56,8 @@ def train(config: TrainConfig, steal: bool = False, more: Sequence[Callable[[Run
         config = choose_layout(config)
         for remark in validate(config):
             say(f"note: {remark}")
+        if is_main and (lines := missing(config.writers)):
+            raise ValueError(lines[0])
         mesh = make_mesh(dataclasses.asdict(config.mesh))
         check_mesh(config, mesh)
         tokenizer = folder_of(config.tokenizer or config.init_from)
@@ -99,7 +102,8 @@ def train(config: TrainConfig, steal: bool = False, more: Sequence[Callable[[Run
         batches = load_batches(assembler, rows, first, config.steps, config.data.workers)
         failures, window, health = Failures(workdir.folder), Window(config, mesh), Health(config)
         flow = InFlight(window.add, health)
-        with Metrics(workdir.folder, config.steps, first, is_main, failures) as metrics:
+        shown_as = {"writers": config.writers, "name": config.name, "config": flat(config)}
+        with Metrics(workdir.folder, config.steps, first, is_main, failures, **shown_as) as metrics:
             run = Run(config, mesh, processor, workdir, metrics, failures, watchdog)
             callbacks = [
                 Profile(run),

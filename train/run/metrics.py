@@ -1,8 +1,9 @@
-"""Writes a run's metrics: metrics.jsonl, TensorBoard, and a line on the console."""
+"""Writes a run's metrics: metrics.jsonl, a line on the console, and the writers that its config names."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -10,12 +11,13 @@ import pathlib
 import secrets
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from janus_jax.io.files import parse_json
 from train.run.distributed import say
 from train.run.failures import Failures
+from train.watch.writers import JSONL, WRITERS, Opening
 
 FILE = "metrics.jsonl"
 # The metrics in a console line, in this order, if present.
@@ -29,11 +31,13 @@ class Metrics:
     repeated. If other lines are damaged, the old file is kept under another name.
 
     Args:
-      workdir: folder for metrics.jsonl and the TensorBoard folder `tensorboard`.
+      workdir: folder for metrics.jsonl and what other writers keep there.
       total_steps: steps of the whole run.
       start_step: steps done before this process.
       enabled: False on hosts that report nothing.
       failures: reports and suppresses errors of the writers.
+      writers: names of `train.watch.writers.WRITERS`; metrics.jsonl is written in any case.
+      name, config: of the run, for writers that show them.
     """
 
     def __init__(
@@ -43,13 +47,17 @@ class Metrics:
         start_step: int = 0,
         enabled: bool = True,
         failures: Failures | None = None,
+        writers: Sequence[str] = ("tensorboard",),
+        name: str = "",
+        config: Mapping[str, Any] | None = None,
     ):
         self.enabled, self.total_steps = enabled, total_steps
         self._last = (start_step, time.monotonic())
         self._rate: float | None = None
         self._compiling = True
         self._guard = failures.alone if failures else contextlib.nullcontext
-        self._path, self._file, self._board = pathlib.Path(workdir) / FILE, None, None
+        self._path, self._file = pathlib.Path(workdir) / FILE, None
+        self._writers: dict[str, Any] = {}
         self._pending: list[bytes] = []
         self._seen: set[tuple[int, str]] = set()
         if not enabled:
@@ -59,31 +67,34 @@ class Metrics:
             if self._path.exists():
                 self._seen = _cut(self._path, start_step)
             self._open()
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError:
-            print("hint: pip install tensorboardX for TensorBoard; metrics go to metrics.jsonl only", file=sys.stderr)
-            return
-        with self._guard("opening tensorboard"):
-            folder, purge = str(self._path.parent / "tensorboard"), start_step + 1 if start_step else None
-            self._board = SummaryWriter(folder, purge_step=purge)
+        opening = Opening(self._path.parent, name, config or {}, start_step)
+        for other in writers:
+            if other == JSONL:
+                continue
+            if other == "tensorboard" and importlib.util.find_spec("tensorboardX") is None:
+                print("hint: pip install tensorboardX for TensorBoard; metrics.jsonl has the metrics", file=sys.stderr)
+                continue
+            with self._guard(f"opening {other}"):
+                self._writers[other] = WRITERS[other](opening)
 
     def __enter__(self) -> Metrics:
         return self
 
-    def __exit__(self, *_):
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_):
+        self.close(failed=kind is not None)
 
-    def close(self):
-        """Writes pending lines; may be called more than once."""
+    def close(self, failed: bool = False):
+        """Writes pending lines; may be called more than once. `failed`: whether the run ends before its last step."""
         with self._guard(f"writing {FILE}"):
             if self._pending:
                 self._append()
-        for writer in (self._file, self._board):
-            if writer is not None:
-                with self._guard("closing the metrics"):
-                    writer.close()
-        self._file = self._board = None
+        if self._file is not None:
+            with self._guard("closing the metrics"):
+                self._file.close()
+        for other, writer in self._writers.items():
+            with self._guard(f"closing {other}"):
+                writer.close(failed)
+        self._file, self._writers = None, {}
 
     def has(self, step: int, prefix: str) -> bool:
         """Whether there is a line of `step` and `prefix`, from this start or an earlier one."""
@@ -104,10 +115,9 @@ class Metrics:
         say(self._line(step, values, prefix))
         with self._guard(f"writing {FILE}"):
             self._append()
-        if self._board is not None:
-            with self._guard("writing tensorboard"):
-                for name, value in named.items():
-                    self._board.add_scalar(name, value, int(step))
+        for other, writer in self._writers.items():
+            with self._guard(f"writing {other}"):
+                writer.write(int(step), named)
 
     def _open(self):
         self._file = self._path.open("ab", buffering=0)

@@ -46,6 +46,7 @@ from train.step.init import folder_of, open_sources
 from train.step.leaves import abstract_leaves
 from train.step.state import batch_sharding, local_rows
 from train.validate import check_mesh, examine
+from train.watch.writers import missing
 
 _SOURCES = ("init_from", "language_from", "vision_from", "vq_from")
 _SHOWN = 3  # damaged samples of the first batch that are named
@@ -84,6 +85,9 @@ def dry_run(config: TrainConfig, steal: bool = False) -> int:
     job = f"stage {config.stage}" if config.adapter is None else f"adapter of {config.init_from}"
     found.rows.append(("config", f"{config.name}: {job}, {config.steps:,} steps of {config.batch_size} rows"))
     mesh = None if wrong else _mesh(found, config)
+    found.rows.append(("writers", ", ".join(config.writers)))
+    if jax.process_index() == 0:
+        found.problems += missing(config.writers)
     processor = _processor(found, config)
     folder, latest = as_path(config.workdir) if not any(line.startswith("workdir") for line in wrong) else None, None
     with found.problem():

@@ -196,7 +196,7 @@ def test_two_processes_look_together(folders, start, tmp_path):
     )
     env = environment(4)
     for own, code in (([], 0), (["vq_from=nowhere"], 2)):
-        made = outcome(launch(path, env, [tmp_path, tmp_path], [], own))
+        made = outcome(launch(path, env, [tmp_path, tmp_path], ["--dry-run"], ["--dry-run", *own]))
         assert [result[0] for result in made] == [code, code], made
         told, errors = made[0][1], ours(made[0][2])
         assert rows(told)["devices"] == "8 x cpu, 2 processes"
