@@ -14,7 +14,7 @@ from examples.tiny.run import tiny_config, write_checkpoint, write_data
 from janus_jax.sharding import make_mesh
 from janus_jax.weights import checkpoint
 from tests.several import environment, launch, ours, outcome
-from train.config import MeshConfig, TrainConfig
+from train.config import EvalConfig, MeshConfig, TrainConfig
 from train.data.prepared import open_prepared
 from train.main import main
 from train.overrides import to_json
@@ -129,6 +129,8 @@ def started(config: TrainConfig, step: int) -> pathlib.Path:
 def test_the_run_in_the_workdir(config, monkeypatch, capsys):
     """Where it resumes, whether it is the same run, and whether another start writes to it."""
     monkeypatch.setattr(module, "_memory", lambda *args: None)  # compiled in another test
+    monkeypatch.setattr(module, "Mixture", functools.cache(module.Mixture))
+    config = dataclasses.replace(config, evaluation=EvalConfig())
     folder = started(config, 2)
     before = listing(folder)
     # What a run starts from is not read when it resumes.
@@ -162,12 +164,13 @@ def test_the_run_in_the_workdir(config, monkeypatch, capsys):
 
 
 def test_a_workdir_that_cannot_be_written(config, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(module, "_memory", lambda *args: None)
+    for other in ("_memory", "_sources"):
+        monkeypatch.setattr(module, other, lambda *args: None)
+    monkeypatch.setattr(module, "_data", lambda *args: (None, []))
     monkeypatch.setattr(module.os, "access", lambda path, mode: path != tmp_path)  # root may write anywhere
     assert dry_run(config) == 2
     assert f"error: workdir={tmp_path}/run: no permission to write to {tmp_path}; " in capsys.readouterr().err
-    monkeypatch.undo()
-    monkeypatch.setattr(module, "_memory", lambda *args: None)
+    monkeypatch.setattr(module.os, "access", lambda path, mode: True)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100}))
     assert dry_run(config) == 2
     assert f"error: workdir={tmp_path}/run: too little room: 0.00 GiB free; a checkpoint" in capsys.readouterr().err
@@ -198,7 +201,7 @@ def test_two_processes_look_together(folders, start, tmp_path):
     for own, code in (([], 0), (["vq_from=nowhere"], 2)):
         made = outcome(launch(path, env, [tmp_path, tmp_path], ["--dry-run"], ["--dry-run", *own]))
         assert [result[0] for result in made] == [code, code], made
-        told, errors = made[0][1], ours(made[0][2])
+        told, errors = "\n".join(ours(made[0][1])), ours(made[0][2])
         assert rows(told)["devices"] == "8 x cpu, 2 processes"
         if code:
             assert any(line.startswith("error: process 1 (") and "vq_from: nowhere" in line for line in errors), errors
@@ -206,4 +209,4 @@ def test_two_processes_look_together(folders, start, tmp_path):
                 "the configuration of process 1" in line and "vq_from is nowhere there" in line for line in errors
             )
         assert not (tmp_path / "run").exists()
-        assert not made[1][1].strip()
+        assert not ours(made[1][1])
