@@ -114,6 +114,13 @@ def make_sample(config: Any, kind: str, text: int, rng: np.random.Generator) -> 
     return Sample(kind, ids, np.arange(len(ids)) > patches + text // 2, images=(image,))
 
 
+class _Samples(list):
+    """Samples as a prepared folder has them for the trainer."""
+
+    def stored(self, indices: Sequence[int]) -> None:
+        """None: nothing of them is in a store."""
+
+
 def make_assembler(config: Any, lengths: Sequence[tuple[str, int]], rows: Sequence[Sequence[int]]) -> Any:
     """The trainer's `Assembler` over samples that are made as they are asked for, new ones in every step."""
     from janus_jax.processing.images import ImageSettings
@@ -122,7 +129,7 @@ def make_assembler(config: Any, lengths: Sequence[tuple[str, int]], rows: Sequen
 
     def plan(step: int) -> Plan:
         rng = np.random.default_rng((1, step))
-        samples = [make_sample(config, kind, text, rng) for kind, text in lengths]
+        samples = _Samples(make_sample(config, kind, text, rng) for kind, text in lengths)
         items = [Item(s.kind, samples, i, s.length, len(s.images)) for i, s in enumerate(samples)]
         return Plan([[items[i] for i in row] for row in rows], 1, 0)
 

@@ -41,6 +41,7 @@ def compilations() -> list[str]:
     return seen
 
 
+@pytest.mark.slow
 def test_several_by_name(folder, adapters, capsys):  # noqa: F811
     seen = compilations()
     janus = load(folder, adapter=adapters["one"])

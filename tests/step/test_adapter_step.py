@@ -140,6 +140,7 @@ def test_several_devices_come_to_what_one_does(job, kind, sizes, close):
         close(apart[path], x, f"{path} on {sizes}", 2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KIND_MARKS)
 def test_gradients_in_float16(job, kind, close):
     """Those of float32, though losses are scaled; also where that overflows, until no scale helps."""

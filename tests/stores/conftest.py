@@ -10,7 +10,7 @@ from tests import emulated_stores
 
 @pytest.fixture(params=["gs", "s3"])
 def store(request):
-    """An empty folder in each store, and the proxy before it; skipped where the extra `test` is not installed."""
+    """An empty folder in each store, and the proxy before it; skipped without the extras `test` (gs) or `test-s3`."""
     for name in {"gs": ("gcsfs", "gcp_storage_emulator"), "s3": ("s3fs", "moto")}[request.param]:
         pytest.importorskip(name)
     bucket, proxy = {"gs": emulated_stores.google, "s3": emulated_stores.amazon}[request.param]()
