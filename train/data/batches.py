@@ -85,8 +85,8 @@ class Assembler:
         found: dict[tuple[int, int], bytes] = {}
         for folder in {id(item.folder): item.folder for item in items}.values():
             indices = [item.index for item in items if item.folder is folder]
-            for index, stored in zip(indices, folder.stored(indices) or (), strict=False):
-                found[id(folder), index] = stored
+            if (stored := folder.stored(indices)) is not None:
+                found |= zip([(id(folder), index) for index in indices], stored, strict=True)
         return found
 
     def _row(self, items: Sequence[Item], problems: list[str], fetched: dict[tuple[int, int], bytes]) -> Batch:

@@ -91,6 +91,15 @@ def check_claim(config: TrainConfig, run: dict[str, Any]):
         raise ValueError(f"{folder} is not empty and has no run in it; choose another workdir")
 
 
+def check_steps(config: TrainConfig, latest: int):
+    """ValueError in one line if the workdir's newest checkpoint, after `latest` steps, is beyond the run's end."""
+    if latest > config.steps:
+        raise ValueError(
+            f"steps={config.steps}, but {config.workdir} is already at step {latest}; raise steps, or choose another "
+            "workdir"
+        )
+
+
 class Workdir:
     """The folder of one run. Every process creates one; process 0 writes the small files and holds the lease.
 

@@ -22,7 +22,7 @@ from train.overrides import flat
 from train.plan.topologies import choose_layout
 from train.run.aside import Draw, Evaluate, Export, get_held_out
 from train.run.callbacks import Callback, Moment, Profile, Report, Run, Save
-from train.run.checkpoints import Workdir
+from train.run.checkpoints import Workdir, check_steps
 from train.run.distributed import check_same, say, together
 from train.run.failures import Failures
 from train.run.faults import STOPPED, Notice, Stopped, Watchdog
@@ -86,11 +86,7 @@ def train(config: TrainConfig, steal: bool = False, more: Sequence[Callable[[Run
                 state, frozen = first_state(config, mesh, progress=shown(None) and is_main)
             workdir.save_frozen(frozen)
         else:
-            if workdir.latest > config.steps:
-                raise ValueError(
-                    f"steps={config.steps}, but {workdir.folder} is already at step {workdir.latest}; "
-                    "raise steps, or choose another workdir"
-                )
+            check_steps(config, workdir.latest)
             state, frozen = workdir.restore(*abstract_state(config, mesh))
         first = int(state.step)
         for remark in check_codes(folders, frozen, mesh):

@@ -37,7 +37,7 @@ from train.overrides import flat, to_json
 from train.plan.programs import SPARE, lower_step, memory_of
 from train.plan.topologies import GIB, choose_layout
 from train.run.aside import get_held_out
-from train.run.checkpoints import check_claim
+from train.run.checkpoints import check_claim, check_steps
 from train.run.distributed import check_same, gather, say
 from train.run.faults import BAD_INPUT
 from train.run.lease import Lease
@@ -200,9 +200,7 @@ def _workdir(
     with found.problem():
         check_claim(config, {"config": to_json(config), "data": data})
     with found.problem():
-        if latest is not None and latest > config.steps:
-            cure = "raise steps, or choose another workdir"
-            raise ValueError(f"steps={config.steps}, but {folder} is already at step {latest}; {cure}")
+        check_steps(config, latest or 0)
     with found.problem():
         if isinstance(folder, pathlib.Path):  # whether a store may be written to is known by writing
             _room(found, config, _writable(folder), latest)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import os
 import pathlib
 import secrets
@@ -14,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from janus_jax.io.files import read_json_object
-from janus_jax.weights.checkpoint import write_json
+from janus_jax.io.staging import write_file
 
 JSONL = "jsonl"
 IDS = "trackers.json"
@@ -120,8 +121,6 @@ def _identity(run: Opening, tracker: str) -> str:
     known = read_json_object(path, missing_ok=True)
     if not isinstance(known.get(tracker), str):
         known |= {tracker: secrets.token_hex(8)}
-        # Before the tracker knows it, under another name and renamed: a kill never leads to a second run there.
-        temporary = path.with_suffix(".tmp")
-        write_json(temporary, known)
-        temporary.replace(path)
+        # Before the tracker knows it, and whole: a kill never leads to a second run there.
+        write_file(path, json.dumps(known, indent=2).encode())
     return known[tracker]
