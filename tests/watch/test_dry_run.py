@@ -82,7 +82,8 @@ def test_nothing_is_in_the_way_or_memory_is(config, tmp_path, monkeypatch, capsy
     told, errors = capsys.readouterr()
     assert " of 0.00 free; compiled in " in rows(told)["memory"] and "nothing is in the way" not in told
     (line,) = errors.splitlines()
-    assert line.startswith("error: a training step does not fit in the devices' memory: it needs 0.02 GiB")
+    peak = found["memory"].partition(" of ")[0]  # whose second digit depends on the compiler's version
+    assert line.startswith(f"error: a training step does not fit in the devices' memory: it needs {peak} of 0.00 free")
     assert line.endswith("; raise accumulate, or give mesh.fsdp more devices")
     assert listing(tmp_path) == before and not (tmp_path / "run").exists()
 
