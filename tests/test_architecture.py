@@ -38,6 +38,7 @@ FLOORS = (
     "train.plan.*",
     "train.raw.*",
     "train.data.*",
+    "train.fleet.*",
     "train.run.*",
     "train.watch.dry_run",
     "train.main train.prepare train.inspect train.inspect_page train.compile train.vq train.vq_images",

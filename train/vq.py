@@ -36,7 +36,7 @@ from janus_jax.io.stores import local_only
 from janus_jax.model.vq import VQModel
 from janus_jax.weights import checkpoint
 from janus_jax.weights.torch_weights import abstract_params
-from train.data.shards import replace_file
+from train.data.shard_files import replace_file
 from train.run.faults import AGAIN, BAD_INPUT, INTERRUPTED, Notice, Stopped
 from train.vq_images import ImageFiles, read_ahead
 

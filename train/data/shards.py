@@ -7,28 +7,23 @@ into the folder's own index at the end. A folder in a store gets each file whole
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import hashlib
 import json
 import pathlib
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
-from janus_jax.io.files import read_json_object
-from janus_jax.io.store_access import is_store
-from train.data.bags import ENDING, BagWriter
+from train.data.bags import BagWriter
 from train.data.samples import Sample
+from train.data.shard_files import appearing, data_file, index_file, replace_file
 from train.data.tokenize import SampleTokenizer
 from train.raw.sources import BadSample
 from train.raw.storage import patiently
 
-_INDICES_AT_ONCE = 32  # requests to a store
-_MAX_INDEX = 1 << 30  # bytes of a shard's index
 # Fewer samples say too little about the share of bad ones.
 _LEAST_READ = 100
 
@@ -170,59 +165,3 @@ def _in_order(pool: ThreadPoolExecutor, function: Callable, items: range, ahead:
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
-
-
-def data_file(shard: int) -> str:
-    return f"data-{shard:05d}{ENDING}"
-
-
-def index_file(shard: int) -> str:
-    return f"data-{shard:05d}.json"
-
-
-@contextlib.contextmanager
-def appearing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A local path to write a file at, which then appears at `path`, whole, if it is still there."""
-    if is_store(path):
-        with tempfile.TemporaryDirectory(prefix="janus_jax_") as folder:
-            partial = pathlib.Path(folder) / path.name
-            yield partial
-            if partial.exists():
-                path.upload(partial)
-        return
-    partial = path.with_name(f"{path.name}.partial")
-    yield partial
-    if partial.exists():
-        partial.replace(path)
-
-
-def replace_file(path: pathlib.Path, text: str):
-    """Writes a file atomically."""
-    if is_store(path):
-        path.write_text(text, encoding="utf-8")
-        return
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
-def read_index(out: pathlib.Path, shard: int) -> dict[str, Any] | None:
-    """The index of a complete shard; None if it is not complete, or of an earlier format."""
-    try:
-        index = read_json_object(out / index_file(shard), _MAX_INDEX)
-        whole = not index["lengths"] or (out / data_file(shard)).stat().st_size == index["bytes"]
-        whole = whole and len(index["lengths"]) == len(index.get("ends", ()))
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
-    return index if whole else None
-
-
-def read_indices(out: pathlib.Path, shards: int) -> dict[int, dict[str, Any]]:
-    """The indices of the complete shards of `shards`, by number."""
-    if not is_store(out):
-        return {shard: index for shard in range(shards) if (index := read_index(out, shard)) is not None}
-    there = {path.name for path in out.iterdir()}
-    known = [shard for shard in range(shards) if index_file(shard) in there]
-    with ThreadPoolExecutor(_INDICES_AT_ONCE) as pool:
-        read = pool.map(lambda shard: read_index(out, shard), known)
-        return {shard: index for shard, index in zip(known, read, strict=True) if index is not None}

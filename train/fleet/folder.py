@@ -1,0 +1,70 @@
+"""A prepared folder in the making: its settings, which whoever begins it writes and all others compare with theirs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from janus_jax.io.messages import print_line
+from janus_jax.io.store_access import is_store
+from train.data.prepared import FORMAT_VERSION, META, read_meta
+from train.data.shard_files import replace_file
+from train.raw.sources import BadSample, RawSample
+from train.raw.storage import patiently
+
+
+def probe(source: Sequence[RawSample]) -> str:
+    """A hash of some samples' contents, which tells sources of equal size apart, whatever their paths."""
+    digest = hashlib.sha256()
+    # `allow_outside` determines what is dropped, not what the data are: it may be set later.
+    read = getattr(source, "anywhere", source.__getitem__)
+    for item in np.unique(np.linspace(0, len(source) - 1, 16).astype(int)):
+        try:
+            raw = patiently(lambda item=int(item): read(item))
+            images = [hashlib.sha256(image).hexdigest() for image in raw.images if isinstance(image, bytes)]
+            content = (raw.messages, raw.text, raw.caption, images, *([raw.untrained] if raw.untrained else []))
+            digest.update(repr(content).encode(errors="replace"))
+        except BadSample as error:
+            digest.update(error.reason.encode())
+    return digest.hexdigest()[:16]
+
+
+def begin(out: pathlib.Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The meta of `out`, created if missing; ValueError if it is another folder or was begun with other settings."""
+    if not is_store(out) and out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; choose a new folder, or one begun before")
+    out.mkdir(parents=True, exist_ok=True)
+    meta = read_meta(out)
+    if meta is None:
+        there = out.iterdir() if not is_store(out) or out.exists() else ()
+        if any(not child.name.endswith(".partial") for child in there):
+            raise ValueError(f"{out} has other files in it; choose a new folder, or one begun before")
+        meta = {"version": FORMAT_VERSION, "kind": settings["kind"], "finished": False, "shards": []}
+        meta["settings"] = settings
+        replace_file(out / META, json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
+        return meta
+    ours, theirs = _flat(settings), _flat(meta.get("settings", {}))
+    # The same data may have another path, format or schema; the probe compares their content.
+    free = ("source.path", "source.format", "source.schema", "encoded_on")
+    other = [key for key in ours | theirs if key not in free and ours.get(key) != theirs.get(key)]
+    if other:
+        told = ", ".join(f"{key} {theirs.get(key)!r:.60}, now {ours.get(key)!r:.60}" for key in other)
+        raise ValueError(f"{out} was begun with other settings ({told}); choose another folder, or delete this one")
+    here, there = ours.get("encoded_on"), theirs.get("encoded_on")
+    if here != there and not meta["finished"]:
+        print_line(f"note: {out} was begun on {_platform(there)}; the remaining codes are made on {_platform(here)}")
+    return meta
+
+
+def _platform(encoded_on: Any) -> str:
+    return str(encoded_on.get("platform")) if isinstance(encoded_on, dict) else "an unrecorded platform"
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    source = settings.get("source", {})
+    return {k: v for k, v in settings.items() if k != "source"} | {f"source.{k}": v for k, v in source.items()}
