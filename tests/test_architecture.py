@@ -15,7 +15,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PLACES = ("janus_jax", "train", "convert", "configs", "examples", "benchmarks", "notebooks", "tests")
+PLACES = ("janus_jax", "train", "evals", "convert", "configs", "examples", "benchmarks", "notebooks", "tests")
 # The rooms from the ground floor up. A room may import itself and those above it in this list, of its own place;
 # a name that ends in `.*` means all modules of the folder.
 FLOORS = (
@@ -43,11 +43,14 @@ FLOORS = (
     "train.watch.dry_run",
     "train.main train.prepare train.inspect train.inspect_page train.compile train.vq train.vq_images",
     "train.finetune",
+    "evals.items",
+    "evals.tasks.*",
 )
 # What a place may import of the others.
 OTHERS = {
     "janus_jax": set(),
     "train": {"janus_jax"},
+    "evals": {"janus_jax"},
     "convert": {"janus_jax"},
     "configs": {"janus_jax", "train", "examples"},
     "examples": {"janus_jax", "train"},
@@ -90,7 +93,7 @@ def floor_of(module: str) -> int:
     raise AssertionError(f"{module} has no floor: give it one in FLOORS of {pathlib.Path(__file__).name}")
 
 
-@pytest.mark.parametrize("place", ["janus_jax", "train"])
+@pytest.mark.parametrize("place", ["janus_jax", "train", "evals"])
 def test_nothing_imports_upwards(place):
     wrong = [
         f"{module} imports {other}"
@@ -132,7 +135,7 @@ def test_planning_loads_no_data():
 # ---------------------------------------------------------------- the map, and sizes
 
 # Where users look: tests mirror the modules, and a config is a file a run.
-MAPPED = ("janus_jax", "train", "convert", "examples", "benchmarks", "notebooks")
+MAPPED = ("janus_jax", "train", "evals", "convert", "examples", "benchmarks", "notebooks")
 MOST_LINES, MOST_MODULES = 400, 12
 
 

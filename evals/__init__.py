@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m evals.main --tasks pope,mme --model DIR --data FOLDER --out DIR`."""
