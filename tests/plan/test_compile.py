@@ -133,6 +133,28 @@ def test_layouts_that_do_not_fit_are_refused_before_compiling(overrides, told, c
     assert [line for line in done.stderr.splitlines() if told in line] and "Traceback" not in done.stderr
 
 
+_LOWER = """
+import sys
+from janus_jax.processing.images import ImageSettings
+from janus_jax.sharding import make_mesh
+from train.compile import _environment
+from train.overrides import load_config
+from train.plan.programs import devices_of, lower_step
+from train.plan.topologies import topology
+_environment()
+config = load_config("debug", sys.argv[1:])
+lowered, arguments = lower_step(config, make_mesh({"fsdp": 4}, devices_of(topology("v5e-4"))), ImageSettings(384))
+assert "sharding" in lowered.as_text() and all(arguments.values()), arguments
+"""
+
+
+@needs_libtpu
+def test_a_small_step_is_lowered():
+    """Devices that are not there compute nothing: whatever is computed while the step is made must be made elsewhere."""
+    done = subprocess.run([sys.executable, "-c", _LOWER, *SMALL], cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("place", [pytest.param("v5e-4", marks=needs_libtpu), pytest.param("h100-4", marks=needs_cuda)])
 def test_a_small_step_compiles(place):

@@ -136,8 +136,10 @@ def lower_step(config: TrainConfig, mesh: Mesh, settings: ImageSettings) -> tupl
     """The train step of `config` on `mesh`, lowered, and the bytes of its arguments on a device, by name."""
     state, frozen = abstract_state(config, mesh)
     batch = abstract_batch(config, mesh)
+    # Made outside the mesh: the optimizer's initial state is computed, and devices of a topology compute nothing.
+    step = make_train_step(config, mesh, settings)
     with jax.set_mesh(mesh):
-        lowered = make_train_step(config, mesh, settings).lower(state, frozen, batch)
+        lowered = step.lower(state, frozen, batch)
     return lowered, {
         "parameters": _shard_bytes((state.trained, frozen)),
         "optimizer state": _shard_bytes(state.opt_state),
