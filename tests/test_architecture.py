@@ -44,6 +44,8 @@ FLOORS = (
     "train.main train.prepare train.inspect train.inspect_page train.compile train.vq train.vq_images",
     "train.finetune",
     "evals.items",
+    "evals.intervals evals.prompts",
+    "evals.read.* evals.rules.*",
     "evals.tasks.*",
 )
 # What a place may import of the others.

@@ -1,0 +1,1 @@
+"""Benchmarks as people have them on disk: tables, parquet files, pictures."""
