@@ -11,32 +11,23 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
-import numpy as np
 
 from janus_jax.config import read_config
 from janus_jax.hub import resolve
 from janus_jax.io.messages import print_any_text, print_error
-from janus_jax.io.progress import shown, step_bar
-from janus_jax.io.store_access import is_store
-from janus_jax.io.store_cache import local_copy
-from janus_jax.io.stores import as_path
 from janus_jax.processing.chat import SYSTEM_PROMPT, Processor
 from janus_jax.sampling.memory import OutOfMemory
 from train.config import KINDS
-from train.data.prepared import IMAGES
-from train.data.shard_files import index_file, read_indices
-from train.data.shards import Encode, ShardWriter
-from train.data.tokenize import STORES, SampleTokenizer, resized_by, tokenizer_fingerprint
+from train.data.shards import Encode
+from train.data.tokenize import STORES
 from train.fleet.encoder import vq_encoder
-from train.fleet.folder import begin, probe
-from train.fleet.merge import Report, drop_indices, finish, pictures, read_dropped
+from train.fleet.merge import Report, merge
+from train.fleet.preparation import Preparation
+from train.fleet.shares import ALL, Part, find_part, parse_part
 from train.raw.sources import FORMATS, NAMES, SCHEMAS, RawSample, open_source
-
-_REQUESTS = 32  # to a store at a time
 
 
 def prepare(
@@ -55,8 +46,9 @@ def prepare(
     store: str = "original",
     workers: int | None = None,
     progress: bool | None = None,
+    part: Part = ALL,
 ) -> Report:
-    """Writes the prepared folder `out`, or the rest of it; the bytes do not depend on `workers`.
+    """Writes the prepared folder `out`, or the rest of it; the bytes depend neither on `workers` nor on `part`.
 
     Args:
       source: from `train.raw.sources.open_source`, or any sequence of `RawSample`.
@@ -72,70 +64,13 @@ def prepare(
       store: how understanding images are stored: 'original', as their files; or 'resized', as PNGs of the pixels that
         the model sees, which are small and fast to read if the originals are large.
       workers: threads that read, decode and tokenize; None for one per core.
+      part: the share of this process, where several prepare the same folder; whichever ends last finishes it.
     Raises: ValueError with the counts by reason for too many bad samples, and for inconsistent arguments.
     """
-    if kind == "generation" and encode is None:
-        raise ValueError("preparing generation data needs encode, from images to codes")
-    if min(shard_size, batch_size) < 1 or (workers is not None and workers < 1):
-        raise ValueError("shard_size, batch_size and workers must be at least 1")
-    if not 0 <= max_bad_share <= 1:
-        raise ValueError(f"max_bad_share must be between 0 and 1, got {max_bad_share}")
-    if not len(source):
-        raise ValueError("the source is empty")
-    out = as_path(out)
-    tokenize = SampleTokenizer(processor, kind, context, system_prompt, store)
-    settings = {
-        "kind": kind,
-        "context": context,
-        "shard_size": shard_size,
-        "system_prompt": system_prompt,
-        "tokenizer": tokenizer_fingerprint(processor),
-        "vq": vq_fingerprint if kind == "generation" else "",
-        "image_size": processor.config.gen_vision.image_size if kind == "generation" else 0,
-        "patches": processor.config.vision.num_patches,
-        "source": getattr(source, "description", {"samples": len(source)}) | {"probe": probe(source)},
-    }
-    if kind == "generation":
-        # Codes are computed in full precision, but platforms sum in different orders.
-        settings["encoded_on"] = {"platform": jax.default_backend(), "precision": "float32"}
-    if store == "resized" and kind == "understanding":
-        settings["resized"] = list(resized_by(processor.settings))
-    meta = begin(out, settings)
-    work = ShardWriter(source, out, tokenize, encode, batch_size, max_bad_share)
-    if meta["finished"]:
-        drop_indices(out)
-        totals = meta["read"], meta["samples"], meta["tokens"], meta["dropped"]
-        images = np.load(local_copy(out / IMAGES) if is_store(out) else out / IMAGES, allow_pickle=False)
-        return Report(out, kind, *totals, pictures(kind, images), work.decides_anew(read_dropped(out)))
-
-    count = -(-len(source) // shard_size)
-    ranges = [range(shard * shard_size, min((shard + 1) * shard_size, len(source))) for shard in range(count)]
-    done = read_indices(out, count)
-    for shard, index in list(done.items()):
-        if work.decides_anew(index["dropped"]):
-            # For example, missing images have appeared: without its index, the shard is written again.
-            (out / index_file(shard)).unlink()
-            del done[shard]
-        else:
-            work.add(index["read"], index["dropped"])
-    pool = ThreadPoolExecutor(workers or default_workers(source))
-    try:
-        with step_bar("preparing", len(source), shown(progress)) as bar:
-            for shard, items in enumerate(ranges):
-                if shard in done:
-                    bar.update(len(items))
-                else:
-                    done[shard] = work.write(pool, shard, items, bar.update)
-    finally:
-        pool.shutdown(cancel_futures=True)
-    work.check()
-    return finish(out, meta, [done[shard] for shard in range(count)], processor)
-
-
-def default_workers(source: Sequence[RawSample]) -> int:
-    """Threads that read: one per core, and enough for many requests at once if samples come from a store."""
-    path = getattr(source, "description", {}).get("path", "")
-    return max(os.cpu_count() or 1, _REQUESTS if is_store(path) else 1)
+    options = {"encode": encode, "vq_fingerprint": vq_fingerprint, "context": context, "shard_size": shard_size}
+    options |= {"batch_size": batch_size, "max_bad_share": max_bad_share, "system_prompt": system_prompt}
+    options |= {"store": store, "workers": workers, "progress": progress}
+    return Preparation(source, out, kind, processor, **options).run(part)
 
 
 # ---------------------------------------------------------------- command line
@@ -146,6 +81,14 @@ def main(argv: list[str] | None = None) -> int:
     print_any_text()
     args = _parser().parse_args(argv)
     try:
+        if args.merge:
+            _say(merge(args.out, args.max_bad_share))
+            return 0
+        if absent := [name for name in ("kind", "source", "model") if getattr(args, name) is None]:
+            raise ValueError(f"{' and '.join(f'--{name}' for name in absent)} missing; see --help")
+        part = parse_part(args.part) if args.part else find_part()
+        if part.count > 1:
+            _say(f"{part}, by {part.told}")
         source = open_source(args.source, args.format, args.images, args.names, args.allow_outside, args.schema)
         _say(source)
         folder = resolve(args.model)
@@ -165,6 +108,7 @@ def main(argv: list[str] | None = None) -> int:
             system_prompt=args.system_prompt,
             store=args.store,
             workers=args.workers,
+            part=part,
         )
     except (OSError, ValueError) as error:
         print_error(error)
@@ -192,8 +136,8 @@ def _say(what: Any):
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m train.prepare", description="Prepares data for training.")
-    parser.add_argument("--kind", choices=KINDS, required=True)
-    parser.add_argument("--source", required=True, metavar="PATH", help="file, folder or glob")
+    parser.add_argument("--kind", choices=KINDS)
+    parser.add_argument("--source", metavar="PATH", help="file, folder or glob")
     parser.add_argument(
         "--format", choices=NAMES, metavar="FORMAT", help=f"of the files: {', '.join(FORMATS)} (default: detected)"
     )
@@ -203,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
         "--allow-outside", action="store_true", help="allow image paths outside that folder (absolute, .., links)"
     )
     parser.add_argument("--names", metavar="FILE", help="names of category folders, as JSON or lines")
-    parser.add_argument("--model", required=True, help="checkpoint folder (any layout) or hub id")
+    parser.add_argument("--model", help="checkpoint folder (any layout) or hub id")
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.add_argument("--context", type=int, default=4096, help="the most tokens of a sample (default 4096)")
     parser.add_argument("--shard-size", type=int, default=8192, help="samples of the source per file (default 8192)")
@@ -217,6 +161,12 @@ def _parser() -> argparse.ArgumentParser:
         help="store understanding images as their files, or as PNGs of the pixels the model sees (default original)",
     )
     parser.add_argument("--workers", type=int, help="threads that read and decode (default: one per core)")
+    parser.add_argument(
+        "--part",
+        metavar="I/N",
+        help="make only the share I, from 0, of N processes (default: as SLURM or a TPU slice says, else all)",
+    )
+    parser.add_argument("--merge", action="store_true", help="finish the folder --out, whose shards are all complete")
     return parser
 
 

@@ -26,11 +26,13 @@ from janus_jax.io.stores import as_path
 from train.data.bags import content_of
 from train.data.records import Records, StoreRecords
 from train.data.samples import Sample
+from train.data.shard_files import listed_shards, missing_shards, shard_count
 from train.raw.sources import missing_path
 from train.raw.storage import machine_error, patiently
 
 META, LENGTHS, IMAGES, ENDS, DROPPED = "prepared.json", "lengths.npy", "images.npy", "ends.npy", "dropped.jsonl"
 TOKENIZER = "tokenizer.json"
+INDEX = "index"  # of prepared.json: what is known of lengths.npy and images.npy without reading them
 # Special tokens whose ids prepared.json has under `ids`.
 SPECIAL_IDS = ("bos", "eos", "pad", "begin_of_image", "end_of_image", "image_placeholder")
 # 2 stores each sample's place in the source and the tokenizer, and hashes VQ parameters as `train.data.fingerprints`
@@ -107,7 +109,7 @@ def open_prepared(folder: str | os.PathLike) -> Prepared:
             f"{folder} is not a prepared folder (it has no {META}); make one with `python -m train.prepare --out ...`"
         )
     if not meta["finished"]:
-        raise ValueError(f"the preparation of {folder} is unfinished; run the same `python -m train.prepare` again")
+        raise ValueError(_unfinished(folder, meta))
     if is_store(folder) and meta["version"] < _BY_RANGE:
         raise ValueError(
             f"{folder} was prepared by an earlier version, whose files are read from a local disk only; copy it to "
@@ -166,6 +168,19 @@ def _map_again(folder: pathlib.Path, fingerprint: str, digest: str) -> Prepared:
     if meta is None or _digest(meta) != digest:
         raise ValueError(f"{folder} has changed since the run opened it; start the run again")
     return patiently(lambda: _map(folder, meta, fingerprint), folder)
+
+
+def _unfinished(folder: pathlib.Path, meta: dict[str, Any]) -> str:
+    told = f"the preparation of {folder} is unfinished; run the same `python -m train.prepare` again"
+    count = shard_count(meta)
+    if not count:
+        return told
+    if missing := missing_shards(folder, count):
+        return (
+            f"{told}, or in the parts that have not ended: {len(missing)} of {count} shards are missing "
+            f"({listed_shards(missing)})"
+        )
+    return f"{told}, or with --merge: its {count} shards are complete, but not merged"
 
 
 def _filled(meta: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,20 +1,32 @@
-"""The files of a prepared folder in the making: named by shard, written whole or not at all, complete or not."""
+"""The files of a prepared folder in the making: named by shard, written whole or not at all, complete or not.
+
+Any number of processes may write to the folder, even the same shard: what they write has names of their own until it is
+whole, and then replaces what is there, which has the same bytes.
+"""
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import os
 import pathlib
+import secrets
+import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from janus_jax.io.files import read_json_object
+from janus_jax.io.messages import one_line
 from janus_jax.io.store_access import is_store
 from train.data.bags import ENDING
 
+PARTIAL = ".partial"
 _INDICES_AT_ONCE = 32  # requests to a store
 _MAX_INDEX = 1 << 30  # bytes of a shard's index
+_LEFT_AFTER = 3600  # seconds without a change after which a partial file counts as that of a killed process
 
 
 def data_file(shard: int) -> str:
@@ -25,20 +37,42 @@ def index_file(shard: int) -> str:
     return f"data-{shard:05d}.json"
 
 
+# ---------------------------------------------------------------- writing
+
+
+def new_partial(path: pathlib.Path) -> pathlib.Path:
+    """A local path to write a file at that `publish` then moves to `path`; no other process has the same."""
+    name = f"{path.name}.{secrets.token_hex(4)}{PARTIAL}"
+    if is_store(path):
+        return pathlib.Path(tempfile.mkdtemp(prefix="janus_jax_")) / name
+    return path.with_name(name)
+
+
+def publish(partial: pathlib.Path, path: pathlib.Path):
+    """Makes `partial` appear at `path`, whole; FileNotFoundError if another process has removed it."""
+    if is_store(path):
+        path.upload(partial)
+        discard(partial, path)
+    else:
+        partial.replace(path)
+
+
+def discard(partial: pathlib.Path, path: pathlib.Path):
+    if is_store(path):
+        shutil.rmtree(partial.parent, ignore_errors=True)
+    else:
+        partial.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def appearing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A local path to write a file at, which then appears at `path`, whole, if it is still there."""
-    if is_store(path):
-        with tempfile.TemporaryDirectory(prefix="janus_jax_") as folder:
-            partial = pathlib.Path(folder) / path.name
-            yield partial
-            if partial.exists():
-                path.upload(partial)
-        return
-    partial = path.with_name(f"{path.name}.partial")
-    yield partial
-    if partial.exists():
-        partial.replace(path)
+    """A local path to write a file at, which appears at `path`, whole, unless the block fails."""
+    partial = new_partial(path)
+    try:
+        yield partial
+        publish(partial, path)
+    finally:
+        discard(partial, path)
 
 
 def replace_file(path: pathlib.Path, text: str):
@@ -46,28 +80,110 @@ def replace_file(path: pathlib.Path, text: str):
     if is_store(path):
         path.write_text(text, encoding="utf-8")
         return
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    with appearing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
-def read_index(out: pathlib.Path, shard: int) -> dict[str, Any] | None:
-    """The index of a complete shard; None if it is not complete, or of an earlier format."""
+def create_file(path: pathlib.Path, text: str):
+    """Writes a file atomically unless it is there; where storage cannot tell, the last writer's remains."""
+    if is_store(path):
+        path.write_text(text, encoding="utf-8")
+        return
+    partial = new_partial(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        try:
+            os.link(partial, path)
+        except FileExistsError:
+            pass
+        except OSError:
+            partial.replace(path)  # storage without links
+    finally:
+        discard(partial, path)
+
+
+def remove_partial(out: pathlib.Path, left_after: float = _LEFT_AFTER):
+    """Removes partial files of `out` that have not changed for so many seconds: their writers were killed."""
+    if is_store(out):
+        return  # whose objects appear whole
+    for path in out.glob(f"*{PARTIAL}"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime >= left_after:
+                path.unlink()
+
+
+# ---------------------------------------------------------------- complete shards
+
+
+def read_index(out: pathlib.Path, shard: int, mark: str = "") -> dict[str, Any] | None:
+    """The index of a complete shard; None if it is not complete, or of an earlier format.
+
+    Raises: ValueError if it was prepared with other settings than those of `mark`.
+    """
     try:
         index = read_json_object(out / index_file(shard), _MAX_INDEX)
         whole = not index["lengths"] or (out / data_file(shard)).stat().st_size == index["bytes"]
         whole = whole and len(index["lengths"]) == len(index.get("ends", ()))
+        other = index.get("settings", mark) != mark
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
+    if whole and other:
+        raise ValueError(
+            f"{one_line(out / data_file(shard))} was prepared with other settings than {one_line(out)}; delete "
+            f"{index_file(shard)} beside it and run the same `python -m train.prepare` again"
+        )
     return index if whole else None
 
 
-def read_indices(out: pathlib.Path, shards: int) -> dict[int, dict[str, Any]]:
-    """The indices of the complete shards of `shards`, by number."""
+def read_indices(out: pathlib.Path, shards: Sequence[int], mark: str = "") -> Iterator[tuple[int, dict[str, Any]]]:
+    """The complete shards of `shards` and their indices, in order, with a few of them in memory; see `read_index`."""
+    known = present(out, shards)
     if not is_store(out):
-        return {shard: index for shard in range(shards) if (index := read_index(out, shard)) is not None}
-    there = {path.name for path in out.iterdir()}
-    known = [shard for shard in range(shards) if index_file(shard) in there]
+        found = ((shard, read_index(out, shard, mark)) for shard in known)
+        yield from ((shard, index) for shard, index in found if index is not None)
+        return
     with ThreadPoolExecutor(_INDICES_AT_ONCE) as pool:
-        read = pool.map(lambda shard: read_index(out, shard), known)
-        return {shard: index for shard, index in zip(known, read, strict=True) if index is not None}
+        read = in_order(pool, lambda shard: read_index(out, shard, mark), known, 2 * _INDICES_AT_ONCE)
+        yield from ((shard, index) for shard, index in zip(known, read, strict=True) if index is not None)
+
+
+def present(out: pathlib.Path, shards: Sequence[int]) -> list[int]:
+    """Those of `shards` that have an index, by one listing."""
+    there = {path.name for path in out.iterdir()} if is_store(out) else set(os.listdir(out))
+    return [shard for shard in shards if index_file(shard) in there]
+
+
+def shard_count(meta: dict[str, Any]) -> int:
+    """The number of shards of a folder in the making, by its settings; 0 if they do not say."""
+    settings = meta.get("settings")
+    samples, size = None, None
+    if isinstance(settings, dict) and isinstance(settings.get("source"), dict):
+        samples, size = settings["source"].get("samples"), settings.get("shard_size")
+    return -(-samples // size) if isinstance(samples, int) and isinstance(size, int) and size > 0 else 0
+
+
+def missing_shards(out: pathlib.Path, count: int) -> list[int]:
+    return sorted(set(range(count)) - set(present(out, range(count))))
+
+
+def listed_shards(shards: Sequence[int], most: int = 8) -> str:
+    """Numbers of shards for a message: ranges, shortened if there are many."""
+    runs: list[list[int]] = []
+    for shard in shards:
+        if runs and shard == runs[-1][1] + 1:
+            runs[-1][1] = shard
+        else:
+            runs.append([shard, shard])
+    told = [str(first) if first == last else f"{first} to {last}" for first, last in runs[:most]]
+    return ", ".join(told + (["..."] if len(runs) > most else []))
+
+
+def in_order(pool: ThreadPoolExecutor, function: Callable, items: Iterable, ahead: int) -> Iterator[Any]:
+    """`function` of each item in order, computed by `pool`, with at most `ahead` of them computed in advance."""
+    waiting = collections.deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) >= ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()

@@ -1,7 +1,8 @@
 """Writes the shards of a prepared folder: each from a fixed range of the source's samples, and atomically.
 
 After `data-00000.bag`, its index `data-00000.json` is written (lengths, images, ends, dropped samples), which is merged
-into the folder's own index at the end. A folder in a store gets each file whole, and so the index after its records.
+into the folder's own index at the end. While a batch of images is being encoded, the next is read, and the one before
+is written; a complete shard is stored while the next is made.
 """
 
 from __future__ import annotations
@@ -9,51 +10,65 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
+import itertools
 import json
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from train.data.bags import BagWriter
+from train.data.prepared import read_meta
 from train.data.samples import Sample
-from train.data.shard_files import appearing, data_file, index_file, replace_file
+from train.data.shard_files import data_file, discard, in_order, index_file, new_partial, publish, replace_file
 from train.data.tokenize import SampleTokenizer
 from train.raw.sources import BadSample
 from train.raw.storage import patiently
 
 # Fewer samples say too little about the share of bad ones.
-_LEAST_READ = 100
+LEAST_READ = 100
 
 Encode = Callable[[np.ndarray], Any]
 
 
-class ShardWriter:
-    """Writes shards, and counts bad samples over all of them."""
+class Tally:
+    """Counts samples that were read, and bad ones by reason."""
 
-    def __init__(self, source, out, tokenize: SampleTokenizer, encode, batch_size: int, max_bad_share: float):
-        self.source, self.out, self.tokenize, self.encode = source, out, tokenize, encode
-        self.batch_size, self.max_bad_share = batch_size, max_bad_share
+    def __init__(self, max_bad_share: float):
+        self.max_bad_share = max_bad_share
         self.read, self.dropped = 0, collections.Counter()
         self.first: dict[str, str] = {}
 
-    def add(self, read: int, dropped: Sequence[dict[str, str]]):
+    def add(self, read: int, dropped: Sequence[dict[str, Any]]):
         self.read += read
         for one in dropped:
             self.dropped[one["reason"]] += 1
             self.first.setdefault(one["reason"], f"{one['place']}: {one['detail']}")
 
-    def check(self):
-        """Raises ValueError if too many samples have been bad so far."""
+    def check(self, least: int = 0):
+        """Raises ValueError if at least `least` samples have been read, and too many of them were bad."""
         bad = self.dropped.total()
-        if bad > self.max_bad_share * self.read:
+        if self.read >= least and bad > self.max_bad_share * self.read:
             reasons = "; ".join(f"{n} {reason} (first: {self.first[reason]})" for reason, n in self.dropped.items())
             raise ValueError(
                 f"{bad} of {self.read} samples are bad, more than max_bad_share {self.max_bad_share:g}: {reasons}; "
                 "fix the data, or allow more with --max-bad-share"
             )
+
+
+class ShardWriter:
+    """Writes shards of `source` to `out`; `tally` has the samples read so far.
+
+    Args:
+      encode: as in `train.prepare.prepare`; it may return before the codes are computed.
+      mark: stands for the settings in the index of each shard, see `train.fleet.folder`.
+    """
+
+    def __init__(self, source, out, tokenize: SampleTokenizer, encode, batch_size: int, tally: Tally, mark: str = ""):
+        self.source, self.out, self.tokenize, self.encode = source, out, tokenize, encode
+        self.batch_size, self.tally, self.mark = batch_size, tally, mark
 
     def make(self, item: int) -> tuple[list[Sample], np.ndarray | None] | BadSample:
         """Raises OSError if the machine cannot read the item or has no memory for it, even after several tries."""
@@ -75,69 +90,114 @@ class ShardWriter:
             count += not isinstance(made, BadSample) or made.reason != one["reason"]
         return count
 
-    def write(self, pool: ThreadPoolExecutor, shard: int, items: range, on_read: Callable[[int], Any]) -> dict:
-        """Writes the shard of `items` and then its index, and returns the index."""
-        with appearing(self.out / data_file(shard)) as partial:
-            index = self._write(pool, partial, items, on_read)
-            if not index["lengths"]:
-                partial.unlink()
-        replace_file(self.out / index_file(shard), json.dumps(index, ensure_ascii=False))
-        return index
+    def write(
+        self, pool: ThreadPoolExecutor, shards: Mapping[int, range], on_read: Callable[[int], Any]
+    ) -> Iterator[dict]:
+        """Writes each of `shards`, of these items of the source, and its index; yields the indices."""
+        # Enough ahead to keep the threads busy while a batch is being encoded, over the ends of shards.
+        items = itertools.chain.from_iterable(shards.values())
+        made = in_order(pool, self.make, items, ahead=2 * self.batch_size)
+        with ThreadPoolExecutor(1) as storing:
+            stored: Future | None = None
+            for shard, own in shards.items():
+                path = self.out / data_file(shard)
+                partial = new_partial(path)
+                try:
+                    index, writer = self._write(partial, own, itertools.islice(made, len(own)), on_read)
+                except BaseException:
+                    discard(partial, path)
+                    raise
+                if stored is not None:
+                    yield stored.result()
+                stored = storing.submit(self._store, shard, partial, writer, index)
+            if stored is not None:
+                yield stored.result()
 
-    def _write(self, pool: ThreadPoolExecutor, path: pathlib.Path, items: range, on_read: Callable[[int], Any]) -> dict:
-        index = {"read": len(items), "lengths": [], "images": [], "dropped": []}
-        digest, waiting = hashlib.sha256(), []
+    def _write(
+        self, path: pathlib.Path, items: range, made: Iterator, on_read: Callable[[int], Any]
+    ) -> tuple[dict, BagWriter]:
+        index = {"read": len(items), "lengths": [], "images": [], "dropped": [], "settings": self.mark}
+        digest = hashlib.sha256()
+        waiting: list[tuple[Sample, np.ndarray]] = []
+        encoding: tuple[list[Sample], Any] | None = None
         writer = BagWriter(path)
 
-        def put(sample: Sample):
-            record = sample.to_bytes()
-            writer.write(record)
-            digest.update(record)
-            index["lengths"].append(sample.length)
-            index["images"].append(len(sample.images))
+        def put(samples: Sequence[Sample]):
+            for sample in samples:
+                record = sample.to_bytes()
+                writer.write(record)
+                digest.update(record)
+                index["lengths"].append(sample.length)
+                index["images"].append(len(sample.images))
 
         try:
-            # Enough ahead to keep the threads busy while a batch is being encoded.
-            for item, made in zip(items, _in_order(pool, self.make, items, ahead=2 * self.batch_size), strict=True):
-                bad = [dataclasses.asdict(_Dropped.of(made)) | {"item": item}] if isinstance(made, BadSample) else []
+            for item, one in zip(items, made, strict=True):
+                bad = [dataclasses.asdict(_Dropped.of(one)) | {"item": item}] if isinstance(one, BadSample) else []
                 index["dropped"] += bad
-                self.add(1, bad)
+                self.tally.add(1, bad)
                 on_read(1)
                 if bad:
-                    if self.read >= _LEAST_READ:
-                        self.check()
-                elif made[1] is None:
-                    for sample in made[0]:
-                        put(sample)
+                    self.tally.check(LEAST_READ)
+                elif one[1] is None:
+                    put(one[0])
                 else:
-                    waiting.append((made[0][0], made[1]))
+                    waiting.append((one[0][0], one[1]))
                     if len(waiting) == self.batch_size:
-                        for sample in self.add_codes(waiting):
-                            put(sample)
-                        waiting.clear()
-            for sample in self.add_codes(waiting):
-                put(sample)
-        finally:
+                        before, encoding = encoding, self._start(waiting)
+                        waiting = []
+                        put(self._with_codes(before))
+            put(self._with_codes(encoding))
+            put(self._with_codes(self._start(waiting) if waiting else None))
+        except BaseException:
             writer.close()
+            raise
         if index["lengths"]:
-            size = path.stat().st_size
-            index |= {"ends": writer.ends, "bytes": size, "sha256": digest.hexdigest()}
-        return index
+            index |= {"ends": writer.ends, "sha256": digest.hexdigest()}
+        return index, writer
 
-    def add_codes(self, waiting: list[tuple[Sample, np.ndarray]]) -> Iterator[Sample]:
-        if not waiting:
-            return
+    def _start(self, waiting: list[tuple[Sample, np.ndarray]]) -> tuple[list[Sample], Any]:
+        """The samples of a batch, and their codes, which a device may still be computing."""
         # Always the same shape, so that it is compiled once.
         images = np.zeros((self.batch_size, *waiting[0][1].shape), np.float32)
         images[: len(waiting)] = [pixels for _, pixels in waiting]
-        codes = np.asarray(self.encode(images))
+        return [sample for sample, _ in waiting], self.encode(images)
+
+    def _with_codes(self, encoding: tuple[list[Sample], Any] | None) -> Sequence[Sample]:
+        if encoding is None:
+            return ()
+        samples, codes = encoding[0], np.asarray(encoding[1])
         expected = (self.batch_size, self.tokenize.processor.config.gen_vision.num_tokens)
         if codes.shape != expected or not np.issubdtype(codes.dtype, np.integer):
             raise ValueError(f"encode gave {codes.dtype} {list(codes.shape)}, expected integers {list(expected)}")
-        if codes[: len(waiting)].min() < 0:  # as `VQModel.encode` marks vectors that are not finite
+        if codes[: len(samples)].min() < 0:  # as `VQModel.encode` marks vectors that are not finite
             raise ValueError("the VQ encoder's values are not finite: its weights are damaged; get them again")
-        for (sample, _), own in zip(waiting, codes.astype(np.int32), strict=False):
-            yield dataclasses.replace(sample, codes=own)
+        return [
+            dataclasses.replace(sample, codes=own) for sample, own in zip(samples, codes.astype(np.int32), strict=False)
+        ]
+
+    def _store(self, shard: int, partial: pathlib.Path, writer: BagWriter, index: dict) -> dict:
+        path = self.out / data_file(shard)
+        try:
+            writer.close()
+            if index["lengths"]:
+                index["bytes"] = partial.stat().st_size
+            # Another process may have written the same shard meanwhile, and merged the folder.
+            if not self._finished():
+                if index["lengths"]:
+                    publish(partial, path)
+                else:
+                    path.unlink(missing_ok=True)
+                replace_file(self.out / index_file(shard), json.dumps(index, ensure_ascii=False))
+        except FileNotFoundError:
+            if not self._finished():
+                raise
+        finally:
+            discard(partial, path)
+        return index
+
+    def _finished(self) -> bool:
+        meta = read_meta(self.out)
+        return meta is not None and meta["finished"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,14 +214,3 @@ class _Dropped:
 def _writable(text: str) -> str:
     # The data may contain lone surrogates, which cannot be written.
     return text.encode(errors="replace").decode()
-
-
-def _in_order(pool: ThreadPoolExecutor, function: Callable, items: range, ahead: int) -> Iterator[Any]:
-    """`function` of each item in order, computed by `pool`, with at most `ahead` of them computed in advance."""
-    waiting = collections.deque()
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) >= ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()

@@ -12,8 +12,9 @@ import numpy as np
 
 from janus_jax.io.messages import print_line
 from janus_jax.io.store_access import is_store
-from train.data.prepared import FORMAT_VERSION, META, read_meta
-from train.data.shard_files import replace_file
+from janus_jax.processing.tokenizer import Tokenizer
+from train.data.prepared import FORMAT_VERSION, META, SPECIAL_IDS, TOKENIZER, read_meta
+from train.data.shard_files import PARTIAL, create_file, remove_partial, replace_file
 from train.raw.sources import BadSample, RawSample
 from train.raw.storage import patiently
 
@@ -34,37 +35,63 @@ def probe(source: Sequence[RawSample]) -> str:
     return digest.hexdigest()[:16]
 
 
-def begin(out: pathlib.Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The meta of `out`, created if missing; ValueError if it is another folder or was begun with other settings."""
+def mark_of(settings: dict[str, Any]) -> str:
+    """A hash of the settings that determine the bytes, which the index of each shard holds."""
+    return hashlib.sha256(json.dumps(_compared(settings), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    return {name: getattr(tokenizer, f"{name}_id") for name in SPECIAL_IDS}
+
+
+def begin(out: pathlib.Path, settings: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+    """The meta of `out`, created if missing: of several processes, by one.
+
+    Raises: ValueError if it is another folder or was begun with other settings.
+    """
     if not is_store(out) and out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; choose a new folder, or one begun before")
     out.mkdir(parents=True, exist_ok=True)
     meta = read_meta(out)
     if meta is None:
         there = out.iterdir() if not is_store(out) or out.exists() else ()
-        if any(not child.name.endswith(".partial") for child in there):
+        strange = any(not child.name.endswith(PARTIAL) for child in there)
+        # Another process may have begun it just now.
+        if strange and read_meta(out) is None:
             raise ValueError(f"{out} has other files in it; choose a new folder, or one begun before")
         meta = {"version": FORMAT_VERSION, "kind": settings["kind"], "finished": False, "shards": []}
         meta["settings"] = settings
-        replace_file(out / META, json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
-        return meta
-    ours, theirs = _flat(settings), _flat(meta.get("settings", {}))
-    # The same data may have another path, format or schema; the probe compares their content.
-    free = ("source.path", "source.format", "source.schema", "encoded_on")
-    other = [key for key in ours | theirs if key not in free and ours.get(key) != theirs.get(key)]
+        # Not among the settings, which determine the samples: this is for decoding them.
+        meta["ids"] = special_ids(tokenizer)
+        create_file(out / META, json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
+        meta = read_meta(out) or meta
+    _compare(out, settings, meta)
+    if not meta["finished"]:
+        remove_partial(out)
+        if not (out / TOKENIZER).exists():
+            replace_file(out / TOKENIZER, tokenizer.state())
+    return meta
+
+
+def _compare(out: pathlib.Path, settings: dict[str, Any], meta: dict[str, Any]):
+    ours, theirs = _compared(settings), _compared(meta.get("settings", {}))
+    other = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
     if other:
         told = ", ".join(f"{key} {theirs.get(key)!r:.60}, now {ours.get(key)!r:.60}" for key in other)
         raise ValueError(f"{out} was begun with other settings ({told}); choose another folder, or delete this one")
-    here, there = ours.get("encoded_on"), theirs.get("encoded_on")
+    here, there = settings.get("encoded_on"), meta.get("settings", {}).get("encoded_on")
     if here != there and not meta["finished"]:
         print_line(f"note: {out} was begun on {_platform(there)}; the remaining codes are made on {_platform(here)}")
-    return meta
+
+
+def _compared(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that must agree, flat."""
+    source = settings.get("source", {})
+    found = {k: v for k, v in settings.items() if k not in ("source", "encoded_on")}
+    # The same data may have another path, format or schema; the probe compares their content.
+    free = ("path", "format", "schema")
+    return found | {f"source.{k}": v for k, v in source.items() if k not in free}
 
 
 def _platform(encoded_on: Any) -> str:
     return str(encoded_on.get("platform")) if isinstance(encoded_on, dict) else "an unrecorded platform"
-
-
-def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    source = settings.get("source", {})
-    return {k: v for k, v in settings.items() if k != "source"} | {f"source.{k}": v for k, v in source.items()}

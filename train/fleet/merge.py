@@ -1,19 +1,44 @@
-"""From complete shards to a finished prepared folder."""
+"""The merge: from complete shards, whoever wrote them, to a finished prepared folder.
+
+Any number of processes may merge a folder, at the same time too: each writes the same bytes, and `prepared.json`, which
+says that the folder is finished, last. Lists of all samples are written as they are read, a shard at a time.
+"""
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
+import hashlib
 import json
+import os
 import pathlib
-from typing import Any
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from janus_jax.io.files import parse_json
-from janus_jax.processing.chat import Processor
-from train.data.prepared import DROPPED, ENDS, FORMAT_VERSION, IMAGES, LENGTHS, META, SPECIAL_IDS, TOKENIZER
-from train.data.shard_files import appearing, data_file, replace_file
+from janus_jax.io.messages import one_line
+from janus_jax.io.store_access import is_store
+from janus_jax.io.store_cache import local_copy
+from janus_jax.io.stores import as_path
+from train.data.prepared import DROPPED, ENDS, FORMAT_VERSION, IMAGES, INDEX, LENGTHS, META, read_meta
+from train.data.shard_files import (
+    appearing,
+    data_file,
+    listed_shards,
+    missing_shards,
+    read_indices,
+    remove_partial,
+    replace_file,
+    shard_count,
+)
+from train.data.shards import Tally
+from train.fleet.folder import mark_of
+
+_REMOVED_AT_ONCE = 32  # files; a store answers late
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +46,8 @@ class Report:
     """The result of a preparation: samples of the source read and dropped (by reason), samples kept, their tokens.
 
     `pictures` counts the images of the kept samples; `changed` counts samples that a finished folder lacks and that
-    could be prepared now.
+    could be prepared now; `waits_for` counts the shards of other parts that are not complete yet: then the folder is
+    not finished, and the rest is about this part's shards.
     """
 
     folder: pathlib.Path
@@ -32,6 +58,7 @@ class Report:
     dropped: dict[str, int]
     pictures: int
     changed: int = 0
+    waits_for: int = 0
 
     def __str__(self) -> str:
         rows = [("read", self.read), ("kept", self.kept), ("images kept", self.pictures)]
@@ -44,54 +71,175 @@ class Report:
                 f"{self.changed:,} of the dropped samples would be treated differently now, since their files have "
                 "appeared or changed; delete the folder and prepare it again to include them"
             ]
+        if self.waits_for:
+            lines += [
+                f"this part is done; {self.waits_for:,} shards of other parts are missing yet, and the part that ends "
+                "last finishes the folder"
+            ]
         return "\n".join([f"{self.folder} ({self.kind})", *lines])
 
 
-def finish(out: pathlib.Path, meta: dict[str, Any], shards: list[dict[str, Any]], processor: Processor) -> Report:
-    tokenizer = processor.tokenizer
-    (out / TOKENIZER).write_text(tokenizer.state(), encoding="utf-8")
-    lengths = np.array([n for index in shards for n in index["lengths"]], np.int32)
-    images = np.array([n for index in shards for n in index["images"]], np.int32)
-    ends = np.array([n for index in shards for n in index.get("ends", ())], np.uint64)
-    for name, array in ((LENGTHS, lengths), (IMAGES, images), (ENDS, ends)):
-        with appearing(out / name) as path, open(path, "wb") as file:
-            np.save(file, array)
-    dropped = [one for index in shards for one in index["dropped"]]
-    (out / DROPPED).write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in dropped), encoding="utf-8")
-    counts = dict(collections.Counter(one["reason"] for one in dropped).most_common())
-    read, tokens = sum(index["read"] for index in shards), int(lengths.sum(dtype=np.int64))
-    files = [
-        {
-            "file": data_file(shard),
-            "samples": len(index["lengths"]),
-            "bytes": index.get("bytes", 0),
-            "sha256": index.get("sha256", ""),
-        }
-        for shard, index in enumerate(shards)
-    ]
-    totals = {"version": FORMAT_VERSION, "read": read, "samples": len(lengths), "tokens": tokens}
-    totals |= {"dropped": counts, "shards": files}
-    # Not among the settings, which determine the samples: this is for decoding them.
-    totals["ids"] = {name: getattr(tokenizer, f"{name}_id") for name in SPECIAL_IDS}
-    replace_file(out / META, json.dumps(meta | totals | {"finished": True}, indent=2, ensure_ascii=False) + "\n")
-    drop_indices(out)
-    return Report(out, meta["kind"], read, len(lengths), tokens, counts, pictures(meta["kind"], images))
+class Totals:
+    """Sums over the indices of shards, for a report."""
+
+    def __init__(self) -> None:
+        self.read = self.kept = self.tokens = self.images = 0
+        self.dropped: collections.Counter[str] = collections.Counter()
+
+    def add(self, index: dict[str, Any]):
+        self.read += index["read"]
+        self.kept += len(index["lengths"])
+        self.tokens += sum(index["lengths"])
+        self.images += sum(index["images"])
+        self.dropped.update(one["reason"] for one in index["dropped"])
+
+    def report(self, out: pathlib.Path, kind: str, waits_for: int = 0) -> Report:
+        counts = dict(self.dropped.most_common())
+        pictures = self.kept if kind == "generation" else self.images
+        return Report(out, kind, self.read, self.kept, self.tokens, counts, pictures, waits_for=waits_for)
 
 
-def pictures(kind: str, images: np.ndarray) -> int:
-    """Number of images in the samples of a finished folder: generation samples have one each."""
-    return len(images) if kind == "generation" else int(images.sum(dtype=np.int64))
+def merge(out: str | os.PathLike, max_bad_share: float = 0.01, ids: dict[str, int] | None = None) -> Report:
+    """Finishes the folder `out`, all of whose shards are complete; one that is finished is left as it is.
 
-
-def read_dropped(out: pathlib.Path) -> list[dict[str, Any]]:
+    Args:
+      ids: `special_ids` of the tokenizer, for folders begun by an earlier version.
+    Raises: FileNotFoundError if it is no prepared folder; ValueError if shards are missing, of other settings, or have
+    more than `max_bad_share` of bad samples over all.
+    """
+    out = as_path(out)
+    meta = read_meta(out)
+    if meta is None:
+        raise FileNotFoundError(f"{one_line(out)} has no {META}: nothing has been prepared there")
+    if meta["finished"]:
+        drop_indices(out)
+        return report_of(out, meta)
+    count = shard_count(meta)
+    meta.setdefault("ids", ids)
+    if meta["ids"] is None or not count:
+        told = "was begun by an earlier version; run the same `python -m train.prepare` again, without --merge"
+        raise ValueError(f"{one_line(out)} {told}")
     try:
-        found = [parse_json(line, DROPPED) for line in (out / DROPPED).read_text(encoding="utf-8").split("\n") if line]
+        missing = missing_shards(out, count)
+        return _merge(out, meta, count, Tally(max_bad_share)) if not missing else _refuse(out, missing, count)
     except (FileNotFoundError, ValueError):
-        return []  # the file is for people, and may have been edited
-    return [one for one in found if isinstance(one, dict) and isinstance(one.get("item"), int) and "reason" in one]
+        # Another process may have finished it, and removed what was merged.
+        now = read_meta(out)
+        if now is None or not now["finished"]:
+            raise
+        return report_of(out, now)
+
+
+def _refuse(out: pathlib.Path, missing: Sequence[int], count: int) -> Report:
+    raise ValueError(
+        f"{one_line(out)} cannot be merged: {len(missing)} of its {count} shards are missing "
+        f"({listed_shards(missing)}); run the same `python -m train.prepare` to make them, with --part I/N in as many "
+        "processes as you like"
+    )
+
+
+def _merge(out: pathlib.Path, meta: dict[str, Any], count: int, tally: Tally) -> Report:
+    totals, files, found = Totals(), [], []
+    with contextlib.ExitStack() as stack:
+        lengths, images, ends = (
+            stack.enter_context(_growing(out / name, dtype))
+            for name, dtype in ((LENGTHS, np.int32), (IMAGES, np.int32), (ENDS, np.uint64))
+        )
+        dropped = stack.enter_context(open(stack.enter_context(appearing(out / DROPPED)), "w", encoding="utf-8"))
+        for shard, index in read_indices(out, range(count), mark_of(meta["settings"])):
+            found.append(shard)
+            totals.add(index)
+            tally.add(index["read"], index["dropped"])
+            lengths.append(index["lengths"])
+            images.append(index["images"])
+            ends.append(index.get("ends", ()))
+            dropped.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in index["dropped"])
+            files.append(
+                {
+                    "file": data_file(shard),
+                    "samples": len(index["lengths"]),
+                    "bytes": index.get("bytes", 0),
+                    "sha256": index.get("sha256", ""),
+                }
+            )
+        if missing := sorted(set(range(count)) - set(found)):
+            _refuse(out, missing, count)
+        tally.check()
+    report = totals.report(out, meta["kind"])
+    done = {"version": FORMAT_VERSION, "finished": True, "read": report.read, "samples": report.kept}
+    done |= {"tokens": report.tokens, "dropped": report.dropped, "shards": files}
+    done[INDEX] = {LENGTHS: lengths.figures(), IMAGES: images.figures()}
+    replace_file(out / META, json.dumps(meta | done, indent=2, ensure_ascii=False) + "\n")
+    drop_indices(out)
+    return report
+
+
+class _Growing:
+    """A file as `np.save` writes it, to which values are appended."""
+
+    def __init__(self, file: BinaryIO, dtype: type):
+        self._file, self._dtype, self._count = file, np.dtype(dtype), 0
+        self._digest, self._sum, self._max = hashlib.sha256(), 0, 0
+        self._header()
+
+    def _header(self):
+        # Numpy leaves room in it for a larger number of values.
+        described = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False}
+        np.lib.format.write_array_header_1_0(self._file, described | {"shape": (self._count,)})
+
+    def append(self, values: Sequence[int]):
+        array = np.asarray(values, self._dtype)
+        self._file.write(array.tobytes())
+        self._digest.update(array)
+        self._count += len(array)
+        if len(array):
+            self._sum, self._max = self._sum + int(array.sum(dtype=np.int64)), max(self._max, int(array.max()))
+
+    def close(self):
+        self._file.seek(0)
+        self._header()
+
+    def figures(self) -> dict[str, Any]:
+        return {"sha256": self._digest.hexdigest(), "sum": self._sum, "max": self._max}
+
+
+@contextlib.contextmanager
+def _growing(path: pathlib.Path, dtype: type) -> Iterator[_Growing]:
+    with appearing(path) as partial, open(partial, "wb") as file:
+        grown = _Growing(file, dtype)
+        yield grown
+        grown.close()
+
+
+def report_of(out: pathlib.Path, meta: dict[str, Any], changed: int = 0) -> Report:
+    """The report of a finished folder."""
+    pictures = meta["samples"]
+    if meta["kind"] != "generation":
+        if INDEX in meta:
+            pictures = meta[INDEX][IMAGES]["sum"]
+        else:  # of an earlier version
+            images = np.load(local_copy(out / IMAGES) if is_store(out) else out / IMAGES, allow_pickle=False)
+            pictures = int(images.sum(dtype=np.int64))
+    totals = meta["read"], meta["samples"], meta["tokens"], meta["dropped"]
+    return Report(out, meta["kind"], *totals, pictures, changed)
+
+
+def read_dropped(out: pathlib.Path) -> Iterator[dict[str, Any]]:
+    try:
+        with (out / DROPPED).open("rb") as file:
+            for line in file:
+                one = parse_json(line.decode("utf-8"), DROPPED) if line.strip() else None
+                if isinstance(one, dict) and isinstance(one.get("item"), int) and "reason" in one:
+                    yield one
+    except (FileNotFoundError, ValueError):
+        return  # the file is for people, and may have been edited
 
 
 def drop_indices(out: pathlib.Path):
-    # Their content is in the folder's own index by now; records of version 2 were written again.
-    for path in [*out.glob("data-*.json"), *out.glob("data-*.array_record")]:
-        path.unlink()
+    """Removes what was merged, and what killed processes left."""
+    # Records of version 2 were written again.
+    old = [*out.glob("data-*.json"), *out.glob("data-*.array_record")]
+    with ThreadPoolExecutor(_REMOVED_AT_ONCE) as pool:
+        for _ in pool.map(lambda path: path.unlink(missing_ok=True), old):
+            pass
+    remove_partial(out, left_after=0)

@@ -42,7 +42,7 @@ def start(
     if any(given) and not all(given):
         raise ValueError("--coordinator, --processes and --process go together; give all three, or none")
     maybe_alone = not any(given) and not _started_as_several()
-    if maybe_alone and not _has_tpu():
+    if maybe_alone and not has_tpu():
         return
     if coordinator:
         _check_flags(coordinator, processes, process)
@@ -79,7 +79,7 @@ def _started_as_several() -> bool:
     return False
 
 
-def _has_tpu() -> bool:
+def has_tpu() -> bool:
     """Whether JAX will find a TPU here: that of a single host, or this host's share of a pod."""
     if os.environ.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu" or importlib.util.find_spec("libtpu") is None:
         return False
