@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
             vq_fingerprint=fingerprint,
             context=args.context,
             shard_size=args.shard_size,
-            batch_size=args.batch_size,
+            batch_size=args.batch_size * (len(jax.local_devices()) if encode else 1),
             max_bad_share=args.max_bad_share,
             system_prompt=args.system_prompt,
             store=args.store,
@@ -152,7 +152,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--context", type=int, default=4096, help="the most tokens of a sample (default 4096)")
     parser.add_argument("--shard-size", type=int, default=8192, help="samples of the source per file (default 8192)")
     parser.add_argument("--max-bad-share", type=float, default=0.01, help="stop above this share (default 0.01)")
-    parser.add_argument("--batch-size", type=int, default=32, help="images encoded at a time (default 32)")
+    parser.add_argument(
+        "--batch-size", type=int, default=32, help="images encoded at a time by each device (default 32)"
+    )
     parser.add_argument("--system-prompt", default=SYSTEM_PROMPT, help="for conversations without one; empty for none")
     parser.add_argument(
         "--store",
