@@ -130,6 +130,7 @@ class Task(abc.ABC):
     title: ClassVar[str]
     metric: ClassVar[str]  # what the headline is, in words
     protocols: ClassVar[tuple[str, ...]]  # the first is the default
+    absent: ClassVar[Mapping[str, str]] = {}  # why it has no protocol that others have
 
     @abc.abstractmethod
     def load(self, data: pathlib.Path, protocol: str) -> Loaded:
@@ -162,6 +163,8 @@ class Task(abc.ABC):
     def check_protocol(self, protocol: str) -> None:
         """ValueError for a protocol that this task does not have."""
         if protocol not in self.protocols:
+            if protocol in self.absent:
+                raise ValueError(f"{self.name} has no protocol {protocol}: {self.absent[protocol]}")
             hint = did_you_mean(protocol, self.protocols)
             raise ValueError(
                 f"{self.name} has no protocol {protocol!r}{hint}; its protocols: {', '.join(self.protocols)}"

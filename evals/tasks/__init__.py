@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from evals.items import Task
+from evals.tasks.gqa import Gqa
+from evals.tasks.mmbench import MmBench
 from evals.tasks.mme import Mme
 from evals.tasks.pope import Pope
+from evals.tasks.seed import Seed
 
-TASKS: dict[str, Task] = {task.name: task for task in (Pope(), Mme())}
+TASKS: dict[str, Task] = {task.name: task for task in (Pope(), Mme(), MmBench(), Seed(), Gqa())}

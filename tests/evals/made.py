@@ -88,3 +88,45 @@ YES_NO_REPLIES = [
     ("." * 32 + "yes.", "", "", "yes", "yes"),
     ("." * 31 + "yes.", "yes", "", "yes", "yes"),
 ]
+
+# Replies to questions with OPTIONS, and what VLMEvalKit, lmms-eval on MMBench and lmms-eval on SEED-Bench take them to
+# mean: a letter, Z for a refusal, or nothing.
+OPTIONS = {"A": "cat", "B": "dog", "C": "blue bird", "D": "fish"}
+LETTER_REPLIES = [
+    ("A", "A", "A", "A"),
+    ("B.", "B", "B", "B"),
+    ("(C)", "C", "C", "("),
+    ("D) fish", "D", "D", "D"),
+    ("The answer is B", "B", "B", "T"),
+    ("The answer is **C**.", "C", "", "T"),
+    ("A cat", "A", "A", "A"),
+    ("A dog is in the picture", "B", "B", "A"),
+    # 38 characters, twice as many as the options have; then one more.
+    ("It is B because dogs bark loudly today", "B", "B", "I"),
+    ("It is B because dogs bark loudly today.", "", "B", "I"),
+    ("The correct answer is B since the thing that barks at night is such an animal", "B", "B", "T"),
+    ("the answer is b", "", "", "T"),
+    ("A or B", "", "", "A"),
+    ("Z", "Z", "", "Z"),
+    ("Sorry, I can't help with images of people yet.", "Z", "", "S"),
+    ("Cannot determine the answer, maybe A", "Z", "", "C"),
+    ("I can't process this file.", "Z", "", "I"),
+    ("I'm sorry, but without the image provided I guess D", "Z", "D", "I"),
+    ("Failed to obtain answer via API", "", "", "F"),
+    ("cat", "A", "A", "C"),
+    ("cat or dog", "", "", "C"),
+    ("a blue bird", "C", "C", "A"),
+    ("E", "", "E", "E"),
+    ("", "", "", ""),
+    ("A, B", "", "B", "A"),
+    ("C: blue bird", "C", "C", "C"),
+    (":D", "D", "D", ":"),
+    ("Option (A).", "A", "A", "O"),
+    ("Answer: A", "A", "A", "A"),
+    ("#A", "A", "", "#"),
+    ("{B}", "B", "", "{"),
+    ("'B'", "", "", "'"),
+    ("B-dog", "B", "B", "B"),
+    ("correct answer is **D** as far as the whole long text of this goes on and on", "D", "", "C"),
+    ("The answer is A. B is wrong and so are the other ones", "A", "B", "T"),
+]
