@@ -76,7 +76,8 @@ class Number:
 class Verdict:
     """What became of one reply: `extracted` is what the rules took it to say, "" for nothing.
 
-    `outcome` is "right", "wrong", "unjudged" (a judge has to say, and until then it counts as wrong), or "scored".
+    `outcome` is "right", "wrong", "scored", or "unjudged": a judge has to say, and has not. Until then such a reply
+    counts as wrong, or where all replies are judged it is left out of the figures, and a note of the scores says so.
     """
 
     extracted: str
@@ -89,7 +90,8 @@ class Scores:
     """Figures by name, the variants side by side, in the order in which to show them.
 
     `headline` is the name of the figure that reports publish under the protocol; `published` has that figure of others,
-    by model. `unanswered` counts items without a prediction, which are left out.
+    by model. A figure over nothing is not in `numbers`, the headline neither. `unanswered` counts items without a
+    prediction, which are left out.
     """
 
     numbers: dict[str, Number]
@@ -113,14 +115,15 @@ class Attempt:
 class JudgeRequest:
     """A judgement to get: `attempts` in turn until `Task.parse_judgement` takes a reply, else `fallback` is it.
 
-    `id` is the key of the judgement in `judged`. An attempt that gets no reply at all is no attempt: the item stays
-    unjudged.
+    `id` is the key of the judgement in `judged`; `form` tells `parse_judgement` how a reply is read. An attempt that
+    gets no reply at all is no attempt: the item stays unjudged.
     """
 
     id: str
     item: Item
     attempts: list[Attempt]
     fallback: Any
+    form: str = ""
 
 
 class Task(abc.ABC):
@@ -144,7 +147,11 @@ class Task(abc.ABC):
         protocol: str,
         judged: Mapping[str, Any] | None = None,
     ) -> Scores:
-        """Scores of `predictions`; `judged` has judgements by the id of their request. A pure function."""
+        """Scores of `predictions`, a pure function.
+
+        `judged` has judgements by the id of their request; None is scoring without a judge, which calls a reply that
+        the rules do not understand wrong, as opposed to unjudged.
+        """
 
     def judge_requests(
         self, items: Sequence[Item], predictions: Mapping[str, str | None], protocol: str

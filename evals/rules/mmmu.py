@@ -65,7 +65,8 @@ def open_answers(reply: str) -> list[str | float]:
 
 def _tails(reply: str) -> list[str]:
     # In lower case, so that the original's split at sentences (a period before a capital) never happens: lines it is.
-    lines = reply.strip().strip(".").lower().split("\n")
+    reply = reply.strip().strip(".").lower()
+    lines = reply.split("\n")
     tails = []
     for number, line in enumerate(lines):
         indicators = (*_INDICATORS, "=") if number == len(lines) - 1 else _INDICATORS

@@ -6,7 +6,9 @@ from evals.items import Task
 from evals.tasks.gqa import Gqa
 from evals.tasks.mmbench import MmBench
 from evals.tasks.mme import Mme
+from evals.tasks.mmmu import Mmmu
+from evals.tasks.mmvet import MmVet
 from evals.tasks.pope import Pope
 from evals.tasks.seed import Seed
 
-TASKS: dict[str, Task] = {task.name: task for task in (Pope(), Mme(), MmBench(), Seed(), Gqa())}
+TASKS: dict[str, Task] = {task.name: task for task in (Pope(), Mme(), MmBench(), Seed(), Gqa(), Mmmu(), MmVet())}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -50,7 +50,7 @@ class MmBench(Task):
 
     name, title, metric = "mmbench", "MMBench dev (English)", "accuracy in percent"
     protocols = ("report", "vlmevalkit", "lmms-eval")
-    absent = {"official": "MMBench's own evaluation is VLMEvalKit's: take the protocol vlmevalkit"}  # noqa: RUF012
+    absent: ClassVar[dict[str, str]] = {"official": "MMBench's own evaluation is VLMEvalKit's; take vlmevalkit"}
 
     def load(self, data: pathlib.Path, protocol: str) -> Loaded:
         self.check_protocol(protocol)

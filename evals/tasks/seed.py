@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -44,7 +44,9 @@ class Seed(Task):
 
     name, title, metric = "seed", "SEED-Bench (images)", "accuracy in percent"
     protocols = ("report", "vlmevalkit", "lmms-eval")
-    absent = {"official": "SEED-Bench's own evaluation compares likelihoods of the choices, not replies"}  # noqa: RUF012
+    absent: ClassVar[dict[str, str]] = {
+        "official": "SEED-Bench's own evaluation compares likelihoods of the choices, not replies"
+    }
 
     def load(self, data: pathlib.Path, protocol: str) -> Loaded:
         self.check_protocol(protocol)

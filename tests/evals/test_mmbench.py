@@ -188,7 +188,7 @@ def test_bad_input(tmp_path):
         "1": "its answer 'E' is none of its options A, B, C, D",
         "2": "the question has <image_placeholder> in its text",
     }
-    with pytest.raises(ValueError, match="mmbench has no protocol official: MMBench's own evaluation is VLMEvalKit's"):
+    with pytest.raises(ValueError, match="no protocol official: MMBench's own evaluation is VLMEvalKit's; take"):
         MMBENCH.load(tmp_path, "official")
     write_tsv(tmp_path / "MMBench_DEV_EN.tsv", [{k: v for k, v in row.items() if k != "answer"}])
     with pytest.raises(ValueError, match=r"MMBench_DEV_EN.tsv has no column answer; it has index, question, category"):
