@@ -14,7 +14,7 @@ from janus_jax.io.messages import did_you_mean, one_line
 def read_parquet(
     paths: Sequence[pathlib.Path], columns: Sequence[str], images: Sequence[str] = (), optional: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
-    """The rows of `paths` in order: `columns` and `optional` as they are, `images` as tuples of `ImageRef`.
+    """The rows of `paths` in order: `columns` ("" for null) and `optional`, and `images` as tuples of `ImageRef`.
 
     A column of `images` holds pictures, lists of them, or nothing; those that end in `_1`, `_2` may be absent. The rows
     of all files share one spool. `place` of a row is its file and number. ValueError without pyarrow, for a file that
@@ -38,6 +38,8 @@ def read_parquet(
                         place = f"{one_line(path, 500)} row {number}"
                         for name in set(images) & set(row):
                             row[name] = _pictures(row[name], place, path.parent, spool)
+                        for name in columns:
+                            row[name] = "" if row[name] is None else row[name]
                         rows.append({**row, "place": place})
                         number += 1
         except (pa.ArrowException, UnicodeDecodeError) as error:

@@ -12,7 +12,7 @@ import binascii
 import csv
 import io
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from evals.items import ImageRef
@@ -57,7 +57,7 @@ class CellPicture:
     def read(self) -> bytes:
         (text,) = read_ranges(self.path, [self.span])
         try:
-            (row,) = csv.reader(io.StringIO(text.decode("utf-8"), newline=""), delimiter="\t")
+            (row,) = _parsed(io.StringIO(text.decode("utf-8"), newline=""))
             cell = row[self.column]
             return base64.b64decode(cell if self.element is None else _listed(cell)[self.element])
         except (csv.Error, UnicodeDecodeError, IndexError, binascii.Error, ValueError) as error:
@@ -131,13 +131,11 @@ def _check_columns(path: pathlib.Path, header: list[str], columns: Sequence[str]
 
 def _records(path: pathlib.Path) -> Iterator[tuple[int, tuple[int, int], list[str]]]:
     """Line number, bytes and cells of each row that is not blank."""
-    # For the whole process; the default is 128 KiB, and other readers may have set another.
-    csv.field_size_limit(max(csv.field_size_limit(), _MAX_CELL))
     with open_regular(path) as file:
         lines = _Lines(file)
         begin, number = 0, 1
         try:
-            for cells in csv.reader(lines, delimiter="\t"):
+            for cells in _parsed(lines):
                 if cells and (len(cells) > 1 or cells[0].strip()):
                     yield number, (begin, lines.at), cells
                 last = (begin, number)
@@ -151,6 +149,12 @@ def _records(path: pathlib.Path) -> Iterator[tuple[int, tuple[int, int], list[st
         (text,) = read_ranges(path, [(last[0], begin)])
         if text.count(b'"') % 2:
             raise ValueError(f"{one_line(path)}:{last[1]} opens a quote that is never closed")
+
+
+def _parsed(lines: Iterable[str]) -> Iterator[list[str]]:
+    # For the whole process; the default is 128 KiB, and other readers may have set another.
+    csv.field_size_limit(max(csv.field_size_limit(), _MAX_CELL))
+    return csv.reader(lines, delimiter="\t")
 
 
 class _Lines:
