@@ -105,9 +105,9 @@ class Janus(nn.Module):
         """Left-padded prompts [B, T, D] into an empty cache; see `Llama.prefill`."""
         return self.language_model.prefill(x, mask, cache)
 
-    def decode(self, x: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    def decode(self, x: jax.Array, cache: KVCache, real: jax.Array | None = None) -> tuple[jax.Array, KVCache]:
         """New tokens [B, T, D] after a filled cache; see `Llama.decode`."""
-        return self.language_model.decode(x, cache)
+        return self.language_model.decode(x, cache, real)
 
     # ------------------------------------------------------------ out of it
 

@@ -73,6 +73,38 @@ def tile_cache(cache: KVCache, times: int) -> KVCache:
     )
 
 
+def pick_rows(cache: KVCache, empty: KVCache, picks: jax.Array) -> KVCache:
+    """The rows `picks` of `cache`, in the slots at the beginning of `empty`, a cache of as many rows and more slots.
+
+    Args:
+      picks: int32 [shards, n]: for each shard of the mesh's batch axes, which of its own rows of `cache` each of its n
+        rows in the result is. No keys or values move between shards.
+    """
+    rows = len(cache.positions)
+
+    def kv(x: jax.Array, into: jax.Array) -> jax.Array:
+        picked = pick(x[..., :rows, :, :, :], picks, x.ndim - 4)
+        picked = cpu.as_cached(picked, into.shape[-4]) if x.ndim == 4 else picked
+        return _constrain_kv(jax.lax.dynamic_update_slice(into, picked, (0,) * x.ndim))
+
+    return KVCache(
+        keys=tuple(map(kv, cache.keys, empty.keys)),
+        values=tuple(map(kv, cache.values, empty.values)),
+        mask=constrain(jax.lax.dynamic_update_slice(empty.mask, pick(cache.mask, picks), (0, 0)), "batch", "length"),
+        length=cache.length,
+        positions=constrain(pick(cache.positions, picks), "batch"),
+    )
+
+
+def pick(x: jax.Array, picks: jax.Array, axis: int = 0) -> jax.Array:
+    """Rows of `x` along `axis`; `picks` as for `pick_rows`."""
+    shards, count = picks.shape
+    before, after = x.shape[:axis], x.shape[axis + 1 :]
+    split = x.reshape(*before, shards, -1, *after)
+    picked = jax.vmap(lambda x, rows: jnp.take(x, rows, axis=axis), (axis, 0), axis)(split, picks)
+    return picked.reshape(*before, shards * count, *after)
+
+
 def grow_cache(cache: KVCache, slots: int) -> KVCache:
     """`cache` grown to `slots` slots; old arrays are deleted one by one, so that no two whole caches are held."""
     if cache.mask.shape[1] == slots:

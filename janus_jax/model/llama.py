@@ -177,17 +177,25 @@ class Llama(nn.Module):
         )
         return hidden, cache
 
-    def decode(self, x: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        """Appends T new tokens, embedded as x [B, T, D], to every row; returns their hidden states and the cache."""
+    def decode(self, x: jax.Array, cache: KVCache, real: jax.Array | None = None) -> tuple[jax.Array, KVCache]:
+        """Appends T new tokens, embedded as x [B, T, D], to every row; returns their hidden states and the cache.
+
+        Args:
+          real: [B, T] bool, False on padding, which must be on the left; None if all rows have T tokens.
+        """
         batch, length, _ = x.shape
-        positions = cache.positions[:, None] + jnp.arange(length)
-        valid = jax.lax.dynamic_update_slice(cache.mask, jnp.ones((batch, length), bool), (0, cache.length))
+        if real is None:
+            new, count, real = jnp.arange(length), length, jnp.ones((batch, length), bool)
+        else:
+            new, count = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0), real.sum(axis=1, dtype=jnp.int32)
+        positions = cache.positions[:, None] + new
+        valid = jax.lax.dynamic_update_slice(cache.mask, real, (0, cache.length))
         mask = valid[:, None, :]
         if length > 1:
             mask &= jnp.arange(valid.shape[1]) <= cache.length + jnp.arange(length)[:, None]
         hidden, kv = self._run(x, positions, mask, cache, cache.length)
         return hidden, dataclasses.replace(
-            kv, mask=valid, length=cache.length + length, positions=cache.positions + length
+            kv, mask=valid, length=cache.length + length, positions=cache.positions + count
         )
 
     def _run(self, x, positions, where, cache, slot):

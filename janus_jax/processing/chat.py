@@ -226,8 +226,12 @@ class Processor:
         Each placeholder becomes begin_of_image, `config.vision.num_patches` placeholders, end_of_image. ValueError if
         there are not as many placeholders as images, or prompt and `max_new_tokens` exceed the model's positions.
         """
+        return self.prompt_ids(self.format(messages, system_prompt), num_images, max_new_tokens)
+
+    def prompt_ids(self, prompt: str, num_images: int, max_new_tokens: int = 0) -> list[int]:
+        """`understanding_prompt` of the exact text that the model reads, roles and all."""
         tokenizer = self.tokenizer
-        ids = tokenizer.encode(self.format(messages, system_prompt))
+        ids = tokenizer.encode(prompt)
         placeholders = ids.count(tokenizer.image_placeholder_id)
         if placeholders != num_images:
             tag = tokenizer.image_placeholder

@@ -169,12 +169,19 @@ def fitting(total: int, per_row: int, mesh: Mesh | None, coming: Any) -> int:
       coming: a tree whose shapes are arrays that are still to be allocated.
     """
     shards = batch_shards(mesh)
+    usable = usable_bytes(mesh, coming)
+    if usable is None:
+        return -(-total // shards) * shards
+    return max(1, usable // max(per_row // shards, 1))
+
+
+def usable_bytes(mesh: Mesh | None, coming: Any) -> int | None:
+    """Bytes that batches may take of each device, or None if unknown; arguments as for `fitting`."""
     free = least_available_bytes(mesh)
     if free is None:
-        return -(-total // shards) * shards
+        return None
     shapes = (x for x in jax.tree.leaves(coming) if isinstance(x, jax.ShapeDtypeStruct))
-    free -= sum(array_bytes(x.shape, x.dtype) for x in shapes)
-    return max(1, free * 8 // 10 // max(per_row // shards, 1))
+    return (free - sum(array_bytes(x.shape, x.dtype) for x in shapes)) * 8 // 10
 
 
 # ---------------------------------------------------------------- memory of a row
@@ -192,6 +199,13 @@ def bytes_to_answer(model: Janus, length: int, images: int, new_tokens: int) -> 
     c = model.config
     cache = cache_bytes(c.language, 1, length + new_tokens, model.dtype)
     return cache + max(_prefill_bytes(c.language, 1, length), images * _image_bytes(c.vision))
+
+
+def bytes_to_go_on(model: Janus, prefix: int, length: int, new_tokens: int) -> int:
+    """Bytes of memory for `length` tokens after a cached prefix, with a cache of its own, and `new_tokens` drawn."""
+    c = model.config.language
+    cache = cache_bytes(c, 1, prefix + length + new_tokens, model.dtype)
+    return cache + length * (4 * c.heads * (prefix + length) + (3 * c.mlp_dim + 6 * c.width) * 4)
 
 
 def bytes_of_pixels(config: VQConfig, dtype: Any) -> int:
