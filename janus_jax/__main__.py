@@ -108,7 +108,8 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
     return given
 
 
-def _mesh(text: str | None) -> dict[str, int] | None:
+def mesh_of(text: str | None) -> dict[str, int] | None:
+    """Sizes of a mesh's axes from the option --mesh."""
     if text is None:
         return None
     try:
@@ -118,7 +119,7 @@ def _mesh(text: str | None) -> dict[str, int] | None:
 
 
 def _load(args: argparse.Namespace, ahead: Callable[[JanusPipeline], Any] | None = None) -> JanusPipeline:
-    mesh = _mesh(args.mesh)
+    mesh = mesh_of(args.mesh)
     ahead = ahead if mesh is None else None
     given = {name: getattr(args, name) for name in ("dtype", "weights", "roles", "adapter")}
     return load(args.model, mesh=mesh, ahead=ahead, **given)

@@ -47,6 +47,12 @@ FLOORS = (
     "evals.intervals evals.prompts",
     "evals.read.* evals.rules.*",
     "evals.tasks.*",
+    "evals.hosts evals.progress",
+    "evals.asking.*",
+    "evals.judging",
+    "evals.evaluate",
+    "evals.reports.*",
+    "evals.main",
 )
 # What a place may import of the others.
 OTHERS = {

@@ -1,0 +1,67 @@
+"""Several processes that evaluate together: the first one has the files, and all fail together."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental.multihost_utils import process_allgather
+
+from janus_jax.io.messages import error_text
+
+
+def start(coordinator: str, processes: int | None, process: int | None, timeout: int = 300) -> None:
+    """Joins the other processes; call it before anything else uses a device. Without arguments there are none.
+
+    Raises: ValueError if only some of the arguments are given, or the others do not come in time.
+    """
+    given = [bool(coordinator), processes is not None, process is not None]
+    if not any(given):
+        return
+    if not all(given):
+        raise ValueError("--coordinator, --processes and --process go together; give all three, or none")
+    if not 0 <= process < processes:
+        raise ValueError(f"--process must be from 0 to below --processes {processes}, got {process}")
+    try:
+        jax.distributed.initialize(coordinator, processes, process, initialization_timeout=timeout)
+    except RuntimeError as error:
+        raise ValueError(f"the {processes} processes have not found each other: {error_text(error)}") from None
+
+
+def is_first() -> bool:
+    """Whether this process reads and writes the output folder."""
+    return jax.process_index() == 0
+
+
+def gather(text: str) -> list[str]:
+    """The `text` of every process, in their order."""
+    if jax.process_count() == 1:
+        return [text]
+    raw = np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8)
+    sizes = process_allgather(np.int32(len(raw)))
+    padded = process_allgather(np.pad(raw, (0, int(sizes.max()) - len(raw) + 1)))
+    return [bytes(row[:size]).decode("utf-8", "surrogatepass") for row, size in zip(padded, sizes, strict=True)]
+
+
+def from_first(value: Any) -> Any:
+    """Process 0's `value`, which must be JSON-serializable, in every process."""
+    return value if jax.process_count() == 1 else json.loads(gather(json.dumps(value))[0])
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Raises bad input of one process in all of them, which would otherwise wait forever."""
+    failed = ""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if jax.process_count() == 1:
+            raise
+        failed = f"process {jax.process_index()}: {error_text(error)}"
+    for told in gather(failed) if jax.process_count() > 1 else ():
+        if told:
+            raise ValueError(told)

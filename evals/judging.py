@@ -1,0 +1,169 @@
+"""A judge behind any endpoint that speaks OpenAI's chat completions."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import os
+import pathlib
+import random
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Mapping, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from typing import Any
+
+from evals.asking.store import Lines
+from evals.items import Attempt, JudgeRequest, Task
+from evals.progress import Progress
+from janus_jax.io.messages import error_text, one_line, print_note
+
+_TRIES = 5
+_LONGEST = 1 << 20  # bytes of a reply
+_AGAIN = {408, 409, 425, 429}  # and all from 500
+_AT_A_TIME = 8
+_SILENT = 16  # requests without a reply, one after the other, after which no more are sent
+
+
+class NoReply(Exception):
+    """The judge has not answered."""
+
+
+class Judge:
+    """An endpoint and a model there.
+
+    Args:
+      url: of the API, such as https://host/v1; `/chat/completions` is added unless it is there.
+      model: the name that the endpoint knows.
+      key: for the header Authorization; default the environment's JUDGE_API_KEY, or OPENAI_API_KEY.
+      timeout: seconds for one request.
+      wait: seconds before the second try; each next one waits twice as long.
+    Raises: ValueError for a URL that is none.
+    """
+
+    def __init__(self, url: str, model: str, key: str | None = None, timeout: float = 120, wait: float = 1):
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.netloc:
+            raise ValueError(f"--judge must be a URL such as http://localhost:8000/v1, got {one_line(url)}")
+        path = parts.path.rstrip("/")
+        path = path if path.endswith("/chat/completions") else f"{path}/chat/completions"
+        self.url = urllib.parse.urlunsplit(parts._replace(path=path))
+        self.model = model
+        self._key = key or os.environ.get("JUDGE_API_KEY") or os.environ.get("OPENAI_API_KEY")
+        self._timeout, self._wait = timeout, wait
+
+    def ask(self, attempt: Attempt) -> str:
+        """The judge's reply. Raises: NoReply with the reason, after several tries where trying again can help."""
+        body = {
+            "model": self.model,
+            "messages": attempt.messages,
+            "temperature": attempt.temperature,
+            "max_tokens": attempt.max_tokens,
+        }
+        headers = {"Content-Type": "application/json"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
+        wait, reason = self._wait, ""
+        for number in range(_TRIES):
+            if number:
+                time.sleep(wait * random.uniform(0.5, 1))
+                wait *= 2
+            try:
+                with urllib.request.urlopen(request, timeout=self._timeout) as answered:
+                    return _content(answered.read(_LONGEST))
+            except urllib.error.HTTPError as error:
+                reason = f"HTTP {error.code}: {_told(error)}"
+                if error.code < 500 and error.code not in _AGAIN:
+                    break
+                asked = error.headers.get("Retry-After", "")
+                wait = max(wait, min(float(asked), 60)) if asked.isdigit() else wait
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                reason = error_text(error)
+        raise NoReply(reason)
+
+
+def _content(raw: bytes) -> str:
+    """The text of a chat completion; ValueError if it is none."""
+    try:
+        content = json.loads(raw)["choices"][0]["message"]["content"]
+    except (KeyError, IndexError, TypeError, ValueError, RecursionError):
+        raise ValueError("the reply is not a chat completion") from None
+    return content if isinstance(content, str) else ""
+
+
+def _told(error: urllib.error.HTTPError) -> str:
+    try:
+        return one_line(error.read(2000).decode("utf-8", "replace").strip() or error.reason)
+    except (OSError, http.client.HTTPException):
+        return one_line(error.reason)
+
+
+def judgements(
+    task: Task,
+    requests: Sequence[JudgeRequest],
+    judge: Judge,
+    path: pathlib.Path,
+    header: Mapping[str, Any],
+    progress: bool | None,
+) -> tuple[dict[str, Any], list[str]]:
+    """Judgements by request id, and the ids of those that the judge has not given; they are asked for the next time.
+
+    What it gives is kept in `path` as it comes, with what it was asked, so that nothing is asked twice.
+    """
+    if not requests:
+        return {}, []
+    found: dict[str, Any] = {}
+    unjudged: list[str] = []
+    reasons: dict[str, int] = {}
+    silent = 0  # since the last reply
+    with Lines(path, header, "choose another --out, or remove that file") as lines:
+        left = []
+        for request in requests:
+            line = lines.known.get(request.id)
+            if line is not None and line.get("asked") == _hash(request):
+                found[request.id] = line["judgement"]
+            else:
+                left.append(request)
+        bar = Progress(f"{task.name}: judging", len(requests), len(found), progress)
+        with bar, ThreadPoolExecutor(_AT_A_TIME) as threads:
+            running = {threads.submit(_judged, task, request, judge): request for request in left}
+            try:
+                for done in as_completed(running):
+                    request = running[done]
+                    try:
+                        found[request.id] = done.result()
+                        silent = 0
+                        lines.append([{"id": request.id, "asked": _hash(request), "judgement": found[request.id]}])
+                    except NoReply as error:
+                        unjudged.append(request.id)
+                        reasons[str(error)] = reasons.get(str(error), 0) + 1
+                        silent += 1
+                        for other in running if silent == _SILENT else ():
+                            other.cancel()
+                    except CancelledError:
+                        unjudged.append(request.id)
+                    bar.add(1)
+            except BaseException:
+                threads.shutdown(wait=False, cancel_futures=True)
+                raise
+    for reason, count in sorted(reasons.items(), key=lambda pair: -pair[1])[:3]:
+        print_note(f"{task.name}: {count} unjudged, the judge {one_line(judge.url)} said: {reason}")
+    order = {request.id: number for number, request in enumerate(requests)}
+    return found, sorted(unjudged, key=order.__getitem__)
+
+
+def _judged(task: Task, request: JudgeRequest, judge: Judge) -> Any:
+    for attempt in request.attempts:
+        judgement = task.parse_judgement(request, judge.ask(attempt))
+        if judgement is not None:
+            return judgement
+    return request.fallback
+
+
+def _hash(request: JudgeRequest) -> str:
+    asked = [[attempt.messages, attempt.temperature] for attempt in request.attempts]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]

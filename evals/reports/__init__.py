@@ -1,0 +1,1 @@
+"""What people read of an evaluation: results.json, a Markdown table, a page."""
