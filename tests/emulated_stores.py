@@ -1,7 +1,7 @@
 """Object stores on loopback: gcp-storage-emulator and moto's server, behind a proxy that can be slow and fail.
 
-What they cannot show: credentials and rights, the speed of a network, and for gcp-storage-emulator conditions on
-generations, which it ignores (moto checks those of S3).
+What they cannot show: credentials and rights, and the speed of a network. Conditions on generations, which
+gcp-storage-emulator ignores, are checked by the proxy (moto checks those of S3 by itself).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import functools
 import http.client
 import http.server
+import json
 import logging
 import os
 import random
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 from collections.abc import Iterator
 
 BUCKET = "janus-test"
@@ -47,10 +49,16 @@ class Proxy(http.server.ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @contextlib.contextmanager
-    def failing(self, share: float = 1.0, most: int = 1 << 30, kinds: tuple[str, ...] = ("503", "drop")):
-        """Fails `share` of the requests, at most `most` of them; yields the faults so far, by kind."""
+    def failing(
+        self,
+        share: float = 1.0,
+        most: int = 1 << 30,
+        kinds: tuple[str, ...] = ("503", "drop"),
+        methods: tuple[str, ...] = (),
+    ):
+        """Fails `share` of the requests (of these `methods`), at most `most`; yields the faults so far, by kind."""
         counts = dict.fromkeys(kinds, 0)
-        self._faults = {"share": share, "left": most, "counts": counts}
+        self._faults = {"share": share, "left": most if kinds else 0, "counts": counts, "methods": methods}
         try:
             yield counts
         finally:
@@ -61,9 +69,11 @@ class Proxy(http.server.ThreadingHTTPServer):
             self.waiting += change
             self.most = max(self.most, self.waiting)
 
-    def fault(self) -> str:
+    def fault(self, method: str) -> str:
         faults = self._faults
         if not faults or not faults["left"] or self._random.random() >= faults["share"]:
+            return ""
+        if faults["methods"] and method not in faults["methods"]:
             return ""
         faults["left"] -= 1
         kind = self._random.choice(list(faults["counts"]))
@@ -71,12 +81,24 @@ class Proxy(http.server.ThreadingHTTPServer):
         return kind
 
     def passed_on(self, method: str, path: str, headers: dict[str, str], body: bytes):
+        """The emulator's answer and its content; None for the answer if a condition on a generation does not hold."""
         with self._one:
-            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-            connection.request(method, path, body, headers)
-            answer = connection.getresponse()
-            data = answer.read()
-            connection.close()
+            found = urllib.parse.urlsplit(path)
+            query = dict(urllib.parse.parse_qsl(found.query))
+            if (wanted := query.get("ifGenerationMatch")) is not None:
+                where = found.path.removeprefix("/upload")
+                where = f"{where}/{urllib.parse.quote(query['name'], safe='')}" if "name" in query else where
+                answer, data = self._ask("GET", where, {}, b"")
+                if wanted != (json.loads(data)["generation"] if answer.status == 200 else "0"):
+                    return None, b""
+            return self._ask(method, path, headers, body)
+
+    def _ask(self, method: str, path: str, headers: dict[str, str], body: bytes):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.request(method, path, body, headers)
+        answer = connection.getresponse()
+        data = answer.read()
+        connection.close()
         return answer, data
 
     def handle_error(self, *_):
@@ -94,7 +116,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         server.count(1)
         time.sleep(server.delay)
         server.count(-1)
-        if kind := server.fault():
+        if kind := server.fault(self.command):
             if kind == "drop":
                 self.close_connection = True
                 self.connection.shutdown(socket.SHUT_RDWR)
@@ -103,6 +125,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return
         headers = {name: value for name, value in self.headers.items() if name.lower() != "connection"}
         answer, data = server.passed_on(self.command, self.path, headers, body)
+        if answer is None:
+            self._answer(412, [("Content-Type", "text/plain")], b"conditionNotMet")
+            return
         kept = [(name, value) for name, value in answer.getheaders() if name.lower() not in _OWN]
         if self.command == "HEAD" and (length := answer.getheader("Content-Length")):
             kept.append(("Content-Length", length))
@@ -143,7 +168,10 @@ def _started(kind: str) -> int:
 
 
 def _complete_google():
-    """What gcp-storage-emulator lacks: objects without bytes, and the generation of what is read, which OCDBT needs."""
+    """What gcp-storage-emulator lacks: objects without bytes, and the generation of what is read, which OCDBT needs.
+
+    And what it has too much of: it writes down all objects after each change, though they are gone with its memory.
+    """
     from gcp_storage_emulator import server, storage
 
     read, described, write, latest = server._read_data, storage.Storage.get_file_obj, server.Response.write_file, {}
@@ -158,6 +186,7 @@ def _complete_google():
         return write(self, *given, **named)
 
     storage.Storage.get_file_obj, server.Response.write_file = get_file_obj, write_file
+    storage.Storage._write_config_to_file = lambda self: None
 
 
 def main(kind: str, port: int):

@@ -38,6 +38,8 @@ FLOORS = (
     "train.plan.*",
     "train.raw.*",
     "train.data.*",
+    "train.run.distributed train.run.faults train.run.lease",
+    "train.workdir.*",
     "train.run.*",
     "train.fleet.*",
     "train.watch.dry_run",

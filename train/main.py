@@ -12,6 +12,7 @@ import jax
 
 from janus_jax import compilation_cache
 from janus_jax.io.messages import error_text, print_any_text, print_line
+from janus_jax.io.store_access import StoreUnavailable
 from janus_jax.sampling.memory import OutOfMemory
 from train.command_line import parse_args
 from train.run import distributed, faults
@@ -30,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         runner_of(config)(config, steal)
     except faults.Stopped as error:
         return _end(f"stopped: {error_text(error)}", error.code, error.alone)
+    except StoreUnavailable as error:
+        return _end(f"stopped: {error_text(error)}; run the same command again later", faults.STORAGE, alone=True)
     except (OSError, ValueError, OutOfMemory) as error:
         return _end(f"error: {error_text(error)}", faults.BAD_INPUT)
     except jax.errors.JaxRuntimeError as error:

@@ -9,6 +9,7 @@ import math
 from jax.sharding import Mesh
 
 from janus_jax.config import original_config
+from janus_jax.io.stores import as_path
 from janus_jax.model.attention import takes
 from janus_jax.sharding import RULES, batch_shards
 from train.config import KINDS, TRAINED, TrainConfig
@@ -62,7 +63,10 @@ def _check_run(config: TrainConfig):
             f"{key}=float16 has too little range for the gradients of whole parts; use bfloat16, or train an adapter",
         )
     _require(c.init_from or c.tokenizer, "tokenizer is empty, and there is no init_from to take one from")
-    _require("://" not in c.workdir, f"workdir must be a folder, got {c.workdir}; mount the bucket and name its folder")
+    try:
+        as_path(c.workdir)
+    except ValueError as error:
+        raise ValueError(f"workdir: {error}") from None
 
 
 def _check_counts(config: TrainConfig):

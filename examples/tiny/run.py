@@ -14,6 +14,7 @@ from PIL import Image
 
 from examples.tiny.tokenizer import write_tokenizer
 from janus_jax.config import JanusConfig, LlamaConfig, SiglipConfig, VQConfig
+from janus_jax.io.stores import as_path
 from janus_jax.processing.chat import Processor
 from janus_jax.weights import checkpoint
 from janus_jax.weights.torch_weights import abstract_params, read_now
@@ -123,7 +124,7 @@ def random_params(model: JanusConfig = MODEL, seed: int = 0) -> dict[str, Any]:
 
 def params_of(workdir: pathlib.Path | str) -> dict[str, np.ndarray]:
     """The newest parameters of the run in `workdir`, by path."""
-    _, leaves = open_run(pathlib.Path(workdir))
+    _, leaves = open_run(as_path(workdir))
     return {"/".join(path): read_now(leaf) for path, leaf in leaves.items()}
 
 

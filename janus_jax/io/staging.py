@@ -26,6 +26,7 @@ from typing import Any
 from janus_jax.io.files import read_json_object
 from janus_jax.io.leftovers import new_lock, remove, remove_left
 from janus_jax.io.messages import one_line
+from janus_jax.io.store_access import is_store
 from janus_jax.io.stores import local_only
 
 MARK = "janus_jax.json"
@@ -275,7 +276,10 @@ def _make_parents(place: pathlib.Path) -> list[pathlib.Path]:
 
 
 def write_file(path: pathlib.Path, data: bytes):
-    """Writes `data` to the file `path` atomically; OSError if the disk is full."""
+    """Writes `data` to the file `path` atomically, or to an object in a store; OSError if the disk is full."""
+    if is_store(path):
+        path.write_bytes(data)
+        return
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         with open(temporary, "xb") as file:
@@ -289,6 +293,16 @@ def write_file(path: pathlib.Path, data: bytes):
         if told := no_room(error):
             raise OSError(told, NO_ROOM[told], str(path)) from None
         raise
+
+
+def replace_file(path: pathlib.Path, data: bytes):
+    """Writes the small file `path` so that a kill leaves the old content or the new one."""
+    if is_store(path):
+        path.write_bytes(data)
+    else:
+        temporary = path.with_suffix(".tmp")
+        temporary.write_bytes(data)
+        temporary.replace(path)
 
 
 @contextlib.contextmanager

@@ -192,6 +192,34 @@ def write(address: str, data: bytes) -> None:
         raise FileNotFoundError(errno.ENOENT, f"there is no bucket {split(address)[1]}", address) from None
 
 
+def read_versioned(address: str) -> tuple[bytes | None, bytes]:
+    """The content of an object, None if there is none, and its version, which `write_if` takes."""
+
+    def get() -> tuple[bytes | None, bytes]:
+        scheme, bucket, key = split(address)
+        found = _bucket(scheme, bucket).read(key).result()
+        return (bytes(found.value) if found.state == "value" else None), found.stamp.generation
+
+    return request(address, get)
+
+
+def write_if(address: str, data: bytes | None, version: bytes) -> bytes | None:
+    """Writes a small object whole, or removes it if `data` is None, if it still has the `version`; the store decides.
+
+    Returns: the new version; None if the object has changed. A write whose answer is lost is tried again, and then
+      meets itself: a caller who gets None has to look whose content is there.
+    """
+
+    def put() -> bytes:
+        scheme, bucket, key = split(address)
+        return _bucket(scheme, bucket).write(key, data, if_equal=version).result().generation
+
+    try:
+        return request(address, put) or None
+    except FileNotFoundError:
+        raise FileNotFoundError(errno.ENOENT, f"there is no bucket {split(address)[1]}", address) from None
+
+
 def info(address: str) -> dict[str, Any] | None:
     """fsspec's description of an object or a folder (`type`, `size`), or None if there is neither."""
     try:

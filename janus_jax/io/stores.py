@@ -291,10 +291,18 @@ def matching(path: pathlib.Path) -> list[pathlib.Path]:
 
 def missing(path: str | os.PathLike) -> FileNotFoundError:
     """The error for an address where nothing is, which tells a missing bucket from a missing folder."""
+    try:
+        check_bucket(path)
+    except FileNotFoundError as error:
+        return error
+    return FileNotFoundError(f"{one_line(path)}: no such file or folder")
+
+
+def check_bucket(path: str | os.PathLike) -> None:
+    """FileNotFoundError if the bucket of an address does not exist."""
     scheme, bucket, _ = split(os.fspath(path))
     if info(f"{scheme}://{bucket}") is None:
-        return FileNotFoundError(f"{one_line(path)}: there is no bucket {bucket}")
-    return FileNotFoundError(f"{one_line(path)}: no such file or folder")
+        raise FileNotFoundError(f"{one_line(path)}: there is no bucket {bucket}")
 
 
 def lexists(path: pathlib.Path) -> bool:

@@ -31,8 +31,9 @@ from orbax.checkpoint import v1 as ocp
 from janus_jax.config import JanusConfig, dialect_of, original_config, parse_config
 from janus_jax.io.messages import one_line
 from janus_jax.io.progress import byte_bar
+from janus_jax.io.store_access import is_store
 from janus_jax.io.stores import as_path
-from janus_jax.weights import orbax_layouts, quantized_files
+from janus_jax.weights import orbax_layouts, quantized_files, store_arrays
 from janus_jax.weights.formats.stored_tensor import Tensor
 from janus_jax.weights.formats.torch_files import open_file, weight_file
 from janus_jax.weights.mismatch import Problem, summary
@@ -147,11 +148,14 @@ def saving_context() -> ocp.Context:
 def save_params(folder: str | pathlib.Path, params: Any) -> None:
     """Writes arrays in canonical (stacked) layout as the orbax checkpoint `folder`; every process of a run calls it.
 
-    A single process writes a checksum with each chunk. Several processes write through orbax, without checksums.
+    A single process writes a checksum with each chunk. Several processes write through orbax, without checksums; to a
+    store they write as one process does, each what it has.
 
     Raises ValueError if `folder` already exists.
     """
-    if jax.process_count() == 1:
+    if is_store(folder):
+        store_arrays.write_params(as_path(folder), params)
+    elif jax.process_count() == 1:
         flat = traverse_util.flatten_dict(params)
         write_lazy(as_path(folder), {path: _lazy(array) for path, array in flat.items()})
     else:
@@ -184,7 +188,12 @@ def save(folder: str | pathlib.Path, config: JanusConfig, params: Any) -> None:
 
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes `value` as indented UTF-8 JSON."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_bytes(json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """What `write_json` writes."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def has_arrays(folder: pathlib.Path) -> bool:

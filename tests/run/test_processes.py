@@ -131,11 +131,11 @@ def test_an_adapter_in_two_processes(folders, start, env, tmp_path):
     config = write_config(tmp_path / "two.py", folders, start, adapter=repr(adapter), steps="6")
     config.write_text(
         config.read_text() + "import jax\n"
-        "from train.run import checkpoints\n"
-        "def counted(folder, *args, write=checkpoints.write_adapter):\n"
+        "from train.workdir import exports\n"
+        "def counted(folder, *args, write=exports.write_adapter):\n"
         "    open('written', 'a').write(f'{jax.process_index()} ')\n"
         "    write(folder, *args)\n"
-        "checkpoints.write_adapter = counted\n"
+        "exports.write_adapter = counted\n"
     )
     told = outcome(launch(config, env, [tmp_path, tmp_path]))
     assert [code for code, _, _ in told] == [0, 0], told

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import io
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from janus_jax.io.staging import replace_file
 from janus_jax.pipeline import JanusPipeline
 from janus_jax.processing.chat import Processor
 from janus_jax.processing.images import ImageSettings, contact_sheet
@@ -218,10 +220,9 @@ def draw_samples(
     with together(Exception):
         if jax.process_index() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Written under another name and renamed, so that `path` is always complete.
-            temporary = path.with_suffix(".tmp")
-            contact_sheet(images, columns=s.images, gap=2).save(temporary, format="PNG")
-            temporary.replace(path)
+            file = io.BytesIO()
+            contact_sheet(images, columns=s.images, gap=2).save(file, format="PNG")
+            replace_file(path, file.getvalue())
 
 
 _cast = jax.jit(cast, static_argnums=1)

@@ -76,7 +76,7 @@ class Profile(Callback):
             if step not in self._steps:
                 self._stop()
             elif not self._running:
-                jax.profiler.start_trace(str(self._run.workdir.folder / "profile"))
+                jax.profiler.start_trace(str(self._run.workdir.local / "profile"))
                 self._running = True
 
     def close(self):

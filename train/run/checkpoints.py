@@ -9,51 +9,46 @@ checkpoints/N/    after N steps: `trained` (float32 parameters) and `rest` (opti
 export/N/         a checkpoint folder in bfloat16 for `janus_jax.load` and `convert/to_torch.py`, or an adapter's folder
 trackers.json     ids of the run in Weights & Biases and trackio
 metrics.jsonl, tensorboard/, samples/, profile/
+
+In a store, `train.workdir.in_store` says what is complete; what is appended to is written locally and copied there.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
-import functools
-import logging
 import pathlib
 import re
 import secrets
-import shutil
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
-from orbax.checkpoint import v1 as ocp
 
-from janus_jax.config import original_config
 from janus_jax.io.files import read_json_object
 from janus_jax.io.messages import one_line
-from janus_jax.io.staging import Staging
-from janus_jax.processing.processor_files import PROCESSOR_FILES, TOKENIZER_FILES, copy_files
+from janus_jax.io.staging import replace_file
+from janus_jax.io.store_access import StoreUnavailable, is_store
+from janus_jax.io.stores import StorePath, as_path
 from janus_jax.sampling.memory import OutOfMemory
-from janus_jax.weights import checkpoint
-from janus_jax.weights.adapters.peft_files import is_adapter
-from janus_jax.weights.adapters.peft_writing import write_adapter
+from janus_jax.weights.checkpoint import json_bytes
 from train.config import TrainConfig
 from train.overrides import diff, to_json
 from train.run import lease
 from train.run.distributed import from_first, say, together
 from train.run.faults import STOPPED, STORAGE, Stopped
 from train.run.lease import Lease
-from train.step.earlier import CHECKPOINTS, FROZEN, RUN, complete_steps
-from train.step.init import folder_of
-from train.step.leaves import adapter_of
+from train.step.earlier import CHECKPOINTS, FROZEN, RUN
 from train.step.state import Params, TrainState
+from train.workdir.exports import is_exported, write_export
+from train.workdir.in_store import StoreCheckpoints
+from train.workdir.mirror import Mirror
+from train.workdir.on_disk import DiskCheckpoints
+from train.workdir.store_lease import StoreLease
 
 _TEMPORARY, _EXPORT = "run.tmp", "export"
-DAMAGED = "damaged-*.txt"
+DAMAGED, METRICS, FAILURES = "damaged-*.txt", "metrics.jsonl", "failures.txt"
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 _ASK_AGAIN = 2  # seconds between checks of a lease that may lapse
 _SEEN_WITHIN = 30  # seconds within which a new file in a shared folder must be visible to all hosts
@@ -71,7 +66,7 @@ _WITHOUT_ADAPTER = {"adapter": None}  # a run from before there were adapters
 
 def check_claim(config: TrainConfig, run: dict[str, Any]):
     """ValueError in one line if the workdir of `config` has something else than `run`: its settings and its data."""
-    folder, data = pathlib.Path(config.workdir), run["data"]
+    folder, data = as_path(config.workdir), run["data"]
     path = folder / RUN
     if path.exists():
         try:
@@ -91,6 +86,11 @@ def check_claim(config: TrainConfig, run: dict[str, Any]):
         raise ValueError(f"{folder} is not empty and has no run in it; choose another workdir")
 
 
+def lease_of(folder: pathlib.Path) -> Lease:
+    """The lease on the workdir `folder`, which may be in a store."""
+    return StoreLease(folder) if isinstance(folder, StorePath) else Lease(folder)
+
+
 def check_steps(config: TrainConfig, latest: int):
     """ValueError in one line if the workdir's newest checkpoint, after `latest` steps, is beyond the run's end."""
     if latest > config.steps:
@@ -103,21 +103,28 @@ def check_steps(config: TrainConfig, latest: int):
 class Workdir:
     """The folder of one run. Every process creates one; process 0 writes the small files and holds the lease.
 
-    Raises: ValueError if the folder has a run with another configuration or other data, or another start writes to it.
+    Attributes:
+      folder: the workdir, local or in a store.
+      local: where files are appended to, and where libraries write: `folder` itself, or what is copied to it.
+
+    Raises: ValueError if the folder has a run with another configuration or other data, or another start writes to it;
+      OSError if a store does not let it.
     """
 
     def __init__(self, config: TrainConfig, data: dict[str, str], steal: bool = False):
         """`data` are the fingerprints of the prepared folders by path; `steal` as for `Lease.acquire`."""
-        self.config, self.folder = config, pathlib.Path(config.workdir)
+        self.config, self.folder = config, as_path(config.workdir)
+        self.local, self._mirror = self.folder, None
         run = {"config": to_json(config), "data": data}
         with together():
             check_claim(config, run)
-        self._lease = Lease(self.folder)
-        _quiet_orbax()
+        self._lease = lease_of(self.folder)
         try:
             self._take_lease(steal)
             self._open(run)
         except BaseException:
+            if self._mirror:
+                self._mirror.close()
             self._lease.release()
             raise
 
@@ -126,29 +133,40 @@ class Workdir:
         with together():
             check_claim(config, run)  # again: another run may have begun in the folder before the lease was taken
             if jax.process_index() == 0:
-                # Written under another name and renamed, so that a kill leaves a complete file.
-                checkpoint.write_json(self.folder / _TEMPORARY, run)
-                (self.folder / _TEMPORARY).replace(self.folder / RUN)
+                replace_file(self.folder / RUN, json_bytes(run))
         if jax.process_count() > 1:
             self._check_shared()
-        self._context = checkpoint.saving_context()
-        policies = ocp.training.preservation_policies
-        with self._context:
-            self._checkpointer = ocp.training.Checkpointer(
-                (self.folder / CHECKPOINTS).absolute(),
-                save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),  # the loop decides
-                preservation_policy=policies.LatestN(config.keep),
-                cleanup_tmp_directories=True,
-            )
+        if isinstance(self.folder, StorePath):
+            self._open_store()
+        else:
+            self._checkpoints = DiskCheckpoints(self.folder, config.keep)
+
+    def _open_store(self):
+        process = jax.process_index()
+        self._mirror = Mirror(self.folder, may=lambda: process > 0 or self._lease.held)
+        self.local = self._mirror.local
+        start = from_first(secrets.token_hex(4))
+        self._checkpoints = StoreCheckpoints(self.folder, self.config.keep, start, self._seal)
+        with together():
+            self._mirror.fetch([DAMAGED.replace("*", str(process)), *(() if process else (METRICS, FAILURES))])
+            if process == 0:
+                self._checkpoints.clear()
+
+    def _seal(self):
+        """What has to be in the store before a checkpoint counts: the metrics and notes up to it."""
+        if jax.process_index() == 0:
+            self._lease.check(fresh=True)
+        self._mirror.copy()
 
     def __enter__(self) -> Workdir:
         return self
 
     def __exit__(self, *_):
         try:
-            with self._context:
-                self._checkpointer.close()
+            self._checkpoints.close()
         finally:
+            if self._mirror:
+                self._mirror.close()
             self._lease.release()
 
     def _take_lease(self, steal: bool):
@@ -182,7 +200,7 @@ class Workdir:
         mark = self.folder / f"shared-{from_first(secrets.token_hex(8))}"
         with together():
             if jax.process_index() == 0:
-                mark.touch()
+                mark.write_bytes(b"")
         try:
             with together():
                 deadline = time.monotonic() + _SEEN_WITHIN
@@ -202,7 +220,7 @@ class Workdir:
         if not problems or (jax.process_index() == 0 and not self._lease.held):
             return
         lines = [f"step {step}: left out {problem}" for problem in problems]
-        with (self.folder / DAMAGED.replace("*", str(jax.process_index()))).open("a", encoding="utf-8") as file:
+        with (self.local / DAMAGED.replace("*", str(jax.process_index()))).open("a", encoding="utf-8") as file:
             file.writelines(f"{line}\n" for line in lines)
         if jax.process_index() == 0:
             say("\n".join(lines))
@@ -212,26 +230,25 @@ class Workdir:
     @property
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint, or None."""
-        found = self._checkpointer.latest
-        return None if found is None else found.step
+        return self._checkpoints.latest
 
     def save_frozen(self, frozen: Params):
         """Writes the frozen parameters, replacing those of a start that did not reach its first checkpoint."""
         self.check()
         if frozen:
-            with self._storing("the frozen parameters"), checkpoint.saving_context():
-                ocp.save(self.folder.absolute() / FROZEN, frozen, overwrite=True)
+            with self._storing("the frozen parameters"):
+                self._checkpoints.save_frozen(frozen)
 
     def save(self, step: int, state: TrainState):
         """Starts saving `state` after `step` steps in the background; first waits for the previous save."""
         self.check()
-        with self._storing(f"the checkpoint of step {step} or the one before it"), self._context:
-            self._checkpointer.save_checkpointables_async(step, _trees(state), overwrite=True)
+        with self._storing(f"the checkpoint of step {step} or the one before it"):
+            self._checkpoints.save(step, _trees(state))
 
     def wait(self):
         """Waits until the background save is complete; raises its errors."""
-        with self._storing("the last checkpoint"), self._context:
-            self._checkpointer.wait()
+        with self._storing("the last checkpoint"):
+            self._checkpoints.wait()
 
     @contextlib.contextmanager
     def storing(self) -> Iterator[None]:
@@ -251,11 +268,12 @@ class Workdir:
             raise self._no_room(what, error) from error
 
     def _no_room(self, what: str, error: Exception) -> Stopped:
-        latest = max(complete_steps(self.folder), default=None)
+        latest = max(self._checkpoints.steps, default=None)
+        cure = "see what the store is missing" if self._mirror else "make room there"
         left = f"the checkpoint of step {latest} is complete" if latest else "there is no complete checkpoint"
         return Stopped(
-            f"{what} could not be written to {self.folder}: {_first_cause(error)}; {left}; make room there and run "
-            "the same command to resume",
+            f"{what} could not be written to {self.folder}: {_first_cause(error)}; {left}; {cure} and run the same "
+            "command to resume",
             STORAGE,
             alone=True,
         )
@@ -265,24 +283,24 @@ class Workdir:
     def restore(self, abstract: TrainState, frozen: Params) -> tuple[TrainState, Params]:
         """The newest checkpoint and the frozen parameters, in the layout of the `abstract` ones, on any mesh."""
         step = self.latest
-        earlier = max((other for other in complete_steps(self.folder) if other < step), default=None)
+        earlier = max((other for other in self._checkpoints.steps if other < step), default=None)
         on = "start over" if earlier is None else f"resume from the previous checkpoint, of step {earlier}"
         cure = f"delete that folder and run the same command to {on}"
         with self._whole(self.folder / CHECKPOINTS / str(step), cure):
-            found = self._checkpointer.load_checkpointables(step, _trees(abstract))
+            found = self._checkpoints.restore(step, _trees(abstract))
         if frozen:
             cure = "restore it from a copy of the workdir; without one, start in another workdir, with init_from="
             cure += f"an export of this run ({self.folder / _EXPORT}) if there is one"
             with self._whole(self.folder / FROZEN, cure):
-                frozen = ocp.load(self.folder.absolute() / FROZEN, frozen)
+                frozen = self._checkpoints.restore_frozen(frozen)
         return TrainState(trained=found["trained"], **found["rest"]), frozen
 
     @contextlib.contextmanager
     def _whole(self, folder: pathlib.Path, cure: str) -> Iterator[None]:
         try:
-            with together(Exception), self._context:
+            with together(Exception):
                 yield
-        except OutOfMemory:
+        except (OutOfMemory, StoreUnavailable, PermissionError):
             raise
         except Exception as error:
             if OutOfMemory.says(error):
@@ -297,89 +315,23 @@ class Workdir:
         folder = self.folder / _EXPORT / str(step)
         self.check()
         # Exports appear only when complete: if there is one, an earlier start finished it.
-        if from_first(checkpoint.has_arrays(folder / checkpoint.PARAMS) or is_adapter(folder)):
-            return folder
-        if self.config.adapter is not None:
-            return self._export_adapter(folder, trained)
-        num_bytes = 2 * sum(leaf.size for leaf in jax.tree.leaves((trained, frozen)))
-        with self._storing("the export"), _staged(folder, num_bytes) as staging:
-            with together():
-                if jax.process_index() == 0:
-                    tokenizer = folder_of(self.config.tokenizer or self.config.init_from)
-                    copy_files(tokenizer, staging, TOKENIZER_FILES + PROCESSOR_FILES)
-                    checkpoint.write_json(staging / "config.json", exported_config(self.config))
-            cast = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype("bfloat16"), tree))
-            checkpoint.save_params(staging / checkpoint.PARAMS, cast({**trained, **frozen}))
+        if not from_first(is_exported(folder)):
+            with self._storing("the export"):
+                write_export(folder, self.config, trained, frozen)
         return folder
-
-    def _export_adapter(self, folder: pathlib.Path, trained: Params) -> pathlib.Path:
-        mesh = jax.tree.leaves(trained)[0].sharding.mesh
-        # Replicated to every process, however the mesh splits them.
-        whole = jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))(trained)
-        num_bytes = 4 * sum(leaf.size for leaf in jax.tree.leaves(trained))
-        with self._storing("the export"), _staged(folder, num_bytes) as staging, together():
-            if jax.process_index() == 0:
-                host = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), whole)
-                write_adapter(staging, adapter_of(self.config, host), self.config.model)
-        return folder
-
-
-@contextlib.contextmanager
-def _staged(folder: pathlib.Path, num_bytes: int) -> Iterator[pathlib.Path]:
-    """Like `staging.staged`, for all processes: process 0 creates the folder and moves it into place."""
-    staging = None
-    try:
-        with together():
-            if jax.process_index() == 0:
-                _clear(folder)
-                staging = Staging(folder, num_bytes=num_bytes, note=say)
-        yield pathlib.Path(from_first(str(staging.folder) if staging else ""))
-        with together():
-            if staging:
-                staging.finish()
-    except BaseException:
-        if staging:
-            staging.discard()
-        raise
-
-
-def _clear(folder: pathlib.Path):
-    """Removes the files of a killed export from before exports were staged."""
-    names = {"config.json", *TOKENIZER_FILES, *PROCESSOR_FILES}
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if path.name in names:
-            path.unlink()
-        elif path.name.startswith(f"{checkpoint.PARAMS}.orbax-checkpoint-tmp"):
-            shutil.rmtree(path)
-
-
-def exported_config(config: TrainConfig) -> dict[str, Any]:
-    """The config.json of the run's exports; ValueError if the original dialect cannot express the model's sizes."""
-    return original_config(dataclasses.replace(config.model, dtype="bfloat16"))
 
 
 def _first_cause(error: BaseException) -> str:
-    """The message of the first error in the chain, without tensorstore's dump of its request."""
-    while cause := error.__cause__ or error.__context__:
+    """The message of the first error in the chain, without tensorstore's dump of its request; what is said of a store
+    says it all."""
+    while not is_store(getattr(error, "filename", None)) and (cause := error.__cause__ or error.__context__):
         error = cause
     return one_line(re.split(r" \[(?:tensorstore_spec|source locations)", str(error))[0], 300)
 
 
-def _is_repeated(record: logging.LogRecord) -> bool:
-    """Whether it is an error that orbax also raises to the caller: a traceback from each of its threads."""
-    return record.levelno >= logging.ERROR and "orbax" in pathlib.PurePath(record.pathname).parts
-
-
-@functools.cache
-def _quiet_orbax():
-    # Permanently: its threads may log after the run has ended, too.
-    logging.getLogger("absl").addFilter(lambda record: not _is_repeated(record))
-    warnings.filterwarnings("ignore", r"coroutine '\w+\._background_load' was never awaited", RuntimeWarning)
-
-
 def _is_passing(name: str) -> bool:
     """Whether a start may leave a file called `name` before there is a run."""
-    return name == _TEMPORARY or name.startswith(lease.FILE)
+    return name == _TEMPORARY or name.startswith(lease.FILE) or (name[0] == "." and name.endswith(".partial"))
 
 
 def _trees(state: TrainState) -> dict[str, Any]:

@@ -12,7 +12,8 @@ import jax
 
 from janus_jax.io.files import read_json_object
 from janus_jax.io.messages import one_line
-from janus_jax.weights.checkpoint import write_json
+from janus_jax.io.staging import replace_file
+from janus_jax.weights.checkpoint import json_bytes
 from train.run.distributed import Agreed, barrier, say
 from train.run.faults import HUNG, Stopped
 
@@ -26,13 +27,14 @@ class Failures:
 
     Args:
       folder: the run's folder, shared by all processes.
+      local: where failures.txt is appended to, if not there.
 
     Attributes:
       count: failures of this process since the start.
     """
 
-    def __init__(self, folder: pathlib.Path):
-        self._folder, self.count = folder, 0
+    def __init__(self, folder: pathlib.Path, local: pathlib.Path | None = None):
+        self._folder, self._local, self.count = folder, local or folder, 0
 
     @contextlib.contextmanager
     def alone(self, what: str) -> Iterator[None]:
@@ -68,7 +70,7 @@ class Failures:
         cause = one_line(f"{kind}{error}", 400)
         say(f"failed: {what} ({cause}); the run continues without it; see {FILE} for the traceback")
         if jax.process_index() == 0:
-            with contextlib.suppress(OSError), (self._folder / FILE).open("a", encoding="utf-8") as file:
+            with contextlib.suppress(OSError), (self._local / FILE).open("a", encoding="utf-8") as file:
                 file.write(f"{what}\n{''.join(traceback.format_exception(error))}\n")
 
     def _await_others(self, what: str, error: Exception):
@@ -77,7 +79,7 @@ class Failures:
         marks = [self._folder / f"{name}.{process}" for process in range(jax.process_count())]
         mark, deadline = marks[jax.process_index()], time.monotonic() + _WAIT
         try:
-            mark.touch()
+            mark.write_bytes(b"")
             while not all(other.exists() for other in marks):
                 if time.monotonic() > deadline:
                     raise Stopped(
@@ -126,6 +128,4 @@ class Tries:
             if not counts:
                 self._path.unlink(missing_ok=True)
                 return
-            temporary = self._path.with_suffix(".tmp")
-            write_json(temporary, {"step": step, "begun": counts})
-            temporary.replace(self._path)
+            replace_file(self._path, json_bytes({"step": step, "begun": counts}))

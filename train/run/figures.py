@@ -119,10 +119,10 @@ class Live(Callback):
                 self._show(moment)
 
     def _show(self, moment: Moment):
-        folder = self._run.workdir.folder
+        folder, shared = self._run.workdir.local, self._run.workdir.folder
         if (folder / FILE).exists() and moment.done > 1:
             self._update("curves", loss_curves(folder / FILE, folder / "live.png", self._run.config.name))
-        grid = max((folder / "samples").glob("*.png"), default=None)
+        grid = max((shared / "samples").glob("*.png"), default=None)
         if grid is not None and grid != self._shown:
             self._update("samples", grid)
             self._shown = grid

@@ -142,8 +142,8 @@ class Lease:
                 self._held = read_json_object(self._path, missing_ok=True).get("id") == self._mine["id"]
         return self._held
 
-    def check(self):
-        """Raises Stopped if another start took the lease."""
+    def check(self, fresh: bool = False):
+        """Raises Stopped if another start took the lease; `fresh`: as of now, even where that has to be asked for."""
         if not self.held:
             found = self._read() or {}
             raise Stopped(
@@ -152,17 +152,22 @@ class Lease:
             )
 
     def _renew(self):
-        while not self._over.wait(RENEW):
+        while self._held and not self._over.wait(RENEW):
             # Errors of the storage are retried at the next renewal, well before the lease lapses.
-            with contextlib.suppress(OSError, ValueError), self._path.open("r+", encoding="utf-8") as file:
-                found = parse_json(file.read(), FILE)
-                if not isinstance(found, dict) or found.get("id") != self._mine["id"]:
-                    self._held = False
-                    return
-                self._count += 1
-                file.seek(0)
-                file.write(json.dumps(self._mine | {"time": time.time(), "renewed": self._count}))
-                file.truncate()
+            with contextlib.suppress(OSError, ValueError):
+                self._held = self._renew_now()
+
+    def _renew_now(self) -> bool:
+        """Renews it; False if it is another start's."""
+        with self._path.open("r+", encoding="utf-8") as file:
+            found = parse_json(file.read(), FILE)
+            if not isinstance(found, dict) or found.get("id") != self._mine["id"]:
+                return False
+            self._count += 1
+            file.seek(0)
+            file.write(json.dumps(self._mine | {"time": time.time(), "renewed": self._count}))
+            file.truncate()
+        return True
 
     def release(self):
         """Gives it back, if this run still holds it."""
@@ -170,7 +175,10 @@ class Lease:
         if self.held:
             self._held = False
             with contextlib.suppress(OSError):
-                self._path.unlink()
+                self._remove()
+
+    def _remove(self):
+        self._path.unlink()
 
 
 def _name(found: dict[str, Any]) -> str:

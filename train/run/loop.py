@@ -96,10 +96,10 @@ def train(config: TrainConfig, steal: bool = False, more: Sequence[Callable[[Run
         # -------------------------------------------------------- callbacks
         step_fn = make_train_step(config, mesh, processor.settings)
         batches = load_batches(assembler, rows, first, config.steps, config.data.workers)
-        failures, window, health = Failures(workdir.folder), Window(config, mesh), Health(config)
+        failures, window, health = Failures(workdir.folder, workdir.local), Window(config, mesh), Health(config)
         flow = InFlight(window.add, health)
-        shown_as = {"writers": config.writers, "name": config.name, "config": flat(config)}
-        with Metrics(workdir.folder, config.steps, first, is_main, failures, **shown_as) as metrics:
+        shown_as = {"writers": config.writers, "name": config.name, "config": flat(config), "shared": workdir.folder}
+        with Metrics(workdir.local, config.steps, first, is_main, failures, **shown_as) as metrics:
             run = Run(config, mesh, processor, workdir, metrics, failures, watchdog)
             callbacks = [
                 Profile(run),
@@ -146,8 +146,8 @@ def train(config: TrainConfig, steal: bool = False, more: Sequence[Callable[[Run
         workdir.wait()
         exported = workdir.export(config.steps, state.trained, frozen)
         with failures.alone("the figure of the loss curves"):
-            if is_main and (workdir.folder / FILE).exists():
-                loss_curves(workdir.folder / FILE, workdir.folder / "curves.png", config.name)
+            if is_main and (workdir.local / FILE).exists():
+                loss_curves(workdir.local / FILE, workdir.local / "curves.png", config.name)
     say(f"{config.name}: {config.steps} steps done; exported to {exported}")
     return exported
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from janus_jax.io.files import parse_json
+from janus_jax.io.stores import as_path
 from train.run.distributed import say
 from train.run.failures import Failures
 from train.watch.writers import JSONL, WRITERS, Opening
@@ -38,6 +39,7 @@ class Metrics:
       failures: reports and suppresses errors of the writers.
       writers: names of `train.watch.writers.WRITERS`; metrics.jsonl is written in any case.
       name, config: of the run, for writers that show them.
+      shared: the folder that a later start has too, if that is not `workdir`.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Metrics:
         writers: Sequence[str] = ("tensorboard",),
         name: str = "",
         config: Mapping[str, Any] | None = None,
+        shared: pathlib.Path | None = None,
     ):
         self.enabled, self.total_steps = enabled, total_steps
         self._last = (start_step, time.monotonic())
@@ -67,7 +70,7 @@ class Metrics:
             if self._path.exists():
                 self._seen = _cut(self._path, start_step)
             self._open()
-        opening = Opening(self._path.parent, name, config or {}, start_step)
+        opening = Opening(self._path.parent, name, config or {}, start_step, shared or self._path.parent)
         for other in writers:
             if other == JSONL:
                 continue
@@ -172,7 +175,7 @@ def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
 
     An incomplete last line is left out: the run was killed, or is just writing it. ValueError names any other bad line.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
     path = path / FILE if path.is_dir() else path
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; expected the metrics of a run there")

@@ -7,11 +7,13 @@ from typing import Any
 
 from janus_jax.config import JanusConfig
 from janus_jax.io.files import read_json_object
+from janus_jax.io.store_access import is_store
 from janus_jax.weights import checkpoint
 from janus_jax.weights.torch_weights import LazyParams, abstract_params
 from train.step.leaves import split
 
 RUN, FROZEN, CHECKPOINTS = "run.json", "frozen", "checkpoints"  # see `train.run.checkpoints` for what each holds
+COMPLETE = "complete.json"  # see `train.stored.saving`
 
 
 def open_run(folder: pathlib.Path) -> tuple[JanusConfig, LazyParams] | None:
@@ -35,13 +37,27 @@ def open_run(folder: pathlib.Path) -> tuple[JanusConfig, LazyParams] | None:
     steps = complete_steps(folder)
     if not steps:
         raise ValueError(f"{folder} has a run without a complete checkpoint; let it save one first")
-    leaves = checkpoint.array_leaves(folder / CHECKPOINTS / str(max(steps)) / "trained", trained)
-    return config, leaves | checkpoint.array_leaves(folder / FROZEN, frozen)
+    leaves = checkpoint.array_leaves(whole(folder / CHECKPOINTS / str(max(steps))) / "trained", trained)
+    return config, leaves | (checkpoint.array_leaves(whole(folder / FROZEN), frozen) if frozen else {})
 
 
 def complete_steps(folder: pathlib.Path) -> list[int]:
     """The steps of the complete checkpoints of the run in `folder`."""
-    return [int(path.name) for path in (folder / CHECKPOINTS).glob("*") if path.name.isdigit()]
+    if is_store(folder):
+        found = [path.parent for path in (folder / CHECKPOINTS).glob(f"*/{COMPLETE}")]
+    else:
+        found = list((folder / CHECKPOINTS).glob("*"))
+    return [int(path.name) for path in found if path.name.isdigit()]
+
+
+def whole(folder: pathlib.Path) -> pathlib.Path:
+    """Where the arrays of `folder`, a complete checkpoint or the frozen parameters, are: in a store, one start's."""
+    if not is_store(folder):
+        return folder
+    start = read_json_object(folder / COMPLETE).get("folder")
+    if not isinstance(start, str) or not start.isalnum():
+        raise ValueError(f"{folder / COMPLETE} does not name the folder of a start; delete {folder}")
+    return folder / start
 
 
 def model_config(raw: dict[str, Any]) -> JanusConfig:

@@ -1,7 +1,8 @@
 """What would keep a run from starting, found on its own hosts: `python -m train.main --config NAME --dry-run`.
 
 It opens what the run would open, reads headers instead of parameters, compiles the step for the devices that are there,
-and writes nothing in the workdir.
+and writes nothing in the workdir; in a store it writes an object of no bytes and removes it, since rights are known by
+using them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import hashlib
 import json
 import os
 import pathlib
+import secrets
 import shutil
 import socket
 import time
@@ -23,7 +25,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from janus_jax.io.messages import error_text, print_error, print_note
-from janus_jax.io.stores import as_path
+from janus_jax.io.stores import StorePath, as_path
 from janus_jax.processing.chat import Processor
 from janus_jax.sampling.memory import OutOfMemory, available_bytes
 from janus_jax.sharding import make_mesh
@@ -37,10 +39,9 @@ from train.overrides import flat, to_json
 from train.plan.programs import SPARE, lower_step, memory_of
 from train.plan.topologies import GIB, choose_layout
 from train.run.aside import get_held_out
-from train.run.checkpoints import check_claim, check_steps
+from train.run.checkpoints import check_claim, check_steps, lease_of
 from train.run.distributed import check_same, gather, say
 from train.run.faults import BAD_INPUT
-from train.run.lease import Lease
 from train.step.earlier import RUN, complete_steps
 from train.step.init import folder_of, open_sources
 from train.step.leaves import abstract_leaves
@@ -202,12 +203,21 @@ def _workdir(
     with found.problem():
         check_steps(config, latest or 0)
     with found.problem():
-        if isinstance(folder, pathlib.Path):  # whether a store may be written to is known by writing
+        if isinstance(folder, StorePath):
+            _try_store(folder)
+        else:
             _room(found, config, _writable(folder), latest)
     if jax.process_index() == 0 and not steal and folder.is_dir():
         with found.problem():
-            if waiting := Lease(folder).look():
+            if waiting := lease_of(folder).look():
                 found.notes.append(waiting)
+
+
+def _try_store(folder: StorePath):
+    """An OSError in one line if this process may not write to `folder` and remove there, which is known by trying."""
+    probe = folder / f".{secrets.token_hex(8)}.partial"
+    probe.write_bytes(b"")
+    probe.unlink()
 
 
 def _writable(folder: pathlib.Path) -> pathlib.Path:

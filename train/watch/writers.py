@@ -23,12 +23,20 @@ PROJECT = "janus_jax"
 
 
 class Opening(NamedTuple):
-    """What a writer is opened with: the workdir, the run's name and settings, and the steps done before this start."""
+    """What a writer is opened with.
+
+    Attributes:
+      workdir: a local folder, the workdir itself or copied to it.
+      name, config: the run's name and settings.
+      start_step: the steps done before this start.
+      shared: the workdir, which may be in a store.
+    """
 
     workdir: pathlib.Path
     name: str
     config: Mapping[str, Any]
     start_step: int
+    shared: pathlib.Path
 
 
 class TensorBoard:
@@ -117,7 +125,7 @@ def _project(variable: str) -> str:
 
 def _identity(run: Opening, tracker: str) -> str:
     """The id of the run in `tracker`, made at its first start and kept in the workdir."""
-    path = run.workdir / IDS
+    path = run.shared / IDS
     known = read_json_object(path, missing_ok=True)
     if not isinstance(known.get(tracker), str):
         known |= {tracker: secrets.token_hex(8)}
