@@ -249,6 +249,30 @@ def request(address: str, function: Callable[[], T], last: Sequence[str] = ()) -
     raise AssertionError("unreachable")
 
 
+def request_all(address: str, starts: Sequence[Callable[[], Callable[[], T]]]) -> list[T]:
+    """What many requests come to, tried again and told as by `request`.
+
+    Args:
+      starts: each starts one and returns what waits for it. All are started before the first is waited for; those that
+        fail are started again.
+    """
+    found: dict[int, T] = {}
+
+    def attempt() -> None:
+        waiting = {i: start() for i, start in enumerate(starts) if i not in found}
+        failed = None
+        for i, wait in waiting.items():
+            try:
+                found[i] = wait()
+            except Exception as error:
+                failed = error
+        if failed is not None:
+            raise failed
+
+    request(address, attempt)
+    return [found[i] for i in range(len(starts))]
+
+
 def _told(error: Exception, address: str) -> OSError | ValueError:
     scheme, bucket, _ = split(address)
     name, text = type(error).__name__, str(error)

@@ -224,11 +224,8 @@ def array_leaves(folder: pathlib.Path, wanted: Mapping[str, Any], weights: str |
     top = "params." if store.drivers and all(name.startswith("params.") for name in store.drivers) else ""
     stored = {path: _stored_names(path, leaf.shape, store.drivers, top) for path, leaf in wanted.items()}
     expected = {name: shape for names in stored.values() for name, shape in names.items()}
-    opened: dict[str, ts.TensorStore] = {}
-    for name in expected:
-        if name in store.drivers:
-            with orbax_layouts.named(folder):
-                opened[name] = store.open(name)
+    with orbax_layouts.named(folder):
+        opened = store.open_all([name for name in expected if name in store.drivers])
     found = {name: jax.ShapeDtypeStruct(array.shape, array.dtype.numpy_dtype) for name, array in opened.items()}
     exact = {
         name: leaf.dtype for path, leaf in wanted.items()
@@ -264,7 +261,7 @@ def _leaf(folder: pathlib.Path, shape: tuple[int, ...], arrays: list[ts.TensorSt
         with orbax_layouts.named(folder):
             return orbax_layouts.asked(folder, lambda: read(index))
 
-    return LazyArray(shape, dtype, named)
+    return LazyArray(shape, dtype, named, late=is_store(folder))
 
 
 def write_lazy(folder: pathlib.Path, leaves: LazyParams, progress: bool = False) -> None:

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import tensorstore as ts
 
 from janus_jax.io.messages import one_line
-from janus_jax.io.store_access import is_store, kvstore_spec, request, store_context
+from janus_jax.io.store_access import is_store, kvstore_spec, request, request_all, store_context
 from janus_jax.io.stores import as_path
 
 T = TypeVar("T")
@@ -60,14 +61,22 @@ class Store:
     ocdbt: bool
     drivers: dict[str, str]
 
-    def open(self, name: str) -> ts.TensorStore:
-        """The array called `name`; ValueError if it is damaged."""
-        array = open_array(self.folder, name, self.drivers[name], self.ocdbt)
+    def open_all(self, names: Sequence[str]) -> dict[str, ts.TensorStore]:
+        """The arrays called `names`; ValueError if one is damaged."""
+        starts = [functools.partial(start_to_open, self.folder, name, self.drivers[name], self.ocdbt) for name in names]
+        if is_store(self.folder):
+            arrays = request_all(os.fspath(self.folder), starts)
+        else:
+            arrays = [start()() for start in starts]
+        for name, array in zip(names, arrays, strict=True):
+            self._check_chunks(name, array)
+        return dict(zip(names, arrays, strict=True))
+
+    def _check_chunks(self, name: str, array: ts.TensorStore):
         # Bounds the memory of a read; orbax's chunks are never larger than the array.
         if any(size > most for size, most in zip(array.chunk_layout.read_chunk.shape, array.shape, strict=True)):
             chunk = list(array.chunk_layout.read_chunk.shape)
             raise ValueError(f"{one_line(name)} has chunks of {one_line(chunk)}, larger than the array")
-        return array
 
 
 def open_store(folder: pathlib.Path) -> Store:
@@ -99,11 +108,11 @@ def _drivers_below(folder: pathlib.Path) -> dict[str, str]:
     return {path.parent.name: _METADATA[path.name] for path in below}
 
 
-def open_array(folder: pathlib.Path, name: str, driver: str, ocdbt: bool) -> ts.TensorStore:
-    """Opens the array called `name` in `folder` for reading."""
+def start_to_open(folder: pathlib.Path, name: str, driver: str, ocdbt: bool) -> Callable[[], ts.TensorStore]:
+    """Starts to open the array called `name` in `folder` for reading; returns what waits for it."""
     kvstore = _kvstore(folder) | {"path": f"{name}/"} if ocdbt else _files(folder / name)
     spec = {"driver": driver, "kvstore": kvstore, **_POLICY}
-    return asked(folder, lambda: ts.open(spec, context=_context(folder)).result())
+    return ts.open(spec, context=_context(folder)).result
 
 
 def create_array(folder: pathlib.Path, name: str, codecs: list[dict[str, Any]], **options: Any) -> ts.Future:

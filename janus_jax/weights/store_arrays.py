@@ -7,7 +7,6 @@ says that all of it is there is the caller's.
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import json
@@ -17,18 +16,17 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
 import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
 
+from janus_jax.io.ahead import in_order
 from janus_jax.io.messages import one_line
-from janus_jax.io.store_access import kvstore_spec, request, store_context
+from janus_jax.io.store_access import kvstore_spec, request_all, store_context
 from janus_jax.weights import orbax_layouts
-
-T = TypeVar("T")
 
 _CHUNK_BYTES = 32 << 20  # of an object, at most
 _IN_FLIGHT = 128 << 20  # bytes of arrays that are written at the same time
@@ -103,7 +101,7 @@ def write_held(folder: str | os.PathLike, held: Mapping[str, Held], describe: bo
     """
     sizes = {name: sum(data.nbytes for _, data in each.regions) for name, each in held.items()}
     for batch in _batches(sizes):
-        _all(folder, [_writer(folder, name, held[name], describe) for name in batch])
+        request_all(os.fspath(folder), [_writer(folder, name, held[name], describe) for name in batch])
 
 
 def _batches(sizes: Mapping[str, int]) -> Iterator[list[str]]:
@@ -138,25 +136,6 @@ def _writer(folder: str | os.PathLike, name: str, held: Held, describe: bool) ->
         return wait
 
     return start
-
-
-def _all(folder: str | os.PathLike, starts: Sequence[Callable[[], Callable[[], T]]]) -> list[T]:
-    """What the functions come to, all started before the first is waited for; those that fail are started again."""
-    found: dict[int, T] = {}
-
-    def attempt() -> None:
-        waiting = {i: start() for i, start in enumerate(starts) if i not in found}
-        failed = None
-        for i, wait in waiting.items():
-            try:
-                found[i] = wait()
-            except Exception as error:
-                failed = error
-        if failed is not None:
-            raise failed
-
-    request(os.fspath(folder), attempt)
-    return [found[i] for i in range(len(starts))]
 
 
 def _open(folder: str | os.PathLike, name: str, **options: Any) -> ts.Future:
@@ -240,7 +219,9 @@ def read_tree(folder: pathlib.Path, abstract: Any) -> Any:
     opened = dict(
         zip(
             wanted,
-            _all(folder, [lambda name=name: _open(folder, name, open=True).result for name in wanted]),
+            request_all(
+                os.fspath(folder), [lambda name=name: _open(folder, name, open=True).result for name in wanted]
+            ),
             strict=True,
         )
     )
@@ -254,10 +235,10 @@ def read_tree(folder: pathlib.Path, abstract: Any) -> Any:
     def read(name: str) -> jax.Array:
         return _read(folder, opened[name], wanted[name])
 
-    small = [name for name, leaf in wanted.items() if leaf.size * leaf.dtype.itemsize <= _SMALL_BYTES]
-    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
-        arrays = dict(zip(small, pool.map(read, small), strict=True))
-    arrays |= {name: read(name) for name in wanted if name not in arrays}
+    def small(name: str) -> bool:
+        return wanted[name].size * wanted[name].dtype.itemsize <= _SMALL_BYTES
+
+    arrays = dict(in_order(wanted, read, _READERS, small))
     return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in wanted])
 
 
@@ -265,7 +246,9 @@ def _read(folder: pathlib.Path, store: ts.TensorStore, leaf: jax.ShapeDtypeStruc
     # All of this process's slices at the same time, each once.
     slices = leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
     keys = list(dict.fromkeys(_key(index, leaf.shape) for index in slices))
-    data = _all(folder, [lambda key=key: store[tuple(slice(*axis) for axis in key)].read().result for key in keys])
+    data = request_all(
+        os.fspath(folder), [lambda key=key: store[tuple(slice(*axis) for axis in key)].read().result for key in keys]
+    )
     there = dict(zip(keys, data, strict=True))
     return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: there[_key(index, leaf.shape)])
 

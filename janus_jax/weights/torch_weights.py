@@ -20,6 +20,7 @@ import numpy as np
 from flax import traverse_util
 
 from janus_jax.config import JanusConfig, dialect_of
+from janus_jax.io.ahead import in_order
 from janus_jax.io.files import read_json_object
 from janus_jax.io.messages import one_line
 from janus_jax.io.progress import byte_bar
@@ -36,17 +37,23 @@ _LM_HEAD: Path = ("language_model", "lm_head", "kernel")
 _EMBED_TOKENS: Path = ("language_model", "embed_tokens", "embedding")
 
 _BLOCK_BYTES = 64 << 20
+_SMALL_BYTES, _AT_ONCE = 16 << 20, 16  # arrays up to this size are read from a store so many at once
 
 Index = tuple[slice, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class LazyArray:
-    """An array still in its file: `read(index)` gives the region under one slice per axis, maybe a view of the file."""
+    """An array still in its file: `read(index)` gives the region under one slice per axis, maybe a view of the file.
+
+    Attributes:
+      late: whether it is in a store, which answers late, and many requests at once.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[Index], np.ndarray]
+    late: bool = False
 
     @property
     def num_bytes(self) -> int:
@@ -65,7 +72,7 @@ class LazyArray:
                 raise ValueError(f"{name} has values beyond float16's range; use bfloat16 or float32 instead")
             return result
 
-        return LazyArray(self.shape, dtype, read)
+        return dataclasses.replace(self, dtype=dtype, read=read)
 
 
 LazyParams = dict[Path, LazyArray]
@@ -287,14 +294,20 @@ def place(
 
     arrays = {}
     with byte_bar("loading", total_bytes(leaves), progress) as bar:
-        for path, leaf in leaves.items():
-            cast = leaf.astype(dtype or leaf.dtype, "/".join(path))
+
+        def read(path: Path) -> Any:
+            cast = leaves[path].astype(dtype or leaves[path].dtype, "/".join(path))
             if spread and not as_numpy:
-                arrays[path] = _read_sharded(cast, spread[path])
-            elif as_numpy:
-                arrays[path] = read_now(cast)
-            else:
-                arrays[path] = jax.device_put(read_now(cast))  # of which nothing else holds the copy on the host
+                return _read_sharded(cast, spread[path])
+            if as_numpy:
+                return read_now(cast)
+            return jax.device_put(read_now(cast))  # of which nothing else holds the copy on the host
+
+        def early(path: Path) -> bool:
+            return leaves[path].late and leaves[path].num_bytes <= _SMALL_BYTES
+
+        for path, array in in_order(leaves, read, _AT_ONCE, early):
+            leaf, arrays[path] = leaves[path], array
             if made is not None:
                 name = "/".join(path)
                 arrays |= {tuple(key.split("/")): x for key, x in made(name, arrays.pop(path)).items()}
