@@ -1,6 +1,6 @@
 """Checks that killing a training run costs time and nothing else.
 
-    python -m benchmarks.chaos [--kills 20] [--steps 240] [--workers 0] [--seed 0]
+    python -m benchmarks.chaos [--kills 20] [--steps 240] [--workers 0] [--seed 0] [--at gs://bucket/chaos]
 
 Trains a tiny model twice through the command line: once undisturbed, and once killed repeatedly, by SIGKILL and
 SIGTERM, at random moments and at chosen ones (while it starts, steps, saves, removes an old checkpoint, exports), and
@@ -43,6 +43,7 @@ from benchmarks.common.kills import (
 )
 from examples.tiny.run import write_checkpoint, write_data
 from janus_jax.io.messages import print_any_text
+from janus_jax.io.stores import as_path
 from janus_jax.sharding import make_mesh
 from janus_jax.weights import checkpoint
 from janus_jax.weights.torch_weights import abstract_params, read_now
@@ -148,7 +149,7 @@ def disturb(
     rng: random.Random,
 ) -> tuple[list[Process], list[Death]]:
     """Runs `config` to its end through all of `kills`, a line for each. Raises Failed."""
-    workdir, deaths, processes, start_seconds = pathlib.Path(config.workdir), [], [], 30.0
+    workdir, deaths, processes, start_seconds = as_path(config.workdir), [], [], 30.0
     for number, kill in enumerate([*kills, None], 1):
         before = max(complete(workdir), default=0)
         process = start(number)
@@ -191,7 +192,7 @@ def disturb(
 
 def arrays(config: TrainConfig) -> dict[str, np.ndarray]:
     """Everything that a finished run leaves behind, by name, each part as its own readers give it."""
-    workdir = pathlib.Path(config.workdir)
+    workdir = as_path(config.workdir)
     found: dict[str, np.ndarray] = {}
     exported = checkpoint.array_leaves(
         workdir / "export" / str(config.steps) / checkpoint.PARAMS, abstract_params(config.model)
@@ -256,8 +257,15 @@ def prepare(folder: pathlib.Path, steps: int) -> pathlib.Path:
     return path
 
 
-def chaos(folder: pathlib.Path, kills: int, steps: int, workers: int = 0, seed: int = 0):
-    """Runs both runs in `folder` and compares them; prints what came of it. Raises Failed."""
+def chaos(folder: pathlib.Path, kills: int, steps: int, workers: int = 0, seed: int = 0, at: str = ""):
+    """Runs both runs in `folder` and compares them; prints what came of it. Raises Failed.
+
+    Args:
+      at: an empty folder for the disturbed run's workdir, which may be in a store.
+    """
+    places = {"undisturbed": folder / "undisturbed", "disturbed": as_path(at or folder) / "disturbed"}
+    if places["disturbed"].exists():
+        raise ValueError(f"{places['disturbed']} is not empty; choose another folder")
     rng = random.Random(seed)
     file = str(prepare(folder, steps))
     environment = os.environ | {
@@ -267,10 +275,10 @@ def chaos(folder: pathlib.Path, kills: int, steps: int, workers: int = 0, seed: 
     }
 
     def start(name: str, number: int) -> Process:
-        arguments = ["--config", file, f"workdir={folder / name}", f"data.workers={workers}"]
+        arguments = ["--config", file, f"workdir={places[name]}", f"data.workers={workers}"]
         return Process([sys.executable, "-m", "train.main", *arguments], environment, folder / f"{name}-{number}.log")
 
-    calm, wild = (load_config(file, [f"workdir={folder / name}"]) for name in ("undisturbed", "disturbed"))
+    calm, wild = (load_config(file, [f"workdir={place}"]) for place in places.values())
     alone = start("undisturbed", 1)
     if code := alone.end():
         raise Failed(f"the undisturbed run ended with {code}: {alone.last_words}")
@@ -282,7 +290,7 @@ def chaos(folder: pathlib.Path, kills: int, steps: int, workers: int = 0, seed: 
     processes, deaths = disturb(functools.partial(start, "disturbed"), planned, wild, reference, rng)
     seconds = time.monotonic() - began
 
-    workdir = folder / "disturbed"
+    workdir = places["disturbed"]
     if left := unfinished(workdir) + [str(step) for step in half_removed(workdir)]:
         raise Failed(f"left in pieces in the workdir: {', '.join(left)}")
     lines = history(workdir)
@@ -319,13 +327,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=240, help="of each run; ten or more for each kill")
     parser.add_argument("--workers", type=int, default=0, help="processes that read data")
     parser.add_argument("--seed", type=int, default=0, help="of the kills")
+    parser.add_argument("--at", default="", help="an empty folder for the disturbed run's workdir; gs:// and s3:// too")
     args = parser.parse_args(argv)
     if args.kills < 3 or args.steps < 10 * args.kills:
         parser.error(f"--kills {args.kills} --steps {args.steps}: 3 kills or more, and ten steps or more for each")
     jax.config.update("jax_platforms", "cpu")
     with tempfile.TemporaryDirectory() as folder:
         try:
-            chaos(pathlib.Path(folder), args.kills, args.steps, args.workers, args.seed)
+            chaos(pathlib.Path(folder), args.kills, args.steps, args.workers, args.seed, args.at)
         except (Failed, OSError, ValueError) as error:
             print(f"\nFAILED: {error}", file=sys.stderr, flush=True)
             return 1

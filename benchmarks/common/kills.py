@@ -13,8 +13,11 @@ import subprocess
 import time
 from collections.abc import Callable
 
+from janus_jax.io.store_access import is_store
+from janus_jax.io.stores import StorePath, as_path
 from janus_jax.weights import checkpoint
 from train.config import TrainConfig
+from train.step.earlier import CHECKPOINTS, COMPLETE, FROZEN, complete_steps, whole
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MOMENTS = ("start", "step", "save", "clean-up", "export")
@@ -137,6 +140,8 @@ class Process:
 
 def complete(workdir: pathlib.Path) -> list[int]:
     """Steps of the complete checkpoints."""
+    if is_store(workdir):
+        return sorted(complete_steps(workdir))
     with contextlib.suppress(FileNotFoundError):
         return sorted(int(name) for name in os.listdir(workdir / "checkpoints") if name.isdigit())
     return []
@@ -144,8 +149,26 @@ def complete(workdir: pathlib.Path) -> list[int]:
 
 def unfinished(workdir: pathlib.Path) -> list[str]:
     """Checkpoints, frozen parameters and exports that are being written, or were when the process died."""
+    if is_store(workdir):
+        return _begun(workdir)[0]
     places = ("", "checkpoints/", "export/*/")
     return [str(path.relative_to(workdir)) for place in places for path in workdir.glob(place + _TEMPORARY)]
+
+
+def _begun(workdir: StorePath) -> tuple[list[str], list[str]]:
+    """Folders in a store that lack their last object: those that are being written, and checkpoints being removed."""
+    last: dict[str, bool] = {}
+    for path in workdir.walk():
+        parts = path.relative_to(workdir).parts
+        if parts[0] in (FROZEN, CHECKPOINTS, "export") and len(parts) > 1:
+            place = "/".join(parts[: 1 if parts[0] == FROZEN else 2])
+            last[place] = last.get(place, False) or parts[-1] in (COMPLETE, "config.json")
+    newest = max(
+        (int(place.partition("/")[2]) for place, whole in last.items() if whole and place[0] == "c"), default=-1
+    )
+    old = {place for place, whole in last.items() if place[0] == "c" and int(place.partition("/")[2]) < newest}
+    lacking = [place for place, whole in last.items() if not whole]
+    return [place for place in lacking if place not in old], [place for place in lacking if place in old]
 
 
 def half_removed(workdir: pathlib.Path) -> list[int]:
@@ -154,9 +177,13 @@ def half_removed(workdir: pathlib.Path) -> list[int]:
     return [
         step
         for step, folder in folders
-        if not (folder / "_CHECKPOINT_METADATA").is_file()
-        or not all(checkpoint.has_arrays(folder / part) for part in ("trained", "rest"))
+        if not (is_store(folder) or (folder / "_CHECKPOINT_METADATA").is_file())
+        or not all(checkpoint.has_arrays(whole(folder) / part) for part in ("trained", "rest"))
     ]
+
+
+def _is_removing(workdir: pathlib.Path, keep: int) -> bool:
+    return bool(_begun(workdir)[1]) if is_store(workdir) else len(complete(workdir)) > keep
 
 
 def await_moment(process: Process, kill: Kill, target: int, config: TrainConfig, began: float, rng: random.Random):
@@ -165,12 +192,12 @@ def await_moment(process: Process, kill: Kill, target: int, config: TrainConfig,
     Args:
       began: seconds after which a process that is to be killed while it starts has been starting for long enough.
     """
-    workdir = pathlib.Path(config.workdir)
+    workdir = as_path(config.workdir)
     has_come: Callable[[], bool] = {
         "start": lambda: process.age > began,
         "step": lambda: process.step >= target,
         "save": lambda: process.step >= target and bool(unfinished(workdir)),
-        "clean-up": lambda: process.step >= target and len(complete(workdir)) > config.keep,
+        "clean-up": lambda: process.step >= target and _is_removing(workdir, config.keep),
         "export": lambda: any(name.startswith("export") for name in unfinished(workdir)),
     }[kill.moment]
     # About as long as each lasts.
@@ -180,7 +207,9 @@ def await_moment(process: Process, kill: Kill, target: int, config: TrainConfig,
             return
         if process.age > _PATIENCE:
             raise Failed(f"no moment '{kill.moment}' came within {_PATIENCE} s")
-        if kill.moment != "clean-up":
+        if is_store(workdir):
+            time.sleep(0.1)  # between listings
+        elif kill.moment != "clean-up":
             time.sleep(0.001)
         process.read()
     time.sleep(rng.uniform(0, lasts))

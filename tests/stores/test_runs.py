@@ -81,9 +81,8 @@ def test_a_killed_run_in_a_store_is_the_run_on_a_disk(store, on_disk, tmp_path, 
     with emulated_stores.slow(proxy, 0.02), proxy.failing(share=0.03) as faults:
         Run(folder / "run", there, compiled, tmp_path / "first").kill_after(10)
         assert max(complete_steps(folder / "run")) in (4, 8)
-        second = Run(folder / "run", there, compiled, tmp_path / "second")
-        told = second.end()
-    assert min(faults.values()) > 3 and "the store does not answer" in second.errors.read_text()
+        told = Run(folder / "run", there, compiled, tmp_path / "second").end()
+    assert min(faults.values()) > 3
     assert re.search(r"resuming after step [48]\n", told) and f"exported to {folder}/run/export/20" in told
     ours, theirs = params_of(folder / "run"), params_of(local)
     assert ours.keys() == theirs.keys()
