@@ -15,6 +15,7 @@ import janus_jax
 from examples.digits.config import DigitsConfig
 from examples.digits.data import load_split, shifted, to_float, to_rgb, write_sources, write_tokenizer
 from examples.digits.evaluate import evaluate, table
+from janus_jax.io.stores import local_only
 from janus_jax.processing.chat import Processor
 from janus_jax.weights.checkpoint import write_json
 from train.prepare import prepare, vq_encoder
@@ -37,6 +38,7 @@ def run(config: DigitsConfig, steal: bool = False) -> dict[str, Any]:
     Args:
       steal: as for `train.run.loop.train`, of every stage.
     """
+    local_only(config.workdir)
     clock = _Clock()
     # In every process alike, and saved together: orbax has no way to save in one of them alone.
     train_tokenizer(config)

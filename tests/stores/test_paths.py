@@ -153,6 +153,8 @@ def test_what_is_written_to_local_folders_only_says_so(tmp_path, capsys):
     assert janus_main(["generate", "--model", "x", "--prompt", "a", "--out", "gs://bucket/out"]) == 2
     assert vq_main(["--images", str(tmp_path), "--out", "s3://bucket/out"]) == 2
     assert capsys.readouterr().err.count("is in a store, and this is written to local folders only") == 2
+    assert train_main(["--config", "digits", "workdir=gs://bucket/run"]) == 2
+    assert "gs://bucket/run is in a store, and this is written to local folders only" in capsys.readouterr().err
     assert train_main(["--config", "debug", "workdir=az://bucket/run"]) == 2
     assert "workdir: az://bucket/run: az:// is not supported; use a local path, or one of" in capsys.readouterr().err
     assert not pathlib.Path("gs:").exists()
