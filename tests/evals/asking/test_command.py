@@ -21,7 +21,7 @@ from evals.evaluate import Settings
 from evals.evaluate import evaluate as run_task
 from evals.items import Item
 from evals.tasks import TASKS
-from tests.evals.toy import Toy, write_data
+from tests.evals.asking.toy import Toy, write_data
 from tests.library.tiny_janus import folder, janus, raises_one_line  # noqa: F401
 from tests.several import environment, free_port, ours, outcome
 
@@ -298,7 +298,7 @@ def test_a_prompt_that_is_too_long(janus, data):
 def test_killed_at_random(folder, data, whole, tmp_path):
     """Killed in the middle of writing, again and again, it ends with the same replies."""
     out, moments = tmp_path / "out", random.Random(1)
-    command = [sys.executable, "-m", "tests.evals.toy", "--model", folder, "--tasks", "toy", "--data", data]
+    command = [sys.executable, "-m", "tests.evals.asking.toy", "--model", folder, "--tasks", "toy", "--data", data]
     command = [*map(str, command), "--out", str(out), "--batch-size", "3"]
     for _ in range(3):
         killed = subprocess.run(command, env=environment(1, TOY_KILL_AFTER=str(moments.randrange(3))), timeout=300)
@@ -315,7 +315,7 @@ def test_two_processes(folder, data, whole, tmp_path):
     command = [
         sys.executable,
         "-m",
-        "tests.evals.toy",
+        "tests.evals.asking.toy",
         "--model",
         folder,
         "--tasks",
