@@ -48,7 +48,7 @@ FLOORS = (
     "evals.items",
     "evals.intervals evals.prompts",
     "evals.read.* evals.rules.*",
-    "evals.tasks.*",
+    "evals.tasks.* evals.generation.*",
     "evals.hosts evals.progress",
     "evals.asking.*",
     "evals.judging",
