@@ -8,6 +8,7 @@ appears when it is complete, so that an interrupted run resumes with the missing
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -15,19 +16,21 @@ from typing import Any
 
 import jax
 
-from janus_jax.config import read_config
-from janus_jax.hub import resolve
 from janus_jax.io.messages import print_any_text, print_error
 from janus_jax.processing.chat import SYSTEM_PROMPT, Processor
 from janus_jax.sampling.memory import OutOfMemory
 from train.config import KINDS
 from train.data.shards import Encode
 from train.data.tokenize import STORES
+from train.fleet import ray_engine
 from train.fleet.encoder import vq_encoder
+from train.fleet.job import Job
 from train.fleet.merge import Report, merge
 from train.fleet.preparation import Preparation
 from train.fleet.shares import ALL, Part, find_part, parse_part
-from train.raw.sources import FORMATS, NAMES, SCHEMAS, RawSample, open_source
+from train.raw.sources import FORMATS, NAMES, SCHEMAS, RawSample
+
+__all__ = ["Report", "main", "prepare", "vq_encoder"]
 
 
 def prepare(
@@ -86,30 +89,8 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if absent := [name for name in ("kind", "source", "model") if getattr(args, name) is None]:
             raise ValueError(f"{' and '.join(f'--{name}' for name in absent)} missing; see --help")
-        part = parse_part(args.part) if args.part else find_part()
-        if part.count > 1:
-            _say(f"{part}, by {part.told}")
-        source = open_source(args.source, args.format, args.images, args.names, args.allow_outside, args.schema)
-        _say(source)
-        folder = resolve(args.model)
-        processor = Processor.from_folder(folder, read_config(folder))
-        encode, fingerprint = vq_encoder(folder) if args.kind == "generation" else (None, "")
-        report = prepare(
-            source,
-            args.out,
-            args.kind,
-            processor,
-            encode=encode,
-            vq_fingerprint=fingerprint,
-            context=args.context,
-            shard_size=args.shard_size,
-            batch_size=args.batch_size * (len(jax.local_devices()) if encode else 1),
-            max_bad_share=args.max_bad_share,
-            system_prompt=args.system_prompt,
-            store=args.store,
-            workers=args.workers,
-            part=part,
-        )
+        names = [field.name for field in dataclasses.fields(Job)]
+        report = _run(Job(**{name: getattr(args, name) for name in names}), args)
     except (OSError, ValueError) as error:
         print_error(error)
         return 2
@@ -126,6 +107,21 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     _say(report)
     return 0
+
+
+def _run(job: Job, args: argparse.Namespace) -> Report:
+    if args.engine == "ray":
+        if args.part:
+            raise ValueError("--part is for processes without an engine; Ray shares the work by itself")
+        return ray_engine.run(job, args.address)
+    if args.address:
+        raise ValueError("--address is that of a Ray cluster; add --engine ray")
+    part = parse_part(args.part) if args.part else find_part()
+    if part.count > 1:
+        _say(f"{part}, by {part.told}")
+    source = job.open_source()
+    _say(source)
+    return job.join(source).run(part)
 
 
 def _say(what: Any):
@@ -168,6 +164,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="I/N",
         help="make only the share I, from 0, of N processes (default: as SLURM or a TPU slice says, else all)",
     )
+    parser.add_argument("--engine", choices=("ray",), help="a cluster that makes the shards, instead of this process")
+    parser.add_argument("--address", metavar="HOST:PORT", help="of the Ray cluster, or auto (default: this machine)")
     parser.add_argument("--merge", action="store_true", help="finish the folder --out, whose shards are all complete")
     return parser
 

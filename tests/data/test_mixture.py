@@ -28,6 +28,18 @@ class Folder:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def longest(self) -> int:
+        return int(self.lengths.max())
+
+    def most_images(self) -> int:
+        return int(self.images.max())
+
+    def mean_length(self) -> float:
+        return float(self.lengths.mean())
+
+    def mean_images(self) -> float:
+        return float(self.images.mean())
+
 
 def some_folders(*names: str, size: int = 97, length: int = 20) -> dict[str, Folder]:
     """Folders by name; a name begins with the kind's first letter."""

@@ -385,7 +385,7 @@ def test_interrupting_says_how_to_go_on(captions, model_folder, tmp_path, monkey
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(prepare_module, "prepare", interrupted)
+    monkeypatch.setattr(prepare_module.Job, "join", interrupted)
     options = ["--source", str(captions), "--model", str(model_folder[0]), "--out", str(tmp_path / "out")]
     assert main(["--kind", "understanding", *options]) == 130
     assert "run the same command to continue from here" in capsys.readouterr().err

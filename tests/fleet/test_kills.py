@@ -1,5 +1,7 @@
 """Commands that prepare together, one of them killed at random moments: the bytes of one that nothing disturbs."""
 
+import json
+import os
 import pathlib
 import random
 import signal
@@ -18,6 +20,7 @@ from janus_jax.weights.torch_weights import abstract_params
 from tests.data.test_prepare import content
 from tests.raw.test_sources import lines, png
 from tests.several import environment
+from train.data.prepared import META
 
 CONFIG = get_preset("janus_tiny")
 KILLS = 20
@@ -44,27 +47,88 @@ def start(options, out: pathlib.Path, *more: str) -> subprocess.Popen:
     )
 
 
+def finished(out: pathlib.Path) -> bool:
+    return (out / META).exists() and json.loads((out / META).read_text())["finished"]
+
+
+@pytest.fixture(scope="module")
+def whole(options, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "out"
+    alone = start(options, out)
+    told = alone.communicate(timeout=900)
+    assert alone.returncode == 0, told
+    return content(out)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("parts", [2, 4])
-def test_killed_and_started_again_in_other_numbers(options, tmp_path, parts):
-    alone = start(options, tmp_path / "whole")
-    begun = time.monotonic()
-    assert alone.wait(600) == 0, alone.stderr.read()
-    seconds = time.monotonic() - begun
+def test_killed_and_started_again(options, tmp_path, whole, parts):
+    """One of the parts is killed at a random moment, and started again; now and then all are, in another number."""
     rng, kills, rounds = random.Random(parts), 0, 0
-    while kills < KILLS // 2:
+    while kills < KILLS:
+        rounds += 1
+        out, count, running = tmp_path / f"out{rounds}", parts, []
+        while not finished(out):
+            if not running:
+                running = [start(options, out, "--part", f"{index}/{count}") for index in range(count)]
+            time.sleep(rng.uniform(0.5, 8))
+            # What has ended by itself has done its share.
+            ended = [process for process in running if process.poll() is not None]
+            for process in ended:
+                told = process.communicate()
+                assert process.returncode == 0, told
+            running = [process for process in running if process not in ended]
+            if running and kills < KILLS:
+                victim = rng.choice(running)
+                victim.send_signal(signal.SIGKILL)
+                victim.communicate()
+                kills += victim.returncode == -signal.SIGKILL
+                running.remove(victim)
+                if rng.random() < 0.7:
+                    running.append(start(victim.args[3:-4], out, *victim.args[-2:]))
+                else:
+                    for process in running:
+                        process.kill()
+                        process.communicate()
+                    running, count = [], rng.choice([1, 2, 3, parts])
+        for process in running:
+            process.communicate(timeout=600)
+        assert content(out) == whole
+    print(f"{kills} kills, {rounds} folders")
+
+
+@pytest.mark.slow
+def test_workers_of_ray_that_are_killed(options, tmp_path, whole):
+    pytest.importorskip("ray")
+    rng, kills, rounds = random.Random(0), 0, 0
+    while kills < KILLS:
         rounds += 1
         out = tmp_path / f"out{rounds}"
-        count = parts
-        while not (out / "prepared.json").exists() or '"finished": false' in (out / "prepared.json").read_text():
-            running = [start(options, out, "--part", f"{i}/{count}") for i in range(count)]
-            victim = rng.choice(running)
-            time.sleep(rng.uniform(0.2, 1.0) * seconds)
-            if victim.poll() is None:
-                victim.send_signal(signal.SIGKILL)
+        driver = start(options, out, "--engine", "ray")
+        while driver.poll() is None:
+            time.sleep(rng.uniform(0.5, 6))
+            workers = [child for child in descendants(driver.pid) if "ray::_shard" in name_of(child)]
+            if workers and kills < KILLS:
+                os.kill(rng.choice(workers), signal.SIGKILL)
                 kills += 1
-            for process in running:
-                told = process.communicate(timeout=600)
-                assert process.returncode in (0, -signal.SIGKILL), told
-            count = rng.choice([1, 2, 3, parts])
-        assert content(out) == content(tmp_path / "whole")
+        told = driver.communicate()
+        assert driver.returncode == 0, told
+        assert "kept                                3,000" in told[0]
+        assert content(out) == whole
+    print(f"{kills} kills, {rounds} folders")
+
+
+def name_of(process: int) -> str:
+    try:
+        return pathlib.Path(f"/proc/{process}/cmdline").read_text().replace("\0", " ")
+    except OSError:
+        return ""
+
+
+def descendants(process: int) -> list[int]:
+    try:
+        told = pathlib.Path(f"/proc/{process}/task/{process}/children").read_text()
+    except OSError:
+        return []
+    children = [int(word) for word in told.split()]
+    return [*children, *(each for child in children for each in descendants(child))]

@@ -92,7 +92,7 @@ def open_kind(path: str, kind: str, data: DataConfig) -> Prepared:
         raise ValueError(
             f"{path} has {folder.kind} samples but is listed in data.{kind}; list it in data.{folder.kind}"
         )
-    longest, most = int(folder.lengths.max()), int(folder.images.max())
+    longest, most = folder.longest(), folder.most_images()
     if longest > data.context:
         raise ValueError(
             f"{path} has samples of up to {longest} tokens, more than data.context={data.context}; "
@@ -214,7 +214,5 @@ class Mixture:
 
 def _means(stream: Stream) -> tuple[float, float]:
     """Tokens and images of a stream's samples, on average."""
-    return tuple(
-        float(np.average([getattr(folder, name).mean() for folder in stream.folders], weights=stream.weights))
-        for name in ("lengths", "images")
-    )
+    means = [(folder.mean_length(), folder.mean_images()) for folder in stream.folders]
+    return tuple(float(np.average(column, weights=stream.weights)) for column in zip(*means, strict=True))

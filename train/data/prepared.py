@@ -41,7 +41,7 @@ FORMAT_VERSION = 3
 _READABLE = (1, 2, 3)
 _BY_RANGE = 3  # the first that is read from a store
 _MAX_META = 1 << 30  # bytes; 0.2 KB for each shard
-_HASHED_AT_ONCE = 1 << 20  # values
+_HASHED_BLOCKS, _HASHED_BLOCK = 1024, 4096  # of an index whose hash prepared.json has: so many, of so many values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,8 @@ class Prepared:
       lengths: int32 [N], tokens of a row that each sample takes; mapped from its file.
       images: int32 [N], understanding images of each sample; mapped from its file.
       meta: the content of prepared.json.
-      fingerprint: a hash over index and meta, and so over the shards, whose hashes they contain.
+      fingerprint: a hash over meta, and so over the shards and the index, whose hashes it contains, and over the index:
+        all of a small one, and values all over a large one.
     """
 
     folder: pathlib.Path
@@ -75,6 +76,26 @@ class Prepared:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)} in {self.folder}")
         return self._sample(index, lambda: self.records[index])
+
+    def longest(self) -> int:
+        """The most tokens of a sample."""
+        return self._figure(LENGTHS, "max")
+
+    def most_images(self) -> int:
+        return self._figure(IMAGES, "max")
+
+    def mean_length(self) -> float:
+        return self._figure(LENGTHS, "sum") / len(self)
+
+    def mean_images(self) -> float:
+        return self._figure(IMAGES, "sum") / len(self)
+
+    def _figure(self, name: str, what: str) -> int:
+        known = _known(self.meta).get(name)
+        if known is not None:
+            return known[what]
+        array = self.lengths if name == LENGTHS else self.images
+        return int(array.max() if what == "max" else array.sum(dtype=np.int64))
 
     def stored(self, indices: Sequence[int]) -> list[bytes] | None:
         """What a store has for each of `indices`, all requested at once, for `sample`; None for a local folder."""
@@ -139,9 +160,23 @@ def open_prepared(folder: str | os.PathLike) -> Prepared:
             raise ValueError(f"the shards in {folder} have {count} samples, but {META} says {len(records)}; {_again()}")
     digest = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
     for array in (lengths, images):
-        for begin in range(0, len(array), _HASHED_AT_ONCE):
-            digest.update(array[begin : begin + _HASHED_AT_ONCE].tobytes())
+        for begin in _hashed(len(array), whole=not _known(meta)):
+            digest.update(array[begin : begin + _HASHED_BLOCK].tobytes())
     return Prepared(folder, meta["kind"], lengths, images, meta, digest.hexdigest()[:16], records)
+
+
+def _hashed(count: int, whole: bool) -> Sequence[int]:
+    """Where the blocks begin of which a hash is taken, of so many values."""
+    begins = range(0, count, _HASHED_BLOCK)
+    if whole or len(begins) <= _HASHED_BLOCKS:
+        return begins
+    return [begins[i * len(begins) // _HASHED_BLOCKS] for i in range(_HASHED_BLOCKS)]
+
+
+def _known(meta: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """What prepared.json says of the index, by file; nothing if it was written by an earlier version."""
+    found = meta.get(INDEX)
+    return found if isinstance(found, dict) else {}
 
 
 def _map(folder: pathlib.Path, meta: dict[str, Any], fingerprint: str = "") -> Prepared:
@@ -201,7 +236,10 @@ def read_meta(folder: pathlib.Path) -> dict[str, Any] | None:
         version = meta["version"]
         if version in _READABLE:
             meta["kind"], meta["finished"], meta["shards"]
-    except (ValueError, KeyError, TypeError) as error:
+            for known in meta.get(INDEX, {}).values():
+                if not (isinstance(known["sum"], int) and isinstance(known["max"], int)):
+                    raise TypeError(f"{INDEX} must have numbers")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); {_again()}") from None
     if version not in _READABLE:
         known = " or ".join(map(str, _READABLE))

@@ -6,17 +6,21 @@ whole, and then replaces what is there, which has the same bytes.
 
 from __future__ import annotations
 
+import base64
 import collections
 import contextlib
+import json
 import os
 import pathlib
 import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+import numpy as np
 
 from janus_jax.io.files import read_json_object
 from janus_jax.io.messages import one_line
@@ -115,17 +119,32 @@ def remove_partial(out: pathlib.Path, left_after: float = _LEFT_AFTER):
 # ---------------------------------------------------------------- complete shards
 
 
+# Of each sample: tokens, images, and where its record ends.
+_ARRAYS = {"lengths": np.dtype("<i4"), "images": np.dtype("<i4"), "ends": np.dtype("<u8")}
+
+
+def index_text(index: Mapping[str, Any]) -> str:
+    """The content of a shard's index file: JSON, with its lists of numbers in base64, which is read much faster."""
+    arrays = {name: np.asarray(index[name], dtype).tobytes() for name, dtype in _ARRAYS.items()}
+    coded = {name: base64.b64encode(data).decode() for name, data in arrays.items()}
+    return json.dumps({**index, **coded}, ensure_ascii=False)
+
+
 def read_index(out: pathlib.Path, shard: int, mark: str = "") -> dict[str, Any] | None:
-    """The index of a complete shard; None if it is not complete, or of an earlier format.
+    """The index of a complete shard, with arrays; None if it is not complete, or of an earlier format.
 
     Raises: ValueError if it was prepared with other settings than those of `mark`.
     """
     try:
         index = read_json_object(out / index_file(shard), _MAX_INDEX)
-        whole = not index["lengths"] or (out / data_file(shard)).stat().st_size == index["bytes"]
-        whole = whole and len(index["lengths"]) == len(index.get("ends", ()))
+        for name, dtype in _ARRAYS.items():
+            found = index.get(name, ()) if name == "ends" else index[name]
+            data = np.frombuffer(base64.b64decode(found), dtype) if isinstance(found, str) else np.asarray(found, dtype)
+            index[name] = data
+        whole = not len(index["lengths"]) or (out / data_file(shard)).stat().st_size == index["bytes"]
+        whole = whole and len(index["lengths"]) == len(index["images"]) == len(index["ends"])
         other = index.get("settings", mark) != mark
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, OverflowError):
         return None
     if whole and other:
         raise ValueError(
@@ -137,7 +156,7 @@ def read_index(out: pathlib.Path, shard: int, mark: str = "") -> dict[str, Any] 
 
 def read_indices(out: pathlib.Path, shards: Sequence[int], mark: str = "") -> Iterator[tuple[int, dict[str, Any]]]:
     """The complete shards of `shards` and their indices, in order, with a few of them in memory; see `read_index`."""
-    known = present(out, shards)
+    known = present(out, shards) if len(shards) > 1 else shards
     if not is_store(out):
         found = ((shard, read_index(out, shard, mark)) for shard in known)
         yield from ((shard, index) for shard, index in found if index is not None)

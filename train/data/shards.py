@@ -11,7 +11,6 @@ import collections
 import dataclasses
 import hashlib
 import itertools
-import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +21,16 @@ import numpy as np
 from train.data.bags import BagWriter
 from train.data.prepared import read_meta
 from train.data.samples import Sample
-from train.data.shard_files import data_file, discard, in_order, index_file, new_partial, publish, replace_file
+from train.data.shard_files import (
+    data_file,
+    discard,
+    in_order,
+    index_file,
+    index_text,
+    new_partial,
+    publish,
+    replace_file,
+)
 from train.data.tokenize import SampleTokenizer
 from train.raw.sources import BadSample
 from train.raw.storage import patiently
@@ -46,6 +54,12 @@ class Tally:
         for one in dropped:
             self.dropped[one["reason"]] += 1
             self.first.setdefault(one["reason"], f"{one['place']}: {one['detail']}")
+
+    def include(self, read: int, counts: Mapping[str, int], first: Mapping[str, str]):
+        """Adds what another process has counted."""
+        self.read += read
+        self.dropped.update(counts)
+        self.first = {**first, **self.first}
 
     def check(self, least: int = 0):
         """Raises ValueError if at least `least` samples have been read, and too many of them were bad."""
@@ -151,8 +165,9 @@ class ShardWriter:
         except BaseException:
             writer.close()
             raise
+        index["ends"] = writer.ends
         if index["lengths"]:
-            index |= {"ends": writer.ends, "sha256": digest.hexdigest()}
+            index["sha256"] = digest.hexdigest()
         return index, writer
 
     def _start(self, waiting: list[tuple[Sample, np.ndarray]]) -> tuple[list[Sample], Any]:
@@ -187,7 +202,7 @@ class ShardWriter:
                     publish(partial, path)
                 else:
                     path.unlink(missing_ok=True)
-                replace_file(self.out / index_file(shard), json.dumps(index, ensure_ascii=False))
+                replace_file(self.out / index_file(shard), index_text(index))
         except FileNotFoundError:
             if not self._finished():
                 raise

@@ -89,8 +89,8 @@ class Totals:
     def add(self, index: dict[str, Any]):
         self.read += index["read"]
         self.kept += len(index["lengths"])
-        self.tokens += sum(index["lengths"])
-        self.images += sum(index["images"])
+        self.tokens += int(np.sum(index["lengths"], dtype=np.int64))
+        self.images += int(np.sum(index["images"], dtype=np.int64))
         self.dropped.update(one["reason"] for one in index["dropped"])
 
     def report(self, out: pathlib.Path, kind: str, waits_for: int = 0) -> Report:
@@ -152,7 +152,7 @@ def _merge(out: pathlib.Path, meta: dict[str, Any], count: int, tally: Tally) ->
             tally.add(index["read"], index["dropped"])
             lengths.append(index["lengths"])
             images.append(index["images"])
-            ends.append(index.get("ends", ()))
+            ends.append(index["ends"])
             dropped.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in index["dropped"])
             files.append(
                 {

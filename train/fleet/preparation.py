@@ -19,7 +19,7 @@ from train.data.shards import LEAST_READ, Encode, ShardWriter, Tally
 from train.data.tokenize import SampleTokenizer, resized_by, tokenizer_fingerprint
 from train.fleet.folder import begin, mark_of, probe, special_ids
 from train.fleet.merge import Report, Totals, drop_indices, merge, read_dropped, report_of
-from train.fleet.shares import Part
+from train.fleet.shares import ALL, Part
 from train.raw.sources import RawSample
 
 _REQUESTS = 32  # to a store at a time
@@ -90,11 +90,7 @@ class Preparation:
     def run(self, part: Part) -> Report:
         """Makes the missing shards of `part`, and finishes the folder unless shards of other parts are missing."""
         if self.finished:
-            drop_indices(self.out)
-            dropped = (
-                one for one in read_dropped(self.out) if one["item"] // self.shard_size % part.count == part.index
-            )
-            return report_of(self.out, self._meta, sum(self._writer.decides_anew([one]) for one in dropped))
+            return self.end(part)
         own, totals = part.of(self.count), Totals()
         done = set()
         for shard, index in self.done(own):
@@ -107,9 +103,9 @@ class Preparation:
         others = set(missing_shards(self.out, self.count)) - set(own)
         # Once the folder is finished, there are no indices of shards.
         if others and not (read_meta(self.out) or self._meta)["finished"]:
-            self._writer.tally.check(LEAST_READ)
+            self.tally.check(LEAST_READ)
             return totals.report(self.out, self.kind, waits_for=len(others))
-        return self.merge()
+        return self.end(part)
 
     def done(self, shards: Sequence[int]) -> Iterator[tuple[int, dict[str, Any]]]:
         """The complete ones of `shards` and their indices, except those that could be prepared better now."""
@@ -118,7 +114,7 @@ class Preparation:
                 # For example, missing images have appeared: without its index, the shard is written again.
                 (self.out / index_file(shard)).unlink(missing_ok=True)
             else:
-                self._writer.tally.add(index["read"], index["dropped"])
+                self.tally.add(index["read"], index["dropped"])
                 yield shard, index
 
     def write(self, shards: Sequence[int], on_read: Callable[[int], Any]) -> Iterator[dict[str, Any]]:
@@ -129,8 +125,21 @@ class Preparation:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def merge(self) -> Report:
-        return merge(self.out, self.max_bad_share, self._ids)
+    def end(self, part: Part = ALL) -> Report:
+        """Merges. If the folder was finished before, counts the dropped samples of `part` that would now be kept."""
+        if not self.finished:
+            return merge(self.out, self.max_bad_share, self._ids)
+        drop_indices(self.out)
+        dropped = (one for one in read_dropped(self.out) if one["item"] // self.shard_size % part.count == part.index)
+        return report_of(self.out, self._meta, sum(self._writer.decides_anew([one]) for one in dropped))
+
+    @property
+    def tally(self) -> Tally:
+        """Of the samples read by this process, and of those in shards that it found complete."""
+        return self._writer.tally
+
+    def new_tally(self):
+        self._writer.tally = Tally(self.max_bad_share)
 
     def _items(self, shard: int) -> range:
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, len(self.source)))
