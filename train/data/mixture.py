@@ -71,6 +71,18 @@ class Stream:
         return self.folders[number], index
 
 
+class _Remembered:
+    """A stream whose positions are looked up once: steps on which different numbers of groups are tried share most."""
+
+    def __init__(self, stream: Stream):
+        self._stream, self._found = stream, {}
+
+    def __getitem__(self, position: int) -> tuple[Prepared, int]:
+        if position not in self._found:
+            self._found[position] = self._stream[position]
+        return self._found[position]
+
+
 def _tagged(number: int, index: int) -> tuple[int, int]:
     return number, int(index)
 
@@ -155,6 +167,7 @@ class Mixture:
     def _fitting_groups(self, streams: dict[str, Stream]) -> int:
         """The most groups that fit the rows in all but one of a few trial steps."""
         means = {kind: _means(stream) for kind, stream in streams.items()}
+        streams = {kind: _Remembered(stream) for kind, stream in streams.items()}
         tokens = sum(count * means[kind][0] for kind, count in self.ratio.items())
         images = sum(count * means[kind][1] for kind, count in self.ratio.items())
         most = self.batch_size * self.data.context / tokens
