@@ -70,16 +70,21 @@ class Stream:
         number, index = self._order[position]
         return self.folders[number], index
 
+    def item(self, kind: str, position: int) -> Item:
+        folder, index = self[position]
+        return Item(kind, folder, index, int(folder.lengths[index]), int(folder.images[index]))
+
 
 class _Remembered:
-    """A stream whose positions are looked up once: steps on which different numbers of groups are tried share most."""
+    """A stream each of whose items is looked up once: steps on which numbers of groups are tried share most of them."""
 
     def __init__(self, stream: Stream):
-        self._stream, self._found = stream, {}
+        self._stream = stream
+        self._found: dict[int, Item] = {}
 
-    def __getitem__(self, position: int) -> tuple[Prepared, int]:
+    def item(self, kind: str, position: int) -> Item:
         if position not in self._found:
-            self._found[position] = self._stream[position]
+            self._found[position] = self._stream.item(kind, position)
         return self._found[position]
 
 
@@ -209,12 +214,9 @@ class Mixture:
                 return None
         return Plan([[] for _ in range(self.batch_size)], 0, groups)
 
-    def _items(self, stream: Stream, kind: str, groups: int, first: int) -> list[Item]:
-        count, items = self.ratio[kind], []
-        for i in range(first * count, (first + groups) * count):
-            folder, index = stream[i]
-            items.append(Item(kind, folder, index, int(folder.lengths[index]), int(folder.images[index])))
-        return items
+    def _items(self, stream: Stream | _Remembered, kind: str, groups: int, first: int) -> list[Item]:
+        count = self.ratio[kind]
+        return [stream.item(kind, position) for position in range(first * count, (first + groups) * count)]
 
     def _randomized(self, items: list[Item], step: int) -> list[Item]:
         draws = np.random.default_rng((self.seed, step)).random((2, len(items)))

@@ -31,24 +31,23 @@ def pack(lengths: Sequence[int], images: Sequence[int], rows: int, context: int,
         first = left[0]
         if lengths[first] > context or images[first] > images_per_row:
             return None
-        others = left[1:]
-        window = _spread(others)
+        left = left[1:]
+        window = _spread(len(left))
         chosen = _fill(
-            [lengths[i] for i in window],
-            [images[i] for i in window],
+            [lengths[left[at]] for at in window],
+            [images[left[at]] for at in window],
             context - lengths[first],
             images_per_row - images[first],
         )
-        row = [first, *(window[j] for j in chosen)]
-        packed.append(row)
-        taken = set(row)
-        left = [i for i in others if i not in taken]
+        packed.append([first, *(left[window[j]] for j in chosen)])
+        for at in sorted((window[j] for j in chosen), reverse=True):
+            del left[at]
     return None if left else packed
 
 
-def _spread(samples: list[int]) -> list[int]:
-    count = len(samples)
-    return samples if count <= _WINDOW else [samples[j * count // _WINDOW] for j in range(_WINDOW)]
+def _spread(count: int) -> Sequence[int]:
+    """Positions in a list of so many samples: all, or as many as the window has."""
+    return range(count) if count <= _WINDOW else [j * count // _WINDOW for j in range(_WINDOW)]
 
 
 def _fill(lengths: list[int], images: list[int], room: int, images_room: int) -> list[int]:
