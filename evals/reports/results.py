@@ -72,9 +72,8 @@ def table(identity: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Mapping[
         "|" + "---|" * (5 + len(others)),
     ]
     for _, protocol, found in every:
-        number = Number(**found["numbers"][found["headline"]])
         theirs = (_short(found["published"].get(model)) for model in others)
-        here = f"{interval(number)}{' (partial)' if partial(found) else ''}"
+        here = f"{_headline(found)}{' (partial)' if partial(found) else ''}"
         lines.append(_row(found["title"], protocol, found["headline"], here, _items(found), *theirs))
     for _, protocol, found in every:
         lines += ["", f"## {_cell(found['title'])}, protocol {protocol}", "", _cell(found["source"]), ""]
@@ -107,7 +106,7 @@ def remarks(found: Mapping[str, Any]) -> list[str]:
     if found["judge"]:
         said.append(f"judged by {found['judge']}")
     if found["unjudged"]:
-        said.append(f"{found['unjudged']:,} replies are unjudged and count as wrong until they are judged")
+        said.append(f"{found['unjudged']:,} replies are unjudged, and do not count as right")
     return said
 
 
@@ -118,13 +117,18 @@ def interval(number: Number) -> str:
     return f"{_short(number.value)} ({_short(number.low)} to {_short(number.high)})"
 
 
+def _headline(found: Mapping[str, Any]) -> str:
+    """The figure that reports publish; there is none where nothing is judged yet."""
+    values = found["numbers"].get(found["headline"])
+    return interval(Number(**values)) if values else "not judged"
+
+
 def summary(task: str, protocol: str, found: Mapping[str, Any]) -> str:
     """One line for the console."""
-    number = Number(**found["numbers"][found["headline"]])
     theirs = ", ".join(f"{model} {_short(value)}" for model, value in found["published"].items())
     beside = f"; published: {theirs}" if theirs else ""
     mark = " (partial)" if partial(found) else ""
-    return f"{task} ({protocol}): {found['headline']} {interval(number)} over {_items(found)} items{mark}{beside}"
+    return f"{task} ({protocol}): {found['headline']} {_headline(found)} over {_items(found)} items{mark}{beside}"
 
 
 def _items(found: Mapping[str, Any]) -> str:

@@ -7,6 +7,8 @@ import zipfile
 
 import pytest
 
+from evals.evaluate import Evaluation
+from evals.reports.results import result, summary, table
 from evals.tasks import TASKS
 from tests.evals.made import base64_of, picture, stored, write_parquet, write_tsv
 
@@ -187,6 +189,18 @@ def test_replies_that_are_not_judged_are_left_out_and_said(data):
     assert scores.notes == ["1 of 4 replies are not judged, and are left out of the figures"]
     scores = MMVET.score(items[:2], predictions, "report")
     assert scores.numbers == {} and scores.headline == "total"
+
+
+def test_a_report_without_judgements(data):
+    loaded = MMVET.load(data, "report")
+    predictions = {item.id: "a" for item in loaded.items}
+    scores = MMVET.score(loaded.items, predictions, "report")
+    whole = Evaluation(MMVET, "report", loaded, loaded.items, predictions, [], scores, [], None)
+    found = result(whole, False)
+    assert "| MM-Vet | report | total | not judged | 70 | 34.3 | 39.8 | 50.0 |" in table(
+        {}, {"mmvet": {"report": found}}
+    )
+    assert summary("mmvet", "report", found).startswith("mmvet (report): total not judged over 70 items; published: J")
 
 
 def test_runs_of_the_official_evaluator(data):
