@@ -150,7 +150,7 @@ assert "sharding" in lowered.as_text() and all(arguments.values()), arguments
 
 @needs_libtpu
 def test_a_small_step_is_lowered():
-    """Devices that are not there compute nothing: whatever is computed while the step is made must be made elsewhere."""
+    """Devices that are not there compute nothing: what is computed while the step is made is computed elsewhere."""
     done = subprocess.run([sys.executable, "-c", _LOWER, *SMALL], cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
 
