@@ -157,6 +157,10 @@ class AdapterConfig:
     weights: Literal["int8", "int4"] | None = None
 
 
+# What the backward pass computes again: more and more.
+Remat = Literal["none", "dots", "attention", "full"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """Devices that a run is meant for, and its settings there.
@@ -169,7 +173,7 @@ class Layout:
     topology: str
     mesh: MeshConfig
     accumulate: int = 1
-    remat: Literal["none", "dots", "full"] = "full"
+    remat: Remat = "full"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +201,8 @@ class TrainConfig:
       reduce_dtype: dtype in which gradients are summed over devices (in float16 always float32); see
         `train.step.step.gradients`.
       frozen_dtype: dtype of parameters that are not trained.
-      remat: what the backward pass recomputes: 'none', all but matrix products ('dots'), or 'full' layers.
+      remat: what the backward pass recomputes: 'none'; all but matrix products and attention ('dots'); all but
+        'attention', so that the MLPs are computed twice; or 'full' layers. See `janus_jax.model.layers.rematerialized`.
       attention: implementation in the decoder: 'xla', 'splash' (TPU), 'cudnn' (GPU), or 'auto' for the best that the
         devices and the sizes allow.
       loss_chunk: tokens of a row whose logits are in memory at a time.
@@ -236,7 +241,7 @@ class TrainConfig:
     compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     reduce_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     frozen_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    remat: Literal["none", "dots", "full"] = "full"
+    remat: Remat = "full"
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     loss_chunk: int = 512
     mesh: MeshConfig = MeshConfig()

@@ -7,10 +7,18 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from janus_jax.model import cpu
 from janus_jax.model.precision import einsum, exact, precision_of
 from janus_jax.sharding import activation_spec, automatic_axes
+
+KEPT = "attention"  # the name of what a backward pass may keep of it, see `layers.rematerialized`
+
+
+def keep(x: jax.Array) -> jax.Array:
+    """`x`, named as a part of the attention."""
+    return checkpoint_name(x, KEPT)
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -148,6 +156,7 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) ->
         block_sizes=splash.BlockSizes(**sizes, block_q_dq=block, block_kv_dq=block),
         head_shards=1,
         q_seq_shards=1,
+        residual_checkpoint_name=KEPT,
         interpret=_INTERPRET,
     )
 

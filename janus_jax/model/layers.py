@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from janus_jax.model.attention import KEPT
 from janus_jax.model.linear import Linear
 from janus_jax.model.precision import residual_dtype
 from janus_jax.sharding import constrain
@@ -92,9 +93,13 @@ def apply_rope(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
+_OF_ATTENTION = jax.checkpoint_policies.save_only_these_names(KEPT)
 # What is saved for a block's backward pass instead of being recomputed.
 _REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _OF_ATTENTION
+    ),
+    "attention": _OF_ATTENTION,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -103,7 +108,8 @@ def rematerialized(block: type[nn.Module], remat: str) -> type[nn.Module]:
     """`block` with a backward pass that recomputes activations.
 
     Args:
-      remat: 'none' saves all activations, 'dots' the matrix products, 'full' only the block's input.
+      remat: 'none' saves all activations; 'dots' the matrix products and what splash attention's backward pass reads;
+        'attention' only those of the attention, so that the MLP is computed twice; 'full' only the block's input.
     """
     if remat == "none":
         return block

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from janus_jax.config import LlamaConfig
-from janus_jax.model.attention import attend_segments, attention_weights, causal_mask
+from janus_jax.model.attention import attend_segments, attention_weights, causal_mask, keep
 from janus_jax.model.kv_cache import KVCache, attend_cached, store
 from janus_jax.model.layers import Embed, RMSNorm, apply_rope, gelu, rematerialized, rope
 from janus_jax.model.linear import Linear
@@ -42,6 +42,7 @@ class Attention(nn.Module):
             q = Linear("BTD,NHD->BTNH", (c.heads, c.head_dim, c.width), **types, name="q_proj")(x)
             k = Linear("BTD,KHD->BTKH", (c.kv_heads, c.head_dim, c.width), **types, name="k_proj")(x)
             v = Linear("BTD,KHD->BTKH", (c.kv_heads, c.head_dim, c.width), **types, name="v_proj")(x)
+        q, k, v = keep(q), keep(k), keep(v)
         q = constrain(apply_rope(q, cos_sin), "batch", "length", "heads", None)
         k, v = apply_rope(k, cos_sin).swapaxes(1, 2), v.swapaxes(1, 2)
         if slot is None and self.is_mutable_collection("intermediates"):  # only for who asks, see `inside.py`
@@ -50,7 +51,7 @@ class Attention(nn.Module):
             kv = store(kv, k, v, layer, 0 if slot is None else slot)
         y = attend_segments(q, k, v, where, self.attention) if slot is None else attend_cached(q, kv, layer, where)
         out = {"out_dtype": residual_dtype(self.dtype), **types}
-        return Linear("BTNH,DNH->BTD", (c.width, c.heads, c.head_dim), **out, name="o_proj")(y), kv
+        return keep(Linear("BTNH,DNH->BTD", (c.width, c.heads, c.head_dim), **out, name="o_proj")(y)), kv
 
 
 class Mlp(nn.Module):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from janus_jax.config import SiglipConfig
-from janus_jax.model.attention import attend_all
+from janus_jax.model.attention import attend_all, keep
 from janus_jax.model.layers import gelu, rematerialized
 from janus_jax.model.linear import Linear
 from janus_jax.model.precision import precision_of, residual_dtype
@@ -39,11 +39,11 @@ class Attention(nn.Module):
         c = self.config
         split = (c.heads, c.head_dim, c.width)
         types = {"use_bias": True, "dtype": self.dtype, "param_dtype": self.param_dtype, "cpu": self.cpu}
-        q, k, v = (Linear("BTD,NHD->BTNH", split, **types, name=n)(x) for n in "qkv")
+        q, k, v = (keep(Linear("BTD,NHD->BTNH", split, **types, name=n)(x)) for n in "qkv")
         q = constrain(q, "batch", "length", "heads", None)
         y = attend_all(q, k.swapaxes(1, 2), v.swapaxes(1, 2), self.attention)
         out = {"out_dtype": residual_dtype(self.dtype), **types}
-        return Linear("BTNH,DNH->BTD", (c.width, c.heads, c.head_dim), **out, name="proj")(y)
+        return keep(Linear("BTNH,DNH->BTD", (c.width, c.heads, c.head_dim), **out, name="proj")(y))
 
 
 class Mlp(nn.Module):

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+_ASYNC = 'custom_call_target="AsyncCollectiveStart"'
 _BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0}
 _INSTRUCTION = re.compile(
     r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>.*?) (?P<opcode>[a-z][a-z0-9\-]*)\((?P<rest>.*)$"
@@ -46,6 +47,8 @@ class Instruction:
       times: how often it runs; loops of unknown length count as one iteration.
       in_loop: whether it is in the body of a loop.
       stored: whether its result is an array of its own, and not a value inside a fusion.
+      operands: the arrays of what it reads.
+      overlapped: whether it is a collective during which the program goes on computing.
     """
 
     opcode: str
@@ -55,6 +58,8 @@ class Instruction:
     times: int
     in_loop: bool
     stored: bool
+    operands: tuple[Array, ...] = ()
+    overlapped: bool = False
 
     @property
     def bytes(self) -> int:
@@ -70,13 +75,23 @@ def _arrays(text: str) -> tuple[Array, ...]:
     )
 
 
-def instructions(text: str) -> Iterator[Instruction]:
-    """Every instruction that a run of the module `text` executes, through loops, branches and fusions."""
+def instructions(text: str, during_collectives: bool = False) -> Iterator[Instruction]:
+    """Every instruction that a run of the module `text` executes, through loops, branches and fusions.
+
+    Args:
+      during_collectives: also those of fusions that run while an asynchronous collective is under way; the collective
+        itself then appears in each of them.
+    """
     computations, entry = _computations(text)
+    types_of: dict[str, dict[str, str]] = {}
+    # As TPU's compiler writes what has a -start elsewhere.
+    asynchronous = {name for name, lines in computations.items() if any(_ASYNC in line for line in lines)}
 
     def walk(name: str, times: int, in_loop: bool, fusions: int) -> Iterator[Instruction]:
         lines = computations.get(name, ())
         results = _results(lines) if fusions == 1 else set()
+        if name not in types_of:
+            types_of[name] = {match["name"]: match["type"] for match in map(_INSTRUCTION.match, lines) if match}
         for line in lines:
             match = _INSTRUCTION.match(line)
             if not match or match["opcode"].endswith(("-done", "-update")):
@@ -89,11 +104,14 @@ def instructions(text: str) -> Iterator[Instruction]:
             inside = times * _turns(line, computations) if loops else times
             for called in _CALLED.findall(line):
                 for callee in called.replace("%", "").split(","):
-                    if not callee.strip().startswith("async_collective_fusion"):
+                    if during_collectives or not callee.strip().startswith("async_collective_fusion"):
                         yield from walk(callee.strip(), inside, in_loop or loops, fusions + (opcode == "fusion"))
+            read = re.findall(r"%([\w.\-]+)", match["rest"].split(")")[0])
             yield Instruction(
                 opcode.removesuffix("-start"), _arrays(match["type"]), line.strip(), name, times, in_loop,
                 stored=not fusions or match["name"] in results,
+                operands=tuple(array for one in read for array in _arrays(types_of[name].get(one, ""))),
+                overlapped=opcode in _COLLECTIVES and name in asynchronous or opcode.endswith("-start"),
             )  # fmt: skip
 
     yield from walk(entry, 1, False, 0)

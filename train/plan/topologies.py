@@ -20,6 +20,8 @@ GENERATIONS: dict[str, tuple[float, str]] = {
     "v5p": (95.74 * GIB, "TPU v5"),
     "v6e": (31.25 * GIB, "TPU v6 lite"),
 }
+# Bytes/s of a chip's links to its neighbors, all together (Cloud TPU's pages on system architecture).
+LINKS = {"v4": 300e9, "v5e": 200e9, "v5p": 600e9, "v6e": 448e9}
 SHARE = 0.75  # of a GPU's memory is XLA's, unless XLA_PYTHON_CLIENT_MEM_FRACTION is set
 _HOST = 8  # GPUs
 _HOSTS = (1, 2, 4, 8, 16, 32)

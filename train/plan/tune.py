@@ -1,0 +1,93 @@
+"""Layouts for a topology: meshes, micro-batches and what is recomputed, compiled and compared.
+
+The compiler says what each needs and does; none of it is run. They are ordered by `least_seconds`: a step of that
+layout cannot be faster, so that the order is a reason to measure the first ones, and no forecast.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import get_args
+
+from train.config import MeshConfig, Remat, TrainConfig
+from train.plan.flops import peak_flops
+from train.plan.programs import Compiled, DoesNotFit, compile_training
+from train.plan.topologies import LINKS, Topology
+
+REMATS: tuple[str, ...] = get_args(Remat)  # those first that recompute less
+
+
+def tune(
+    config: TrainConfig, place: Topology, meshes: Sequence[MeshConfig], say: Callable[[str], None]
+) -> list[tuple[TrainConfig, Compiled]]:
+    """The layouts of `config` on `place` that fit, with what was compiled, the best first.
+
+    For each of `meshes` every remat is tried with as few micro-batches as fit; with more of them than a remat that
+    recomputes less, it could only be slower.
+
+    Args:
+      say: called with a line before and after each compilation, which takes minutes.
+    Raises: ValueError if a mesh does not divide the model or the topology.
+    """
+    found = []
+    for mesh in meshes:
+        counts = micro_batches(config, mesh, place)
+        for remat in REMATS:
+            for tried, count in enumerate(counts):
+                one = dataclasses.replace(config, mesh=mesh, accumulate=count, remat=remat, layouts=())
+                say(f"{place.name}: {layout_words(one)} ...")
+                try:
+                    made = compile_training(one, place)
+                except DoesNotFit as error:
+                    say(f"  {error}")
+                    continue
+                say(f"  {summary(made)}")
+                if made.fits:
+                    found.append((one, made))
+                    counts = counts[:tried]
+                    break
+            if not counts:
+                break
+    return sorted(found, key=lambda pair: least_seconds(pair[1]))
+
+
+def micro_batches(config: TrainConfig, mesh: MeshConfig, place: Topology) -> list[int]:
+    """The numbers of micro-batches to try: powers of two that leave each device at least a row."""
+    rows = config.batch_size * mesh.tensor // place.chips
+    return [2**n for n in range(rows.bit_length()) if rows % 2**n == 0]
+
+
+def near(mesh: MeshConfig, place: Topology) -> list[MeshConfig]:
+    """`mesh`, and those that shard the parameters over half and twice as many chips."""
+    own = mesh.fsdp if mesh.fsdp > 0 else place.chips // (math.prod(dataclasses.astuple(mesh)) // mesh.fsdp)
+    sizes = [size for size in (own, own // 2, 2 * own) if size and place.chips % (size * mesh.tensor) == 0]
+    return [dataclasses.replace(mesh, data=-1, fsdp=size) for size in sizes]
+
+
+def least_seconds(made: Compiled) -> float:
+    """The FLOPs that a chip executes at its peak, and then what nothing is computed beside, at its links' speed."""
+    peak, links = peak_flops(made.place.device_kind), LINKS.get(made.place.generation, math.inf)
+    return (made.executed or 0) / (peak or math.inf) + made.waited_for / links
+
+
+def layout_words(config: TrainConfig) -> str:
+    """The layout as overrides of the command line."""
+    mesh = [f"mesh.{axis}={size}" for axis, size in dataclasses.asdict(config.mesh).items()]
+    return " ".join([*mesh, f"accumulate={config.accumulate}", f"remat={config.remat}"])
+
+
+def summary(made: Compiled) -> str:
+    """One line on a compiled layout."""
+    verdict = "" if made.fits else ", too little to spare"
+    return (
+        f"{made.peak / made.place.hbm:.0%} of the memory{verdict}; {made.recomputation:.3f} times the FLOPs that the "
+        f"step needs; at least {least_seconds(made):.3f} s a step"
+    )
+
+
+def report(found: Sequence[tuple[TrainConfig, Compiled]]) -> Iterator[str]:
+    """The lines of the result, the best last, where a terminal shows it."""
+    for config, made in reversed(found):
+        yield f"{layout_words(config)}: {summary(made)}"
