@@ -26,7 +26,7 @@ from janus_jax.config import PRESETS
 from janus_jax.io.messages import print_any_text
 
 STAGE = "1b_stage3"
-_REMATS = ("none", "dots", "full")
+_REMATS = ("none", "dots", "attention", "full")
 _IMAGES_PER_ROW = 4
 # Rows whose step trains an adapter, and the quantized form of the kernels below it.
 _ADAPTERS: dict[str, Any] = {"lora": None, "lora-int8": "int8", "lora-int4": "int4"}

@@ -3,6 +3,7 @@
     python -m train.compile --config 7b_stage3 --topology v5p:4x8x8
     python -m train.compile --config 7b_stage3 --topology v5e-8 --sampling
     python -m train.compile --config 7b_stage3 --topology h100-1 --sampling --images 16 --weights int8
+    python -m train.compile --config 7b_stage3 --topology v5p-128 --tune
     python -m train.compile --all --table compiled.md
 
 It uses TPU's own compiler (libtpu, extra `tpu`), which needs no TPU, or XLA's for GPUs (extra `cuda`), without a GPU.
@@ -26,9 +27,7 @@ from train.config import MeshConfig, TrainConfig
 from train.overrides import config_names, load_config
 from train.plan.programs import Compiled, DoesNotFit, compile_job
 from train.plan.topologies import GIB, KNOWN, Topology, laid_out, topology
-
-# ---------------------------------------------------------------- compiling
-
+from train.plan.tune import near, report, tune
 
 # ---------------------------------------------------------------- the command
 
@@ -44,7 +43,8 @@ def jobs(config: TrainConfig, place: Topology | None, sample: bool) -> Iterator[
 
 
 _COLUMNS = ("program", "topology", "mesh", "micro-batches", "parameters", "optimizer", "batch", "temporaries", "peak",
-            "of HBM", "collectives a step", "s a step at 50% MFU", "compiled in")  # fmt: skip
+            "of HBM", "collectives a step", "overlapped", "executed / needed FLOPs", "s a step at 50% MFU",
+           "compiled in")  # fmt: skip
 
 
 def table(compiled: Sequence[Compiled]) -> str:
@@ -58,6 +58,7 @@ def table(compiled: Sequence[Compiled]) -> str:
             one.name, one.place.name, "x".join(str(n) for n in one.mesh.values()), str(one.accumulate),
             *(f"{size / GIB:.2f}" for size in (*sizes, one.temporaries, one.peak)), f"{one.peak / one.place.hbm:.0%}",
             "; ".join(f"{t.count:,} {kind} {t.bytes / GIB:.2f}" for kind, t in one.collectives.items()) or "none",
+            f"{one.overlap:.0%}", f"{one.recomputation:.3f}" if one.executed else "",
             f"{one.step_seconds()[0.5]:.2f}" if one.flops else "", f"{one.seconds:.0f} s",
         ))  # fmt: skip
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -78,6 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--images", type=int, default=1, help="with --sampling: images drawn at once (default 1)")
     parser.add_argument("--weights", choices=FORMS, help="with --sampling: quantized kernels in the decoder")
     parser.add_argument("--all", action="store_true", help="compile every config on every topology that it names")
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="compile the train step with other meshes, micro-batches and remat, too, and compare them",
+    )
     parser.add_argument("--table", type=pathlib.Path, help="write a Markdown table into this file")
     parser.add_argument("overrides", nargs="*", help="fields of the config, such as mesh.tensor=2")
     args = parser.parse_args(argv)
@@ -88,6 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--images must be at least 1, got {args.images}")
         if (args.images, args.weights) != (1, None) and not args.sampling:
             raise ValueError("--images and --weights are for --sampling")
+        if args.tune and (args.sampling or not args.config):
+            raise ValueError("--tune is for the train step of one --config")
         names = [args.config] if args.config else config_names()
         configs = [load_config(name, args.overrides) for name in names]
         configs = [config for config in configs if isinstance(config, TrainConfig) and (args.config or config.layouts)]
@@ -97,6 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not todo:
             raise ValueError(f"{args.config} names no topology; give --topology, one of {', '.join(KNOWN)}")
         _environment()
+        if args.tune:
+            return _tune(todo, args)
         return _run(todo, args)
     except (ValueError, OSError, ImportError) as error:
         print_error(error)
@@ -130,6 +140,23 @@ def _run(todo: Sequence[tuple[TrainConfig, Topology, bool]], args: argparse.Name
             if failed
             else f"{len(done)} programs compiled; all fit"
         )
+    return int(failed > 0)
+
+
+def _tune(todo: Sequence[tuple[TrainConfig, Topology, bool]], args: argparse.Namespace) -> int:
+    done: list[Compiled] = []
+    failed = 0
+    given = any(override.startswith("mesh.") for override in args.overrides)
+    for config, place, _ in todo:
+        meshes = [config.mesh] if given else near(config.mesh, place)
+        found = tune(config, place, meshes, lambda line: print(line, file=sys.stderr, flush=True))
+        if not found:
+            print_error(f"{config.name}: no layout that was tried fits on {place.name}; give the mesh more chips")
+            failed += 1
+        print("\n".join(report(found)), flush=True)
+        done += [made for _, made in found]
+        if args.table:
+            args.table.write_text(table(done) + "\n", encoding="utf-8")
     return int(failed > 0)
 
 

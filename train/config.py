@@ -7,7 +7,7 @@ Sources: Janus-Pro report (arXiv 2501.17811), table 2 and section 3.1; Janus (ar
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from janus_jax.config import JanusConfig
 
@@ -159,6 +159,7 @@ class AdapterConfig:
 
 # What the backward pass computes again: more and more.
 Remat = Literal["none", "dots", "attention", "full"]
+REMATS: tuple[str, ...] = get_args(Remat)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -111,7 +111,7 @@ def instructions(text: str, during_collectives: bool = False) -> Iterator[Instru
                 opcode.removesuffix("-start"), _arrays(match["type"]), line.strip(), name, times, in_loop,
                 stored=not fusions or match["name"] in results,
                 operands=tuple(array for one in read for array in _arrays(types_of[name].get(one, ""))),
-                overlapped=opcode in _COLLECTIVES and name in asynchronous or opcode.endswith("-start"),
+                overlapped=(opcode in _COLLECTIVES and name in asynchronous) or opcode.endswith("-start"),
             )  # fmt: skip
 
     yield from walk(entry, 1, False, 0)
@@ -176,6 +176,14 @@ def collectives(text: str) -> dict[str, Traffic]:
         so_far = found.get(kind, Traffic())
         found[kind] = Traffic(so_far.count + one.times, so_far.bytes + one.times * size, max(so_far.largest, size))
     return dict(sorted(found.items()))
+
+
+def waited_for(text: str) -> int:
+    """Bytes of the larger sides of collectives in the module `text` during which nothing is computed."""
+    found = (one for one in instructions(text) if one.opcode in _COLLECTIVES and not one.overlapped)
+    return sum(
+        one.times * one.bytes * (_group_size(one.line) if one.opcode == "reduce-scatter" else 1) for one in found
+    )
 
 
 def _group_size(line: str) -> int:

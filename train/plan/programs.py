@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import pathlib
 import re
 import tempfile
@@ -27,6 +28,7 @@ from janus_jax.weights.quantize import array_bytes, quantized_shapes
 from janus_jax.weights.torch_weights import abstract_params
 from train.config import TrainConfig
 from train.plan import hlo
+from train.plan.executed import executed_flops, least_flops
 from train.plan.flops import peak_flops, typical_flops
 from train.plan.topologies import GIB, GPUS, Topology
 from train.step.state import abstract_batch, abstract_state
@@ -54,6 +56,9 @@ class Compiled:
       flops: of a training step over all chips.
       accessed: bytes of main memory that one sampling step reads and writes.
       floor: bytes of parameters and cache that a sampling step has to read.
+      executed, needed: FLOPs of a chip in a training step: those that it executes, and those of a step that computes
+        nothing twice (`executed.least_flops`).
+      waited_for: bytes of collectives during which a chip computes nothing.
     """
 
     name: str
@@ -69,6 +74,20 @@ class Compiled:
     flops: float | None = None
     accessed: float | None = None
     floor: float | None = None
+    executed: float | None = None
+    needed: float | None = None
+    waited_for: int = 0
+
+    @property
+    def recomputation(self) -> float:
+        """FLOPs that the chips execute, as a multiple of those that a training step needs."""
+        return self.executed / self.needed if self.executed and self.needed else math.nan
+
+    @property
+    def overlap(self) -> float:
+        """The share of all bytes of collectives that are moved while the chips compute; 1 if there are none."""
+        moved = sum(traffic.bytes for traffic in self.collectives.values())
+        return 1 - self.waited_for / moved if moved else 1.0
 
     @property
     def fits(self) -> bool:
@@ -94,6 +113,11 @@ class Compiled:
         if self.flops is not None:
             yield f"  {self.flops / 1e15:.2f} PFLOP per step: " + ", ".join(
                 f"{seconds:.2f} s at {mfu:.0%} MFU" for mfu, seconds in self.step_seconds().items()
+            )
+        if self.executed is not None:
+            yield (
+                f"  {self.recomputation:.3f} times the FLOPs that a step needs are executed; {self.overlap:.0%} of the "
+                "bytes of collectives move while a chip computes"
             )
         if self.accessed is not None:
             yield f"  a step moves {self.accessed / GIB:.3f} GiB; parameters and cache are {self.floor / GIB:.3f} GiB"
@@ -154,7 +178,10 @@ def compile_training(config: TrainConfig, place: Topology) -> Compiled:
     lowered, arguments = lower_step(config, mesh, ImageSettings(config.model.vision.image_size))
     with jax.set_mesh(mesh):
         made = _compile(lowered)
-    return _report(config.name, place, mesh, arguments, made, flops=typical_flops(config), accumulate=config.accumulate)
+    return _report(
+        config.name, place, mesh, arguments, made, flops=typical_flops(config), accumulate=config.accumulate,
+        executed=executed_flops(made.text), needed=least_flops(config) / place.chips,
+    )  # fmt: skip
 
 
 def compile_sampling(
@@ -253,7 +280,7 @@ def _report(name: str, place: Topology, mesh: Mesh, arguments: dict[str, int], m
     temporaries, peak = memory_of(made.compiled, arguments)
     return Compiled(
         name, place, dict(mesh.shape), arguments, temporaries, peak, made.seconds,
-        hlo.collectives(made.text), **more,
+        hlo.collectives(made.text), waited_for=hlo.waited_for(made.text), **more,
     )  # fmt: skip
 
 

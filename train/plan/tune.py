@@ -9,14 +9,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import get_args
 
-from train.config import MeshConfig, Remat, TrainConfig
+from train.config import REMATS, MeshConfig, TrainConfig
 from train.plan.flops import peak_flops
 from train.plan.programs import Compiled, DoesNotFit, compile_training
 from train.plan.topologies import LINKS, Topology
-
-REMATS: tuple[str, ...] = get_args(Remat)  # those first that recompute less
 
 
 def tune(

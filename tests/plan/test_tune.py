@@ -1,0 +1,96 @@
+"""The search for a layout: which ones are compiled, and in what order they are reported."""
+
+import dataclasses
+import math
+
+import pytest
+
+from tests.plan.test_compile import SMALL, _command, needs_libtpu
+from train.config import REMATS, MeshConfig
+from train.overrides import load_config
+from train.plan import tune as tuning
+from train.plan.programs import Compiled, DoesNotFit
+from train.plan.topologies import topology
+
+V5E = topology("v5e-4")
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """Tells what would be compiled: activations take less memory the more is computed twice, and the more micro-batches
+    there are, and more with parameters over fewer chips."""
+    tried = []
+
+    def compile_training(config, place):
+        tried.append((config.mesh.fsdp, config.remat, config.accumulate))
+        kept = {"none": 16, "dots": 4, "attention": 2, "full": 1}[config.remat] / config.accumulate
+        peak = kept * 4 * 2**30 + 8 * 2**30 / config.mesh.fsdp
+        if peak > place.hbm:
+            raise DoesNotFit("too large")
+        flops = 1e12 * {"none": 1, "dots": 1.02, "attention": 1.15, "full": 1.33}[config.remat]
+        moved = int(1e9 * config.accumulate * (2 if config.mesh.fsdp == 4 else 1))
+        mesh = dataclasses.asdict(config.mesh)
+        return Compiled(
+            "x", place, mesh, {}, 0, int(peak), 1.0, {}, config.accumulate, executed=flops, needed=1e12, waited_for=moved
+        )
+
+    monkeypatch.setattr(tuning, "compile_training", compile_training)
+    return tried
+
+
+def test_what_could_only_be_slower_is_not_compiled(compiler):
+    config, said = load_config("debug", ["batch_size=32"]), []
+    found = tuning.tune(config, V5E, [MeshConfig(data=-1, fsdp=4), MeshConfig(data=-1, fsdp=2)], said.append)
+    first = [(remat, count) for fsdp, remat, count in compiler if fsdp == 4]
+    # Nothing recomputed takes 8 micro-batches; then fewer of them, until one is enough.
+    assert first == [("none", 1), ("none", 2), ("none", 4), ("none", 8), ("dots", 1), ("dots", 2), ("attention", 1)]
+    assert [made.peak for _, made in found] and all(made.fits for _, made in found)
+    seconds = [tuning.least_seconds(made) for _, made in found]
+    assert seconds == sorted(seconds)
+    # One micro-batch with the MLP computed twice moves least: 1e9 bytes on the smaller mesh.
+    assert (found[0][0].mesh.fsdp, found[0][0].remat, found[0][0].accumulate) == (2, "attention", 1)
+    assert tuning.layout_words(found[0][0]) == "mesh.data=-1 mesh.fsdp=2 mesh.tensor=1 accumulate=1 remat=attention"
+    assert list(tuning.report(found))[-1].startswith(tuning.layout_words(found[0][0]))
+    assert len(said) == 2 * len(compiler) and "too large" in said[1]
+
+
+@pytest.mark.parametrize(("batch", "mesh", "counts"), [
+    (32, MeshConfig(data=-1, fsdp=4), [1, 2, 4, 8]),
+    (12, MeshConfig(fsdp=-1), [1]),
+    (24, MeshConfig(fsdp=2, tensor=2), [1, 2, 4]),
+])  # fmt: skip
+def test_micro_batches_leave_each_device_a_row(batch, mesh, counts):
+    assert tuning.micro_batches(load_config("debug", [f"batch_size={batch}"]), mesh, V5E) == counts
+
+
+@pytest.mark.parametrize(("mesh", "sizes"), [
+    (MeshConfig(data=-1, fsdp=2), [2, 1, 4]),
+    (MeshConfig(fsdp=-1), [4, 2]),
+    (MeshConfig(data=1, fsdp=-1, tensor=2), [2, 1]),
+])  # fmt: skip
+def test_meshes_nearby(mesh, sizes):
+    found = tuning.near(mesh, V5E)
+    assert [one.fsdp for one in found] == sizes
+    assert all((one.data, one.tensor) == (-1, mesh.tensor) and 4 % (one.fsdp * one.tensor) == 0 for one in found)
+
+
+def test_a_gpu_without_links_known_is_ordered_by_flops():
+    made = Compiled("x", topology("h100-8"), {}, {}, 0, 0, 1.0, {}, executed=989e12, needed=1.0, waited_for=10**12)
+    assert tuning.least_seconds(made) == pytest.approx(1)
+    assert math.isnan(Compiled("x", V5E, {}, {}, 0, 0, 1.0, {}).recomputation)
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_the_real_compiler(tmp_path):
+    """Each remat executes what it should on top of what a step needs, by the compiled programs' own products."""
+    found = {}
+    for remat in REMATS[1:]:
+        overrides = [one for one in SMALL if not one.startswith("remat")]
+        table = tmp_path / f"{remat}.md"
+        mesh = ["mesh.data=2", "mesh.fsdp=2", f"remat={remat}", "batch_size=16"]
+        done = _command("--config", "debug", "--topology", "v5e-4", "--table", str(table), *overrides, *mesh)
+        assert done.returncode == 0, done.stderr
+        head, _, row = (line.split(" | ") for line in table.read_text().splitlines())
+        found[remat] = float(row[head.index("executed / needed FLOPs")])
+    assert 1.05 < found["dots"] < 1.1 < found["attention"] < 1.2 < found["full"] < 1.34
