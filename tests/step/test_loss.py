@@ -19,7 +19,7 @@ from janus_jax.processing.chat import Processor
 from janus_jax.processing.images import ImageSettings, understanding_pixels, understanding_pixels_uint8
 from janus_jax.sharding import make_mesh
 from janus_jax.weights.torch_weights import read_params
-from train.config import KINDS, TASKS, TRAINED
+from train.config import KINDS, REMATS, TASKS, TRAINED
 from train.data.batches import Assembler
 from train.data.mixture import Item, Plan
 from train.data.packing import pack
@@ -347,6 +347,6 @@ def test_recomputation_changes_no_gradient(rng):
         return jax.jit(jax.grad(lambda params, x: (model.apply(params, x, positions, segments) ** 3).sum(), (0, 1)))
 
     assert ["remat" in str(jax.make_jaxpr(of(remat))(params, x)) for remat in ("none", "full")] == [False, True]
-    kept, *others = (jax.device_get(of(remat)(params, x)) for remat in ("none", "dots", "full"))
+    kept, *others = (jax.device_get(of(remat)(params, x)) for remat in REMATS)
     for grads in others:
         assert_close({"params": grads[0], "x": grads[1]}, {"params": kept[0], "x": kept[1]}, 1e-6)
