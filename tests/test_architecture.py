@@ -64,7 +64,7 @@ OTHERS = {
     "convert": {"janus_jax"},
     "configs": {"janus_jax", "train", "examples"},
     "examples": {"janus_jax", "train"},
-    "benchmarks": {"janus_jax", "train", "examples", "convert"},
+    "benchmarks": {"janus_jax", "train", "evals", "examples", "convert"},
     "notebooks": {"janus_jax", "train", "examples"},
     "tests": set(PLACES),
 }

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import device as _device
 
+if TYPE_CHECKING:
+    from janus_jax.config import JanusConfig
 
-def build(preset: str, dtype: str) -> Any:
-    """The port with random weights, on a GPU if torch has one."""
+
+def build(preset: str | JanusConfig, dtype: str) -> Any:
+    """The port of a preset, or of other sizes, with random weights; on a GPU if torch has one."""
     import torch
     import transformers
 
     from janus_jax.config import get_preset, transformers_config
 
     transformers.logging.set_verbosity_error()
-    raw = transformers_config(get_preset(preset), image_token_id=0)
+    sizes = get_preset(preset) if isinstance(preset, str) else preset
+    raw = transformers_config(sizes, image_token_id=0)
     config = transformers.JanusConfig(**{k: v for k, v in raw.items() if k not in ("model_type", "torch_dtype")})
     with torch.device("meta"):
         model = transformers.JanusForConditionalGeneration(config)

@@ -22,6 +22,9 @@ from janus_jax.weights.torch_weights import abstract_params
 
 COMMANDS = {
     "compile": ["--rounds", "1"],
+    "evals": [
+        "--rounds", "1", "--vs", "torch", "--layers", "1", "--pictures", "2", "--questions", "3", "--tokens", "2",
+    ],
     "load": ["--rounds", "1", "--whole"],
     "sampling": ["--rounds", "1", "--vs", "torch", "--images", "2", "--steps", "2", "--repeats", "1"],
     "scaling": ["--rounds", "1", "--layers", "1", "--steps", "2"],
@@ -72,6 +75,19 @@ def run(name, tmp_path, *more):
 
 def numbers(cells):
     return [float(cell.replace(",", "")) for cell in cells if cell]
+
+
+@pytest.mark.slow
+def test_evals(tmp_path, here):
+    (header, *rows), text = run("evals", tmp_path)
+    assert header == ["", "questions/s", "seconds a question", "x jax float32 one at a time", "x torch float32 batches"]
+    assert [row[0] for row in rows] == ["jax float32 evals", "jax float32 one at a time", "torch float32 batches"]
+    for row in rows:
+        rate, seconds, *_ = numbers(row[1:])
+        assert rate * seconds == pytest.approx(1, rel=0.02)
+    # Even so small, questions that are asked together take less time.
+    assert numbers(rows[0][1:])[2] > 1
+    assert "3 questions about each of 2 pictures, answers of 2 tokens" in text
 
 
 @pytest.mark.slow
