@@ -2,8 +2,8 @@
 
 `python -m benchmarks.evals --preset janus_pro_1b --vs torch` asks POPE's kind of questions, several about each picture,
 on sizes of a preset with fewer layers: as `python -m evals.main` asks them, by `janus.chat` in the obvious loop, and by
-the port's own `generate` on batches, each row with its picture. Pictures are decoded and resized in all of them. Weights
-are random, answers have a fixed length, and a first round over the same shapes does not count.
+the port's own `generate` on batches, each row with its picture. Pictures are decoded and resized in all of them.
+Weights are random, answers have a fixed length, and a first round over the same shapes does not count.
 """
 
 from __future__ import annotations
