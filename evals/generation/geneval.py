@@ -68,12 +68,17 @@ def read_prompts(path: pathlib.Path) -> list[dict[str, Any]]:
         if line.strip():
             place = f"{one_line(path)}:{number + 1}"
             row = parse_json(line, place)
-            if problem := _problem(row):
-                raise ValueError(f"{place}: {problem}")
+            check_prompt(row, place)
             found.append(row)
     if not found:
         raise ValueError(f"{one_line(path)} has no prompts")
     return found
+
+
+def check_prompt(row: Any, place: str) -> None:
+    """ValueError, which names `place`, if `row` is not one of GenEval's prompts."""
+    if problem := _problem(row):
+        raise ValueError(f"{place}: {problem}")
 
 
 def _problem(row: Any) -> str:
