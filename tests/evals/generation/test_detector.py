@@ -108,6 +108,7 @@ def test_masks_become_detections():
     assert sum(map(len, found.values())) == 100
 
 
+@pytest.mark.slow
 def test_the_detector_is_its_parts_in_order(mask2former, small):
     random = np.random.default_rng(0)
     image = Image.fromarray(random.integers(0, 256, (40, 60, 3), np.uint8))
@@ -153,6 +154,7 @@ def test_pixels_of_clip_are_those_of_its_processor():
     assert detector.clip_pixels(image.crop((0, 0, 1, 40)), 32).shape == (32, 32, 3)
 
 
+@pytest.mark.slow
 def test_colors_are_those_of_transformers(clip):
     classifier = ColorClassifier.load(str(clip))
     random = np.random.default_rng(2)
@@ -185,6 +187,7 @@ def drawn(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_the_command(mask2former, clip, drawn, tmp_path, small, capsys):
     mask2former.save_pretrained(tmp_path / "detector")
     models = ["--detector", str(tmp_path / "detector"), "--clip", str(clip)]
@@ -201,6 +204,7 @@ def test_the_command(mask2former, clip, drawn, tmp_path, small, capsys):
     assert "overall: 0.0" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_verdicts_through_the_pipeline(drawn, clip):
     """With a detector that finds what it should, and colors by CLIP on the pictures."""
     classifier = ColorClassifier.load(str(clip))
