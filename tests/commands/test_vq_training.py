@@ -146,6 +146,7 @@ def test_usage():
     assert float(usage(jnp.array([9, 0]))["perplexity"]) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_counts_are_of_one_window(images):
     """Uses are counted over `reseed_every` steps: as many as there were vectors."""
     state = init_vq_state(CONFIG)

@@ -11,8 +11,14 @@ from janus_jax.sampling.sampler import make_sampler
 from janus_jax.weights.torch_weights import abstract_params
 
 
-@pytest.mark.parametrize("scan_layers", [True, False])
-@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+@pytest.mark.parametrize(
+    ("platform", "scan_layers"),
+    [
+        ("cuda", False),
+        ("tpu", False),
+        *(pytest.param(platform, True, marks=pytest.mark.slow) for platform in ("cpu", "cuda", "tpu")),
+    ],
+)
 def test_image_loop_lowers(platform, scan_layers):
     config = PRESETS["janus_pro_7b"]
     model = Janus(config, dtype=jnp.bfloat16, scan_layers=scan_layers)

@@ -31,7 +31,18 @@ def compiler(monkeypatch):
         moved = int(1e9 * config.accumulate * (2 if config.mesh.fsdp == 4 else 1))
         mesh = dataclasses.asdict(config.mesh)
         return Compiled(
-            "x", place, mesh, {}, 0, int(peak), 1.0, {}, config.accumulate, executed=flops, needed=1e12, waited_for=moved
+            "x",
+            place,
+            mesh,
+            {},
+            0,
+            int(peak),
+            1.0,
+            {},
+            config.accumulate,
+            executed=flops,
+            needed=1e12,
+            waited_for=moved,
         )
 
     monkeypatch.setattr(tuning, "compile_training", compile_training)
