@@ -41,8 +41,8 @@ def test_what_is_recomputed_counts(policy):
     assert found / (4 * once) == pytest.approx(6 + again)
 
 
-# As TPU's compiler writes them: products of which rows and heads are spatial axes; one without a shared axis; patches of
-# 16 x 16 pixels; a kernel that is not known.
+# As TPU's compiler writes them: a product of which rows and heads are spatial axes; one without a shared axis; patches
+# of 16 x 16 pixels; a kernel that is not known.
 _FORMS = """
 HloModule step
 
