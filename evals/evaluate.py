@@ -116,7 +116,7 @@ def evaluate(
     """
     items = limited(loaded.items, settings.limit)
     folder = settings.out / task.name
-    header = {"format": FORMAT, "task": task.name, "protocol": protocol, "prompts": prompts_identity(loaded.items)}
+    header = {"format": FORMAT, "task": task.name, "protocol": protocol, "prompts": prompts_identity(loaded)}
     path = folder / f"predictions-{protocol}.jsonl"
     problems = list(loaded.problems)
     if ask is None:
@@ -126,8 +126,11 @@ def evaluate(
     problems += more
     replies = {item.id: replies[item.id] for item in items if item.id in replies}
     if settings.unreadable_wrong:
-        items = items + [problem.item for problem in loaded.problems if problem.item is not None]
-        replies |= {problem.id: None for problem in problems if problem.item is not None}
+        groups = {item.group for item in items}
+        lacking = [problem.item for problem in loaded.problems if problem.item is not None]
+        items = items + [item for item in lacking if settings.limit is None or item.group in groups]
+        wanted = {item.id for item in items}
+        replies |= {problem.id: None for problem in problems if problem.id in wanted}
     if not replies:
         first = f"; the first: {problems[0].id}: {problems[0].reason}" if problems else ""
         raise ValueError(f"{task.name}: there is nothing to score, {len(problems):,} items could not be asked{first}")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from evals.items import Item
+from evals.items import Loaded
 from janus_jax.io.files import open_regular
 from janus_jax.io.messages import one_line
 from janus_jax.io.stores import as_path, size_of
@@ -55,10 +55,14 @@ def _hidden(path: pathlib.Path, root: pathlib.Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
-def prompts_identity(items: Sequence[Item]) -> str:
-    """A hash of what is asked: ids, exact prompts, pictures by file name or content, and lengths of answers."""
+def prompts_identity(loaded: Loaded) -> str:
+    """A hash of what is asked: ids, exact prompts, pictures by file name or content, and lengths of answers.
+
+    It is the same once a picture that was missing is there.
+    """
     found = hashlib.sha256()
-    for item in items:
+    items = [*loaded.items, *(problem.item for problem in loaded.problems if problem.item is not None)]
+    for item in sorted(items, key=lambda item: item.id):
         pictures = [image.key.rpartition("/")[2] for image in item.images]
         found.update(repr((item.id, item.prompt, pictures, item.max_new_tokens)).encode("utf-8", "surrogatepass"))
     return found.hexdigest()[:16]

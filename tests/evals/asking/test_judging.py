@@ -148,10 +148,10 @@ def test_the_command_says_3_until_all_are_judged(endpoint, requests, tmp_path, m
     data, out = tmp_path / "data", tmp_path / "out"
     out.mkdir()
     (out / "model.json").write_text('{"model": "a model", "files": "f"}')
-    items = Toy().load(data, "report").items
-    header = {"format": 1, "task": "toy", "protocol": "report", "prompts": prompts_identity(items), "files": "f"}
+    loaded = Toy().load(data, "report")
+    header = {"format": 1, "task": "toy", "protocol": "report", "prompts": prompts_identity(loaded), "files": "f"}
     with Lines(out / "toy" / "predictions-report.jsonl", header) as lines:
-        lines.append({"id": item.id, "reply": "x"} for item in items)
+        lines.append({"id": item.id, "reply": "x"} for item in loaded.items)
     command = ["--rescore", "--tasks", "toy", "--data", str(data), "--out", str(out)]
     command += ["--judge", endpoint.url, "--judge-model", "m"]
     endpoint.reply = lambda body, times: (200, completion("good")) if times > 1 else (403, {})
