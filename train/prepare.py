@@ -119,7 +119,7 @@ def _run(job: Job, args: argparse.Namespace) -> Report:
     part = parse_part(args.part) if args.part else find_part()
     if part.count > 1:
         _say(f"{part}, by {part.told}")
-    source = job.open_source()
+    source = job.open_source(part)
     _say(source)
     return job.join(source).run(part)
 

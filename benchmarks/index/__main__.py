@@ -33,7 +33,8 @@ from train.data.shard_files import data_file, index_file
 from train.fleet.merge import merge
 from train.fleet.preparation import Preparation
 from train.fleet.shares import Part
-from train.raw.sources import RawSample
+from train.raw import indices
+from train.raw.sources import RawSample, open_source
 
 HANDLES = 1024
 CONTEXT, ROWS, STEP = 4096, 256, 200_000
@@ -74,7 +75,28 @@ def write(folder: pathlib.Path, samples: int, shards: int) -> None:
             os.link(out / name(0), out / name(shard))
 
 
+def write_lines(folder: pathlib.Path, samples: int) -> None:
+    """A file of JSON lines, of which only the index has so many: they are all the same line."""
+    path, line = folder / "lines.jsonl", b'{"text": "A red house stands beside the river."}\n'
+    path.write_bytes(line * (indices.KEPT_FROM // len(line) + 1))
+
+    def build(add: Any) -> dict[str, Any]:
+        for first in range(0, samples, 1 << 20):
+            count = min(samples - first, 1 << 20)
+            add(indices.rows_of(np.zeros(count), np.full(count, len(line)), np.arange(count) + first + 1, first))
+        return {}
+
+    indices.index_of(path, folder / "index", "lines", build)
+
+
 # ---------------------------------------------------------------- what is measured, each in its own process
+
+
+def _lines(folder: pathlib.Path, samples: int, shards: int) -> str:
+    source = open_source(folder / "lines.jsonl", index=folder / "index")
+    found = {source[index].text for index in np.linspace(0, len(source) - 1, 1000).astype(int).tolist()}
+    assert len(found) == 1
+    return f"{len(source):,} lines, {indices.ROW.itemsize} bytes each"
 
 
 def _plan(folder: pathlib.Path, samples: int, shards: int) -> str:
@@ -117,6 +139,7 @@ def _batch(assembler: Assembler, step: int) -> str:
 
 
 STAGES = {
+    "open JSON lines": _lines,
     "plan the preparation": _plan,
     "resume the preparation": _resume,
     "merge": _merge,
@@ -164,6 +187,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "prepared" / META).exists():
             write(folder, args.samples, args.shards)
+            write_lines(folder, args.samples)
         print(f"{args.samples:,} samples in {args.shards:,} shards, at most {HANDLES:,} open files\n")
         print("| | seconds | CPU seconds | peak GiB | of it not mapped files | |\n|---|---|---|---|---|---|")
         for stage in STAGES:

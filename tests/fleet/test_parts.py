@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from janus_jax.io import whole_files
 from tests.data.test_prepare import OPTIONS, content, encode, run
 from tests.raw.test_sources import lines
-from train.data import shard_files
 from train.data.prepared import open_prepared
 from train.fleet import merge as merge_module
 from train.fleet import shares
@@ -105,7 +105,7 @@ def test_storage_without_links(captions, processor, tmp_path, whole, monkeypatch
     def refused(*_):
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr(shard_files.os, "link", refused)
+    monkeypatch.setattr(whole_files.os, "link", refused)
     part(captions, tmp_path / "out", processor, 0, 1)
     assert content(tmp_path / "out") == whole
 

@@ -1,21 +1,15 @@
-"""The files of a prepared folder in the making: named by shard, written whole or not at all, complete or not.
+"""The shards of a prepared folder in the making: their files and indices, and which are complete.
 
-Any number of processes may write to the folder, even the same shard: what they write has names of their own until it is
-whole, and then replaces what is there, which has the same bytes.
+Any number of processes may write to the folder, even the same shard: the bytes are the same.
 """
 
 from __future__ import annotations
 
 import base64
 import collections
-import contextlib
 import json
 import os
 import pathlib
-import secrets
-import shutil
-import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -27,10 +21,8 @@ from janus_jax.io.messages import one_line
 from janus_jax.io.store_access import is_store
 from train.data.bags import ENDING
 
-PARTIAL = ".partial"
 _INDICES_AT_ONCE = 32  # requests to a store
 _MAX_INDEX = 1 << 30  # bytes of a shard's index
-_LEFT_AFTER = 3600  # seconds without a change after which a partial file counts as that of a killed process
 
 
 def data_file(shard: int) -> str:
@@ -39,81 +31,6 @@ def data_file(shard: int) -> str:
 
 def index_file(shard: int) -> str:
     return f"data-{shard:05d}.json"
-
-
-# ---------------------------------------------------------------- writing
-
-
-def new_partial(path: pathlib.Path) -> pathlib.Path:
-    """A local path to write a file at that `publish` then moves to `path`; no other process has the same."""
-    name = f"{path.name}.{secrets.token_hex(4)}{PARTIAL}"
-    if is_store(path):
-        return pathlib.Path(tempfile.mkdtemp(prefix="janus_jax_")) / name
-    return path.with_name(name)
-
-
-def publish(partial: pathlib.Path, path: pathlib.Path):
-    """Makes `partial` appear at `path`, whole; FileNotFoundError if another process has removed it."""
-    if is_store(path):
-        path.upload(partial)
-        discard(partial, path)
-    else:
-        partial.replace(path)
-
-
-def discard(partial: pathlib.Path, path: pathlib.Path):
-    if is_store(path):
-        shutil.rmtree(partial.parent, ignore_errors=True)
-    else:
-        partial.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def appearing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A local path to write a file at, which appears at `path`, whole, unless the block fails."""
-    partial = new_partial(path)
-    try:
-        yield partial
-        publish(partial, path)
-    finally:
-        discard(partial, path)
-
-
-def replace_file(path: pathlib.Path, text: str):
-    """Writes a file atomically."""
-    if is_store(path):
-        path.write_text(text, encoding="utf-8")
-        return
-    with appearing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-
-
-def create_file(path: pathlib.Path, text: str):
-    """Writes a file atomically unless it is there; where storage cannot tell, the last writer's remains."""
-    if is_store(path):
-        path.write_text(text, encoding="utf-8")
-        return
-    partial = new_partial(path)
-    try:
-        partial.write_text(text, encoding="utf-8")
-        try:
-            os.link(partial, path)
-        except FileExistsError:
-            pass
-        except OSError:
-            partial.replace(path)  # storage without links
-    finally:
-        discard(partial, path)
-
-
-def remove_partial(out: pathlib.Path, left_after: float = _LEFT_AFTER):
-    """Removes partial files of `out` that have not changed for so many seconds: their writers were killed."""
-    if is_store(out):
-        return  # whose objects appear whole
-    for path in out.glob(f"*{PARTIAL}"):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - path.stat().st_mtime >= left_after:
-                path.unlink()
 
 
 # ---------------------------------------------------------------- complete shards

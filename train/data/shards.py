@@ -18,19 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from janus_jax.io.whole_files import discard, new_partial, publish, replace_file
 from train.data.bags import BagWriter
 from train.data.prepared import read_meta
 from train.data.samples import Sample
-from train.data.shard_files import (
-    data_file,
-    discard,
-    in_order,
-    index_file,
-    index_text,
-    new_partial,
-    publish,
-    replace_file,
-)
+from train.data.shard_files import data_file, in_order, index_file, index_text
 from train.data.tokenize import SampleTokenizer
 from train.raw.sources import BadSample
 from train.raw.storage import patiently

@@ -13,6 +13,7 @@ from janus_jax.io.store_access import is_store
 from janus_jax.processing.chat import SYSTEM_PROMPT, Processor
 from train.fleet.encoder import vq_encoder
 from train.fleet.preparation import Preparation
+from train.fleet.shares import ALL, Part
 from train.raw.sources import Source, open_source
 
 
@@ -41,8 +42,18 @@ class Job:
     store: str = "original"
     workers: int | None = None
 
-    def open_source(self) -> Source:
-        return open_source(self.source, self.format, self.images, self.names, self.allow_outside, self.schema)
+    def open_source(self, part: Part = ALL) -> Source:
+        """The source, whose indices are kept beside the output; each part begins with other files."""
+        return open_source(
+            self.source,
+            self.format,
+            self.images,
+            self.names,
+            self.allow_outside,
+            self.schema,
+            index=f"{self.out.rstrip('/')}.index",
+            begin=part.index / part.count,
+        )
 
     def join(self, source: Source | None = None, progress: bool | None = None) -> Preparation:
         """Begins the folder, or joins those who prepare it; errors are those of `train.prepare.prepare`."""

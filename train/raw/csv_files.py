@@ -6,7 +6,7 @@ import csv
 import io
 import itertools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -15,12 +15,14 @@ from janus_jax.io.files import open_regular, parse_json
 from janus_jax.io.messages import one_line
 from janus_jax.io.stores import size_of
 from train.raw.encodings import LOOK, encoding_of
+from train.raw.indices import index_of, rows_of
 from train.raw.json_files import line_ends, text_of_span
 from train.raw.readers import MAX_TEXT, BadSample, Record, listed, read_span, refuse_compressed
 
 # Fields of these names may contain JSON lists, since a cell cannot express lists otherwise.
 _LISTS = ("conversations", "messages", "images", "image")
 _DELIMITERS = (",", ";", "\t")
+_ROWS_AT_ONCE = 1 << 16
 csv.field_size_limit(MAX_TEXT)  # for the whole process; the default is 128 KiB
 
 
@@ -28,20 +30,28 @@ class CsvFile:
     """Rows of a table, with cells separated by commas, or by semicolons or tabs if its first row has those instead.
 
     An empty cell is a missing field; `conversations`, `messages` and `images` may be JSON lists. ValueError, with the
-    line number, if the file cannot be read as a table.
+    line number, if the file cannot be read as a table. See `indices` for the folder `index`.
     """
 
-    def __init__(self, path: pathlib.Path):
+    def __init__(self, path: pathlib.Path, index: pathlib.Path | None = None):
         self.path = path
         refuse_compressed(path)
         self._codec, self._begin = encoding_of(read_span(path, 0, LOOK))
         self._delimiter = "\t" if path.suffix.lower() == ".tsv" else ""
-        spans = list(self._rows())
-        self.columns, *_ = spans.pop(0) if spans else ([],)
-        named = [name for name in self.columns if name]
+        self._index = index_of(path, index, "rows", self._build)
+        self.columns, self._delimiter = self._index.about["columns"], self._index.about["delimiter"]
+
+    def _build(self, add: Callable[[np.ndarray], Any]) -> dict[str, Any]:
+        rows = self._rows()
+        columns, *_ = next(rows, ([],))
+        named = [name for name in columns if name]
         if len(set(named)) < len(named):
-            raise ValueError(f"{one_line(path)} names a column twice in its first row: {listed(named)}")
-        self._spans = np.array([span for _, *span in spans], np.int64).reshape(-1, 3)
+            raise ValueError(f"{one_line(self.path)} names a column twice in its first row: {listed(named)}")
+        count = 0
+        while some := [span for _, *span in itertools.islice(rows, _ROWS_AT_ONCE)]:
+            add(rows_of(*np.array(some, np.int64).T, count))
+            count += len(some)
+        return {"columns": columns, "delimiter": self._delimiter}
 
     def _rows(self) -> Iterator[tuple[list[str], int, int, int]]:
         """Cells (of the first row only), begin, size and line number of each row that is not blank."""
@@ -66,10 +76,10 @@ class CsvFile:
         return csv.reader(lines, delimiter=self._delimiter, strict=True)
 
     def __len__(self) -> int:
-        return len(self._spans)
+        return len(self._index)
 
     def __getitem__(self, index: int) -> Record:
-        place, text = text_of_span(self.path, self._codec, self._spans[index], "row", "bad_csv")
+        place, text = text_of_span(self.path, self._codec, self._index[index], "row", "bad_csv")
         try:
             (row,) = csv.reader(io.StringIO(text, newline="\n"), delimiter=self._delimiter, strict=True)
         except (csv.Error, ValueError) as error:

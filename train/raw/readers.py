@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from janus_jax.io.files import open_regular, too_deep
-from janus_jax.io.messages import one_line
+from janus_jax.io.messages import nearest, one_line
 from janus_jax.io.store_access import is_store, read_spans
-from janus_jax.io.stores import size_of
+from janus_jax.io.stores import as_path, size_of
+from janus_jax.io.stores import missing as missing_in_store
 from train.raw.encodings import decode_text
 
 # Suffixes of image files. Pillow reads most of them; a sample with another is dropped with the reason.
@@ -133,6 +134,22 @@ def refuse_compressed(path: pathlib.Path):
     for mark, name, command in _COMPRESSED:
         if start.startswith(mark):
             raise ValueError(f"{one_line(path)} is compressed ({name}), which is not supported; unpack with {command}")
+
+
+def missing_path(path: str | os.PathLike) -> FileNotFoundError:
+    """The error for a path that does not exist, suggesting a similar one that does."""
+    path = as_path(path)
+    if is_store(path):
+        return missing_in_store(path)
+    missing = path
+    while not missing.parent.exists():
+        missing = missing.parent
+    try:
+        near = nearest(missing.name, [child.name for child in missing.parent.iterdir()])
+    except OSError:
+        near = []
+    hint = f"; did you mean {one_line(missing.parent / near[0])}?" if near else ""
+    return FileNotFoundError(f"{one_line(path)}: no such file or folder{hint}")
 
 
 @dataclasses.dataclass

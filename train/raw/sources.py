@@ -41,13 +41,12 @@ from janus_jax.io.files import open_regular
 from janus_jax.io.messages import nearest, one_line
 from janus_jax.io.store_access import is_store
 from janus_jax.io.stores import as_path, has_pattern, matching
-from janus_jax.io.stores import missing as missing_in_store
 from train.raw.csv_files import CsvFile
 from train.raw.fields import SCHEMAS, Parse, RawSample, Root, schema_of
 from train.raw.folders import ImageFolders, Sidecars, count_sidecars, is_picture, read_names
 from train.raw.json_files import json_reader
 from train.raw.parquet import Parquet
-from train.raw.readers import COMPRESSED_SUFFIXES, BadSample, PassedOver, TextFile, listed
+from train.raw.readers import COMPRESSED_SUFFIXES, BadSample, PassedOver, TextFile, listed, missing_path
 from train.raw.tars import TarShard
 
 __all__ = ["FORMATS", "NAMES", "SCHEMAS", "BadSample", "RawSample", "Source", "missing_path", "open_source"]
@@ -63,17 +62,19 @@ class Format:
         index, and no open file. It opens by `open_regular`, and reads no more at a time than it means to keep.
       endings: the endings of its files, in lower case: what follows the last dot of a name, with the dot.
       schema: the schema of its records; '' if it is detected by their fields.
+      indexed: whether `reader` takes a folder `index` too, see `train.raw.indices`.
     """
 
     reader: Callable[..., Any]
     endings: tuple[str, ...] = ()
     schema: str = ""
+    indexed: bool = False
 
 
 # A new format is a reader and a row here.
 FORMATS: dict[str, Format] = {
-    "json": Format(json_reader, (".json", ".jsonl", ".ndjson")),
-    "csv": Format(CsvFile, (".csv", ".tsv")),
+    "json": Format(json_reader, (".json", ".jsonl", ".ndjson"), indexed=True),
+    "csv": Format(CsvFile, (".csv", ".tsv"), indexed=True),
     "parquet": Format(Parquet, (".parquet",)),
     "txt": Format(TextFile, (".txt",), "text"),
     "webdataset": Format(TarShard, (".tar",), "captions"),
@@ -81,7 +82,7 @@ FORMATS: dict[str, Format] = {
     "sidecar": Format(Sidecars, schema="captions"),
 }
 NAMES = (*FORMATS, *SCHEMAS)  # what `open_source` accepts as a format
-_FILES_AT_ONCE = 16  # of a store, while their indices are built
+_FILES_AT_ONCE = 16  # of a store, while their indices are built; of a disk, one a core
 # The datasets library's names for a file about the images next to it.
 _METADATA = ("metadata.jsonl", "metadata.csv")
 
@@ -144,6 +145,8 @@ def open_source(
     names: str | os.PathLike | None = None,
     allow_outside: bool = False,
     schema: str | None = None,
+    index: str | os.PathLike | None = None,
+    begin: float = 0.0,
 ) -> Source:
     """Opens training data.
 
@@ -155,6 +158,9 @@ def open_source(
       names: for `folders`, a file of captions for the folders, see `folders.read_names`.
       allow_outside: whether image paths may leave that folder (absolute, by `..`, by links).
       schema: one of `fields.SCHEMAS`; None detects it by the fields of the first records.
+      index: a folder, which need not exist, for what is found by reading a whole file: where its records are. It is
+        found once, and mapped from then on, whoever opens the same files. None keeps it in memory.
+      begin: from 0 to 1, at which of the files to begin: processes that index them together each begin elsewhere.
     Raises: FileNotFoundError if the path does not exist, ValueError if it is not such data or has no samples.
     """
     for name, known in ((format, NAMES), (schema, tuple(SCHEMAS))):
@@ -192,11 +198,7 @@ def open_source(
     else:
         files = _files(path, endings, passed)
         used = [format or _format_of(file) for file in files]
-        if is_store(path):
-            with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
-                readers = list(pool.map(_reader, files, used))
-        else:
-            readers = [_reader(file, name) for file, name in zip(files, used, strict=True)]
+        readers = _readers(files, used, None if index is None else as_path(index), begin)
         folders = {file.parent: Root(as_path(images or file.parent), allow_outside) for file in files}
         roots = [folders[file.parent] for file in files]
     for reader in readers:
@@ -213,22 +215,6 @@ def open_source(
     formats = " and ".join(dict.fromkeys(used))
     description = {"path": str(path), "format": formats, "schema": schema, "bytes": size}
     return Source(readers, SCHEMAS[schema], roots, description, why, passed)
-
-
-def missing_path(path: str | os.PathLike) -> FileNotFoundError:
-    """The error for a path that does not exist, suggesting a similar one that does."""
-    path = as_path(path)
-    if is_store(path):
-        return missing_in_store(path)
-    missing = path
-    while not missing.parent.exists():
-        missing = missing.parent
-    try:
-        near = nearest(missing.name, [child.name for child in missing.parent.iterdir()])
-    except OSError:
-        near = []
-    hint = f"; did you mean {one_line(missing.parent / near[0])}?" if near else ""
-    return FileNotFoundError(f"{one_line(path)}: no such file or folder{hint}")
 
 
 # ---------------------------------------------------------------- files
@@ -268,9 +254,19 @@ def _compressed(path: pathlib.Path) -> ValueError:
     )
 
 
-def _reader(file: pathlib.Path, format: str) -> Any:
-    open_regular(file).close()
-    return FORMATS[format].reader(file)
+def _readers(
+    files: Sequence[pathlib.Path], formats: Sequence[str], index: pathlib.Path | None, begin: float
+) -> list[Any]:
+    def reader(number: int) -> Any:
+        file, format = files[number], FORMATS[formats[number]]
+        open_regular(file).close()
+        return format.reader(file, index=index) if format.indexed else format.reader(file)
+
+    first = int(begin * len(files))
+    order = [*range(first, len(files)), *range(first)]
+    with ThreadPoolExecutor(_FILES_AT_ONCE if is_store(files[0]) else os.cpu_count()) as pool:
+        made = dict(zip(order, pool.map(reader, order), strict=True))
+    return [made[number] for number in range(len(files))]
 
 
 # ---------------------------------------------------------------- detecting formats and schemas
