@@ -117,7 +117,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         time.sleep(server.delay)
         server.count(-1)
         if kind := server.fault(self.command):
-            if kind == "drop":
+            if kind == "stall":  # says nothing until whoever asks has given up
+                self.connection.settimeout(60)
+                with contextlib.suppress(OSError):
+                    self.rfile.read(1)
+                self.close_connection = True
+            elif kind == "drop":
                 self.close_connection = True
                 self.connection.shutdown(socket.SHUT_RDWR)
             else:

@@ -31,6 +31,7 @@ WAITS = (0.2, 0.5, 1, 2, 4, 8, 15, 30, 60)
 _SAY_EVERY = 10  # seconds between reports of tries, however many threads are waiting
 _PIECE = 8 << 20  # bytes of a request; larger spans are several at once
 _IN_FLIGHT = 64  # requests of this process
+_STALLED = 60  # seconds without a byte after which a request is tried again
 
 # Words of tensorstore's errors, which come as ValueErrors.
 _TRANSIENT = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "ABORTED", "INTERNAL", "UNKNOWN")
@@ -74,12 +75,20 @@ def files(scheme: str) -> Any:
     for name in ("gs", "gcs", "s3"):
         fsspec.config.conf.setdefault(name, {}).setdefault("use_listings_cache", False)
     try:
-        return fsspec.filesystem({"gs": "gcs", "s3": "s3"}[scheme])
+        return fsspec.filesystem({"gs": "gcs", "s3": "s3"}[scheme], **_patience(scheme))
     except ImportError:
         raise OSError(
             errno.ENOPKG,
             f"{scheme}:// needs the package {_LIBRARY[scheme]}; pip install 'janus_jax[{_EXTRA[scheme]}]'",
         ) from None
+
+
+def _patience(scheme: str) -> dict[str, Any]:
+    if scheme == "s3":
+        return {"config_kwargs": {"connect_timeout": _STALLED, "read_timeout": _STALLED}}
+    from aiohttp import ClientTimeout
+
+    return {"requests_timeout": ClientTimeout(total=None, sock_connect=_STALLED, sock_read=_STALLED)}
 
 
 def kvstore_spec(address: str) -> dict[str, Any]:
@@ -100,6 +109,9 @@ def store_context() -> Any:
     """The context of tensorstore for requests to stores."""
     import tensorstore as ts  # late: commands that only read local files need none of it
 
+    # Otherwise it waits forever for a connection that is lost without a word.
+    os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", str(_STALLED))
+    os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
     # Few tries of its own: ours are reported.
     tries = {"max_retries": 2, "initial_delay": "100ms", "max_delay": "500ms"}
     busy = {"limit": _IN_FLIGHT}

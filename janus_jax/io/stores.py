@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from janus_jax.io.messages import one_line
-from janus_jax.io.store_access import SCHEMES, files, info, is_store, read_spans, request, split, write
+from janus_jax.io.store_access import SCHEMES, files, info, is_store, read_spans, read_versioned, request, split, write
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _BUFFER = 4 << 20  # bytes read at least, from one position on
@@ -182,8 +182,11 @@ class StorePath(os.PathLike):
         return file if mode == "rb" else io.TextIOWrapper(file, encoding=encoding or "utf-8")
 
     def read_bytes(self) -> bytes:
-        with open_object(self) as file:
-            return file.read()
+        """By one request, so that all of it is of one version."""
+        data, _ = read_versioned(self._address)
+        if data is None:
+            raise FileNotFoundError(2, "no such object", self._address)
+        return data
 
     def read_text(self, encoding: str = "utf-8") -> str:
         return self.read_bytes().decode(encoding)

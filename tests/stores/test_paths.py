@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -109,6 +112,30 @@ def test_a_busy_store_is_tried_again_and_reported(store, monkeypatch, capsys):
     monkeypatch.setattr(store_access, "WAITS", (0.01,))
     with proxy.failing(), pytest.raises(store_access.StoreUnavailable, match="the store does not answer"):
         store_access.read_spans(str(path), [(0, 5)])
+
+
+_ASK = """
+import sys
+from janus_jax.io import store_access
+store_access._STALLED = 1
+from janus_jax.io.stores import StorePath
+path = StorePath(sys.argv[1])
+assert path.exists() and path.read_bytes() == b"content"
+path.write_bytes(b"other")
+"""
+
+
+@pytest.mark.slow
+def test_an_answer_that_never_comes_is_asked_for_again(store):
+    """In a process of its own, since tensorstore looks at its settings once."""
+    folder, proxy = store
+    env = os.environ | {"TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "1"}
+    (folder / "x").write_bytes(b"content")
+    with proxy.failing(share=0.5, most=4, kinds=("stall",)) as faults:
+        command = [sys.executable, "-c", _ASK, str(folder / "x")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+    assert done.returncode == 0, done.stderr
+    assert faults["stall"] > 1 and (folder / "x").read_bytes() == b"other"
 
 
 def test_no_rights_are_one_line_at_once(store):

@@ -22,8 +22,9 @@ from janus_jax.io import store_access
 from janus_jax.io.stores import StorePath
 from janus_jax.weights import checkpoint, store_arrays
 from janus_jax.weights.torch_weights import read_now
-from train.run import faults, lease
+from train.run import distributed, faults, lease
 from train.run.checkpoints import Workdir
+from train.run.distributed import together
 from train.run.lease import FILE
 from train.run.metrics import Metrics, read_metrics
 from train.step.earlier import complete_steps
@@ -311,6 +312,18 @@ def test_a_store_that_stays_away_ends_the_run_resumably(store, monkeypatch):
             workdir.wait()
         assert stopped.value.code == faults.STORAGE and "the store does not answer" in str(stopped.value)
     assert complete_steps(folder / "run") == [2]
+
+
+def test_what_one_process_misses_is_told_by_all(monkeypatch):
+    told = []
+    monkeypatch.setattr(distributed.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed, "gather", lambda text: told.append(text) or [text, ""])
+    with pytest.raises(store_access.StoreUnavailable, match=r"process 0 \(.*\): .*does not answer"), together():
+        raise store_access.StoreUnavailable(110, "the store does not answer", "gs://bucket/x")
+    monkeypatch.setattr(distributed, "gather", lambda text: [text, told[0]])
+    with pytest.raises(distributed.Agreed, match="does not answer") as error, together():
+        pass
+    assert isinstance(error.value, store_access.StoreUnavailable)  # which ends the run with 74, not with 2
 
 
 # ---------------------------------------------------------------- files

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from janus_jax.io.messages import one_line
+from janus_jax.io.store_access import StoreUnavailable
 from train.run.faults import Stopped
 
 _TPU_FILES = ("/dev/accel0", "/dev/vfio/0")
@@ -160,6 +161,10 @@ class Agreed(ValueError):
     """An error of one process, raised in all of them."""
 
 
+class AgreedUnavailable(StoreUnavailable, Agreed):
+    """A store did not answer one process, which all of them say: the same command may work later."""
+
+
 @contextlib.contextmanager
 def together(*kinds: type[Exception]) -> Iterator[None]:
     """Raises an error of one process in every process, in one line; otherwise the others would wait forever.
@@ -168,9 +173,9 @@ def together(*kinds: type[Exception]) -> Iterator[None]:
 
     Args:
       kinds: the exceptions to share, OSError and ValueError by default.
-    Raises: with a single process the original error; else Agreed in all of them.
+    Raises: with a single process the original error; else Agreed in all of them, AgreedUnavailable if it is a store's.
     """
-    failed, kinds = "", kinds or (OSError, ValueError)
+    failed, agreed, kinds = "", "", kinds or (OSError, ValueError)
     try:
         yield
     except Stopped:
@@ -179,9 +184,11 @@ def together(*kinds: type[Exception]) -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         failed = f"process {jax.process_index()} ({socket.gethostname()}): {one_line(error, 1000)}"
-    for line in gather(failed):
-        if line:
-            raise Agreed(line)
+        agreed = "later" if isinstance(error, StoreUnavailable) else "now"
+    for told in gather(f"{agreed}\n{failed}" if failed else ""):
+        if told:
+            when, _, line = told.partition("\n")
+            raise AgreedUnavailable(line) if when == "later" else Agreed(line)
 
 
 def check_same(config: dict[str, Any], data: dict[str, str]):
