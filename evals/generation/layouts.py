@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from janus_jax.io.messages import one_line
+from janus_jax.io.staging import write_file
 
 
 def grid(pictures: Sequence[Image.Image], per_row: int, padding: int = 0) -> Image.Image:
@@ -43,13 +45,28 @@ def geneval_sample(root: pathlib.Path, number: int, sample: int) -> pathlib.Path
 
 
 def write_geneval(root: pathlib.Path, number: int, prompt: Mapping[str, Any], pictures: Sequence[Image.Image]) -> None:
-    """A prompt's folder: metadata.jsonl, samples/00000.png and so on, and all of them in grid.png, a row of four."""
+    """A prompt's folder: metadata.jsonl, samples/00000.png and so on, and all of them in grid.png, a row of four.
+
+    The grid is written last: where it is, the folder is complete.
+    """
     folder = geneval_folder(root, number)
     (folder / "samples").mkdir(parents=True, exist_ok=True)
-    (folder / "metadata.jsonl").write_text(json.dumps(prompt), encoding="utf-8")
+    write_file(folder / "metadata.jsonl", json.dumps(prompt).encode())
     for sample, picture in enumerate(pictures):
-        picture.save(geneval_sample(root, number, sample))
-    grid(pictures, 4, padding=2).save(folder / "grid.png")
+        write_picture(geneval_sample(root, number, sample), picture)
+    write_picture(geneval_grid(root, number), grid(pictures, 4, padding=2))
+
+
+def geneval_grid(root: pathlib.Path, number: int) -> pathlib.Path:
+    """The file of all pictures of GenEval's prompt."""
+    return geneval_folder(root, number) / "grid.png"
+
+
+def write_picture(path: pathlib.Path, picture: Image.Image) -> None:
+    """A PNG, whole or not at all."""
+    data = io.BytesIO()
+    picture.save(data, "PNG")
+    write_file(path, data.getvalue())
 
 
 def write_dpg(root: pathlib.Path, item: str, pictures: Sequence[Image.Image]) -> None:
@@ -57,7 +74,7 @@ def write_dpg(root: pathlib.Path, item: str, pictures: Sequence[Image.Image]) ->
     if len(pictures) != 4:
         raise ValueError(f"{one_line(item)}: DPG-Bench takes four pictures of a prompt, got {len(pictures)}")
     root.mkdir(parents=True, exist_ok=True)
-    grid(pictures, 2).save(root / f"{item}.png")
+    write_picture(root / f"{item}.png", grid(pictures, 2))
 
 
 def dpg_tiles(picture: Image.Image, size: int, count: int = 4) -> list[Image.Image]:

@@ -137,6 +137,7 @@ def test_the_detector_is_its_parts_in_order(mask2former, small):
         assert [(each.mask.sum(), each.box) for each in objects] == [tuple(rest) for _, *rest in expected[name]]
 
 
+@pytest.mark.slow
 def test_another_number_of_classes_is_refused():
     config = transformers.Mask2FormerConfig(num_labels=3)
     model = type("Model", (), {"config": config})()
@@ -144,6 +145,7 @@ def test_another_number_of_classes_is_refused():
         Detector(model)
 
 
+@pytest.mark.slow
 def test_pixels_of_clip_are_those_of_its_processor():
     random = np.random.default_rng(0)
     image = Image.fromarray(random.integers(0, 256, (50, 75, 3), np.uint8)).resize((300, 200))
