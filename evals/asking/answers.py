@@ -92,23 +92,21 @@ class Respondent:
         plan = bins(asked, self._janus.model, self._rows, budget)
         with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as readers:
 
-            def read(batch: Sequence[Bin]) -> dict[str, np.ndarray | str]:
-                return self._read(batch, readers)
+            def read(new: dict[str, ImageRef]) -> dict[str, np.ndarray | str]:
+                return dict(zip(new, readers.map(self._pixels, new.values()), strict=True))
 
             waiting: tuple[Sequence[Bin], Future] | None = None
             for batch in itertools.chain(_by(self._shards, plan), [None]):
-                coming = None if batch is None else (batch, ahead.submit(read, batch))
+                coming = None
+                if batch is not None:
+                    known = {*self._features, *self._bad, *(_pictures(waiting[0]) if waiting else ())}
+                    new = {key: image for key, image in _pictures(batch).items() if key not in known}
+                    coming = (batch, ahead.submit(read, new))
                 if waiting is not None:
                     yield self._batch(waiting[0], waiting[1].result())
                 waiting = coming
 
     # ------------------------------------------------------------ pictures
-
-    def _read(self, batch: Sequence[Bin], readers: ThreadPoolExecutor) -> dict[str, np.ndarray | str]:
-        """Pixels of the batch's pictures that are not known yet, or why there are none."""
-        known = self._features.keys() | self._bad.keys()
-        new = {key: image for key, image in _pictures(batch).items() if key not in known}
-        return dict(zip(new, readers.map(self._pixels, new.values()), strict=True))
 
     def _pixels(self, image: ImageRef) -> np.ndarray | str:
         try:
@@ -121,6 +119,7 @@ class Respondent:
         needed = _pictures(batch)
         have = {key: self._features[key] for key in needed if key in self._features}
         missing = [key for key in needed if key not in have and key not in self._bad]
+        # Not read ahead is what has been forgotten since.
         made = {key: pixels[key] if key in pixels else self._pixels(needed[key]) for key in missing}
         for key in self._agreed_bad(made):
             reason = made.pop(key)
@@ -138,6 +137,7 @@ class Respondent:
             self.encoded += len(keys)
         for key in needed:
             if key in have:
+                # A copy, or a single picture would hold the memory of all that were encoded with it.
                 self._features[key] = np.array(have[key]) if key in made else have[key]
                 self._features.move_to_end(key)
         while self._features and sum(x.nbytes for x in self._features.values()) > self._kept_bytes:
