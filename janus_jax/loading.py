@@ -58,8 +58,8 @@ def load(
         Hugging Face hub, from which only the needed files are downloaded.
       dtype: dtype of parameters and computation; default bfloat16, but float32 on CPU, where bfloat16 is emulated
         slowly, and float16 on GPUs without bfloat16 units.
-      mesh: a mesh with the axes `data`, `fsdp`, `tensor` (or their sizes, as for `sharding.make_mesh`): each shard is
-        read directly onto its device. Default: one device.
+      mesh: a mesh of `sharding.make_mesh` (or the sizes of its axes, as for it): each shard is read directly onto its
+        device. Default: one device.
       weights: 'int8' or 'int4' stores the decoder's and the heads' kernels in that form, see `quantize`; default
         `dtype`, or the form of a folder that was converted with `convert/from_torch.py --weights`.
       scan_layers: whether the decoder's layers are stacked; default False: sampling would copy each in every step.

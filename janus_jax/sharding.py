@@ -3,10 +3,14 @@
 What each mesh axis (`MESH_AXES`) splits, and what does it in a training step (`axes_by_hand`):
 
     axis      parameters              activations    rows of a batch  in a training step
-    `data`    nothing (copies)        rows           yes              by hand: gradients are summed
+    `slices`  nothing (copies)        rows           yes              by hand: gradients are summed, once a step
+    `data`    nothing (copies)        rows           yes              by hand: gradients are summed, once a step
     `fsdp`    width                   rows           yes              by hand: layers gather their parameters
                                                                       (`gather_layer`), gradients are scattered
     `tensor`  heads, MLP, vocabulary  heads, MLP     no               by the compiler
+
+`slices` are sets of devices that reach one another only through a data-center network, as `jax.Device.slice_index`
+says; all other axes are within a slice.
 
 Every dimension has a logical axis, which `RULES` maps to mesh axes; None is whole on every device. In the letters of
 the model's einsums:
@@ -56,11 +60,12 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-MESH_AXES = ("data", "fsdp", "tensor")
+SLICES = "slices"
+MESH_AXES = (SLICES, "data", "fsdp", "tensor")
 
 # Logical axis -> mesh axes.
 RULES: dict[str, str | tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
+    "batch": (SLICES, "data", "fsdp"),
     "embed": "fsdp",
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -114,15 +119,16 @@ _STACKED = re.compile(r"(language_model/layers|vision_model/blocks)/")
 
 
 def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Mesh with the axes `data`, `fsdp`, `tensor`.
+    """Mesh with the axes `slices`, `data`, `fsdp`, `tensor`.
 
     >>> dict(make_mesh({"fsdp": -1, "tensor": 2}, jax.devices()[:8]).shape)
-    {'data': 1, 'fsdp': 4, 'tensor': 2}
+    {'slices': 1, 'data': 1, 'fsdp': 4, 'tensor': 2}
 
     Args:
       shape: size of each axis; missing axes are 1, and one may be -1 ("the rest"). Default: all devices on `fsdp`.
       devices: default `jax.devices()`.
-    Raises: ValueError for an unknown axis, or if the product of the sizes is not the number of devices.
+    Raises: ValueError for an unknown axis, if the product of the sizes is not the number of devices, or if the devices
+      are of another number of slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = dict.fromkeys(MESH_AXES, 1) | dict({"fsdp": -1} if shape is None else shape)
@@ -136,10 +142,29 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     if any(size < 1 for size in sizes.values()) or math.prod(sizes.values()) != len(devices):
         asked = " x ".join(f"{name}={size}" for name, size in sizes.items())
         raise ValueError(f"a mesh of {asked} does not match the {len(devices)} devices")
-    grid = tuple(sizes[name] for name in MESH_AXES)
+    grid, slices = tuple(sizes[name] for name in MESH_AXES), sizes[SLICES]
+    _check_slices(slices, devices)
     # Allows sizes that split a slice's physical axes: 32 x 2 does not fit whole axes of 4 x 4 x 4 chips.
-    placed = mesh_utils.create_device_mesh(grid, devices, allow_split_physical_axes=True)
+    place = functools.partial(mesh_utils.create_device_mesh, grid)
+    if slices > 1:
+        within, between = (1, *grid[1:]), (slices, *(1 for _ in grid[1:]))
+        place = functools.partial(mesh_utils.create_hybrid_device_mesh, within, between)
+    placed = place(devices=devices, allow_split_physical_axes=True)
     return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def count_slices(devices: Sequence[jax.Device]) -> int:
+    """The number of slices that `devices` are of; 1 if they know of none, as CPUs."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def _check_slices(asked: int, devices: Sequence[jax.Device]):
+    found = count_slices(devices)
+    # JAX calls each host of GPUs a slice, and one axis may span them.
+    if asked == found or (asked == 1 and devices[0].platform != "tpu"):
+        return
+    are = f"the {len(devices)} devices are of {found} slice{'s' if found > 1 else ''}"
+    raise ValueError(f"a mesh of {SLICES}={asked}, but {are}; set {SLICES}={found}, and split each with the other axes")
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

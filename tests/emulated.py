@@ -37,6 +37,12 @@ def emulate(platform: str, limit: int = 16 << 30):
     jax.Device.memory_stats = memory_stats
 
 
+def emulate_slices(count: int):
+    """From here on the devices are of `count` slices, as many of each, in the order of their ids."""
+    size = jax.device_count() // count
+    jax.Device.slice_index = property(lambda device: device.id // size)
+
+
 if __name__ == "__main__":
     emulate(os.environ["JANUS_JAX_EMULATE"], int(os.environ.get("JANUS_JAX_EMULATE_BYTES", 16 << 30)))
     runpy.run_module("train.main", run_name="__main__", alter_sys=True)

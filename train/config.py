@@ -125,11 +125,13 @@ class MeshConfig:
     """Number of devices on each mesh axis; -1 for all that are left. For what an axis splits see `janus_jax.sharding`.
 
     Attributes:
+      slices: TPU slices (or hosts of GPUs), each with its copies of the parameters, for a share of the batch.
       data: copies of the parameters, each for a share of the batch.
       fsdp: shards of both the parameters and the batch.
       tensor: shards of heads, MLP and vocabulary.
     """
 
+    slices: int = 1
     data: int = 1
     fsdp: int = -1
     tensor: int = 1

@@ -104,7 +104,7 @@ def test_progress(folder, capfd):
 
 def test_mesh(folder):
     spread = load(folder, mesh={"tensor": 4, "fsdp": -1})
-    assert dict(spread.mesh.shape) == {"data": 1, "fsdp": 2, "tensor": 4}
+    assert dict(spread.mesh.shape) == {"slices": 1, "data": 1, "fsdp": 2, "tensor": 4}
     kernel = spread.params["language_model"]["layers_0"]["mlp"]["gate_proj"]["kernel"]
     assert {shard.data.size for shard in kernel.addressable_shards} == {kernel.size // 8}
     assert load(folder, mesh=make_mesh({"data": 2}, jax.devices()[:2])).mesh.size == 2
@@ -114,7 +114,7 @@ def test_mesh(folder):
     ("mesh", "message"),
     [
         ({"tensor": 8}, r"does not divide the model: vision_model/blocks/attn/q/.*heads 4 over tensor=8"),
-        ({"fsdp": 3}, "a mesh of data=1 x fsdp=3 x tensor=1 does not match the 8 devices"),
+        ({"fsdp": 3}, "a mesh of slices=1 x data=1 x fsdp=3 x tensor=1 does not match the 8 devices"),
         ({"fsdp": 0}, "fsdp=0"),
         ({"rows": 8}, "mesh axis 'rows' is unknown; known: data, fsdp, tensor"),
         (jax.sharding.Mesh(np.array(jax.devices()), ("rows",)), "the mesh must have the axes .*rows"),

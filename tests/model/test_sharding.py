@@ -124,10 +124,10 @@ def test_mesh_that_does_not_divide(abstract):
 
 
 def test_make_mesh():
-    assert dict(make_mesh().shape) == {"data": 1, "fsdp": 8, "tensor": 1}
-    assert dict(make_mesh({"tensor": 2, "fsdp": -1}).shape) == {"data": 1, "fsdp": 4, "tensor": 2}
-    assert dict(make_mesh({"data": -1}).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
-    assert dict(make_mesh({}, jax.devices()[:1]).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert dict(make_mesh().shape) == {"slices": 1, "data": 1, "fsdp": 8, "tensor": 1}
+    assert dict(make_mesh({"tensor": 2, "fsdp": -1}).shape) == {"slices": 1, "data": 1, "fsdp": 4, "tensor": 2}
+    assert dict(make_mesh({"data": -1}).shape) == {"slices": 1, "data": 8, "fsdp": 1, "tensor": 1}
+    assert dict(make_mesh({}, jax.devices()[:1]).shape) == {"slices": 1, "data": 1, "fsdp": 1, "tensor": 1}
     assert make_mesh().axis_names == MESH_AXES
 
 
@@ -141,7 +141,7 @@ def test_make_mesh():
         ({"data": -1, "fsdp": -1}, "fsdp=-1"),
         ({"data": 3, "fsdp": -1}, "data=3"),
         ({"data": -2, "fsdp": -4}, "fsdp=-4"),
-        ({"model": 8}, "'model' is unknown; known: data, fsdp, tensor"),
+        ({"model": 8}, "'model' is unknown; known: slices, data, fsdp, tensor"),
     ],
 )
 def test_make_mesh_errors(shape, message):
@@ -161,7 +161,7 @@ def test_the_contract_is_one():
 
 def test_axes_by_hand():
     assert axes_by_hand(make_mesh({"data": 2, "fsdp": -1})) == set(MESH_AXES)
-    assert axes_by_hand(make_mesh({"tensor": 2, "fsdp": -1})) == {"data", "fsdp"}
+    assert axes_by_hand(make_mesh({"tensor": 2, "fsdp": -1})) == {"slices", "data", "fsdp"}
 
 
 def test_batch_shards():

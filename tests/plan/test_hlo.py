@@ -86,6 +86,37 @@ def test_tpu_programs():
     assert hlo.loop_bytes(TPU) == large + small + 2 * small + large
 
 
+def test_what_goes_between_slices():
+    """Of a program for all devices by the groups of its collectives; of TPU's, which is for one slice, by its sends."""
+    groups = {
+        "{{0,1,2,3},{4,5,6,7}}": False, "{{0,4},{1,5},{2,6},{3,7}}": True, "{}": True, "[2,4]<=[8]": False,
+        "[4,2]<=[2,4]T(1,0)": True, "[1,8]<=[8]": True, "mesh['slices'=2,'fsdp'=4] {'fsdp'}": False,
+        "mesh['slices'=2,'fsdp'=4] {'slices'}": True,
+    }  # fmt: skip
+    for number, (written, crosses) in enumerate(groups.items()):
+        text = (
+            "ENTRY %main (a: f32[64]) -> f32[64] {\n  %a = f32[64]{0} parameter(0)\n"
+            f"  ROOT %all-reduce.{number} = f32[64]{{0}} all-reduce(%a), replica_groups={written}, to_apply=%add\n}}\n"
+        )
+        traffic = {"all-reduce": hlo.Traffic(1, 256, 256)}
+        assert hlo.between_slices(text, 4) == (traffic if crosses else {}), written
+        assert hlo.collectives(text, 4) == ({} if crosses else traffic), written
+        assert hlo.between_slices(text, 0) == {}
+    moved = "p = f32[64]{0} collective-permute(%a), source_target_pairs={{0,1},{3,%s}}"
+    for target, crosses in ((2, False), (4, True)):
+        text = f"ENTRY %main (a: f32[64]) -> f32[64] {{\n  {moved % target}\n}}\n"
+        assert ("collective-permute" in hlo.between_slices(text, 4)) == crosses
+    text = TPU.replace(
+        "  %ready",
+        "  %send.1 = (bf16[12,8,128]{2,1,0:T(8,128)(2,1)}, u32[]{:S(2)}, token[]) send(%b, %t), channel_id=4, "
+        'is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}\n'
+        "  %send-done.1 = token[] send-done(%send.1), is_host_transfer=true\n  %ready",
+    )
+    size = 12 * 8 * 128 * 2
+    assert hlo.between_slices(text, 4) == {"all-reduce": hlo.Traffic(7, 7 * size, size)}
+    assert hlo.collectives(text, 4) == hlo.collectives(TPU)
+
+
 def test_copies_inside_fusions_are_no_traffic():
     """Only what a fusion returns is written: alone, or as one of several results."""
     text = """HloModule jit_step, is_scheduled=true

@@ -20,6 +20,7 @@ from janus_jax.sharding import flatten, make_mesh
 from janus_jax.weights import checkpoint
 from janus_jax.weights.conversion import to_torch
 from janus_jax.weights.torch_weights import abstract_params
+from tests.emulated import emulate_slices
 from train.config import EvalConfig, MeshConfig, SampleConfig, TrainConfig
 from train.main import main
 from train.run import faults, loop
@@ -124,7 +125,21 @@ def test_learns(whole, start):
 def test_goes_on_on_another_mesh(whole, half, tmp_path):
     mesh = MeshConfig(data=2, fsdp=2, tensor=2)
     config = dataclasses.replace(half.config, workdir=str(copy_of(half, tmp_path)), steps=4, mesh=mesh)
-    run = Run(dataclasses.replace(config), loop.train(config))
+    check_same(Run(config, loop.train(config)), whole)
+
+
+@pytest.mark.slow
+def test_starts_on_two_slices_and_goes_on_on_one(whole, get_config, monkeypatch):
+    monkeypatch.setattr(jax.Device, "slice_index", None, raising=False)  # and gone again after the test
+    emulate_slices(2)
+    config = get_config(steps=2, mesh=MeshConfig(slices=2, fsdp=2, tensor=2))
+    loop.train(config)
+    config = dataclasses.replace(config, steps=4, mesh=MeshConfig(fsdp=4))
+    check_same(Run(config, loop.train(config)), whole)
+
+
+def check_same(run: Run, whole: Run):
+    """Of runs on different meshes."""
     for prefix in ("train", "eval"):
         ours, theirs = run.losses(prefix), whole.losses(prefix)
         assert ours == pytest.approx(theirs, rel=1e-4) and ours.keys() == theirs.keys()

@@ -35,9 +35,9 @@ def test_an_axis_beside_data(tmp_path, monkeypatch):
             return jax.device_get(compiled(state.trained, frozen, placed))
 
     expected, sums = of(make_mesh({}, jax.devices()[:1]))
-    monkeypatch.setattr(sharding, "MESH_AXES", ("slices", *sharding.MESH_AXES))
-    monkeypatch.setitem(sharding.RULES, "batch", ("slices", "data", "fsdp"))
-    mesh = make_mesh({"slices": 2, "fsdp": 2, "tensor": 2})
+    monkeypatch.setattr(sharding, "MESH_AXES", ("slices", "replicas", *sharding.MESH_AXES[1:]))
+    monkeypatch.setitem(sharding.RULES, "batch", ("slices", "replicas", "data", "fsdp"))
+    mesh = make_mesh({"replicas": 2, "fsdp": 2, "tensor": 2})
     assert batch_shards(mesh) == 4
     got, of_mesh = of(mesh)
     assert of_mesh["tokens"] == sums["tokens"] > 0

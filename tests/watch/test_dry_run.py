@@ -68,7 +68,7 @@ def test_nothing_is_in_the_way_or_memory_is(config, tmp_path, monkeypatch, capsy
     told, errors = capsys.readouterr()
     found = rows(told)
     assert found["config"] == "tiny: stage 3, 4 steps of 8 rows"
-    assert found["devices"] == "8 x cpu, 1 processes" and found["mesh"] == "data 1 x fsdp 1 x tensor 1"
+    assert found["devices"] == "8 x cpu, 1 processes" and found["mesh"] == "slices 1 x data 1 x fsdp 1 x tensor 1"
     assert found["data"] == "3 of 3 folders opened: 18 samples"
     assert re.fullmatch(r"8 rows of 128, \d+% filled, \d+ groups left out, made in [\d.]+ s", found["batch"])
     assert found["parameters"].endswith(f", vision_model from init_from={config.init_from}")
@@ -94,7 +94,9 @@ def test_every_problem_is_told_at_once(config, folders, tmp_path, capsys):
     (tmp_path / "run" / "notes.txt").write_text("mine")
     before = listing(tmp_path)
     data = dataclasses.replace(config.data, text=("missing", folders["generation"]))
-    wrong = dataclasses.replace(config, data=data, vq_from="nowhere", language_from="neither", mesh=MeshConfig(3, 3))
+    wrong = dataclasses.replace(
+        config, data=data, vq_from="nowhere", language_from="neither", mesh=MeshConfig(data=3, fsdp=3)
+    )
     assert dry_run(wrong) == 2
     told, errors = capsys.readouterr()
     assert rows(told)["data"] == "3 of 5 folders opened: 18 samples"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
 
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 _ASYNC = 'custom_call_target="AsyncCollectiveStart"'
@@ -162,20 +164,52 @@ class Traffic:
     largest: int = 0
 
 
-def collectives(text: str) -> dict[str, Traffic]:
-    """`Traffic` of each kind of collective in the module `text`."""
-    found: dict[str, Traffic] = {}
-    for one in instructions(text):
-        if one.opcode not in _COLLECTIVES:
-            continue
+def collectives(text: str, slice_size: int = 0) -> dict[str, Traffic]:
+    """`Traffic` of each kind of collective in the module `text`, without those between slices.
+
+    Args:
+      slice_size: devices of each slice, if there are several, whose numbers in the program follow one another.
+    """
+    return _by_kind(one for one in instructions(text) if not crosses_slices(one, slice_size))
+
+
+def between_slices(text: str, slice_size: int) -> dict[str, Traffic]:
+    """`Traffic` of each kind of collective between slices of `slice_size` devices, in bytes of one device."""
+    return _by_kind(one for one in instructions(text) if crosses_slices(one, slice_size))
+
+
+def crosses_slices(one: Instruction, slice_size: int) -> bool:
+    """Whether an instruction is a collective whose devices are of several slices."""
+    if one.opcode == "send":  # as TPU's compiler writes it: the host sends what each device of a slice has
+        return _MEGASCALE.search(one.line) is not None
+    if not slice_size or one.opcode not in _COLLECTIVES:
+        return False
+    if pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", one.line):
+        groups = [[int(n) for n in pair.split(",")] for pair in re.findall(r"\{([0-9,]+)\}", pairs[1])]
+    else:
+        groups = _groups(one.line)
+    # Without groups, all devices are one.
+    return not groups or any(len({device // slice_size for device in group}) > 1 for group in groups)
+
+
+_MEGASCALE = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+
+
+def _by_kind(found: Iterable[Instruction]) -> dict[str, Traffic]:
+    by_kind: dict[str, Traffic] = {}
+    for one in found:
         kind, size = one.opcode, one.bytes
-        if kind == "reduce-scatter":
+        if kind == "send" and (transfer := _MEGASCALE.search(one.line)):
+            kind = transfer[1].lower().replace("_", "-")
+        elif kind not in _COLLECTIVES:
+            continue
+        elif kind == "reduce-scatter":
             size *= _group_size(one.line)  # its result is the share of one device
         elif one.computation.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"  # as TPU's compiler writes it: an all-reduce of which each device keeps a slice
-        so_far = found.get(kind, Traffic())
-        found[kind] = Traffic(so_far.count + one.times, so_far.bytes + one.times * size, max(so_far.largest, size))
-    return dict(sorted(found.items()))
+        so_far = by_kind.get(kind, Traffic())
+        by_kind[kind] = Traffic(so_far.count + one.times, so_far.bytes + one.times * size, max(so_far.largest, size))
+    return dict(sorted(by_kind.items()))
 
 
 def waited_for(text: str) -> int:
@@ -187,14 +221,26 @@ def waited_for(text: str) -> int:
 
 
 def _group_size(line: str) -> int:
-    if match := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
-        return int(match[1])
-    if match := re.search(r"replica_groups=\{\{([0-9,]+)\}", line):
-        return match[1].count(",") + 1
+    return len(next(iter(_groups(line)), [0]))
+
+
+def _groups(line: str) -> list[list[int]]:
+    """The groups of devices of a collective; none if it does not say."""
+    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([0-9,]+)\](?:T\(([0-9,]+)\))?", line):
+        shape = [int(n) for n in match[3].split(",")]
+        order = [int(n) for n in match[4].split(",")] if match[4] else range(len(shape))
+        devices = np.arange(math.prod(shape)).reshape(shape).transpose(order)
+        return devices.reshape(int(match[1]), int(match[2])).tolist()
+    if match := re.search(r"replica_groups=\{(\{[0-9,{}]+\})\}", line):
+        return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([0-9,]+)\}", match[1])]
     if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match[2]))
-    return 1
+        sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
+        over = re.findall(r"'(\w+)'", match[2])
+        devices = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+        last = [list(sizes).index(axis) for axis in over]
+        moved = np.moveaxis(devices, last, range(-len(over), 0))
+        return moved.reshape(-1, math.prod(sizes[axis] for axis in over)).tolist()
+    return []
 
 
 def copies(text: str, at_least: int) -> list[Instruction]:

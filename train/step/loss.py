@@ -16,7 +16,7 @@ import numpy as np
 
 from janus_jax.model.janus import Janus, place_images
 from janus_jax.processing.images import ImageSettings
-from janus_jax.sharding import manual_axes
+from janus_jax.sharding import SLICES, manual_axes
 from train.config import TASKS
 
 Params = dict[str, Any]
@@ -99,9 +99,10 @@ def cross_entropy(
     """
     batch, length, _ = hidden.shape
     order = jnp.argsort(~wanted, axis=1, stable=True)
-    # The same number of chunks on all devices, since they must run the same collectives.
+    # The same number of chunks on all devices of a slice, since they must run the same collectives; other slices do not
+    # take part in these, and would be waited for in each micro-batch.
     most = wanted.sum(1).max()
-    if axes := manual_axes():
+    if axes := tuple(axis for axis in manual_axes() if axis != SLICES):
         most = jax.lax.pmax(most, axes)
 
     def chunks(x: jax.Array) -> jax.Array:

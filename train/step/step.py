@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
@@ -93,16 +94,17 @@ def gradients(
     """Gradients of the mean loss per target token with respect to `trained`, and the batch's `token_sums`.
 
     The batch is split into `config.accumulate` micro-batches, whose sums are added in float32 and divided once. Each
-    device computes its share of a micro-batch's gradients in `config.compute_dtype`; the shares are then summed over
-    the devices in `config.reduce_dtype`: with 'bfloat16' each share and each partial sum keeps 8 bits of mantissa; with
-    'float32' only the products before are rounded, and twice as many bytes are sent. A float32 run always sums in
-    float32, and so does one in float16, where losses are scaled too. The returned gradients are float32 either way.
+    device computes its share of a micro-batch's gradients in `config.compute_dtype`; the shares are summed over `fsdp`
+    with each micro-batch, and over `data` and `slices` once, in `config.reduce_dtype`: with 'bfloat16' each share and
+    each partial sum keeps 8 bits of mantissa; with 'float32' only the products before are rounded, and twice as many
+    bytes are sent. A float32 run always sums in float32, and so does one in float16, where losses are scaled too. The
+    returned gradients are float32 either way.
     """
     gradients_of_sums = _make_gradients(config, mesh, settings, trained, frozen, batch)
     if config.compute_dtype == "float16":
         grads, sums = _scaled(gradients_of_sums)
     else:
-        grads, sums = gradients_of_sums(1.0)
+        grads, sums = gradients_of_sums(np.float32(1))
     count = jnp.maximum(sums["tokens"], 1)
     return jax.tree.map(lambda g: g.astype(jnp.float32) / count, grads), sums
 
@@ -130,30 +132,57 @@ def _make_gradients(
     config: TrainConfig, mesh: Mesh, settings: ImageSettings, trained: Params, frozen: Params, batch: Batch
 ) -> Callable[[Any], tuple[Params, dict[str, jax.Array]]]:
     """From a scale to the gradients of the scaled sum of losses, and the sums themselves."""
+    manual, rows = axes_by_hand(mesh), PartitionSpec(RULES["batch"])
+    specs, frozen_specs = _specs(config, mesh, manual)
+    # How the compiler splits what each device adds up.
+    left = jax.tree.map(lambda spec: _only(spec, set(mesh.axis_names) - manual), _specs(config, mesh)[0])
+    sums_of = _sums_of_device(config, mesh, settings)
+
+    def local(trained: Params, frozen: Params, batch: Batch, scale: Any):
+        def loss(trained: Params, micro_batch: Batch):
+            sums = sums_of(trained, frozen, micro_batch)
+            return sums["loss"] * scale, sums
+
+        objective = jax.grad(loss, has_aux=True)
+        if config.accumulate == 1:
+            grads, sums = objective(trained, batch)
+        else:
+            micro_batches = jax.tree.map(lambda x: _micro_batches(x, config.accumulate), batch)
+            abstract = jax.eval_shape(objective, trained, jax.tree.map(lambda x: x[0], micro_batches))
+            zeros, no_sums = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), abstract)
+            if manual != set(mesh.axis_names):
+                zeros = jax.tree.map(jax.lax.with_sharding_constraint, zeros, left)
+
+            def add(total, micro_batch: Batch):
+                new = objective(trained, micro_batch)
+                return jax.tree.map(lambda t, n: t + n.astype(t.dtype), total, new), None
+
+            grads, sums = jax.lax.scan(add, (zeros, no_sums), micro_batches)[0]
+        grads = jax.tree.map(lambda g, x, spec: _over_devices(g, x.dtype, spec, mesh), grads, trained, specs)
+        return grads, jax.tree.map(lambda x: x[None], sums)
+
+    of_devices = jax.shard_map(
+        local, mesh=mesh, in_specs=(specs, frozen_specs, rows, PartitionSpec()), out_specs=(specs, rows),
+        axis_names=manual, check_vma=False,
+    )  # fmt: skip
     # Cast once, not for every micro-batch.
     narrow = trained if _summed_in_float32(config) else cast(trained, config.compute_dtype)
-    sums_of = _make_sums(config, mesh, settings)
-
-    def loss(trained: Params, micro_batch: Batch, scale: Any):
-        sums = sums_of(trained, frozen, micro_batch)
-        return sums["loss"] * scale, sums
-
-    objective = jax.grad(loss, has_aux=True)
 
     def of(scale: Any):
-        if config.accumulate == 1:
-            return objective(narrow, batch, scale)
-
-        def add(total, micro_batch: Batch):
-            new = objective(narrow, micro_batch, scale)
-            return jax.tree.map(lambda t, n: t + n.astype(t.dtype), total, new), None
-
-        micro_batches = jax.tree.map(lambda x: _micro_batches(x, config.accumulate), batch)
-        abstract = jax.eval_shape(objective, narrow, jax.tree.map(lambda x: x[0], micro_batches), scale)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), abstract)
-        return jax.lax.scan(add, zeros, micro_batches)[0]
+        grads, sums = of_devices(narrow, frozen, batch, scale)
+        return grads, jax.tree.map(lambda x: x.sum(0), sums)
 
     return of
+
+
+def _over_devices(grad: jax.Array, dtype: Any, spec: PartitionSpec, mesh: Mesh) -> jax.Array:
+    """The sum of `grad` over the axes that split rows and not this parameter; the others' were scattered as computed.
+
+    After the last micro-batch, since every sum over slices goes through the data-center network. TPU's compiler makes
+    of one over `slices` and `data` a reduce-scatter within each slice, a sum of the shards over slices, and a gather.
+    """
+    axes = tuple(axis for axis in RULES["batch"] if mesh.shape[axis] > 1 and axis not in spec)
+    return jax.lax.psum(grad.astype(dtype), axes) if axes else grad
 
 
 def _summed_in_float32(config: TrainConfig) -> bool:
@@ -166,31 +195,13 @@ def _micro_batches(x: jax.Array, count: int) -> jax.Array:
 
 
 def _make_sums(config: TrainConfig, mesh: Mesh, settings: ImageSettings) -> Callable[[Params, Params, Batch], Any]:
-    """(trained parameters, frozen parameters, batch) to `token_sums`.
-
-    Each device works on its own rows, and gathers over `fsdp` the parameters that it needs, layer by layer. This is
-    written out (`jax.shard_map`), since the compiler would reduce the gradients of the heads again for every chunk of a
-    row, and all others as if each device needed them whole.
-    """
-    model = make_model(config, mesh)
-    manual = axes_by_hand(mesh)
-    rows = PartitionSpec(RULES["batch"])
-
-    def local(trained: Params, frozen: Params, batch: Batch):
-        if not _summed_in_float32(config):
-            trained = cast(trained, config.compute_dtype)
-        params = gather_but_layers(joined(trained, cast(frozen, config.compute_dtype)), config.compute_dtype)
-        sums = token_sums(token_values(model, params, batch, settings, config.loss_chunk), batch["tasks"])
-        return jax.tree.map(lambda x: x[None], sums)
-
-    def specs(shardings: Params) -> Params:
-        return jax.tree.map(lambda s: _only(s.spec, manual), shardings)
-
-    shardings, frozen_shardings = state_shardings(config, mesh)
+    """(trained parameters, frozen parameters, batch) to `token_sums`."""
+    manual, rows = axes_by_hand(mesh), PartitionSpec(RULES["batch"])
+    sums_of = _sums_of_device(config, mesh, settings)
     of_devices = jax.shard_map(
-        local,
+        lambda *args: jax.tree.map(lambda x: x[None], sums_of(*args)),
         mesh=mesh,
-        in_specs=(specs(shardings.trained), specs(frozen_shardings), rows),
+        in_specs=(*_specs(config, mesh, manual), rows),
         out_specs=rows,
         axis_names=manual,
         check_vma=False,
@@ -198,5 +209,33 @@ def _make_sums(config: TrainConfig, mesh: Mesh, settings: ImageSettings) -> Call
     return lambda *args: jax.tree.map(lambda x: x.sum(0), of_devices(*args))
 
 
+def _sums_of_device(
+    config: TrainConfig, mesh: Mesh, settings: ImageSettings
+) -> Callable[[Params, Params, Batch], dict[str, jax.Array]]:
+    """(trained parameters, frozen parameters, batch) to `token_sums` of one device's rows, inside `jax.shard_map`.
+
+    The device gathers over `fsdp` the parameters that it needs, layer by layer. This is written out, since the compiler
+    would reduce the gradients of the heads again for every chunk of a row, and all others as if each device needed them
+    whole.
+    """
+    model = make_model(config, mesh)
+
+    def sums_of(trained: Params, frozen: Params, batch: Batch):
+        if not _summed_in_float32(config):
+            trained = cast(trained, config.compute_dtype)
+        params = gather_but_layers(joined(trained, cast(frozen, config.compute_dtype)), config.compute_dtype)
+        return token_sums(token_values(model, params, batch, settings, config.loss_chunk), batch["tasks"])
+
+    return sums_of
+
+
+def _specs(config: TrainConfig, mesh: Mesh, axes: set[str] | None = None) -> tuple[Params, Params]:
+    """The PartitionSpecs of the trained and the frozen parameters, of those `axes` alone (default: all)."""
+    shardings, frozen = state_shardings(config, mesh)
+    axes = set(mesh.axis_names) if axes is None else axes
+    return jax.tree.map(lambda s: _only(s.spec, axes), (shardings.trained, frozen))
+
+
 def _only(spec: PartitionSpec, axes: set[str]) -> PartitionSpec:
+    """`spec` with those mesh axes alone."""
     return PartitionSpec(*(name if name in axes else None for name in spec))
