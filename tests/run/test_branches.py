@@ -66,10 +66,12 @@ def test_loading_by_platform(tmp_path, monkeypatch, platform, dtype):
         ({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "host0"}, False),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
         ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
+        ({"MEGASCALE_NUM_SLICES": "2"}, True),
+        ({"MEGASCALE_NUM_SLICES": "1"}, False),
     ],
 )
 def test_started_as_several(monkeypatch, env, several):
-    for name in ("SLURM_NTASKS", "SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE"):
+    for name in ("SLURM_NTASKS", "SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES"):
         monkeypatch.delenv(name, raising=False)
     for name, value in env.items():
         monkeypatch.setenv(name, value)

@@ -12,7 +12,7 @@ import pathlib
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from janus_jax.io.store_access import StoreUnavailable
 from train.run.faults import Stopped
 
 _TPU_FILES = ("/dev/accel0", "/dev/vfio/0")
+_SLICES, _SLICE, _COORDINATOR = "MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID", "MEGASCALE_COORDINATOR_ADDRESS"
 TIMEOUT = 300  # seconds to wait for the other processes at the start
 
 
@@ -34,14 +35,17 @@ def start(
 ) -> None:
     """Joins the other processes of this run, if there are any; call it before anything else uses a device.
 
-    On a TPU pod and under SLURM or Open MPI the processes find each other; elsewhere give all three of `coordinator`
-    (host:port of process 0), `processes` (how many) and `process` (the index of this one).
+    On TPUs, of one slice or several, and under SLURM or Open MPI the processes find each other; elsewhere give all
+    three of `coordinator` (host:port of process 0), `processes` (how many) and `process` (the index of this one).
+    Slices are told by MEGASCALE_* in the environment, which GKE sets, or in the metadata of queued resources.
 
-    Raises: ValueError in one line for inconsistent flags; TimeoutError if the other processes do not join in time.
+    Raises: ValueError in one line for inconsistent flags or variables; TimeoutError if the other processes do not join
+      in time.
     """
     given = [bool(coordinator), processes is not None, process is not None]
     if any(given) and not all(given):
         raise ValueError("--coordinator, --processes and --process go together; give all three, or none")
+    _check_slices(os.environ)
     maybe_alone = not any(given) and not _started_as_several()
     if maybe_alone and not has_tpu():
         return
@@ -63,6 +67,10 @@ def start(
                 flush=True,
             )
             return
+        if isinstance(error, RuntimeError) and "coordinator address" in str(error):
+            raise TimeoutError(
+                f"{one_line(error)} within {timeout} seconds (--timeout); check {_COORDINATOR}"
+            ) from None
         if not isinstance(error, RuntimeError) or "DEADLINE_EXCEEDED" not in str(error):
             raise
         raise TimeoutError(
@@ -71,8 +79,28 @@ def start(
         ) from None
 
 
+def _check_slices(given: Mapping[str, str]):
+    """ValueError in one line for variables of several slices that do not say which of them this host is of."""
+    count = given.get(_SLICES) or "1"
+    if not count.isdigit() or not int(count):
+        raise ValueError(f"{_SLICES} must be a number of slices, got {one_line(repr(count))}")
+    if int(count) == 1:
+        return
+    for name in (_COORDINATOR, _SLICE):
+        if not given.get(name):
+            raise ValueError(
+                f"{_SLICES}={count}, but {name} is not set; set {_SLICES}, {_SLICE} (from 0) and {_COORDINATOR} (the "
+                "first host of slice 0) on every host, or none of them for a single slice"
+            )
+    own = given[_SLICE]
+    if not own.isdigit() or int(own) >= int(count):
+        raise ValueError(f"{_SLICE} must be from 0 to below {_SLICES}={count}, got {one_line(repr(own))}")
+
+
 def _started_as_several() -> bool:
-    """Whether this process is one of several started by SLURM or Open MPI."""
+    """Whether this process is one of several started by SLURM or Open MPI, or of several slices."""
+    if int(os.environ.get(_SLICES) or 1) > 1:
+        return True
     for count in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
         step = count != "SLURM_NTASKS" or "SLURM_STEP_NODELIST" in os.environ  # otherwise not started by srun
         if step and int(os.environ.get(count) or 1) > 1:
@@ -91,8 +119,6 @@ def _finds_no_pod(error: Exception) -> bool:
     """Whether `error` means that JAX found no other hosts, and the environment names none."""
     hosts = (os.environ.get(name, "") for name in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"))
     if any("," in listed for listed in hosts) or jax.distributed.is_initialized():
-        return False
-    if os.environ.get("MEGASCALE_NUM_SLICES", "1") not in ("", "1"):
         return False
     # No metadata, no metadata server (requests' errors are OSErrors), or no requests; or devices are already in use, as
     # in a notebook, which cannot happen before the processes of a pod have connected.
