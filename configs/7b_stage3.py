@@ -33,7 +33,11 @@ def get_config() -> TrainConfig:
         ),
         evaluation=_shared.HELD_OUT,
         samples=_shared.SAMPLES,
-        layouts=_shared.layouts({"v5e-256": 1, "v5p-128": 1, "v6e-256": 1}, 32, {"v5e-256": 2, "v6e-256": 2}),
+        layouts=_shared.layouts(
+            {"v5e-256": 1, "v5p-128": 1, "v6e-256": 1, "2xv5e-256": 1, "2xv5p-128": 1},
+            32,
+            {"v5e-256": 2, "v6e-256": 2, "2xv5e-256": 4},
+        ),
         sampling_layouts=_shared.DRAWING,
         save_every=1000,
     )

@@ -47,18 +47,20 @@ CATEGORY_SAMPLES = SampleConfig(every=2000, prompts=("goldfish", "golden retriev
 
 
 def layouts(accumulate: dict[str, int], fsdp: int, tensor: dict[str, int] | None = None) -> tuple[Layout, ...]:
-    """A layout for each TPU slice.
+    """A layout for each topology of TPUs; parameters are split within a slice, and slices have copies.
 
     Args:
-      accumulate: micro-batches of a step, by slice.
+      accumulate: micro-batches of a step, by topology.
       fsdp: number of chips over which parameters are split; the width divided by it is a multiple of a TPU's 128 lanes.
-      tensor: number of chips over which heads are split, by slice, for slices with more chips than rows.
+      tensor: number of chips over which heads are split, by topology, for those with more chips than rows.
     """
     tensor = tensor or {}
-    return tuple(
-        Layout(name, MeshConfig(data=-1, fsdp=fsdp, tensor=tensor.get(name, 1)), accumulate=count)
-        for name, count in accumulate.items()
-    )
+
+    def mesh(name: str) -> MeshConfig:
+        slices = int(name.split("x")[0]) if name[0].isdigit() else 1  # 2xv5e-256
+        return MeshConfig(slices=slices, data=-1, fsdp=fsdp, tensor=tensor.get(name, 1))
+
+    return tuple(Layout(name, mesh(name), accumulate=count) for name, count in accumulate.items())
 
 
 # One image at a time: every chip holds a shard of each layer.

@@ -1,6 +1,7 @@
 """Compiles a run for TPUs or GPUs that need not be present, and reports what it would need there.
 
     python -m train.compile --config 7b_stage3 --topology v5p:4x8x8
+    python -m train.compile --config 7b_stage3 --topology 2xv5e-256
     python -m train.compile --config 7b_stage3 --topology v5e-8 --sampling
     python -m train.compile --config 7b_stage3 --topology h100-1 --sampling --images 16 --weights int8
     python -m train.compile --config 7b_stage3 --topology v5p-128 --tune
@@ -16,7 +17,7 @@ import argparse
 import os
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ from janus_jax.io.messages import print_any_text, print_error
 from janus_jax.weights.quantize import FORMS
 from train.config import MeshConfig, TrainConfig
 from train.overrides import config_names, load_config
+from train.plan.hlo import Traffic
 from train.plan.programs import Compiled, DoesNotFit, compile_job
 from train.plan.topologies import GIB, KNOWN, Topology, laid_out, topology
 from train.plan.tune import near, report, tune
@@ -43,8 +45,8 @@ def jobs(config: TrainConfig, place: Topology | None, sample: bool) -> Iterator[
 
 
 _COLUMNS = ("program", "topology", "mesh", "micro-batches", "parameters", "optimizer", "batch", "temporaries", "peak",
-            "of HBM", "collectives a step", "overlapped", "executed / needed FLOPs", "s a step at 50% MFU",
-           "compiled in")  # fmt: skip
+            "of HBM", "collectives a step", "between slices", "overlapped", "executed / needed FLOPs",
+            "s a step at 50% MFU", "compiled in")  # fmt: skip
 
 
 def table(compiled: Sequence[Compiled]) -> str:
@@ -57,11 +59,15 @@ def table(compiled: Sequence[Compiled]) -> str:
         rows.append((
             one.name, one.place.name, "x".join(str(n) for n in one.mesh.values()), str(one.accumulate),
             *(f"{size / GIB:.2f}" for size in (*sizes, one.temporaries, one.peak)), f"{one.peak / one.place.hbm:.0%}",
-            "; ".join(f"{t.count:,} {kind} {t.bytes / GIB:.2f}" for kind, t in one.collectives.items()) or "none",
+            _traffic(one.collectives), _traffic(one.between),
             f"{one.overlap:.0%}", f"{one.recomputation:.3f}" if one.executed else "",
             f"{one.step_seconds()[0.5]:.2f}" if one.flops else "", f"{one.seconds:.0f} s",
         ))  # fmt: skip
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _traffic(found: Mapping[str, Traffic]) -> str:
+    return "; ".join(f"{t.count:,} {kind} {t.bytes / GIB:.2f}" for kind, t in found.items()) or "none"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", help="name of a configuration, or path of its file")
     parser.add_argument(
         "--topology",
-        help="a TPU slice such as v5e-256 or v5p:4x8x8, or GPUs such as h100-8; default: all that the config names",
+        help="TPU slices such as v5e-256, v5p:4x8x8 or 2xv5e-256, or GPUs such as h100-8; default: all that the config "
+        "names",
     )
     parser.add_argument(
         "--sampling", action="store_true", help="compile the sampling loop and VQ decoder instead of the train step"

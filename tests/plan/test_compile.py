@@ -16,6 +16,7 @@ from train import compile as ahead
 from train.config import Layout, MeshConfig, TrainConfig
 from train.overrides import config_names, load_config
 from train.plan.topologies import KNOWN, choose_layout, topology
+from train.step.leaves import abstract_leaves
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is for Linux on x86")
@@ -31,6 +32,9 @@ SHIPPED = [name for name in config_names() if name.split("_")[0] in ("janus", "1
         ("v5p-128", "v5p:4x4x4", 64),
         ("v6e-1", "v6e:1x1", 1),
         ("v5p:4x8x8", "v5p:4x8x8", 256),
+        ("2xv5e-256", "2xv5e:16x16", 512),
+        ("2xv5p:4x4x4", "2xv5p:4x4x4", 128),
+        ("1xv6e-8", "v6e:2x4", 8),
         ("h100-1", "h100:1x1", 1),
         ("h200-16", "h200:2x8", 16),
     ],
@@ -47,6 +51,9 @@ def test_topologies_by_either_name(name, shape, chips):
         ("v5e:3x3", r"Known: v5e-1 \(v5e:1x1\)"),
         ("tpu", r"v4-8 .*v6e-256.*h100-8"),
         ("h100-3", r"Known: h100-1 \(h100:1x1\)"),
+        ("2xv5p_128", "unknown topology 'v5p_128'; did you mean v5p-128"),
+        ("2xh100-8", "topology '2xh100-8' must be 1 to 256 slices of TPUs, such as 2xv5e-256"),
+        ("0xv5e-8", "topology '0xv5e-8' must be 1 to 256 slices"),
     ],
 )
 def test_unknown_topologies_list_the_known_ones(name, told):
@@ -58,25 +65,36 @@ def test_unknown_topologies_list_the_known_ones(name, told):
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_configs_divide_their_homes(name):
     config = load_config(name)
-    assert {layout.topology for layout in config.layouts} >= {"v5e-256", "v5p-128", "v6e-256"}
+    assert {layout.topology for layout in config.layouts} >= {"v5e-256", "v5p-128", "v6e-256", "2xv5e-256", "2xv5p-128"}
     for layout in config.layouts:
         place = topology(layout.topology)
-        devices = [SimpleNamespace(device_kind=place.device_kind)] * place.chips
+        devices = devices_of(place)
         chosen = choose_layout(config, devices)
         assert (chosen.mesh, chosen.accumulate) == (layout.mesh, layout.accumulate)
         fixed = {axis: size for axis, size in dataclasses.asdict(layout.mesh).items() if size != -1}
         shards = place.chips // fixed["tensor"]
+        assert fixed["slices"] == place.slices and place.chips // place.slices % (fixed["fsdp"] * fixed["tensor"]) == 0
         assert shards % fixed["fsdp"] == 0 and config.batch_size % (layout.accumulate * shards) == 0
         assert config.model.language.width % (128 * fixed["fsdp"]) == 0
     if name.endswith("3"):
         assert [layout.topology for layout in config.sampling_layouts] == ["v5e-8", "v6e-1", "v5p-8"]
 
 
+def devices_of(place):
+    each = place.chips // place.slices
+    return [SimpleNamespace(device_kind=place.device_kind, slice_index=n // each) for n in range(place.chips)]
+
+
+def test_as_many_chips_in_another_number_of_slices_have_no_layout():
+    config = load_config("7b_stage3")
+    assert choose_layout(config, devices_of(topology("v5p-256"))) is config
+    assert choose_layout(config, devices_of(topology("4xv5p:2x4x4"))) is config
+
+
 def test_a_mesh_that_is_given_stays():
     config = load_config("7b_stage3", ["mesh.fsdp=64", "mesh.data=4"])
     place = KNOWN["v5e-256"]
-    devices = [SimpleNamespace(device_kind=place.device_kind)] * place.chips
-    assert choose_layout(config, devices) is config
+    assert choose_layout(config, devices_of(place)) is config
     assert choose_layout(load_config("7b_stage3"), jax.devices()).mesh == MeshConfig()
 
 
@@ -122,7 +140,7 @@ SMALL = [
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        (["mesh.fsdp=3"], "a mesh of data=1 x fsdp=3 x tensor=1 does not match the 4 devices"),
+        (["mesh.fsdp=3"], "a mesh of slices=1 x data=1 x fsdp=3 x tensor=1 does not match the 4 devices"),
         pytest.param(["batch_size=6", "mesh.fsdp=4"], "batch_size=6 does not divide", marks=pytest.mark.slow),
         pytest.param(["model.language.width=250", "mesh.fsdp=4"], "does not divide the model", marks=pytest.mark.slow),
     ],
@@ -164,6 +182,18 @@ def test_a_small_step_compiles(place):
     lines = {line.split()[0]: line for line in done.stdout.splitlines() if line.startswith("  ")}
     assert {"parameters", "optimizer", "batch", "temporaries", "peak", "all-gather", "reduce-scatter"} <= set(lines)
     assert not {"collective-permute", "all-to-all"} & set(lines)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_between_slices_go_gradients_once_a_step():
+    """In the program of TPU's compiler: one sum for each trained array, and one for all losses and counts."""
+    layout = ["mesh.slices=2", "mesh.data=8", "batch_size=64", "accumulate=2"]
+    done = _command("--config", "debug", "--topology", "2xv5e-16", *SMALL, *layout)
+    assert done.returncode == 0, done.stderr
+    assert "32 chips in 2 slices, slices 2 x data 8 x fsdp 2 x tensor 1" in done.stdout
+    trained = jax.tree.leaves(abstract_leaves(load_config("debug", SMALL))[0])
+    assert re.findall(r"between slices +(\d+) (\S+) with", done.stdout) == [(str(len(trained) + 1), "all-reduce")]
 
 
 @needs_cuda

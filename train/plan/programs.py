@@ -50,7 +50,8 @@ class Compiled:
       temporaries: bytes of intermediate results.
       peak: bytes of everything at the peak.
       seconds: compilation time.
-      collectives: the collectives in one run of the program, by kind.
+      collectives: the collectives in one run of the program, by kind, without those between slices.
+      between: those between slices.
       accumulate: micro-batches of a training step.
       copies: lines of the copies in loops that are as large as a layer's cache or kernel (sampling only).
       flops: of a training step over all chips.
@@ -69,6 +70,7 @@ class Compiled:
     peak: int
     seconds: float
     collectives: dict[str, hlo.Traffic]
+    between: dict[str, hlo.Traffic] = dataclasses.field(default_factory=dict)
     accumulate: int = 1
     copies: tuple[str, ...] = ()
     flops: float | None = None
@@ -97,7 +99,8 @@ class Compiled:
     def lines(self) -> Iterator[str]:
         """The lines of the program's report."""
         mesh = " x ".join(f"{axis} {size}" for axis, size in self.mesh.items())
-        yield f"{self.name} on {self.place.name}: {self.place.chips} chips, {mesh}"
+        slices = f" in {self.place.slices} slices" if self.place.slices > 1 else ""
+        yield f"{self.name} on {self.place.name}: {self.place.chips} chips{slices}, {mesh}"
         for name, size in (*self.arguments.items(), ("temporaries", self.temporaries)):
             yield f"  {name:16} {size / GIB:8.2f} GiB per chip"
         verdict = "" if self.fits else f"; less than {SPARE:.0%} to spare"
@@ -109,6 +112,11 @@ class Compiled:
             yield (
                 f"  {kind:16} {traffic.count:8,} with {traffic.bytes / GIB:.2f} GiB in total on each chip, "
                 f"the largest {traffic.largest / GIB:.3f}"
+            )
+        for kind, traffic in self.between.items():
+            yield (
+                f"  between slices   {traffic.count:8,} {kind} with {traffic.bytes / GIB:.3f} GiB in total of "
+                f"each chip, the largest {traffic.largest / GIB:.3f}"
             )
         if self.flops is not None:
             yield f"  {self.flops / 1e15:.2f} PFLOP per step: " + ", ".join(
@@ -137,21 +145,23 @@ def devices_of(place: Topology) -> list[Any]:
     if gpu := GPUS.get(place.generation):
         if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
             raise ImportError("compiling for GPUs needs JAX's CUDA plugin; pip install 'janus_jax[cuda]'")
-        hosts = f"1x{place.name.split(':')[1]}"
+        hosts = f"1x{place.shape.split(':')[1]}"
         found = topologies.get_topology_desc(
-            platform="cuda", topology_name=place.name, target_config=gpu.target(), topology=hosts
+            platform="cuda", topology_name=place.shape, target_config=gpu.target(), topology=hosts
         )
         return list(found.devices)
     if importlib.util.find_spec("libtpu") is None:
         raise ImportError("compiling for TPUs needs libtpu; pip install 'janus_jax[tpu]'")
-    found = topologies.get_topology_desc(platform="tpu", topology_name=place.name, **_bounds(place))
+    found = topologies.get_topology_desc(
+        platform="tpu", topology_name=place.shape, num_slices=place.slices, **_bounds(place)
+    )
     return list(found.devices)
 
 
 def _bounds(place: Topology) -> dict[str, Any]:
     # Hosts of v5e and v6e slices have up to eight chips; libtpu assumes four.
-    if place.generation in ("v5e", "v6e") and place.chips <= 8:
-        x, y = (int(n) for n in place.name.split(":")[1].split("x"))
+    if place.generation in ("v5e", "v6e") and place.chips <= 8 * place.slices:
+        x, y = (int(n) for n in place.shape.split(":")[1].split("x"))
         return {"chips_per_host_bounds": (x, y, 1)}
     return {}
 
@@ -278,9 +288,10 @@ def memory_of(compiled: Any, arguments: dict[str, int]) -> tuple[int, int]:
 
 def _report(name: str, place: Topology, mesh: Mesh, arguments: dict[str, int], made: _Made, **more: Any) -> Compiled:
     temporaries, peak = memory_of(made.compiled, arguments)
-    return Compiled(
-        name, place, dict(mesh.shape), arguments, temporaries, peak, made.seconds,
-        hlo.collectives(made.text), waited_for=hlo.waited_for(made.text), **more,
+    slice_size = place.chips // place.slices if place.slices > 1 else 0
+    within, between = hlo.collectives(made.text, slice_size), hlo.between_slices(made.text, slice_size)
+    return Compiled(name, place, dict(mesh.shape), arguments, temporaries, peak, made.seconds, within, between,
+        waited_for=hlo.waited_for(made.text), **more,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import re
 import jax
 
 from janus_jax.io.messages import did_you_mean, one_line
+from janus_jax.sharding import count_slices
 from train.config import Layout, MeshConfig, TrainConfig
 from train.plan.flops import peak_flops
 
@@ -23,6 +24,7 @@ GENERATIONS: dict[str, tuple[float, str]] = {
 # Bytes/s of a chip's links to its neighbors, all together (Cloud TPU's pages on system architecture).
 LINKS = {"v4": 300e9, "v5e": 200e9, "v5p": 600e9, "v6e": 448e9}
 SHARE = 0.75  # of a GPU's memory is XLA's, unless XLA_PYTHON_CLIENT_MEM_FRACTION is set
+_MOST_SLICES = 256
 _HOST = 8  # GPUs
 _HOSTS = (1, 2, 4, 8, 16, 32)
 _SQUARES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -96,19 +98,26 @@ GPUS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A slice of TPU chips, or GPUs in hosts of at most eight; each is one JAX device.
+    """One or several slices of TPU chips, or GPUs in hosts of at most eight; each is one JAX device.
 
     Attributes:
-      name: libtpu's name, such as `v5p:4x4x8`; for GPUs, hosts and GPUs per host, such as `h100:2x8`.
+      shape: libtpu's name of a slice, such as `v5p:4x4x8`; for GPUs, hosts and GPUs per host, such as `h100:2x8`.
       generation: a key of GENERATIONS or GPUS.
-      chips: number of chips.
+      chips: number of chips of all slices together.
       hbm: bytes of a chip's memory that a program may use.
+      slices: number of slices, which reach one another through the data-center network.
     """
 
-    name: str
+    shape: str
     generation: str
     chips: int
     hbm: float
+    slices: int = 1
+
+    @property
+    def name(self) -> str:
+        """`shape`, after their number if there are several slices, such as `2xv5p:4x4x8`."""
+        return self.shape if self.slices == 1 else f"{self.slices}x{self.shape}"
 
     @property
     def device_kind(self) -> str:
@@ -138,8 +147,16 @@ KNOWN = _known()
 def topology(name: str) -> Topology:
     """The topology called `name`: Google's name (v5e-256), a shape (v5p:4x4x8), or a number of GPUs (h100-8).
 
-    Raises: ValueError in one line that lists the known ones.
+    Several TPU slices have their number before it (2xv5e-256).
+
+    Raises: ValueError in one line, which lists the known ones if it is unknown.
     """
+    if several := re.fullmatch(r"([0-9]{1,4})x([a-z].*)", name):
+        slices, one = int(several[1]), topology(several[2])
+        if one.generation in GPUS or not 1 <= slices <= _MOST_SLICES:
+            asked = one_line(repr(name))
+            raise ValueError(f"topology {asked} must be 1 to {_MOST_SLICES} slices of TPUs, such as 2xv5e-256")
+        return dataclasses.replace(one, chips=slices * one.chips, slices=slices)
     if name in KNOWN:
         return KNOWN[name]
     for found in KNOWN.values():
@@ -169,6 +186,7 @@ def choose_layout(config: TrainConfig, devices: list[jax.Device] | None = None) 
         return config
     for layout in config.layouts:
         place = topology(layout.topology)
-        if place.chips == len(devices) and peak_flops(devices[0].device_kind) == peak_flops(place.device_kind):
+        as_many = place.chips == len(devices) and (place.generation in GPUS or place.slices == count_slices(devices))
+        if as_many and peak_flops(devices[0].device_kind) == peak_flops(place.device_kind):
             return laid_out(config, layout)
     return config
