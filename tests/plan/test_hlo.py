@@ -102,9 +102,9 @@ def test_what_goes_between_slices():
         assert hlo.between_slices(text, 4) == (traffic if crosses else {}), written
         assert hlo.collectives(text, 4) == ({} if crosses else traffic), written
         assert hlo.between_slices(text, 0) == {}
-    moved = "p = f32[64]{0} collective-permute(%a), source_target_pairs={{0,1},{3,%s}}"
+    moved = "%p = f32[64]{0} collective-permute(%a), source_target_pairs={{0,1},{3,TARGET}}"
     for target, crosses in ((2, False), (4, True)):
-        text = f"ENTRY %main (a: f32[64]) -> f32[64] {{\n  {moved % target}\n}}\n"
+        text = f"ENTRY %main (a: f32[64]) -> f32[64] {{\n  {moved.replace('TARGET', str(target))}\n}}\n"
         assert ("collective-permute" in hlo.between_slices(text, 4)) == crosses
     text = TPU.replace(
         "  %ready",
