@@ -60,7 +60,8 @@ def test_what_could_only_be_slower_is_not_compiled(compiler):
     assert seconds == sorted(seconds)
     # One micro-batch with the MLP computed twice moves least: 1e9 bytes on the smaller mesh.
     assert (found[0][0].mesh.fsdp, found[0][0].remat, found[0][0].accumulate) == (2, "attention", 1)
-    assert tuning.layout_words(found[0][0]) == "mesh.data=-1 mesh.fsdp=2 mesh.tensor=1 accumulate=1 remat=attention"
+    wanted = "mesh.slices=1 mesh.data=-1 mesh.fsdp=2 mesh.tensor=1 accumulate=1 remat=attention"
+    assert tuning.layout_words(found[0][0]) == wanted
     assert list(tuning.report(found))[-1].startswith(tuning.layout_words(found[0][0]))
     assert len(said) == 2 * len(compiler) and "too large" in said[1]
 

@@ -51,7 +51,6 @@ class Compiled:
       peak: bytes of everything at the peak.
       seconds: compilation time.
       collectives: the collectives in one run of the program, by kind, without those between slices.
-      between: those between slices.
       accumulate: micro-batches of a training step.
       copies: lines of the copies in loops that are as large as a layer's cache or kernel (sampling only).
       flops: of a training step over all chips.
@@ -60,6 +59,7 @@ class Compiled:
       executed, needed: FLOPs of a chip in a training step: those that it executes, and those of a step that computes
         nothing twice (`executed.least_flops`).
       waited_for: bytes of collectives during which a chip computes nothing.
+      between: the collectives between slices, likewise.
     """
 
     name: str
@@ -70,7 +70,6 @@ class Compiled:
     peak: int
     seconds: float
     collectives: dict[str, hlo.Traffic]
-    between: dict[str, hlo.Traffic] = dataclasses.field(default_factory=dict)
     accumulate: int = 1
     copies: tuple[str, ...] = ()
     flops: float | None = None
@@ -79,6 +78,7 @@ class Compiled:
     executed: float | None = None
     needed: float | None = None
     waited_for: int = 0
+    between: dict[str, hlo.Traffic] = dataclasses.field(default_factory=dict)
 
     @property
     def recomputation(self) -> float:
@@ -290,7 +290,8 @@ def _report(name: str, place: Topology, mesh: Mesh, arguments: dict[str, int], m
     temporaries, peak = memory_of(made.compiled, arguments)
     slice_size = place.chips // place.slices if place.slices > 1 else 0
     within, between = hlo.collectives(made.text, slice_size), hlo.between_slices(made.text, slice_size)
-    return Compiled(name, place, dict(mesh.shape), arguments, temporaries, peak, made.seconds, within, between,
+    return Compiled(
+        name, place, dict(mesh.shape), arguments, temporaries, peak, made.seconds, within, between=between,
         waited_for=hlo.waited_for(made.text), **more,
     )  # fmt: skip
 

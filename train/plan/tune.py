@@ -59,7 +59,8 @@ def micro_batches(config: TrainConfig, mesh: MeshConfig, place: Topology) -> lis
 def near(mesh: MeshConfig, place: Topology) -> list[MeshConfig]:
     """`mesh`, and those that shard the parameters over half and twice as many chips."""
     own = mesh.fsdp if mesh.fsdp > 0 else place.chips // (math.prod(dataclasses.astuple(mesh)) // mesh.fsdp)
-    sizes = [size for size in (own, own // 2, 2 * own) if size and place.chips % (size * mesh.tensor) == 0]
+    chips = place.chips // place.slices
+    sizes = [size for size in (own, own // 2, 2 * own) if size and chips % (size * mesh.tensor) == 0]
     return [dataclasses.replace(mesh, data=-1, fsdp=size) for size in sizes]
 
 
