@@ -21,7 +21,7 @@ from evals.evaluate import Settings
 from evals.evaluate import evaluate as run_task
 from evals.items import Item
 from evals.tasks import TASKS
-from tests.evals.asking.toy import Toy, write_data
+from tests.evals.asking.toy import Toy, without_model, write_data
 from tests.library.tiny_janus import folder, janus, raises_one_line  # noqa: F401
 from tests.several import environment, free_port, ours, outcome
 
@@ -50,12 +50,27 @@ def replies(out: pathlib.Path, protocol: str = "report") -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def whole(folder, data, tmp_path_factory) -> pathlib.Path:
+def real(folder, data, tmp_path_factory) -> pathlib.Path:
     """The output of an evaluation that nothing disturbed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(TASKS, "toy", Toy())
-        out = tmp_path_factory.mktemp("whole") / "out"
+        out = tmp_path_factory.mktemp("real") / "out"
         assert evaluate(folder, data, out) == 0
+    return out
+
+
+@pytest.fixture
+def quick(janus, monkeypatch):
+    """Replies that a function makes of what the model would be given; the model is loaded once."""
+    without_model(monkeypatch)
+    monkeypatch.setattr(main, "load", lambda *_, **__: janus)
+
+
+@pytest.fixture
+def whole(quick, folder, data, tmp_path_factory) -> pathlib.Path:
+    """As `real`, quickly."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    assert evaluate(folder, data, out) == 0
     return out
 
 
@@ -69,9 +84,9 @@ def by_pipeline(janus, items: list[Item]) -> dict[str, str]:
     return {item.id: reply for item, reply in zip(items, found, strict=True)}
 
 
-def test_replies_are_those_of_the_pipeline(janus, data, whole):
+def test_replies_are_those_of_the_pipeline(janus, data, real):
     """Without anything shared, in another batch."""
-    items, found = Toy().load(data, "report").items, replies(whole)
+    items, found = Toy().load(data, "report").items, replies(real)
     assert len(found) == len(items) == 20 and len(set(found.values())) > 5
     picked = [items[i] for i in (0, 5, 7, 17)]
     assert {item.id: found[item.id] for item in picked} == by_pipeline(janus, picked)
@@ -94,11 +109,11 @@ def ask(respondent: Respondent, items: list[Item]) -> dict[str, str]:
     return {name: text for replies in respondent.ask(items) for name, text in replies.texts.items()}
 
 
-def test_pictures_are_encoded_once(janus, data, whole):
+def test_pictures_are_encoded_once(janus, data, real):
     items = Toy().load(data, "report").items
     respondent, forgetful = Respondent(janus), Respondent(janus, kept_bytes=0)
     for encoded in (3, 3):
-        assert ask(respondent, items) == replies(whole)
+        assert ask(respondent, items) == replies(real)
         assert respondent.encoded == encoded
     for encoded in (3, 6):
         ask(forgetful, items)
@@ -184,7 +199,6 @@ def test_rescore_needs_no_model(data, whole, tmp_path, monkeypatch):
         assert (out / name).read_bytes() == (whole / name).read_bytes()
 
 
-@pytest.mark.slow
 def test_protocols_side_by_side(folder, data, whole, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(whole, out)
@@ -296,7 +310,7 @@ def test_a_prompt_that_is_too_long(janus, data):
 
 
 @pytest.mark.slow
-def test_killed_at_random(folder, data, whole, tmp_path):
+def test_killed_at_random(folder, data, real, tmp_path):
     """Killed in the middle of writing, again and again, it ends with the same replies."""
     out, moments = tmp_path / "out", random.Random(1)
     command = [sys.executable, "-m", "tests.evals.asking.toy", "--model", folder, "--tasks", "toy", "--data", data]
@@ -305,12 +319,12 @@ def test_killed_at_random(folder, data, whole, tmp_path):
         killed = subprocess.run(command, env=environment(1, TOY_KILL_AFTER=str(moments.randrange(3))), timeout=300)
         assert killed.returncode == -signal.SIGKILL
     assert subprocess.run(command, env=environment(1), timeout=300).returncode == 0
-    assert replies(out) == replies(whole)
-    assert (out / "results.json").read_bytes() == (whole / "results.json").read_bytes()
+    assert replies(out) == replies(real)
+    assert (out / "results.json").read_bytes() == (real / "results.json").read_bytes()
 
 
 @pytest.mark.slow
-def test_two_processes(folder, data, whole, tmp_path):
+def test_two_processes(folder, data, real, tmp_path):
     """On a mesh over both, they give what one gives; an error of one ends both."""
     out, address = tmp_path / "out", f"localhost:{free_port()}"
     command = [
@@ -341,5 +355,5 @@ def test_two_processes(folder, data, whole, tmp_path):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     ended = outcome([subprocess.Popen([*command, "--process", str(i)], env=env, **pipes) for i in range(2)])
     assert [code for code, *_ in ended] == [0, 0], ended
-    assert replies(out) == replies(whole)
+    assert replies(out) == replies(real)
     assert not ours(ended[1][1])
