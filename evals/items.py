@@ -46,7 +46,10 @@ class Item:
 
 @dataclass(frozen=True)
 class Problem:
-    """Something in the data that cannot be asked; `item` is there if it could be scored as wrong all the same."""
+    """A question that is not asked; `item` is there if it could be scored as wrong all the same.
+
+    It is not there where the data have no answer to score by.
+    """
 
     id: str
     reason: str
@@ -137,7 +140,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def load(self, data: pathlib.Path, protocol: str) -> Loaded:
-        """The items in `data`, a folder of data (or one file of it). Raises ValueError or OSError in one line."""
+        """The items in `data`, a folder. Raises ValueError or OSError in one line."""
 
     @abc.abstractmethod
     def score(

@@ -119,9 +119,17 @@ class SpooledPicture:
         return self.spool.read(self.key)
 
 
+def is_file(path: pathlib.Path) -> bool:
+    """Whether `path` is a file; also for names that no file can have."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def unreadable(paths: list[pathlib.Path]) -> str | None:
     """Why one of these pictures cannot be there to be read, without opening it; None if all are files."""
     for path in paths:
-        if not path.is_file():
+        if not is_file(path):
             return f"the picture {one_line(path, 500)} is missing"
     return None

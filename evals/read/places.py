@@ -6,6 +6,7 @@ import pathlib
 import re
 from collections.abc import Iterable, Sequence
 
+from evals.read.pictures import is_file
 from janus_jax.io.messages import one_line
 
 # Parts of a data set's name in the Hub's cache and in downloads: datasets--lmms-lab--POPE, lmms-lab___POPE.
@@ -44,7 +45,7 @@ def _inner(folder: pathlib.Path) -> list[pathlib.Path]:
 def first_file(places: Iterable[pathlib.Path], names: Sequence[str]) -> pathlib.Path | None:
     """The first file of one of `names` in `places`, by name first."""
     places = list(places)
-    return next((place / name for name in names for place in places if (place / name).is_file()), None)
+    return next((place / name for name in names for place in places if is_file(place / name)), None)
 
 
 def tables(names: Sequence[str]) -> list[str]:
@@ -82,4 +83,4 @@ def missing(title: str, data: pathlib.Path, expected: Sequence[str]) -> ValueErr
 
 def picture_folder(candidates: Iterable[pathlib.Path], some_name: str) -> pathlib.Path | None:
     """The first of `candidates` that has the file `some_name`."""
-    return next((folder for folder in candidates if (folder / some_name).is_file()), None)
+    return next((folder for folder in candidates if is_file(folder / some_name)), None)

@@ -9,6 +9,7 @@ from typing import Any
 
 from evals.items import Attempt, Item, JudgeRequest, Verdict
 from evals.rules import letters
+from janus_jax.io.messages import one_line
 
 _TRIES, _TOKENS = 3, 128
 _JUDGE = (
@@ -27,6 +28,11 @@ _JUDGE = (
 def options_of(cells: Mapping[str, str]) -> dict[str, str]:
     """The options in the columns A to Z of a table, those that are there."""
     return {letter: cells[letter] for letter in string.ascii_uppercase if letter in cells}
+
+
+def no_option(answer: str, options: Mapping[str, str]) -> str:
+    """The flaw of a question whose answer is none of its options; "" if it is one."""
+    return "" if answer in options else f"its answer {one_line(answer)!r} is none of its options {', '.join(options)}"
 
 
 def requests(items: Sequence[Item], predictions: Mapping[str, str | None]) -> list[JudgeRequest]:

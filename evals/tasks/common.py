@@ -25,9 +25,10 @@ class Question:
     question: str
     answer: str
     images: tuple[ImageRef, ...]
-    problem: str = ""
+    problem: str = ""  # why it cannot be asked
     group: str = ""
     fields: dict[str, Any] = field(default_factory=dict)
+    flaw: str = ""  # why no reply to it could be scored
 
 
 def make_items(
@@ -44,7 +45,7 @@ def make_items(
         if each.id in seen:
             raise ValueError(f"{source}: the question {each.id} is there twice")
         seen.add(each.id)
-        reason = each.problem or ("" if each.images or not needs_picture else "it has no picture")
+        reason = each.flaw or each.problem or ("" if each.images or not needs_picture else "it has no picture")
         fields = {"question": each.question, "answer": each.answer, **each.fields}
         try:
             prompt = conversation(text(each), len(each.images), system)
@@ -52,7 +53,7 @@ def make_items(
             prompt, reason = "", reason or str(error)
         item = Item(each.id, prompt, each.images, tokens, fields, each.group or each.id)
         if reason:
-            problems.append(Problem(each.id, reason, item))
+            problems.append(Problem(each.id, reason, None if each.flaw else item))
         else:
             items.append(item)
     if not items and not problems:

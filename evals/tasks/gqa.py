@@ -15,7 +15,7 @@ from evals.items import Item, Loaded, Scores, Task, Verdict
 from evals.prompts import LONGEST_REPLY, SINGLE_WORD
 from evals.read import places
 from evals.read.parquet import read_parquet
-from evals.read.pictures import FilePicture
+from evals.read.pictures import FilePicture, is_file
 from evals.read.tsv import read_tsv
 from evals.tasks.common import Question, answered, make_items, order_of, published
 from janus_jax.io.files import read_json_object
@@ -130,10 +130,9 @@ def _questions(data: pathlib.Path) -> tuple[list[Question], str]:
 
 
 def _question(identity: str, question: str, answer: str, images: Any, problem: str = "", types: Any = None) -> Question:
-    problem = problem or ("" if answer.strip() else "it has no answer")
-    return Question(
-        identity, question, answer, images, problem, fields={"types": types if isinstance(types, dict) else {}}
-    )
+    flaw = "" if answer.strip() else "it has no answer"
+    known = {kind: name for kind, name in types.items() if isinstance(name, str)} if isinstance(types, dict) else {}
+    return Question(identity, question, answer, images, problem, fields={"types": known}, flaw=flaw)
 
 
 def _official(path: pathlib.Path, where: Sequence[pathlib.Path]) -> list[Question]:
@@ -146,7 +145,7 @@ def _official(path: pathlib.Path, where: Sequence[pathlib.Path]) -> list[Questio
             raise ValueError(f"{one_line(path)}: the question {one_line(identity)} has no {', '.join(absent)}")
         file = pictures / f"{row['imageId']}.jpg"
         if file not in there:
-            there[file] = file.is_file()
+            there[file] = is_file(file)
         problem = "" if there[file] else f"the picture {one_line(file, 500)} is missing"
         images = (FilePicture(file),) if there[file] else ()
         found.append(_question(identity, str(row["question"]), str(row["answer"]), images, problem, row.get("types")))

@@ -178,7 +178,6 @@ def _question(index: str, cells: Mapping[str, str], images: Any, problem: str = 
         "category": cells.get("category", ""),
         "ability": cells.get("l2-category", ""),
     }
-    if answer not in options:
-        problem = problem or f"its answer {one_line(answer)!r} is none of its options {', '.join(options)}"
     group = str(int(index) % ROTATION) if index.isdigit() else index
-    return Question(index, cells.get("question", ""), answer, images, problem, group, fields)
+    flaw = choices.no_option(answer, options)
+    return Question(index, cells.get("question", ""), answer, images, problem, group, fields, flaw)

@@ -130,8 +130,7 @@ def _question(
     number: str, question: str, answer: str, images: Any, category: str, picture: str, group: str, problem: str = ""
 ) -> Question:
     fields = {"category": category, "picture": picture}
-    problem = problem or no_gold(answer)
-    return Question(number, question, gold(answer), images, problem, f"{category}/{group}", fields)
+    return Question(number, question, gold(answer), images, problem, f"{category}/{group}", fields, no_gold(answer))
 
 
 def _from_row(row: Any) -> Question:

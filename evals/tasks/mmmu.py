@@ -240,12 +240,11 @@ def _question(
     index: str, question: str, answer: str, images: Any, fields: dict[str, Any], problem: str = ""
 ) -> Question:
     options = fields["options"]
-    if not answer.strip():
-        problem = problem or "it has no answer"
-    elif options and "A" in options and answer not in options:
-        problem = problem or f"its answer {one_line(answer)!r} is none of its options {', '.join(options)}"
+    flaw = "" if answer.strip() else "it has no answer"
+    if not flaw and "A" in options:
+        flaw = choices.no_option(answer, options)
     # VLMEvalKit scores a question without a first option as a choice between its answer and any other.
     if "A" not in options:
         fields["scored_options"] = dict(sorted({**options, "A": answer, "B": _OTHER}.items()))
         fields["scored_answer"] = answer if answer in [*string.ascii_uppercase] else "A"
-    return Question(index, question, answer, images, problem, fields=fields)
+    return Question(index, question, answer, images, problem, fields=fields, flaw=flaw)

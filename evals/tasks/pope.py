@@ -15,7 +15,7 @@ from evals.items import Item, Loaded, Scores, Verdict
 from evals.prompts import LONGEST_REPLY, SINGLE_WORD, YES_OR_NO, yes_no
 from evals.read import places
 from evals.read.parquet import read_parquet
-from evals.read.pictures import FilePicture
+from evals.read.pictures import FilePicture, is_file
 from evals.read.tsv import read_tsv
 from evals.rules import yes_no as rules
 from evals.tasks.common import Question, answered, make_items, order_of, published
@@ -143,8 +143,9 @@ def _questions(data: pathlib.Path) -> tuple[list[Question], str]:
                 row.cells.get("question", ""),
                 gold(row.cells.get("answer", "")),
                 row.images,
-                row.problem or no_gold(row.cells.get("answer", "")),
+                row.problem,
                 fields=_splits([(name.strip(), position) for name in row.cells.get("category", "").split(",")]),
+                flaw=no_gold(row.cells.get("answer", "")) or ("" if "category" in row.cells else "it has no category"),
             )
             for position, row in enumerate(rows)
         ]
@@ -179,7 +180,7 @@ def _official(data: pathlib.Path, folder: pathlib.Path) -> list[Question]:
     homes = (folder, *folder.parents[:3], data, data / "coco", data / "COCO", data / "coco" / "images")
     candidates = [each / inner for each in homes for inner in ("val2014", "")]
     pictures = (places.picture_folder(candidates, rows[0][2]) if rows else None) or folder / "val2014"
-    absent = {name for name in {row[2] for row in rows} if not (pictures / name).is_file()}
+    absent = {name for name in {row[2] for row in rows} if not is_file(pictures / name)}
     merged: dict[tuple[str, str, str], Question] = {}
     for split, number, image, text, label in rows:
         known = merged.get((image, text, label))
@@ -187,10 +188,10 @@ def _official(data: pathlib.Path, folder: pathlib.Path) -> list[Question]:
             known.fields["members"].append((split, number))
             known.fields["category"].append(split)
             continue
-        problem = f"the picture {one_line(pictures / image, 500)} is missing" if image in absent else no_gold(label)
+        problem = f"the picture {one_line(pictures / image, 500)} is missing" if image in absent else ""
         merged[image, text, label] = Question(
             f"{split}-{number + 1}", text, gold(label), (FilePicture(pictures / image),), problem,
-            fields=_splits([(split, number)]),
+            fields=_splits([(split, number)]), flaw=no_gold(label),
         )  # fmt: skip
     return list(merged.values())
 
@@ -205,6 +206,6 @@ def _hub(files: Sequence[pathlib.Path]) -> list[Question]:
             known.fields["category"].append(split)
             continue
         merged[key] = Question(
-            str(position), text, gold(label), row["image"], no_gold(label), fields=_splits([(split, position)])
+            str(position), text, gold(label), row["image"], fields=_splits([(split, position)]), flaw=no_gold(label)
         )
     return list(merged.values())

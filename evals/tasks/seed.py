@@ -136,9 +136,8 @@ def _question(
     problem: str = "",
 ) -> Question:
     answer = answer.strip().upper()
-    if answer not in options:
-        problem = problem or f"its answer {one_line(answer)!r} is none of its options {', '.join(options)}"
-    return Question(identity, question, answer, images, problem, "", {"options": options, "category": category})
+    fields = {"options": options, "category": category}
+    return Question(identity, question, answer, images, problem, "", fields, choices.no_option(answer, options))
 
 
 def _from_record(row: Mapping[str, Any], images: tuple[ImageRef, ...], problem: str = "") -> Question:

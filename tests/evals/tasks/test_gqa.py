@@ -105,7 +105,7 @@ def test_the_official_file(tmp_path):
     (tmp_path / "gqa" / "questions").mkdir()
     (tmp_path / "gqa" / "images" / "n12.jpg").write_bytes(picture(1))
     question = {"question": "Is it red?", "answer": "yes", "fullAnswer": "Yes, it is.", "isBalanced": True}
-    types = {"structural": "verify", "semantic": "attr", "detailed": "verifyAttr"}
+    types = {"structural": "verify", "semantic": "attr", "detailed": ["verify", "Attr"]}
     rows = {
         "20110": {**question, "imageId": "n12", "types": types},
         "20111": {**question, "imageId": "n12", "types": {**types, "structural": "query"}, "answer": "no"},

@@ -183,8 +183,10 @@ def test_bad_input(tmp_path):
     write_tsv(
         tmp_path / "MMBench_DEV_EN.tsv", [row, {**row, "index": 2, "question": "<image_placeholder>?", "answer": "A"}]
     )
-    problems = {problem.id: problem.reason for problem in MMBENCH.load(tmp_path, "report").problems}
-    assert problems == {
+    found = MMBENCH.load(tmp_path, "report").problems
+    # Without an answer nothing can be scored, not even as wrong.
+    assert [problem.item is None for problem in found] == [True, False]
+    assert {problem.id: problem.reason for problem in found} == {
         "1": "its answer 'E' is none of its options A, B, C, D",
         "2": "the question has <image_placeholder> in its text",
     }

@@ -192,10 +192,11 @@ def test_export(hub):
 
 def test_bad_input(tmp_path):
     row = {"index": 1, "question": "Q", "answer": "E", "category": "Art", "split": "validation", **OPTIONS}
-    write_tsv(tmp_path / "MMMU_DEV_VAL.tsv", [row | {"image": base64_of(1)}, row | {"index": 2, "answer": "NA"}])
-    problems = [problem.reason for problem in MMMU.load(tmp_path, "report").problems]
-    assert problems[0] == "its answer 'E' is none of its options A, B, C, D"
-    assert problems[1].endswith("MMMU_DEV_VAL.tsv:3 has no picture")
+    rows = [row | {"image": base64_of(1)}, row | {"index": 2, "answer": "NA"}, row | {"index": 3, "answer": "A"}]
+    loaded = MMMU.load(write_tsv(tmp_path / "MMMU_DEV_VAL.tsv", rows).parent, "report")
+    problems = [problem.reason for problem in loaded.problems]
+    assert problems[:2] == ["its answer 'E' is none of its options A, B, C, D", "it has no answer"]
+    assert problems[2].endswith("MMMU_DEV_VAL.tsv:4 has no picture")
     write_tsv(tmp_path / "MMMU_DEV_VAL.tsv", [{k: v for k, v in row.items() if k != "split"} | {"image": "x"}])
     with pytest.raises(ValueError, match="has no column split"):
         MMMU.load(tmp_path, "report")

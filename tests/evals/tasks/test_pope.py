@@ -217,6 +217,17 @@ def test_the_hubs_parquet(tmp_path):
     assert loaded.items[0].images[0].read() == picture(7)
 
 
+def test_rows_that_cannot_be_scored(tmp_path):
+    row = {"image": base64_of(1), "question": "Is there a cat?", "answer": "Yes", "category": "random"}
+    rows = [{**row, "index": 1, "answer": "maybe"}, {**row, "index": 2, "category": ""}, {**row, "index": 3}]
+    loaded = POPE.load(write_tsv(tmp_path / "POPE.tsv", rows).parent, "report")
+    assert [(problem.reason, problem.item) for problem in loaded.problems] == [
+        ("its answer is 'maybe', neither yes nor no", None),
+        ("it has no category", None),
+    ]
+    assert [item.id for item in loaded.items] == ["3"]
+
+
 def test_what_is_missing_is_named_with_where_it_is_published(tmp_path):
     with pytest.raises(ValueError, match=r"POPE: no data in .*; expected POPE.tsv .*; or coco_pope_random.json"):
         POPE.load(tmp_path, "report")
