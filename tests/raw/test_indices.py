@@ -8,8 +8,11 @@ import pytest
 
 from tests.handles import open_in
 from tests.raw.test_sources import lines, png
+from tests.raw.test_tars import END, member
 from train.raw import indices, json_files
+from train.raw.readers import BadSample
 from train.raw.sources import open_source
+from train.raw.tar.shard import TarShard
 
 
 @pytest.fixture(autouse=True)
@@ -131,6 +134,48 @@ def test_the_command_keeps_indices_beside_its_output(tmp_path):
     path = lines(tmp_path / "a.jsonl", {"image": "a.png", "caption": "A"})
     assert len(Job(str(path), f"{tmp_path}/out/", "understanding", "m").open_source()) == 1
     assert os.listdir(tmp_path / "out.index")
+
+
+def samples_of(shard):
+    found = []
+    for index in range(len(shard)):
+        try:
+            found.append(shard[index])
+        except BadSample as error:
+            found.append((error.reason, error.place, error.detail))
+    return found, shard.passed_over
+
+
+NAMES = ["0", "1", "2", "0.seg", "1.b", "x/0"]
+SUFFIXES = [".jpg", ".png", ".txt", ".json", ".npy", ".mp4", ".cls"]
+
+
+def test_samples_that_stand_together_are_those_of_the_whole_tar(tmp_path, monkeypatch):
+    """Random members, mostly in the order of their names: what one place tells is what the whole tar does."""
+    rng, together = np.random.default_rng(0), []
+    for turn in range(200):
+        chosen = [name + suffix for name in NAMES for suffix in SUFFIXES if rng.random() < 0.4]
+        for _ in range(rng.integers(0, 2)):
+            a, b = rng.integers(0, len(chosen) + 1, 2)
+            chosen.insert(a, chosen[b % len(chosen)] if rng.random() < 0.3 else chosen.pop(b % len(chosen)))
+        contents = {".json": b'{"caption": "C"}', ".txt": b"T"}
+        parts = [member(name, contents.get(name[name.rindex(".") :], name.encode())) for name in chosen]
+        if rng.random() < 0.1:
+            parts.insert(1, member("long", b"n" * 200 + b".jpg\0", b"L"))
+        path = tmp_path / f"{turn}.tar"
+        path.write_bytes(b"".join(parts) + (END if rng.random() < 0.95 else b""))
+        shard = TarShard(path)
+        found = samples_of(shard)
+        together.append(shard._index is not None)
+        with monkeypatch.context() as patch:
+            patch.setattr("train.raw.tar.shard._stand_together", lambda *_: False)
+            whole = TarShard(path)
+        assert whole._index is None and samples_of(whole) == found, chosen
+        for _ in range(2):
+            kept = TarShard(path, tmp_path / "index")
+            assert samples_of(kept) == found and (kept._index is None) == (shard._index is None)
+    assert 50 < sum(together) < 150
+    assert len(list((tmp_path / "index").iterdir())) == sum(together)
 
 
 def test_small_files_are_indexed_in_memory(tmp_path, monkeypatch):

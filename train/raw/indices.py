@@ -88,7 +88,8 @@ def index_of(source: pathlib.Path, folder: pathlib.Path | None, kind: str, build
             file.write(text + len(text).to_bytes(_LENGTH, "little"))
     except _NotKept:
         return None
-    return _opened(path)
+    # Somebody may have removed it just now.
+    return _opened(path) or index_of(source, None, kind, build)
 
 
 class _NotKept(Exception):

@@ -2,7 +2,7 @@
 
 Readers keep an index and no open file, so that threads may share them. An error in one record is raised, as
 `BadSample`, when that record is read. This module has what all readers share, and the reader of plain text; the others
-are `train.raw.json_files`, `train.raw.csv_files`, `train.raw.tars`, `train.raw.folders` and `train.raw.parquet`.
+are `train.raw.json_files`, `train.raw.csv_files`, `train.raw.tar.shard`, `train.raw.folders` and `train.raw.parquet`.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ from train.raw.folders import ImageFolders, Sidecars, count_sidecars, is_picture
 from train.raw.json_files import json_reader
 from train.raw.parquet import Parquet
 from train.raw.readers import COMPRESSED_SUFFIXES, BadSample, PassedOver, TextFile, listed, missing_path
-from train.raw.tars import TarShard
+from train.raw.tar.shard import TarShard
 
 __all__ = ["FORMATS", "NAMES", "SCHEMAS", "BadSample", "RawSample", "Source", "missing_path", "open_source"]
 
@@ -77,7 +77,7 @@ FORMATS: dict[str, Format] = {
     "csv": Format(CsvFile, (".csv", ".tsv"), indexed=True),
     "parquet": Format(Parquet, (".parquet",)),
     "txt": Format(TextFile, (".txt",), "text"),
-    "webdataset": Format(TarShard, (".tar",), "captions"),
+    "webdataset": Format(TarShard, (".tar",), "captions", indexed=True),
     "folders": Format(ImageFolders, schema="captions"),
     "sidecar": Format(Sidecars, schema="captions"),
 }
