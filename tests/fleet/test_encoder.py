@@ -15,6 +15,7 @@ from train.raw.sources import open_source
 CONFIG = get_preset("janus_tiny")
 
 
+@pytest.mark.slow
 def test_codes_are_the_same_on_any_number_of_devices(tmp_path):
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: rng.normal(0, 0.1, leaf.shape).astype(np.float32), abstract_params(CONFIG))
