@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 
 from examples.tiny.tokenizer import write_tokenizer
 from janus_jax.config import get_preset

@@ -69,6 +69,7 @@ def test_the_image_and_the_step_are_named(janus, batch_size):  # noqa: F811
     np.testing.assert_array_equal(broken.generate_codes(SHORT, **GREEDY), drawn[:1])
 
 
+@pytest.mark.slow
 def test_overflow_of_float16_names_the_cure(janus):  # noqa: F811
     """Products of finite numbers that are beyond float16 only."""
     broken = changed(janus, "gen_aligner/layers_0/kernel", lambda x: x * 6e4 / jnp.abs(x).max(), "float16")

@@ -55,6 +55,7 @@ def texts(replies) -> dict[str, str]:
     return {name: text for batch in replies for name, text in batch.texts.items()}
 
 
+@pytest.mark.slow
 def test_batches_are_halved_when_memory_runs_out(janus, items, batches, monkeypatch):
     failing_above(5, monkeypatch)
     respondent = Respondent(janus, batch_size=16)
