@@ -48,6 +48,7 @@ FLOORS = (
     "evals.items",
     "evals.intervals evals.prompts",
     "evals.read.* evals.rules.*",
+    "evals.generation.dpg evals.generation.layouts",
     "evals.tasks.*",
     "evals.hosts evals.progress",
     "evals.asking.*",
