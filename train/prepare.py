@@ -42,7 +42,7 @@ def prepare(
     encode: Encode | None = None,
     vq_fingerprint: str = "",
     context: int = 4096,
-    shard_size: int = 8192,
+    shard_size: int | None = None,
     batch_size: int = 32,
     max_bad_share: float = 0.01,
     system_prompt: str = SYSTEM_PROMPT,
@@ -61,7 +61,8 @@ def prepare(
       encode: for generation: float32 images [B, h, w, 3] in [-1, 1] to int32 codes [B, num_tokens], B = `batch_size`.
       vq_fingerprint: fingerprint of the VQ model of `encode`, see `vq_encoder`.
       context: samples with more tokens are dropped; plain texts are split instead.
-      shard_size: samples of the source per file.
+      shard_size: samples of the source per file; None for 8192, or for millions of samples more, up to files of about
+        half a gigabyte to one.
       max_bad_share: the preparation stops if more than this share of the samples is bad.
       system_prompt: for conversations without one.
       store: how understanding images are stored: 'original', as their files; or 'resized', as PNGs of the pixels that
@@ -146,7 +147,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", help="checkpoint folder (any layout) or hub id")
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.add_argument("--context", type=int, default=4096, help="the most tokens of a sample (default 4096)")
-    parser.add_argument("--shard-size", type=int, default=8192, help="samples of the source per file (default 8192)")
+    parser.add_argument(
+        "--shard-size", type=int, help="samples of the source per file (default: 8192 or more)"
+    )
     parser.add_argument("--max-bad-share", type=float, default=0.01, help="stop above this share (default 0.01)")
     parser.add_argument(
         "--batch-size", type=int, default=32, help="images encoded at a time by each device (default 32)"

@@ -13,6 +13,7 @@ from train.data.prepared import open_prepared
 from train.fleet import merge as merge_module
 from train.fleet import shares
 from train.fleet.merge import merge
+from train.fleet.preparation import default_shard_size
 from train.fleet.shares import Part, find_part, parse_part
 from train.prepare import main, prepare
 from train.raw.sources import open_source
@@ -157,6 +158,22 @@ def test_a_folder_begun_by_an_earlier_version(captions, processor, tmp_path, who
     part(captions, out, processor, 1, 2)
     assert content(out)["data-00002.bag"] == whole["data-00002.bag"]
     assert {**json.loads(content(out)["prepared.json"])} == json.loads(whole["prepared.json"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "samples", "expected"),
+    [
+        ("generation", 20, 8192),
+        ("generation", 2_000_000, 8192),
+        ("generation", 10_000_000, 39_062),
+        # 2.6 KB each: 0.7 GB.
+        ("generation", 160_000_000, 262_144),
+        ("text", 160_000_000, 65_536),
+        ("understanding", 160_000_000, 8192),
+    ],
+)
+def test_shards_of_large_sources_are_large(kind, samples, expected):
+    assert default_shard_size(kind, samples) == expected
 
 
 # ---------------------------------------------------------------- shares

@@ -35,7 +35,7 @@ class Job:
     names: str | None = None
     allow_outside: bool = False
     context: int = 4096
-    shard_size: int = 8192
+    shard_size: int | None = None
     batch_size: int = 32
     max_bad_share: float = 0.01
     system_prompt: str = SYSTEM_PROMPT

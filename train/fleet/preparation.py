@@ -23,6 +23,9 @@ from train.fleet.shares import ALL, Part
 from train.raw.sources import RawSample
 
 _REQUESTS = 32  # to a store at a time
+# Samples in a shard, which is what is lost of a process that is killed: few, unless there are millions of them.
+_SMALLEST, _SHARDS = 8192, 256
+_LARGEST = {"understanding": 8192, "text": 1 << 16, "generation": 1 << 18}
 
 
 class Preparation:
@@ -45,7 +48,7 @@ class Preparation:
         encode: Encode | None = None,
         vq_fingerprint: str = "",
         context: int = 4096,
-        shard_size: int = 8192,
+        shard_size: int | None = None,
         batch_size: int = 32,
         max_bad_share: float = 0.01,
         system_prompt: str = SYSTEM_PROMPT,
@@ -55,12 +58,13 @@ class Preparation:
     ):
         if kind == "generation" and encode is None:
             raise ValueError("preparing generation data needs encode, from images to codes")
-        if min(shard_size, batch_size) < 1 or (workers is not None and workers < 1):
+        if batch_size < 1 or any(given is not None and given < 1 for given in (shard_size, workers)):
             raise ValueError("shard_size, batch_size and workers must be at least 1")
         if not 0 <= max_bad_share <= 1:
             raise ValueError(f"max_bad_share must be between 0 and 1, got {max_bad_share}")
         if not len(source):
             raise ValueError("the source is empty")
+        shard_size = shard_size or default_shard_size(kind, len(source))
         self.source, self.out, self.kind = source, as_path(out), kind
         self.shard_size, self.max_bad_share, self.progress = shard_size, max_bad_share, progress
         self.workers = workers or default_workers(source)
@@ -143,6 +147,11 @@ class Preparation:
 
     def _items(self, shard: int) -> range:
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, len(self.source)))
+
+
+def default_shard_size(kind: str, samples: int) -> int:
+    """Samples of the source in a shard: of large sources so many that files have about half a gigabyte to one."""
+    return min(_LARGEST[kind], max(_SMALLEST, samples // _SHARDS))
 
 
 def default_workers(source: Sequence[RawSample]) -> int:
