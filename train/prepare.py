@@ -147,9 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", help="checkpoint folder (any layout) or hub id")
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.add_argument("--context", type=int, default=4096, help="the most tokens of a sample (default 4096)")
-    parser.add_argument(
-        "--shard-size", type=int, help="samples of the source per file (default: 8192 or more)"
-    )
+    parser.add_argument("--shard-size", type=int, help="samples of the source per file (default: 8192 or more)")
     parser.add_argument("--max-bad-share", type=float, default=0.01, help="stop above this share (default 0.01)")
     parser.add_argument(
         "--batch-size", type=int, default=32, help="images encoded at a time by each device (default 32)"

@@ -2,8 +2,9 @@
 
 import pytest
 
+from tests.several import free_port
 from train.fleet.job import Job
-from train.fleet.ray_engine import resources
+from train.fleet.ray_engine import reach, resources
 from train.prepare import main
 
 JOB = Job("data/c.jsonl", "out", "generation", "org/model")
@@ -55,6 +56,15 @@ def test_without_ray(monkeypatch, capsys):
     given = ["--kind", "text", "--source", "a.jsonl", "--model", "m", "--out", "o", "--engine", "ray"]
     assert main(given) == 2
     assert capsys.readouterr().err == "error: --engine ray needs Ray; pip install -e '.[ray]'\n"
+
+
+def test_a_cluster_that_does_not_answer():
+    port = free_port()
+    for address in (f"localhost:{port}", f"ray://localhost:{port}", "localhost:99999999"):
+        with pytest.raises(OSError, match=f"no Ray cluster answers at {address} "):
+            reach(address)
+    reach("auto")
+    reach(None)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import socket
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ from train.fleet.preparation import Preparation
 
 _PACKAGES = ("train", "janus_jax")  # which nodes get from here
 _CPUS = 4  # of a task, without devices
+_ANSWERS_WITHIN = 10  # seconds
 
 
 def run(job: Job, address: str | None = None, progress: bool | None = None) -> Report:
@@ -32,6 +34,7 @@ def run(job: Job, address: str | None = None, progress: bool | None = None) -> R
         import ray
     except ImportError:
         raise ValueError("--engine ray needs Ray; pip install -e '.[ray]'") from None
+    reach(address)
     job = job.anywhere()
     root = pathlib.Path(__file__).resolve().parents[2]
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -53,6 +56,18 @@ def run(job: Job, address: str | None = None, progress: bool | None = None) -> R
         raise OSError(f"Ray: {one_line(told, 300)}; run the same command to continue") from None
     finally:
         ray.shutdown()
+
+
+def reach(address: str | None):
+    """OSError in one line if nothing answers at `address`, for which Ray would wait for minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return  # `auto`, which Ray finds, or nothing
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWERS_WITHIN).close()
+    except (OSError, OverflowError) as error:
+        told = getattr(error, "strerror", None) or error
+        raise OSError(f"no Ray cluster answers at {one_line(address)} ({one_line(told, 100)})") from None
 
 
 def resources(nodes: Iterable[Mapping[str, float]], job: Job) -> dict[str, Any]:
