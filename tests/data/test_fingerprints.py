@@ -15,6 +15,7 @@ from examples.tiny.run import MODEL, tiny_config, write_checkpoint, write_data
 from janus_jax.processing.chat import Processor
 from janus_jax.sharding import make_mesh, param_shardings
 from janus_jax.weights.torch_weights import abstract_params
+from tests.library.tiny_janus import raises_one_line
 from train.data.fingerprints import VQ, check_codes, params_fingerprint
 from train.data.prepared import open_prepared
 from train.prepare import prepare, vq_encoder
@@ -28,10 +29,12 @@ class Folder:
     kind: str = "generation"
     version: int = 2
     folder: str = "some/codes"
+    precision: str | None = "float32"
 
     @property
     def meta(self):
-        return {"version": self.version, "settings": {"vq": self.vq}}
+        encoded_on = {"encoded_on": {"platform": "tpu", "precision": self.precision}} if self.precision else {}
+        return {"version": self.version, "settings": {"vq": self.vq} | encoded_on}
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +56,15 @@ def test_the_run_s_own_codes_are_taken_on_any_mesh(params, sizes, dtype):
     assert "\n" not in str(caught.value)
     told = check_codes([Folder(""), Folder("0123456789abcdef", version=1)], frozen, mesh)
     assert len(told) == 2 and all("some/codes does not say which VQ model" in line for line in told)
+
+
+def test_codes_of_another_precision_are_refused(params):
+    frozen = jax.device_put({VQ: params}, NamedSharding(make_mesh({"fsdp": 8}), PartitionSpec()))
+    ours = params_fingerprint({VQ: params})
+    with raises_one_line("some/codes has codes computed in bfloat16, not in float32, .*prepare it again"):
+        check_codes([Folder(ours, precision="bfloat16")], frozen, make_mesh({"fsdp": 8}))
+    (told,) = check_codes([Folder(ours, precision=None)], frozen, make_mesh({"fsdp": 8}))
+    assert told == "some/codes does not say how exactly its codes were computed, so this is not checked"
 
 
 def test_a_little_training_is_another_model(params):

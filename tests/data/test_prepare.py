@@ -166,6 +166,10 @@ def test_the_platform_of_the_codes_is_recorded(captions, processor, tmp_path, ca
     path.write_text(json.dumps(meta))
     run(captions, tmp_path / "out", processor)
     assert "was begun on tpu; the remaining codes are made on cpu" in capsys.readouterr().err
+    meta["settings"]["encoded_on"]["precision"] = "bfloat16"
+    path.write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match="was begun with codes computed in bfloat16, now float32; codes of one folder"):
+        run(captions, tmp_path / "out", processor)
 
 
 def test_codes_of_damaged_weights_are_refused(captions, processor, tmp_path):

@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from janus_jax.io.messages import one_line
 from janus_jax.processing.chat import Processor
 from janus_jax.sharding import flatten
 from train.data.prepared import Prepared
 from train.data.tokenize import resized_by, tokenizer_fingerprint
 
 VQ = "gen_vision_model"
+CODES_PRECISION = "float32"  # in which codes are decided, on every platform
 _COMPARED_FROM = 2  # the first format version that hashes parameters as `params_fingerprint` does
 
 
@@ -73,7 +75,15 @@ def check_codes(folders: Iterable[Prepared], frozen: dict[str, Any], mesh: Mesh)
     whole = jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))({VQ: frozen[VQ]})
     ours = params_fingerprint(jax.tree.map(lambda x: x.addressable_data(0), whole))
     for folder in checked:
-        theirs = folder.meta["settings"]["vq"]
+        settings = folder.meta["settings"]
+        theirs, encoded_on = settings["vq"], settings.get("encoded_on")
+        if not isinstance(encoded_on, dict):
+            remarks.append(f"{folder.folder} does not say how exactly its codes were computed, so this is not checked")
+        elif encoded_on.get("precision") != CODES_PRECISION:
+            raise ValueError(
+                f"{folder.folder} has codes computed in {one_line(encoded_on.get('precision'), 60)}, not in "
+                f"{CODES_PRECISION}, so that some are other codes than this model's; prepare it again"
+            )
         if theirs != ours:
             raise ValueError(
                 f"{folder.folder} was encoded by another VQ model ({theirs}) than the run's {VQ} ({ours}); prepare it "

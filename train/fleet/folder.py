@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from janus_jax.io.messages import print_line
+from janus_jax.io.messages import one_line, print_line
 from janus_jax.io.store_access import is_store
 from janus_jax.io.whole_files import PARTIAL, create_file, remove_partial, replace_file
 from janus_jax.processing.tokenizer import Tokenizer
@@ -80,6 +80,11 @@ def _compare(out: pathlib.Path, settings: dict[str, Any], meta: dict[str, Any]):
         told = ", ".join(f"{key} {theirs.get(key)!r:.60}, now {ours.get(key)!r:.60}" for key in other)
         raise ValueError(f"{out} was begun with other settings ({told}); choose another folder, or delete this one")
     here, there = settings.get("encoded_on"), meta.get("settings", {}).get("encoded_on")
+    if here and there and here.get("precision") != there.get("precision"):
+        raise ValueError(
+            f"{out} was begun with codes computed in {one_line(there.get('precision'), 60)}, now {here['precision']}; "
+            "codes of one folder must be computed alike: choose another folder, or delete this one"
+        )
     if here != there and not meta["finished"]:
         print_line(f"note: {out} was begun on {_platform(there)}; the remaining codes are made on {_platform(here)}")
 

@@ -13,6 +13,7 @@ from janus_jax.io.progress import shown, step_bar
 from janus_jax.io.store_access import is_store
 from janus_jax.io.stores import as_path
 from janus_jax.processing.chat import SYSTEM_PROMPT, Processor
+from train.data.fingerprints import CODES_PRECISION
 from train.data.prepared import read_meta
 from train.data.shard_files import index_file, missing_shards, read_indices
 from train.data.shards import LEAST_READ, Encode, ShardWriter, Tally
@@ -82,7 +83,7 @@ class Preparation:
         }
         if kind == "generation":
             # Codes are computed in full precision, but platforms sum in different orders.
-            settings["encoded_on"] = {"platform": jax.default_backend(), "precision": "float32"}
+            settings["encoded_on"] = {"platform": jax.default_backend(), "precision": CODES_PRECISION}
         if store == "resized" and kind == "understanding":
             settings["resized"] = list(resized_by(processor.settings))
         self._meta = begin(self.out, settings, processor.tokenizer)
