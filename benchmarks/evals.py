@@ -137,23 +137,27 @@ def time_torch(args: argparse.Namespace) -> common.Run:
 def timed(ask: Callable[[Sequence[Any]], int], items: Sequence[Any], first: Sequence[Any]) -> common.Run:
     """Seconds that `ask` takes for `items`, after it has compiled what it needs for `first`."""
     ask(first)
-    began = time.perf_counter()
+    began, busy = time.perf_counter(), time.process_time()
     count = ask(items)
-    seconds = time.perf_counter() - began
+    seconds, busy = time.perf_counter() - began, time.process_time() - busy
     if count != len(items):
         raise RuntimeError(f"{count} of {len(items)} questions were answered")
-    return {"seconds": seconds, "questions": count}
+    return {"seconds": seconds, "processor": busy, "questions": count}
 
 
 def table(runs: common.Runs) -> common.Table:
-    """A row for each variant: questions/s, and how many times as fast as each other one we are."""
+    """A row for each variant: questions/s, and how many times as fast as each other one we are.
+
+    The processor's time, of all threads, tells more where other programs are running.
+    """
     good = common.done(runs)
     others = [variant for variant in good if variant != SHARED]
-    rows = [("", "questions/s", "seconds a question", *(f"x {variant}" for variant in others))]
+    names = (f"x {variant}{of}" for variant in others for of in ("", ", processor"))
+    rows = [("", "questions/s", "processor s a question", *names)]
     for variant, own in good.items():
-        seconds = common.median(own, "seconds") / own[0]["questions"]
-        ratios = [common.ratio(good[other], own, "seconds") for other in others]
-        rows.append((variant, *map(common.cell, (1 / seconds, seconds, *ratios))))
+        seconds, busy = (common.median(own, key) / own[0]["questions"] for key in ("seconds", "processor"))
+        ratios = [common.ratio(good[other], own, key) for other in others for key in ("seconds", "processor")]
+        rows.append((variant, *map(common.cell, (1 / seconds, busy, *ratios))))
     return rows
 
 
