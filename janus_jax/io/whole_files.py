@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 
-from janus_jax.io.store_access import is_store
+from janus_jax.io.store_access import is_store, read_versioned, write_if
 from janus_jax.io.stores import StorePath
 
 PARTIAL = ".partial"
@@ -68,7 +68,9 @@ def replace_file(path: pathlib.Path, text: str) -> None:
 def create_file(path: pathlib.Path, text: str) -> None:
     """Writes a file atomically unless it is there; where storage cannot tell, the last writer's remains."""
     if is_store(path):
-        path.write_text(text, encoding="utf-8")
+        found, version = read_versioned(str(path))
+        if found is None:
+            write_if(str(path), text.encode(), version)
         return
     partial = new_partial(path)
     try:

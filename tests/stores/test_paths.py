@@ -14,6 +14,7 @@ from janus_jax.io import store_access
 from janus_jax.io.files import open_regular, read_json_object
 from janus_jax.io.staging import staged
 from janus_jax.io.stores import StorePath, as_path, copy_file, size_of
+from janus_jax.io.whole_files import create_file
 from janus_jax.weights.formats.safetensors_files import TensorToWrite, write_safetensors
 from janus_jax.weights.formats.torch_files import open_tensors
 
@@ -195,3 +196,10 @@ def test_without_the_extra_the_package_is_named(monkeypatch):
     store_access.files.cache_clear()
     with pytest.raises(OSError, match=r"gs:// needs the package gcsfs; pip install 'janus_jax\[gcs\]'"):
         StorePath("gs://bucket/x").exists()
+
+
+def test_a_file_is_created_by_one_of_several(store):
+    path = store[0] / "settings.json"
+    create_file(path, "first")
+    create_file(path, "second")
+    assert path.read_text() == "first"
