@@ -149,7 +149,7 @@ def save_params(folder: str | pathlib.Path, params: Any) -> None:
     """Writes arrays in canonical (stacked) layout as the orbax checkpoint `folder`; every process of a run calls it.
 
     A single process writes a checksum with each chunk. Several processes write through orbax, without checksums; to a
-    store they write as one process does, each what it has.
+    store, each of any number writes what it has, with checksums.
 
     Raises ValueError if `folder` already exists.
     """

@@ -161,35 +161,32 @@ def write_tree(folder: pathlib.Path, tree: Any, describe: bool) -> None:
 
 
 def write_params(folder: pathlib.Path, params: Any) -> None:
-    """Writes nested dicts of arrays as the orbax checkpoint `folder`; every process of a run calls it.
+    """Writes nested dicts of arrays into `folder`, for `checkpoint.array_leaves`; every process of a run calls it.
+
+    What a single process writes is an orbax checkpoint too. (Several would have to save its description together, in a
+    folder that they share.)
 
     Raises: OSError in one line.
     """
-    process = jax.process_index()
-    with tempfile.TemporaryDirectory(prefix="janus_jax-") as local:
-        made = pathlib.Path(local) / "params"
-        _describe(made, params)
-        state = orbax_layouts.find(made)
-        if process == 0:
-            arrays = {state / name for name in named(params)}
-            for path in sorted(made.rglob("*")):
-                if path.is_file() and not arrays & set(path.parents):
-                    (folder / path.relative_to(made).as_posix()).write_bytes(path.read_bytes())
-    place = folder / state.relative_to(made).as_posix()
-    write_tree(place, jax.tree.map(jax.numpy.asarray, params), describe=process == 0)
+    place = folder / _describe(folder, params) if jax.process_count() == 1 else folder
+    write_tree(place, jax.tree.map(jax.numpy.asarray, params), describe=jax.process_index() == 0)
 
 
-def _describe(folder: pathlib.Path, params: Any) -> None:
-    """Orbax's own files for `params`, from scalars in their place; by this process alone."""
-    process = jax.process_index()
+def _describe(folder: pathlib.Path, params: Any) -> str:
+    """Writes orbax's own files for `params`, made from scalars in their place; returns where their arrays belong."""
     context = ocp.Context()
     context.array.saving.use_ocdbt, context.array.saving.use_zarr3 = False, True
     context.array.saving.use_compression = False
-    if jax.process_count() > 1:
-        context.multiprocessing.primary_host = process
-        context.multiprocessing.active_processes = {process}
-    with context, _quietly():
-        ocp.save(folder, jax.tree.map(lambda leaf: np.zeros((), leaf.dtype), params))
+    with tempfile.TemporaryDirectory(prefix="janus_jax-") as local:
+        made = pathlib.Path(local) / "params"
+        with context, _quietly():
+            ocp.save(made, jax.tree.map(lambda leaf: np.zeros((), leaf.dtype), params))
+        state = orbax_layouts.find(made)
+        arrays = {state / name for name in named(params)}
+        for path in sorted(made.rglob("*")):
+            if path.is_file() and not arrays & set(path.parents):
+                (folder / path.relative_to(made).as_posix()).write_bytes(path.read_bytes())
+        return state.relative_to(made).as_posix()
 
 
 @contextlib.contextmanager

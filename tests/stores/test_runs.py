@@ -13,16 +13,21 @@ import time
 import jax
 import numpy as np
 import pytest
+from flax import traverse_util
 
 import janus_jax
-from examples.tiny.run import params_of, write_checkpoint, write_data
+from examples.tiny.run import MODEL, params_of, random_params, tiny_config, write_data
+from examples.tiny.tokenizer import write_tokenizer
+from janus_jax.weights.checkpoint import load_params
+from janus_jax.weights.store_arrays import read_tree
 from tests import emulated_stores
-from tests.several import environment, launch, outcome
+from tests.several import environment, free_port, outcome
 from tests.stores.conftest import upload
 from train.overrides import load_config
-from train.run import loop
 from train.run.metrics import read_metrics
+from train.step import earlier
 from train.step.earlier import complete_steps
+from train.step.leaves import split
 
 TIMED = ("tokens_per_second", "seconds_per_step", "data_wait", "mfu")
 
@@ -61,11 +66,34 @@ def history(workdir) -> list[dict]:
     return [{name: x for name, x in line.items() if not name.endswith(TIMED)} for line in read_metrics(workdir)]
 
 
-TWO = """
-from examples.tiny.run import tiny_config
-from train.config import MeshConfig
-def get_config():
-    return tiny_config({folders!r}, "run", init_from={start!r}, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+_TWO = """
+import sys
+import jax, numpy as np
+from examples.tiny.run import MODEL, random_params, tiny_config
+from janus_jax.sharding import make_mesh, param_shardings
+from train.run import distributed
+from train.run.checkpoints import Workdir
+from train.step.leaves import split
+from train.step.state import TrainState
+
+workdir, tokenizer, coordinator, process = sys.argv[1:]
+distributed.start(coordinator, 2, int(process))
+absent = dict.fromkeys(("understanding", "text", "generation"), "absent")
+config = tiny_config(absent | {"tokenizer": tokenizer}, workdir)
+mesh = make_mesh({"data": 1, "fsdp": 4, "tensor": 1})
+whole = random_params(MODEL)
+shardings = param_shardings(whole, mesh)
+params = jax.tree.map(lambda x, s: jax.make_array_from_callback(x.shape, s, x.__getitem__), whole, shardings)
+trained, frozen = split(params, config.stage)
+everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+count = jax.jit(lambda: jax.numpy.int32(2), out_shardings=everywhere)()
+with jax.set_mesh(mesh), Workdir(config, {}) as opened:
+    opened.save_frozen(frozen)
+    for step in (2, 4):
+        opened.note_damaged(step, [f"a sample of process {process}"])
+        opened.save(step, TrainState(count, trained, {"mu": trained}, count))
+    opened.wait()
+    print(opened.export(4, trained, frozen))
 """
 
 
@@ -73,24 +101,37 @@ def get_config():
 def test_two_processes_share_a_workdir_in_a_store(store, tmp_path):
     """Each writes its own shards; process 0 completes the checkpoint and the export once both have."""
     folder, _ = store
-    folders, start = write_data(tmp_path / "data"), write_checkpoint(tmp_path / "start")
-    config = tmp_path / "two.py"
-    config.write_text(TWO.format(folders=folders, start=str(start)))
-    env = environment(4, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "compiled"))
-    for workdir in (tmp_path / "run", folder / "run"):
-        told = outcome(launch(config, env, [tmp_path] * 2, *[[f"workdir={workdir}"]] * 2))
-        assert [code for code, _, _ in told] == [0, 0], told
-    ours, theirs = params_of(folder / "run"), params_of(tmp_path / "run")
-    for name, array in theirs.items():
-        np.testing.assert_array_equal(ours[name], array, err_msg=name)
-    assert history(folder / "run") == history(tmp_path / "run")
-    one, two = (janus_jax.load(os.fspath(place / "run/export/4"), fused=False) for place in (folder, tmp_path))
-    for mine, other in zip(jax.tree.leaves(one.params), jax.tree.leaves(two.params), strict=True):
-        np.testing.assert_array_equal(np.asarray(mine), np.asarray(other))
-    # One process on other devices goes on from what the two have written.
-    again = load_config(str(config), [f"workdir={folder / 'run'}", "steps=5", "mesh.tensor=1", "mesh.fsdp=4"])
-    loop.train(again)
-    assert max(complete_steps(folder / "run")) == 5
+    write_tokenizer(tmp_path, image_size=MODEL.vision.image_size, num_image_tokens=MODEL.vision.num_patches)
+    door = f"localhost:{free_port()}"
+    command = [sys.executable, "-c", _TWO, str(folder / "run"), str(tmp_path), door]
+    told = outcome([
+        subprocess.Popen(
+            [*command, str(process)], env=environment(2), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for process in range(2)
+    ])  # fmt: skip
+    assert [code for code, _, _ in told] == [0, 0], told
+    assert told[0][1].endswith(f"{folder}/run/export/4\n") and complete_steps(folder / "run") == [2, 4]
+    for process in range(2):
+        lines = (folder / "run" / f"damaged-{process}.txt").read_text().splitlines()
+        assert lines == [f"step {step}: left out a sample of process {process}" for step in (2, 4)]
+    names = [path.name for path in (folder / "run/checkpoints/4").walk()]
+    assert names.count("part-1") == 1 and not any(name.startswith("shared-") for name in names)
+    whole, found = random_params(MODEL), params_of(folder / "run")
+    flat = {"/".join(path): array for path, array in traverse_util.flatten_dict(whole).items()}
+    assert found.keys() == flat.keys()
+    for name, array in flat.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+    config = tiny_config(dict.fromkeys(("understanding", "text", "generation", "tokenizer"), "absent"), folder / "run")
+    trained, _ = split(whole, config.stage)
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), trained)
+    rest = read_tree(earlier.whole(folder / "run/checkpoints/4") / "rest", {"opt_state": {"mu": abstract}})
+    for ours, wanted in zip(jax.tree.leaves(rest), jax.tree.leaves(trained), strict=True):
+        np.testing.assert_array_equal(np.asarray(ours), wanted)
+    exported = load_params(folder / "run/export/4", as_numpy=True)
+    for ours, wanted in zip(jax.tree.leaves(exported), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(ours, wanted.astype(ours.dtype))
 
 
 @pytest.fixture(scope="module")
