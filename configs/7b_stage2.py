@@ -35,6 +35,10 @@ def get_config() -> TrainConfig:
         ),
         evaluation=_shared.HELD_OUT,
         samples=_shared.SAMPLES,
-        layouts=_shared.layouts({"v5e-256": 2, "v5p-128": 2, "v6e-256": 2, "2xv5e-256": 1, "2xv5p-128": 1}, 32),
+        layouts=_shared.layouts(
+            {"v5e-256": 2, "v5p-128": 2, "v6e-256": 2, "2xv5e-256": 1, "2xv5p-128": 1},
+            32,
+            remat={"v5e-256": "full", "2xv5e-256": "full"},
+        ),
         save_every=1000,
     )

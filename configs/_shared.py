@@ -46,25 +46,24 @@ SAMPLES = SampleConfig(
 CATEGORY_SAMPLES = SampleConfig(every=2000, prompts=("goldfish", "golden retriever", "lighthouse", "volcano"), images=4)
 
 
-def layouts(accumulate: dict[str, int], fsdp: int, tensor: dict[str, int] | None = None) -> tuple[Layout, ...]:
+def layouts(
+    accumulate: dict[str, int], fsdp: int, tensor: dict[str, int] | None = None, remat: dict[str, str] | None = None
+) -> tuple[Layout, ...]:
     """A layout for each topology of TPUs; parameters are split within a slice, and slices have copies.
-
-    A v5p chip has room for all products of a micro-batch, at most four rows (`train.compile --tune`).
 
     Args:
       accumulate: micro-batches of a step, by topology.
       fsdp: number of chips over which parameters are split; the width divided by it is a multiple of a TPU's 128 lanes.
       tensor: number of chips over which heads are split, by topology, for those with more chips than rows.
+      remat: what is recomputed, by topology, where the memory has no room for all products of a micro-batch.
     """
-    tensor = tensor or {}
+    tensor, remat = tensor or {}, remat or {}
 
     def mesh(name: str) -> MeshConfig:
         slices = int(name.split("x")[0]) if name[0].isdigit() else 1  # 2xv5e-256
         return MeshConfig(slices=slices, data=-1, fsdp=fsdp, tensor=tensor.get(name, 1))
 
-    return tuple(
-        Layout(name, mesh(name), count, remat="dots" if "v5p" in name else "full") for name, count in accumulate.items()
-    )
+    return tuple(Layout(name, mesh(name), count, remat=remat.get(name, "dots")) for name, count in accumulate.items())
 
 
 # One image at a time: every chip holds a shard of each layer.

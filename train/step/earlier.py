@@ -13,7 +13,7 @@ from janus_jax.weights.torch_weights import LazyParams, abstract_params
 from train.step.leaves import split
 
 RUN, FROZEN, CHECKPOINTS = "run.json", "frozen", "checkpoints"  # see `train.run.checkpoints` for what each holds
-COMPLETE = "complete.json"  # see `train.stored.saving`
+COMPLETE = "complete.json"  # see `train.workdir.in_store`
 
 
 def open_run(folder: pathlib.Path) -> tuple[JanusConfig, LazyParams] | None:
