@@ -116,7 +116,7 @@ def test_mesh(folder):
         ({"tensor": 8}, r"does not divide the model: vision_model/blocks/attn/q/.*heads 4 over tensor=8"),
         ({"fsdp": 3}, "a mesh of slices=1 x data=1 x fsdp=3 x tensor=1 does not match the 8 devices"),
         ({"fsdp": 0}, "fsdp=0"),
-        ({"rows": 8}, "mesh axis 'rows' is unknown; known: data, fsdp, tensor"),
+        ({"rows": 8}, "mesh axis 'rows' is unknown; known: slices, data, fsdp, tensor"),
         (jax.sharding.Mesh(np.array(jax.devices()), ("rows",)), "the mesh must have the axes .*rows"),
     ],
     ids=["heads", "devices", "zero", "axis", "foreign"],
