@@ -18,7 +18,7 @@ from janus_jax import loading
 from janus_jax.loading import layout
 from janus_jax.sharding import flatten
 from train.overrides import load_config
-from train.run import distributed, lease
+from train.run import distributed, lease, loop
 from train.step.state import attention_on
 
 
@@ -93,6 +93,12 @@ def test_other_versions_of_libraries_are_told(monkeypatch):
     monkeypatch.setattr(distributed, "gather", gather)
     with pytest.raises(ValueError, match=rf"code of process 1 \(host-1\) differs .*jax {jax.__version__}; jax 0.1$"):
         distributed.check_same({"steps": 3}, {})
+
+
+def test_slices_that_the_devices_are_not_of_are_refused_before_anything_is_read():
+    config = load_config("debug", ["mesh.slices=2", "mesh.fsdp=4", "init_from=nowhere", "tokenizer=nowhere"])
+    with pytest.raises(ValueError, match="a mesh of slices=2, but the 8 devices are of 1 slice; set slices=1"):
+        loop.train(config)
 
 
 def test_leases_where_there_is_no_proc(tmp_path, monkeypatch):

@@ -79,7 +79,7 @@ class TwoProcesses:
     """A mesh whose first devices are another process's, seen from the second one."""
 
     is_multi_process = True
-    shape: ClassVar = {"data": 1, "fsdp": 4}
+    shape: ClassVar = {"slices": 1, "data": 1, "fsdp": 4}
 
     def __init__(self, *mine: Device):
         self.local_devices = mine
