@@ -20,15 +20,16 @@ def run(work: Callable[[], Any]) -> int:
     """Runs `work` and returns the exit code: 0 on success, else 2 for bad input or 130 after Ctrl-C, with one line why.
 
     SIGTERM and SIGHUP end it with 143 and 129. All three signals are raised as exceptions, so that partly written
-    output is removed.
+    output is removed; afterwards they do what they did before.
     """
-    for number in _SIGNALS:
-        # A signal that nohup or a background shell ignores stays ignored.
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _end)
+    # A signal that nohup or a background shell ignores stays ignored, and one that is not Python's is left alone.
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    taken = [number for number in _SIGNALS if before[number] not in (signal.SIG_IGN, None)]
     _quiet()
     print_any_text()
     try:
+        for number in taken:
+            signal.signal(number, _end)
         work()
     except (ValueError, OSError) as error:
         print_error(error)
@@ -39,6 +40,9 @@ def run(work: Callable[[], Any]) -> int:
     except _Ended as ended:
         print(ended, file=sys.stderr, flush=True)
         return _SIGNALED + ended.number
+    finally:
+        for number in taken:
+            signal.signal(number, before[number])
     return 0
 
 

@@ -1,10 +1,13 @@
 """Every command prints text of users, and none may end in the middle of a line for want of a character."""
 
 import io
+import os
 import pathlib
+import signal
 
 import pytest
 
+from janus_jax.io import commands
 from janus_jax.io.messages import print_any_text
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -39,3 +42,13 @@ def test_both_streams(encoding, monkeypatch):
 def test_streams_of_notebooks_are_left_alone(monkeypatch):
     monkeypatch.setattr("sys.stdout", io.StringIO())
     print_any_text()
+
+
+def test_signals_are_a_command_s_while_it_runs_alone(monkeypatch, capsys):
+    """In a notebook, whose kernel goes on, they do afterwards what they did before."""
+    monkeypatch.setattr(commands, "_quiet", lambda: None)
+    before = {number: signal.getsignal(number) for number in commands._SIGNALS}
+    assert commands.run(lambda: os.kill(os.getpid(), signal.SIGTERM)) == 143
+    assert capsys.readouterr().err == "ended by SIGTERM\n"
+    assert commands.run(lambda: None) == 0
+    assert {number: signal.getsignal(number) for number in commands._SIGNALS} == before
