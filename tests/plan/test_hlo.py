@@ -77,7 +77,7 @@ ENTRY %main (a: bf16[64,128]) -> bf16[64,128] {
 def test_tpu_programs():
     large, small = 64 * 128 * 2, 32 * 128 * 2
     assert hlo.collectives(TPU) == {
-        "all-gather": hlo.Traffic(7, 7 * large, large),
+        "all-gather": hlo.Traffic(7, 7 * large, large, overlapped=7 * large),
         "reduce-scatter": hlo.Traffic(7, 7 * large, large),
     }
     assert [one.line.split(" ")[0] for one in hlo.copies(TPU, small)] == ["%copy.1"]

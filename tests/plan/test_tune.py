@@ -9,6 +9,7 @@ from tests.plan.test_compile import SMALL, _command, needs_libtpu
 from train.config import REMATS, MeshConfig
 from train.overrides import load_config
 from train.plan import tune as tuning
+from train.plan.hlo import Traffic
 from train.plan.programs import Compiled, DoesNotFit
 from train.plan.topologies import topology
 
@@ -30,20 +31,9 @@ def compiler(monkeypatch):
         flops = 1e12 * {"none": 1, "dots": 1.02, "attention": 1.15, "full": 1.33}[config.remat]
         moved = int(1e9 * config.accumulate * (2 if config.mesh.fsdp == 4 else 1))
         mesh = dataclasses.asdict(config.mesh)
-        return Compiled(
-            "x",
-            place,
-            mesh,
-            {},
-            0,
-            int(peak),
-            1.0,
-            {},
-            config.accumulate,
-            executed=flops,
-            needed=1e12,
-            waited_for=moved,
-        )
+        collectives = {"all-gather": Traffic(1, moved, moved)}
+        more = {"accumulate": config.accumulate, "executed": flops, "needed": 1e12}
+        return Compiled("x", place, mesh, {}, 0, int(peak), 1.0, collectives, **more)
 
     monkeypatch.setattr(tuning, "compile_training", compile_training)
     return tried
@@ -87,9 +77,17 @@ def test_meshes_nearby(mesh, sizes):
 
 
 def test_a_gpu_without_links_known_is_ordered_by_flops():
-    made = Compiled("x", topology("h100-8"), {}, {}, 0, 0, 1.0, {}, executed=989e12, needed=1.0, waited_for=10**12)
+    collectives = {"all-reduce": Traffic(1, 10**12, 10**12)}
+    made = Compiled("x", topology("h100-8"), {}, {}, 0, 0, 1.0, collectives, executed=989e12, needed=1.0)
     assert tuning.least_seconds(made) == pytest.approx(1)
     assert math.isnan(Compiled("x", V5E, {}, {}, 0, 0, 1.0, {}).recomputation)
+
+
+def test_what_is_computed_beside_is_not_waited_for():
+    collectives = {"all-gather": Traffic(4, 800, 200, overlapped=600), "all-reduce": Traffic(1, 200, 200)}
+    made = Compiled("x", V5E, {}, {}, 0, 0, 1.0, collectives)
+    assert made.waited_for == 400 and made.overlap == pytest.approx(0.6)
+    assert Compiled("x", V5E, {}, {}, 0, 0, 1.0, {}).overlap == 1
 
 
 @pytest.mark.slow

@@ -157,11 +157,13 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Collectives of one kind in one run: their number, and the bytes of their larger sides, total and largest."""
+    """Collectives of one kind in one run: their number, and the bytes of their larger sides: in total, of the largest,
+    and of those during which the program goes on computing."""
 
     count: int = 0
     bytes: int = 0
     largest: int = 0
+    overlapped: int = 0
 
 
 def collectives(text: str, slice_size: int = 0) -> dict[str, Traffic]:
@@ -207,17 +209,14 @@ def _by_kind(found: Iterable[Instruction]) -> dict[str, Traffic]:
             size *= _group_size(one.line)  # its result is the share of one device
         elif one.computation.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"  # as TPU's compiler writes it: an all-reduce of which each device keeps a slice
-        so_far = by_kind.get(kind, Traffic())
-        by_kind[kind] = Traffic(so_far.count + one.times, so_far.bytes + one.times * size, max(so_far.largest, size))
+        so_far, moved = by_kind.get(kind, Traffic()), one.times * size
+        by_kind[kind] = Traffic(
+            so_far.count + one.times,
+            so_far.bytes + moved,
+            max(so_far.largest, size),
+            so_far.overlapped + (moved if one.overlapped else 0),
+        )
     return dict(sorted(by_kind.items()))
-
-
-def waited_for(text: str) -> int:
-    """Bytes of the larger sides of collectives in the module `text` during which nothing is computed."""
-    found = (one for one in instructions(text) if one.opcode in _COLLECTIVES and not one.overlapped)
-    return sum(
-        one.times * one.bytes * (_group_size(one.line) if one.opcode == "reduce-scatter" else 1) for one in found
-    )
 
 
 def _group_size(line: str) -> int:

@@ -58,7 +58,6 @@ class Compiled:
       floor: bytes of parameters and cache that a sampling step has to read.
       executed, needed: FLOPs of a chip in a training step: those that it executes, and those of a step that computes
         nothing twice (`executed.least_flops`).
-      waited_for: bytes of collectives during which a chip computes nothing.
       between: the collectives between slices, likewise.
     """
 
@@ -77,7 +76,6 @@ class Compiled:
     floor: float | None = None
     executed: float | None = None
     needed: float | None = None
-    waited_for: int = 0
     between: dict[str, hlo.Traffic] = dataclasses.field(default_factory=dict)
 
     @property
@@ -86,8 +84,13 @@ class Compiled:
         return self.executed / self.needed if self.executed and self.needed else math.nan
 
     @property
+    def waited_for(self) -> int:
+        """Bytes of collectives, without those between slices, during which a chip computes nothing."""
+        return sum(traffic.bytes - traffic.overlapped for traffic in self.collectives.values())
+
+    @property
     def overlap(self) -> float:
-        """The share of all bytes of collectives that are moved while the chips compute; 1 if there are none."""
+        """The share of the bytes of these collectives that move while a chip computes; 1 if there are none."""
         moved = sum(traffic.bytes for traffic in self.collectives.values())
         return 1 - self.waited_for / moved if moved else 1.0
 
@@ -289,11 +292,9 @@ def memory_of(compiled: Any, arguments: dict[str, int]) -> tuple[int, int]:
 def _report(name: str, place: Topology, mesh: Mesh, arguments: dict[str, int], made: _Made, **more: Any) -> Compiled:
     temporaries, peak = memory_of(made.compiled, arguments)
     slice_size = place.chips // place.slices if place.slices > 1 else 0
-    within, between = hlo.collectives(made.text, slice_size), hlo.between_slices(made.text, slice_size)
-    return Compiled(
-        name, place, dict(mesh.shape), arguments, temporaries, peak, made.seconds, within, between=between,
-        waited_for=hlo.waited_for(made.text), **more,
-    )  # fmt: skip
+    more["between"] = hlo.between_slices(made.text, slice_size)
+    within = hlo.collectives(made.text, slice_size)
+    return Compiled(name, place, dict(mesh.shape), arguments, temporaries, peak, made.seconds, within, **more)
 
 
 def _shard_bytes(tree: Any) -> int:
