@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental.multihost_utils import process_allgather
 
 from janus_jax.io.messages import error_text
+from janus_jax.processes import gather
 
 
 def start(coordinator: str, processes: int | None, process: int | None, timeout: int = 300) -> None:
@@ -35,16 +34,6 @@ def start(coordinator: str, processes: int | None, process: int | None, timeout:
 def is_first() -> bool:
     """Whether this process reads and writes the output folder."""
     return jax.process_index() == 0
-
-
-def gather(text: str) -> list[str]:
-    """The `text` of every process, in their order."""
-    if jax.process_count() == 1:
-        return [text]
-    raw = np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8)
-    sizes = process_allgather(np.int32(len(raw)))
-    padded = process_allgather(np.pad(raw, (0, int(sizes.max()) - len(raw) + 1)))
-    return [bytes(row[:size]).decode("utf-8", "surrogatepass") for row, size in zip(padded, sizes, strict=True)]
 
 
 def from_first(value: Any) -> Any:

@@ -20,7 +20,7 @@ PLACES = ("janus_jax", "train", "evals", "convert", "configs", "examples", "benc
 # a name that ends in `.*` means all modules of the folder.
 FLOORS = (
     "janus_jax.io.*",
-    "janus_jax.sizes janus_jax.config janus_jax.sharding janus_jax.compilation_cache janus_jax.hub",
+    "janus_jax.sizes janus_jax.config janus_jax.sharding janus_jax.compilation_cache janus_jax.hub janus_jax.processes",
     "janus_jax.model.*",
     "janus_jax.processing.*",
     "janus_jax.weights.*",

@@ -20,6 +20,7 @@ import numpy as np
 
 from janus_jax.io.messages import one_line
 from janus_jax.io.store_access import StoreUnavailable
+from janus_jax.processes import gather
 from train.run.faults import Stopped
 
 _TPU_FILES = ("/dev/accel0", "/dev/vfio/0")
@@ -151,18 +152,6 @@ def _reach(coordinator: str, timeout: int):
 
 
 # ---------------------------------------------------------------- agreeing
-
-
-def gather(text: str) -> list[str]:
-    """The `text` of every process, in order of process index."""
-    if jax.process_count() == 1:
-        return [text]
-    from jax.experimental.multihost_utils import process_allgather
-
-    raw = np.frombuffer(text.encode(), np.uint8)
-    sizes = process_allgather(np.int32(len(raw)))
-    padded = process_allgather(np.pad(raw, (0, int(sizes.max()) - len(raw) + 1)))
-    return [bytes(row[:size]).decode() for row, size in zip(padded, sizes, strict=True)]
 
 
 def from_first(value: Any) -> Any:
