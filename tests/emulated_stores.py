@@ -64,6 +64,10 @@ class Proxy(http.server.ThreadingHTTPServer):
         finally:
             self._faults = {}
 
+    def about(self, folder) -> int:
+        """How many requests named `folder`: readers of another test may still be trying to get what is theirs."""
+        return sum(folder.name in urllib.parse.unquote(where) for _, where in self.requests)
+
     def count(self, change: int):
         with self._counting:
             self.waiting += change

@@ -61,10 +61,10 @@ def test_a_file_in_a_store_is_read_at_any_position(store, monkeypatch):
         assert file.read(3) == data[:3] and file.seek(-5, 2) == len(data) - 5 and file.read() == data[-5:]
         file.seek(100)
         assert file.read(7000) == data[100:7100]
-    before = len(proxy.requests)
+    before = proxy.about(folder)
     spans = [(5, 10), (0, 0), (2000, 9000)]
     assert store_access.read_spans(str(path), spans) == [data[begin:end] for begin, end in spans]
-    assert len(proxy.requests) - before == 1 + 7
+    assert proxy.about(folder) - before == 1 + 7
     with pytest.raises(ValueError, match="has become shorter"):
         store_access.read_spans(str(path), [(len(data) - 2, len(data) + 2)])
 
