@@ -38,10 +38,14 @@ the model's einsums:
 
 To add a mesh axis: name it in `MESH_AXES`, declare in `RULES` what it splits (in `PARAMETER_AXES` too, if that has no
 logical axis yet), and give `MeshConfig` in `train/config.py` a field of that name, in the order of `MESH_AXES`: devices
-of the last axis are nearest to one another. `tests/step/test_new_axis.py` tries one. Then, depending on what it splits:
+of the last axis are nearest to one another, and `slices` stays first. `tests/step/test_new_axis.py` tries one, and
+`test_the_contract_is_one` in `tests/model/test_sharding.py` fails while something is missing. Then, depending on what
+it splits:
 
 - "batch", like `data`: nothing more; batches, gradients, memory estimates and `janus_jax.load` follow the tables.
 - "heads", "kv_heads", "mlp", "vocab", like `tensor`: nothing more; the compiler splits the work.
+- a dimension that no kernel has yet, as of experts: a logical axis in `RULES` and `PARAMETER_AXES`, and in
+  `_OUTPUT_AXES` if it is an output of a kernel, so that quantization and adapters know it.
 - "embed", like `fsdp`: `_whole` below gathers over one axis, and `_only` in `train/step/step.py` keeps one.
 - "length": the kernels in `model/attention.py` and the losses in `train/step/loss.py`, which reorder a row's tokens.
 """
@@ -119,7 +123,7 @@ _STACKED = re.compile(r"(language_model/layers|vision_model/blocks)/")
 
 
 def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Mesh with the axes `slices`, `data`, `fsdp`, `tensor`.
+    """A mesh with the axes `MESH_AXES`.
 
     >>> dict(make_mesh({"fsdp": -1, "tensor": 2}, jax.devices()[:8]).shape)
     {'slices': 1, 'data': 1, 'fsdp': 4, 'tensor': 2}

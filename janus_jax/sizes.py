@@ -13,7 +13,8 @@ from janus_jax.io.fields import shown
 
 IMAGE_CHANNELS = 3
 DTYPES = ("bfloat16", "float16", "float32")
-# Of the decoder's MLP, one of `model.llama.ACTIVATIONS`: what a config.json must have and what exports say.
+# Of the decoder's MLP, one of `model.llama.ACTIVATIONS`: what exports say. A config.json with another, or with none,
+# which is silu, is refused, so that after a change published checkpoints are.
 DECODER_ACTIVATION = "silu"
 _MOST_LEVELS = 8  # entries of ch_mult; images halve in size between them
 _MOST_GRID = 512  # patches or codes on a side

@@ -154,6 +154,7 @@ def _is_number(x: Any) -> bool:
 
 
 def _kept(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Which tokens top-k and top-p leave, of pictures and text alike; those that tie with the last one all stay."""
     ordered = jnp.sort(logits, axis=-1, descending=True)
     size = logits.shape[-1]
     kth = jnp.take(ordered, jnp.where(top_k > 0, jnp.minimum(top_k, size), size) - 1, axis=-1)[..., None]

@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 
+from janus_jax.sharding import RULES
 from train.config import REMATS, MeshConfig, TrainConfig
 from train.plan.flops import peak_flops
 from train.plan.programs import Compiled, DoesNotFit, compile_training
@@ -52,7 +53,7 @@ def tune(
 
 def micro_batches(config: TrainConfig, mesh: MeshConfig, place: Topology) -> list[int]:
     """The numbers of micro-batches to try: powers of two that leave each device at least a row."""
-    rows = config.batch_size * mesh.tensor // place.chips
+    rows = config.batch_size * _to_a_row(mesh) // place.chips
     return [2**n for n in range(rows.bit_length()) if rows % 2**n == 0]
 
 
@@ -60,8 +61,13 @@ def near(mesh: MeshConfig, place: Topology) -> list[MeshConfig]:
     """`mesh`, and those that shard the parameters over half and twice as many chips."""
     own = mesh.fsdp if mesh.fsdp > 0 else place.chips // (math.prod(dataclasses.astuple(mesh)) // mesh.fsdp)
     chips = place.chips // place.slices
-    sizes = [size for size in (own, own // 2, 2 * own) if size and chips % (size * mesh.tensor) == 0]
+    sizes = [size for size in (own, own // 2, 2 * own) if size and chips % (size * _to_a_row(mesh)) == 0]
     return [dataclasses.replace(mesh, data=-1, fsdp=size) for size in sizes]
+
+
+def _to_a_row(mesh: MeshConfig) -> int:
+    """The number of chips that work on the same rows."""
+    return math.prod(size for axis, size in dataclasses.asdict(mesh).items() if axis not in RULES["batch"])
 
 
 def least_seconds(made: Compiled) -> float:

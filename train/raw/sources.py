@@ -12,8 +12,8 @@ A *format* is a kind of file or folder that contains records:
 | folders | a folder of images for each category, whose name is the caption |
 | sidecar | images with a text file next to each, `a.jpg` and `a.txt`, in a folder and its subfolders |
 
-A *schema* is the meaning of a record's fields (`train.raw.fields`); txt has the schema text, and the last three formats
-have the schema captions:
+A *schema* is the meaning of a record's fields (`train.raw.fields`); txt has the schema text; webdataset, folders and
+sidecar have the schema captions:
 
 | schema | a record |
 |---|---|
@@ -22,8 +22,8 @@ have the schema captions:
 | text | `{"text"}` |
 | captions | `{"image" or "file_name", "caption" or "text"}` |
 
-All formats but the last two may be one file, a folder of files or a glob. Image paths may not leave the data's folder
-unless `allow_outside`.
+All formats but folders and sidecar may be one file, a folder of files or a glob. Image paths may not leave the data's
+folder unless `allow_outside`.
 """
 
 from __future__ import annotations
@@ -63,18 +63,21 @@ class Format:
       endings: the endings of its files, in lower case: what follows the last dot of a name, with the dot.
       schema: the schema of its records; '' if it is detected by their fields.
       indexed: whether `reader` takes a folder `index` too, see `train.raw.indices`.
+      among_pictures: whether such files, in a folder with pictures, are taken for its records rather than for something
+        else about them: if no picture has a text file next to it, and no folder in it holds pictures.
     """
 
     reader: Callable[..., Any]
     endings: tuple[str, ...] = ()
     schema: str = ""
     indexed: bool = False
+    among_pictures: bool = False
 
 
-# A new format is a reader and a row here.
+# A new format is a reader, such as `readers.TextFile` (a record each) or `CsvFile`, and rows here and in docs/data.md.
 FORMATS: dict[str, Format] = {
     "json": Format(json_reader, (".json", ".jsonl", ".ndjson"), indexed=True),
-    "csv": Format(CsvFile, (".csv", ".tsv"), indexed=True),
+    "csv": Format(CsvFile, (".csv", ".tsv"), indexed=True, among_pictures=True),
     "parquet": Format(Parquet, (".parquet",)),
     "txt": Format(TextFile, (".txt",), "text"),
     "webdataset": Format(TarShard, (".tar",), "captions", indexed=True),
@@ -286,13 +289,13 @@ def _format_of(path: pathlib.Path) -> str:
 
 
 def _endings_of(path: pathlib.Path, schema: str) -> tuple[str, ...]:
-    """Endings of the files in a folder that may have records of `schema`: CSV files only if there are no others."""
-    formats = {name: format for name, format in FORMATS.items() if format.endings and format.schema in ("", schema)}
-    endings = tuple(end for name, format in formats.items() if name != "csv" for end in format.endings)
+    """Endings of a folder's files that may hold records of `schema`; some only if it has no others."""
+    formats = [format for format in FORMATS.values() if format.schema in ("", schema)]
+    endings = tuple(end for format in formats if not format.among_pictures for end in format.endings)
     try:
         _files(path, endings, PassedOver())
     except ValueError:
-        return (*endings, *FORMATS["csv"].endings)
+        return tuple(end for format in formats for end in format.endings)
     return endings
 
 
@@ -318,7 +321,7 @@ def _guess_folder(path: pathlib.Path) -> tuple[str, str]:
         return "webdataset", "it has .tar files"
     if ".parquet" in suffixes:
         return "parquet", "it has .parquet files"
-    json, csv = FORMATS["json"].endings, FORMATS["csv"].endings
+    json = FORMATS["json"].endings
     for name, format in zip(_METADATA, ("json", "csv"), strict=True):
         if name in names or any((folder / name).is_file() for folder in folders):
             return format, f"it has {name}"
@@ -330,9 +333,11 @@ def _guess_folder(path: pathlib.Path) -> tuple[str, str]:
         raise ValueError(f"{one_line(path)} has {both}; choose one with --format")
     if suffixes & set(json) and (others or not own):
         return "json", "it has JSON files"
-    if suffixes & set(csv) and not own_texts and not any(_holds_images(folder) for folder in folders):
-        return "csv", "it has .csv or .tsv files"
-    if own or any(_holds_images(folder) for folder in folders):
+    pictures_within = any(_holds_images(folder) for folder in folders)
+    for format, known in FORMATS.items():
+        if known.among_pictures and suffixes & set(known.endings) and not own_texts and not pictures_within:
+            return format, f"it has {' or '.join(known.endings)} files"
+    if own or pictures_within:
         pictures, texts = count_sidecars(path)
         if suffixes & set(json) and own and not own_texts:
             texts = pictures  # a JSON file next to each image
@@ -341,7 +346,7 @@ def _guess_folder(path: pathlib.Path) -> tuple[str, str]:
         if texts:
             share = f"{texts:,} of {pictures:,} images have a text file next to them"
             raise ValueError(f"{one_line(path)}: {share}; choose --format sidecar or folders")
-        if any(_holds_images(folder) for folder in folders):
+        if pictures_within:
             return "folders", "it has folders of images without text files"
         raise ValueError(f"{one_line(path)} has images, but neither text files next to them nor a file of captions")
     if ".txt" in suffixes:

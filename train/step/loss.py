@@ -22,6 +22,8 @@ from train.config import TASKS
 Params = dict[str, Any]
 
 # What `_of_tokens` says of each target token; its sums over all of them and over each kind are divided by their number.
+# Metrics and trackers get all of them, the console those in `train.run.metrics._SHOWN`; docs/pods.md, section 7, lists
+# them.
 PER_TOKEN = ("loss", "accuracy")
 
 
@@ -127,7 +129,7 @@ def _in_chunks(logits, params, hidden, targets, wanted, count):
 
 
 def _of_tokens(logits, params, hidden, targets, wanted):
-    """The values of PER_TOKEN by name, [B, C]; whatever is added here is summed and written as the loss is."""
+    """The values of PER_TOKEN by name, [B, C]; whatever is added to both is summed and written as the loss is."""
     scores = logits(params, hidden)
     # By comparison rather than gathering, which stays local if the vocabulary is split over devices.
     chosen = jnp.where(jnp.arange(scores.shape[-1]) == targets[..., None], scores, 0).sum(-1)

@@ -42,8 +42,8 @@ def make_train_step(config: TrainConfig, mesh: Mesh, settings: ImageSettings) ->
     clipping, 'learning_rate', and 'finite', which is 0 if the loss or a gradient is not finite, so that the update was
     skipped. All of them reach metrics.jsonl and TensorBoard as `train/<name>`: one value for the steps since the last
     line, combined by `loss.combined`; for the gradient norm and the learning rate, the last step's. To add a metric
-    of the step, add a key to `metrics` in `train_step`, and nothing else; for one of the tokens, an entry to
-    `loss.PER_TOKEN`, and nothing else.
+    of the step, add a key to `metrics` in `train_step`, and nothing else; for one of the tokens, a name to
+    `loss.PER_TOKEN` and its value to `loss._of_tokens`.
 
     Call it under `jax.set_mesh(mesh)`.
     """
