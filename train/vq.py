@@ -33,7 +33,7 @@ from janus_jax.io.files import read_json_object
 from janus_jax.io.messages import one_line, print_any_text, print_error
 from janus_jax.io.progress import shown, step_bar
 from janus_jax.io.stores import local_only
-from janus_jax.io.whole_files import replace_file
+from janus_jax.io.whole.files import replace_file
 from janus_jax.model.vq import VQModel
 from janus_jax.weights import checkpoint
 from janus_jax.weights.torch_weights import abstract_params

@@ -17,8 +17,8 @@ from janus_jax.hub import resolve
 from janus_jax.io.files import read_json_object
 from janus_jax.io.messages import one_line
 from janus_jax.io.progress import byte_bar
-from janus_jax.io.staging import destination, staged
 from janus_jax.io.stores import copy_file
+from janus_jax.io.whole.folders import destination, staged
 from janus_jax.processing.processor_files import (
     PROCESSOR_FILES,
     TOKENIZER_FILES,

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from janus_jax.io import whole_files
+from janus_jax.io.whole import files as whole_files
 from tests.data.test_prepare import OPTIONS, content, encode, run
 from tests.raw.test_sources import lines
 from train.data.prepared import open_prepared

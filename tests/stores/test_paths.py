@@ -12,9 +12,9 @@ import pytest
 
 from janus_jax.io import store_access
 from janus_jax.io.files import open_regular, read_json_object
-from janus_jax.io.staging import staged
 from janus_jax.io.stores import StorePath, as_path, copy_file, size_of
-from janus_jax.io.whole_files import create_file
+from janus_jax.io.whole.files import create_file
+from janus_jax.io.whole.folders import staged
 from janus_jax.weights.formats.safetensors_files import TensorToWrite, write_safetensors
 from janus_jax.weights.formats.torch_files import open_tensors
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from janus_jax.io.whole_files import discard, new_partial, publish, replace_file
+from janus_jax.io.whole.files import discard, new_partial, publish, replace_file
 from train.data.bags import BagWriter
 from train.data.prepared import read_meta
 from train.data.samples import Sample

@@ -21,7 +21,7 @@ from janus_jax.io.files import open_regular
 from janus_jax.io.store_access import is_store
 from janus_jax.io.store_cache import local_copy
 from janus_jax.io.stores import size_of
-from janus_jax.io.whole_files import appearing
+from janus_jax.io.whole.files import appearing
 
 # Of a record: its first byte; its bytes, 2**32 - 1 if there are more; its number in its file, such as that of its line,
 # less its index.

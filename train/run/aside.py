@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from janus_jax.io.staging import replace_file
+from janus_jax.io.whole.folders import replace_file
 from janus_jax.pipeline import JanusPipeline
 from janus_jax.processing.chat import Processor
 from janus_jax.processing.images import ImageSettings, contact_sheet

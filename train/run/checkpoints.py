@@ -28,9 +28,9 @@ import jax
 
 from janus_jax.io.files import read_json_object
 from janus_jax.io.messages import one_line
-from janus_jax.io.staging import replace_file
 from janus_jax.io.store_access import StoreUnavailable, is_store
 from janus_jax.io.stores import StorePath, as_path
+from janus_jax.io.whole.folders import replace_file
 from janus_jax.sampling.memory import OutOfMemory
 from janus_jax.weights.checkpoint import json_bytes
 from train.config import TrainConfig

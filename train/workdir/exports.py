@@ -18,8 +18,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from janus_jax.config import original_config
-from janus_jax.io.staging import Staging
 from janus_jax.io.stores import StorePath
+from janus_jax.io.whole.folders import Staging
 from janus_jax.processing.processor_files import PROCESSOR_FILES, TOKENIZER_FILES, copy_files
 from janus_jax.weights import checkpoint
 from janus_jax.weights.adapters.peft_files import CONFIG, is_adapter

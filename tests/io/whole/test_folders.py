@@ -14,12 +14,12 @@ import time
 
 import pytest
 
-from janus_jax.io.leftovers import remove_left
-from janus_jax.io.staging import MARK, Staging, new_folder, staged, write_file
+from janus_jax.io.whole.folders import MARK, Staging, new_folder, staged, write_file
+from janus_jax.io.whole.leftovers import remove_left
 from janus_jax.weights.conversion import from_torch, to_torch
 from tests.weights.golden import GOLDEN
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+ROOT = pathlib.Path(__file__).resolve().parents[3]
 
 
 def names(folder: pathlib.Path) -> set[str]:

@@ -24,10 +24,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from janus_jax.io.files import read_json_object
-from janus_jax.io.leftovers import new_lock, remove, remove_left
 from janus_jax.io.messages import one_line
 from janus_jax.io.store_access import is_store
 from janus_jax.io.stores import local_only
+from janus_jax.io.whole.leftovers import new_lock, remove, remove_left
 
 MARK = "janus_jax.json"
 _MADE_BY = "janus_jax"
