@@ -16,7 +16,7 @@ from evals.judging import Judge, judgements
 from evals.progress import Progress
 from evals.tasks import TASKS
 from janus_jax.io.messages import did_you_mean, one_line
-from janus_jax.io.whole.folders import write_file
+from janus_jax.io.whole.files import write_file
 
 FORMAT = 1
 

@@ -30,7 +30,7 @@ from janus_jax.io import commands
 from janus_jax.io.files import read_json_object
 from janus_jax.io.messages import one_line, print_any_text, print_error, print_note
 from janus_jax.io.stores import local_only
-from janus_jax.io.whole.folders import write_file
+from janus_jax.io.whole.files import write_file
 from janus_jax.loading import default_dtype, first_device, load
 from janus_jax.pipeline import JanusPipeline
 from janus_jax.sampling.memory import OutOfMemory

@@ -17,7 +17,8 @@ from PIL import Image
 from janus_jax import compilation_cache
 from janus_jax.hub import hub_id, resolve
 from janus_jax.io.messages import print_any_text, print_error
-from janus_jax.io.whole.folders import new_folder, write_file
+from janus_jax.io.whole.files import write_file
+from janus_jax.io.whole.folders import new_folder
 from janus_jax.loading import load
 from janus_jax.pipeline import JanusPipeline
 from janus_jax.processing.chat import Processor

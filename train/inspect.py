@@ -15,6 +15,7 @@ import numpy as np
 
 from janus_jax.io.messages import one_line, print_any_text, print_error
 from janus_jax.io.stores import local_only
+from janus_jax.io.whole.files import write_file
 from janus_jax.processing.images import open_image
 from train.data.prepared import open_prepared
 from train.data.views import View, Viewer
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
             elif not args.html:
                 print(describe(view), end="\n\n")
         if args.html:
-            _write(local_only(args.html), page(folder, views))
+            write_file(local_only(args.html), page(folder, views).encode(errors="replace"))
             if not args.json:
                 print(f"{one_line(args.html)}: {len(views)} of {len(folder):,} samples")
     except BrokenPipeError:
@@ -102,15 +103,6 @@ def _chosen(count: int, n: int, seed: int | None) -> list[int]:
     if seed is None:
         return list(range(min(n, count)))
     return sorted(np.random.default_rng(seed).choice(count, min(n, count), replace=False).tolist())
-
-
-def _write(path: pathlib.Path, text: str):
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8", errors="replace")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

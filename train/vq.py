@@ -33,7 +33,7 @@ from janus_jax.io.files import read_json_object
 from janus_jax.io.messages import one_line, print_any_text, print_error
 from janus_jax.io.progress import shown, step_bar
 from janus_jax.io.stores import local_only
-from janus_jax.io.whole.files import replace_file
+from janus_jax.io.whole.files import write_file
 from janus_jax.model.vq import VQModel
 from janus_jax.weights import checkpoint
 from janus_jax.weights.torch_weights import abstract_params
@@ -271,7 +271,7 @@ class KeptTraining:
     def save(self, state: VQState, history: dict[str, list[float]]):
         """Writes the state after its step, atomically, then deletes the previous one; OSError on failure."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        replace_file(self.folder / _RUN, json.dumps(self._run, indent=2) + "\n")
+        write_file(self.folder / _RUN, json.dumps(self._run, indent=2) + "\n")
         arrays = {name: np.array(values, np.float32) for name, values in history.items()}
         before = self.latest
         try:

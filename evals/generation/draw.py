@@ -28,7 +28,7 @@ from janus_jax.io import commands
 from janus_jax.io.files import parse_json, read_json, read_json_object, read_text
 from janus_jax.io.messages import one_line
 from janus_jax.io.stores import local_only
-from janus_jax.io.whole.folders import write_file
+from janus_jax.io.whole.files import write_file
 from janus_jax.loading import default_dtype, first_device, load
 from janus_jax.sampling.sampler import check_count
 from janus_jax.sharding import MESH_AXES

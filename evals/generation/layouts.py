@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from janus_jax.io.messages import one_line
-from janus_jax.io.whole.folders import write_file
+from janus_jax.io.whole.files import write_file
 
 
 def grid(pictures: Sequence[Image.Image], per_row: int, padding: int = 0) -> Image.Image:

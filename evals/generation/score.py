@@ -22,7 +22,7 @@ from evals.progress import Progress
 from janus_jax.io import commands
 from janus_jax.io.files import read_json
 from janus_jax.io.messages import one_line
-from janus_jax.io.whole.folders import write_file
+from janus_jax.io.whole.files import write_file
 from janus_jax.processing.image_files import open_image
 
 Detect = Callable[[Image.Image], Mapping[str, Sequence[Detection]]]

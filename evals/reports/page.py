@@ -19,7 +19,7 @@ from PIL import Image
 from evals.evaluate import Evaluation
 from evals.items import ImageRef, Item
 from janus_jax.io.messages import one_line
-from janus_jax.io.whole.folders import write_file
+from janus_jax.io.whole.files import write_file
 from janus_jax.processing.images import open_image
 
 PAGE = "report.html"

@@ -11,7 +11,7 @@ from evals.evaluate import Evaluation
 from evals.items import Number
 from janus_jax.io.files import read_json_object
 from janus_jax.io.messages import one_line
-from janus_jax.io.whole.folders import write_file
+from janus_jax.io.whole.files import write_file
 
 RESULTS, TABLE = "results.json", "report.md"
 FORMAT = 1

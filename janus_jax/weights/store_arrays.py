@@ -16,6 +16,7 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -235,7 +236,8 @@ def read_tree(folder: pathlib.Path, abstract: Any) -> Any:
     def small(name: str) -> bool:
         return wanted[name].size * wanted[name].dtype.itemsize <= _SMALL_BYTES
 
-    arrays = dict(in_order(wanted, read, _READERS, small))
+    with ThreadPoolExecutor(_READERS) as pool:
+        arrays = dict(in_order(wanted, read, pool, 2 * _READERS, small))
     return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in wanted])
 
 

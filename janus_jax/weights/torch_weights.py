@@ -12,6 +12,7 @@ import math
 import pathlib
 import sys
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -293,7 +294,7 @@ def place(
         spread = dict.fromkeys(leaves, shardings)
 
     arrays = {}
-    with byte_bar("loading", total_bytes(leaves), progress) as bar:
+    with byte_bar("loading", total_bytes(leaves), progress) as bar, ThreadPoolExecutor(_AT_ONCE) as pool:
 
         def read(path: Path) -> Any:
             cast = leaves[path].astype(dtype or leaves[path].dtype, "/".join(path))
@@ -306,7 +307,7 @@ def place(
         def early(path: Path) -> bool:
             return leaves[path].late and leaves[path].num_bytes <= _SMALL_BYTES
 
-        for path, array in in_order(leaves, read, _AT_ONCE, early):
+        for path, array in in_order(leaves, read, pool, 2 * _AT_ONCE, early):
             leaf, arrays[path] = leaves[path], array
             if made is not None:
                 name = "/".join(path)

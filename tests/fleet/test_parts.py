@@ -91,7 +91,7 @@ def test_a_killed_merge_is_done_again(captions, processor, tmp_path, whole, monk
     def killed(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(merge_module, "replace_file", killed)
+    monkeypatch.setattr(merge_module, "write_file", killed)
     with pytest.raises(KeyboardInterrupt):
         part(captions, out, processor, 0, 1)
     with pytest.raises(ValueError, match="or with --merge: its 7 shards are complete, but not merged"):

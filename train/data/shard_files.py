@@ -6,16 +6,16 @@ Any number of processes may write to the folder, even the same shard: the bytes 
 from __future__ import annotations
 
 import base64
-import collections
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
+from janus_jax.io.ahead import in_order
 from janus_jax.io.files import read_json_object
 from janus_jax.io.messages import one_line
 from janus_jax.io.store_access import is_store
@@ -79,8 +79,8 @@ def read_indices(out: pathlib.Path, shards: Sequence[int], mark: str = "") -> It
         yield from ((shard, index) for shard, index in found if index is not None)
         return
     with ThreadPoolExecutor(_INDICES_AT_ONCE) as pool:
-        read = in_order(pool, lambda shard: read_index(out, shard, mark), known, 2 * _INDICES_AT_ONCE)
-        yield from ((shard, index) for shard, index in zip(known, read, strict=True) if index is not None)
+        read = in_order(known, lambda shard: read_index(out, shard, mark), pool, 2 * _INDICES_AT_ONCE)
+        yield from ((shard, index) for shard, index in read if index is not None)
 
 
 def present(out: pathlib.Path, shards: Sequence[int]) -> list[int]:
@@ -112,14 +112,3 @@ def listed_shards(shards: Sequence[int], most: int = 8) -> str:
             runs.append([shard, shard])
     told = [str(first) if first == last else f"{first} to {last}" for first, last in runs[:most]]
     return ", ".join(told + (["..."] if len(runs) > most else []))
-
-
-def in_order(pool: ThreadPoolExecutor, function: Callable, items: Iterable, ahead: int) -> Iterator[Any]:
-    """`function` of each item in order, computed by `pool`, with at most `ahead` of them computed in advance."""
-    waiting = collections.deque()
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) >= ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()

@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from janus_jax.io.whole.files import discard, new_partial, publish, replace_file
+from janus_jax.io.ahead import in_order
+from janus_jax.io.whole.files import discard, new_partial, publish, write_file
 from train.data.bags import BagWriter
 from train.data.prepared import read_meta
 from train.data.samples import Sample
-from train.data.shard_files import data_file, in_order, index_file, index_text
+from train.data.shard_files import data_file, index_file, index_text
 from train.data.tokenize import SampleTokenizer
 from train.raw.sources import BadSample
 from train.raw.storage import patiently
@@ -102,7 +103,7 @@ class ShardWriter:
         """Writes each of `shards`, of these items of the source, and its index; yields the indices."""
         # Enough ahead to keep the threads busy while a batch is being encoded, over the ends of shards.
         items = itertools.chain.from_iterable(shards.values())
-        made = in_order(pool, self.make, items, ahead=2 * self.batch_size)
+        made = in_order(items, self.make, pool, 2 * self.batch_size)
         with ThreadPoolExecutor(1) as storing:
             stored: Future | None = None
             for shard, own in shards.items():
@@ -137,7 +138,7 @@ class ShardWriter:
                 index["images"].append(len(sample.images))
 
         try:
-            for item, one in zip(items, made, strict=True):
+            for item, one in made:
                 bad = [dataclasses.asdict(_Dropped.of(one)) | {"item": item}] if isinstance(one, BadSample) else []
                 index["dropped"] += bad
                 self.tally.add(1, bad)
@@ -194,7 +195,7 @@ class ShardWriter:
                     publish(partial, path)
                 else:
                     path.unlink(missing_ok=True)
-                replace_file(self.out / index_file(shard), index_text(index))
+                write_file(self.out / index_file(shard), index_text(index))
         except FileNotFoundError:
             if not self._finished():
                 raise

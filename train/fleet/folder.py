@@ -12,7 +12,7 @@ import numpy as np
 
 from janus_jax.io.messages import one_line, print_line
 from janus_jax.io.store_access import is_store
-from janus_jax.io.whole.files import PARTIAL, create_file, remove_partial, replace_file
+from janus_jax.io.whole.files import PARTIAL, create_file, remove_partial, write_file
 from janus_jax.processing.tokenizer import Tokenizer
 from train.data.prepared import FORMAT_VERSION, META, SPECIAL_IDS, TOKENIZER, read_meta
 from train.raw.sources import BadSample, RawSample
@@ -69,7 +69,7 @@ def begin(out: pathlib.Path, settings: dict[str, Any], tokenizer: Tokenizer) -> 
     if not meta["finished"]:
         remove_partial(out)
         if not (out / TOKENIZER).exists():
-            replace_file(out / TOKENIZER, tokenizer.state())
+            write_file(out / TOKENIZER, tokenizer.state())
     return meta
 
 

@@ -24,7 +24,7 @@ from janus_jax.io.messages import one_line
 from janus_jax.io.store_access import is_store
 from janus_jax.io.store_cache import local_copy
 from janus_jax.io.stores import as_path
-from janus_jax.io.whole.files import appearing, remove_partial, replace_file
+from janus_jax.io.whole.files import appearing, remove_partial, write_file
 from train.data.prepared import DROPPED, ENDS, FORMAT_VERSION, IMAGES, INDEX, LENGTHS, META, read_meta
 from train.data.shard_files import data_file, listed_shards, missing_shards, read_indices, shard_count
 from train.data.shards import Tally
@@ -161,7 +161,7 @@ def _merge(out: pathlib.Path, meta: dict[str, Any], count: int, tally: Tally) ->
     done = {"version": FORMAT_VERSION, "finished": True, "read": report.read, "samples": report.kept}
     done |= {"tokens": report.tokens, "dropped": report.dropped, "shards": files}
     done[INDEX] = {LENGTHS: lengths.figures(), IMAGES: images.figures()}
-    replace_file(out / META, json.dumps(meta | done, indent=2, ensure_ascii=False) + "\n")
+    write_file(out / META, json.dumps(meta | done, indent=2, ensure_ascii=False) + "\n")
     drop_indices(out)
     return report
 

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from janus_jax.io.whole.folders import replace_file
+from janus_jax.io.whole.files import write_file
 from janus_jax.pipeline import JanusPipeline
 from janus_jax.processing.chat import Processor
 from janus_jax.processing.images import ImageSettings, contact_sheet
@@ -222,7 +222,7 @@ def draw_samples(
             path.parent.mkdir(parents=True, exist_ok=True)
             file = io.BytesIO()
             contact_sheet(images, columns=s.images, gap=2).save(file, format="PNG")
-            replace_file(path, file.getvalue())
+            write_file(path, file.getvalue())
 
 
 _cast = jax.jit(cast, static_argnums=1)

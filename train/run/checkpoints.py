@@ -30,7 +30,7 @@ from janus_jax.io.files import read_json_object
 from janus_jax.io.messages import one_line
 from janus_jax.io.store_access import StoreUnavailable, is_store
 from janus_jax.io.stores import StorePath, as_path
-from janus_jax.io.whole.folders import replace_file
+from janus_jax.io.whole.files import PARTIAL, remove_partial, write_file
 from janus_jax.sampling.memory import OutOfMemory
 from janus_jax.weights.checkpoint import json_bytes
 from train.config import TrainConfig
@@ -47,7 +47,7 @@ from train.workdir.mirror import Mirror
 from train.workdir.on_disk import DiskCheckpoints
 from train.workdir.store_lease import StoreLease
 
-_TEMPORARY, _EXPORT = "run.tmp", "export"
+_EXPORT = "export"
 DAMAGED, METRICS, FAILURES = "damaged-*.txt", "metrics.jsonl", "failures.txt"
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 _ASK_AGAIN = 2  # seconds between checks of a lease that may lapse
@@ -133,7 +133,8 @@ class Workdir:
         with together():
             check_claim(config, run)  # again: another run may have begun in the folder before the lease was taken
             if jax.process_index() == 0:
-                replace_file(self.folder / RUN, json_bytes(run))
+                write_file(self.folder / RUN, json_bytes(run))
+                remove_partial(self.folder)
         if jax.process_count() > 1:
             self._check_shared()
         if isinstance(self.folder, StorePath):
@@ -331,7 +332,8 @@ def _first_cause(error: BaseException) -> str:
 
 def _is_passing(name: str) -> bool:
     """Whether a start may leave a file called `name` before there is a run."""
-    return name == _TEMPORARY or name.startswith(lease.FILE) or (name[0] == "." and name.endswith(".partial"))
+    # run.tmp is an earlier version's.
+    return name == "run.tmp" or name.startswith(lease.FILE) or (name[0] == "." and name.endswith(PARTIAL))
 
 
 def _trees(state: TrainState) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import jax
 
 from janus_jax.io.files import read_json_object
 from janus_jax.io.messages import one_line
-from janus_jax.io.whole.folders import replace_file
+from janus_jax.io.whole.files import write_file
 from janus_jax.weights.checkpoint import json_bytes
 from train.run.distributed import Agreed, barrier, say
 from train.run.faults import HUNG, Stopped
@@ -128,4 +128,4 @@ class Tries:
             if not counts:
                 self._path.unlink(missing_ok=True)
                 return
-            replace_file(self._path, json_bytes({"step": step, "begun": counts}))
+            write_file(self._path, json_bytes({"step": step, "begun": counts}))

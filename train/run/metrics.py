@@ -16,6 +16,7 @@ from typing import Any
 
 from janus_jax.io.files import parse_json
 from janus_jax.io.stores import as_path
+from janus_jax.io.whole.files import write_file
 from train.run.distributed import say
 from train.run.failures import Failures
 from train.watch.writers import JSONL, WRITERS, Opening
@@ -215,8 +216,5 @@ def _cut(path: pathlib.Path, start_step: int) -> set[tuple[int, str]]:
         path.rename(aside)
         say(f"note: {path}, line {damaged[0]} is not a line of metrics; the file is kept as {aside.name}")
     if damaged or kept != path.read_bytes():
-        # Written under another name and renamed, so that a kill leaves the old file or the new one.
-        temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(kept)
-        temporary.replace(path)
+        write_file(path, kept)
     return {(line["step"], name.partition("/")[0]) for line, _ in lines for name in line if "/" in name}

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from janus_jax.io.files import read_json_object
-from janus_jax.io.whole.folders import write_file
+from janus_jax.io.whole.files import write_file
 
 JSONL = "jsonl"
 IDS = "trackers.json"

@@ -6,6 +6,7 @@ What is written has a name of its own until it is whole, and then replaces what 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pathlib
 import secrets
@@ -18,12 +19,17 @@ from janus_jax.io.store_access import is_store, read_versioned, write_if
 from janus_jax.io.stores import StorePath
 
 PARTIAL = ".partial"
+NO_ROOM = {
+    errno.ENOSPC: "No space left on device",
+    errno.EDQUOT: "Disk quota exceeded",
+    errno.EFBIG: "File too large",
+}
 _LEFT_AFTER = 3600  # seconds without a change after which a partial file counts as that of a killed process
 
 
 def new_partial(path: pathlib.Path) -> pathlib.Path:
     """A local path to write a file at that `publish` then moves to `path`; no other process has the same."""
-    name = f"{path.name}.{secrets.token_hex(4)}{PARTIAL}"
+    name = f".{path.name}.{secrets.token_hex(4)}{PARTIAL}"
     if is_store(path):
         return pathlib.Path(tempfile.mkdtemp(prefix="janus_jax_")) / name
     return path.with_name(name)
@@ -42,7 +48,8 @@ def discard(partial: pathlib.Path, path: pathlib.Path) -> None:
     if is_store(path):
         shutil.rmtree(partial.parent, ignore_errors=True)
     else:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what failed before is what is told
+            partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -56,13 +63,21 @@ def appearing(path: pathlib.Path) -> Iterator[pathlib.Path]:
         discard(partial, path)
 
 
-def replace_file(path: pathlib.Path, text: str) -> None:
-    """Writes a file atomically."""
+def write_file(path: pathlib.Path, data: bytes | str) -> None:
+    """Writes `data`, text as UTF-8, to the file `path`, whole; OSError that names it if the disk is full."""
+    content = data.encode() if isinstance(data, str) else data
     if is_store(path):
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(content)
         return
-    with appearing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+    try:
+        with appearing(path) as partial, open(partial, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # otherwise a full disk might show only later
+    except OSError as error:
+        if told := no_room(error):
+            raise OSError(told, NO_ROOM[told], str(path)) from None
+        raise
 
 
 def create_file(path: pathlib.Path, text: str) -> None:
@@ -93,3 +108,13 @@ def remove_partial(out: pathlib.Path, left_after: float = _LEFT_AFTER) -> None:
         with contextlib.suppress(FileNotFoundError):
             if time.time() - path.stat().st_mtime >= left_after:
                 path.unlink()
+
+
+def no_room(error: BaseException) -> int:
+    """The errno if `error` means that a disk is full, else 0."""
+    if isinstance(error, OSError):
+        return error.errno if error.errno in NO_ROOM else 0
+    # Tensorstore only has the message.
+    return next(
+        (number for number, words in NO_ROOM.items() if isinstance(error, ValueError) and words in str(error)), 0
+    )

@@ -1,4 +1,4 @@
-"""Writes folders and files atomically.
+"""Writes folders atomically.
 
 A folder is written next to its destination, under a hidden name, and renamed when it is complete: until then nothing at
 the destination is touched, and a failure leaves nothing behind. Meanwhile a lock file next to it shows that its writer
@@ -25,17 +25,12 @@ from typing import Any
 
 from janus_jax.io.files import read_json_object
 from janus_jax.io.messages import one_line
-from janus_jax.io.store_access import is_store
 from janus_jax.io.stores import local_only
+from janus_jax.io.whole.files import NO_ROOM, no_room
 from janus_jax.io.whole.leftovers import new_lock, remove, remove_left
 
 MARK = "janus_jax.json"
 _MADE_BY = "janus_jax"
-NO_ROOM = {
-    errno.ENOSPC: "No space left on device",
-    errno.EDQUOT: "Disk quota exceeded",
-    errno.EFBIG: "File too large",
-}
 _PROBE_BYTES = 64 << 20
 
 
@@ -255,54 +250,11 @@ def _named_when_full(out: str | os.PathLike) -> Iterator[None]:
         raise OSError(told, f"{NO_ROOM[told]}; the partial output was removed", one_line(out)) from error
 
 
-def no_room(error: BaseException) -> int:
-    """The errno if `error` means that a disk is full, else 0."""
-    if isinstance(error, OSError):
-        return error.errno if error.errno in NO_ROOM else 0
-    # Tensorstore only has the message.
-    return next(
-        (number for number, words in NO_ROOM.items() if isinstance(error, ValueError) and words in str(error)), 0
-    )
-
-
 def _make_parents(place: pathlib.Path) -> list[pathlib.Path]:
     """Creates the parent folders of `place`; returns the new ones, innermost first."""
     absent = [parent for parent in place.parents if not parent.exists()]
     place.parent.mkdir(parents=True, exist_ok=True)
     return absent
-
-
-# ---------------------------------------------------------------- files
-
-
-def write_file(path: pathlib.Path, data: bytes):
-    """Writes `data` to the file `path` atomically, or to an object in a store; OSError if the disk is full."""
-    if is_store(path):
-        path.write_bytes(data)
-        return
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())  # otherwise a full disk might show only later
-        temporary.replace(path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if told := no_room(error):
-            raise OSError(told, NO_ROOM[told], str(path)) from None
-        raise
-
-
-def replace_file(path: pathlib.Path, data: bytes):
-    """Writes the small file `path` so that a kill leaves the old content or the new one."""
-    if is_store(path):
-        path.write_bytes(data)
-    else:
-        temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(data)
-        temporary.replace(path)
 
 
 @contextlib.contextmanager

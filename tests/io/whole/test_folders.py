@@ -14,7 +14,8 @@ import time
 
 import pytest
 
-from janus_jax.io.whole.folders import MARK, Staging, new_folder, staged, write_file
+from janus_jax.io.whole.files import write_file
+from janus_jax.io.whole.folders import MARK, Staging, new_folder, staged
 from janus_jax.io.whole.leftovers import remove_left
 from janus_jax.weights.conversion import from_torch, to_torch
 from tests.weights.golden import GOLDEN
@@ -307,25 +308,6 @@ def test_a_full_disk_is_one_line(tmp_path):
         assert names(disk) == set()
     finally:
         subprocess.run(["umount", str(disk)], check=True)
-
-
-# ---------------------------------------------------------------- files
-
-
-def test_a_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
-    write_file(tmp_path / "a.png", b"old")
-
-    def full(number):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match=r"No space left on device.*a.png"):
-            write_file(tmp_path / "a.png", b"new")
-    assert (tmp_path / "a.png").read_bytes() == b"old"
-    write_file(tmp_path / "a.png", b"new")
-    assert (tmp_path / "a.png").read_bytes() == b"new"
-    assert names(tmp_path) == {"a.png"}
 
 
 def test_a_new_folder_goes_with_what_failed(tmp_path):
