@@ -37,6 +37,7 @@ FLOORS = (
     "train.validate",
     "train.plan.*",
     "train.raw.*",
+    "train.records.*",
     "train.data.*",
     "train.run.distributed train.run.faults train.run.lease",
     "train.workdir.*",

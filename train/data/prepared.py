@@ -23,12 +23,13 @@ from janus_jax.io.messages import one_line
 from janus_jax.io.store_access import is_store
 from janus_jax.io.store_cache import local_copy
 from janus_jax.io.stores import as_path
-from train.data.bags import content_of
-from train.data.records import Records, StoreRecords
 from train.data.samples import Sample
 from train.data.shard_files import listed_shards, missing_shards, shard_count
 from train.raw.sources import missing_path
 from train.raw.storage import machine_error, patiently
+from train.records.bags import content_of
+from train.records.local import Records
+from train.records.store import StoreRecords
 
 META, LENGTHS, IMAGES, ENDS, DROPPED = "prepared.json", "lengths.npy", "images.npy", "ends.npy", "dropped.jsonl"
 TOKENIZER = "tokenizer.json"

@@ -19,7 +19,7 @@ from janus_jax.io.ahead import in_order
 from janus_jax.io.files import read_json_object
 from janus_jax.io.messages import one_line
 from janus_jax.io.store_access import is_store
-from train.data.bags import ENDING
+from train.records.bags import ENDING
 
 _INDICES_AT_ONCE = 32  # requests to a store
 _MAX_INDEX = 1 << 30  # bytes of a shard's index

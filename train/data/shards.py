@@ -20,13 +20,13 @@ import numpy as np
 
 from janus_jax.io.ahead import in_order
 from janus_jax.io.whole.files import discard, new_partial, publish, write_file
-from train.data.bags import BagWriter
 from train.data.prepared import read_meta
 from train.data.samples import Sample
 from train.data.shard_files import data_file, index_file, index_text
 from train.data.tokenize import SampleTokenizer
 from train.raw.sources import BadSample
 from train.raw.storage import patiently
+from train.records.bags import BagWriter
 
 # Fewer samples say too little about the share of bad ones.
 LEAST_READ = 100

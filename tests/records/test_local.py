@@ -26,16 +26,16 @@ from janus_jax.processing.chat import Processor
 from janus_jax.processing.images import ImageSettings, open_image
 from tests.handles import open_in
 from train.config import DataConfig
-from train.data import records
-from train.data.bags import ENDING, BagReader, BagWriter
 from train.data.batches import Assembler, load_batches
 from train.data.mixture import Mixture
 from train.data.prepared import FORMAT_VERSION, open_prepared
-from train.data.records import ArrayRecordReader, Records
 from train.data.samples import Sample
 from train.prepare import prepare
 from train.raw import storage
 from train.raw.sources import RawSample
+from train.records import local as records
+from train.records.bags import ENDING, BagReader, BagWriter
+from train.records.local import ArrayRecordReader, Records
 from train.run.faults import STORAGE, Stopped
 from train.run.flow import next_batch
 
@@ -94,7 +94,7 @@ def epoch(folder: str, rows: int) -> None:
 
 
 def run_epoch(folder: pathlib.Path, handles: int, rows: int) -> dict:
-    code = "import sys; from tests.data.test_records import epoch; epoch(sys.argv[1], int(sys.argv[2]))"
+    code = "import sys; from tests.records.test_local import epoch; epoch(sys.argv[1], int(sys.argv[2]))"
     done = subprocess.run(
         [sys.executable, "-c", code, str(folder), str(rows)],
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (handles, handles)),
