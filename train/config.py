@@ -42,6 +42,8 @@ class DataConfig:
       text_loss: train on 'all' tokens of text samples, or only on the 'answers'.
       workers: processes that assemble batches ahead; 0 assembles them in threads of this process.
       max_bad_share: stop if more than this share of the samples read is damaged.
+      cache: local folder of each host that keeps samples read from `gs://` or `s3://`; empty for none.
+      cache_gb: the most gigabytes (1e9 bytes) kept there.
     """
 
     understanding: tuple[str, ...] = ()
@@ -60,6 +62,8 @@ class DataConfig:
     text_loss: Literal["all", "answers"] = "all"
     workers: int = 4
     max_bad_share: float = 0.001
+    cache: str = ""
+    cache_gb: float = 100.0
 
 
 @dataclasses.dataclass(frozen=True)

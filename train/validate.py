@@ -9,7 +9,8 @@ import math
 from jax.sharding import Mesh
 
 from janus_jax.config import original_config
-from janus_jax.io.stores import as_path
+from janus_jax.io.store_access import is_store
+from janus_jax.io.stores import as_path, local_only
 from janus_jax.model.attention import takes
 from janus_jax.sharding import RULES, batch_shards
 from train.config import KINDS, TRAINED, TrainConfig
@@ -179,6 +180,14 @@ def _check_data(config: TrainConfig) -> list[str]:
             remarks.append(f"data.{kind} is not read: its share of data.ratio={_commas(d.ratio)} is 0")
     for key in ("guidance_dropout", "caption_cut", "max_bad_share"):
         _require(0 <= getattr(d, key) <= 1, f"data.{key} must be between 0 and 1, got {getattr(d, key)}")
+    _require(0 < d.cache_gb <= 1e6, f"data.cache_gb must be above 0 and at most 1,000,000, got {d.cache_gb}")
+    if d.cache:
+        try:
+            local_only(d.cache)
+        except ValueError as error:
+            raise ValueError(f"data.cache: {error}") from None
+        if not any(is_store(folder) for kind in (*KINDS, "early_generation") for folder in getattr(d, kind)):
+            remarks.append(f"data.cache={d.cache} is not used: no folder of data is in a store")
     _require(d.workers >= 0, f"data.workers must be at least 0 (0 for threads), got {d.workers}")
     _require(d.early_steps >= 0, f"data.early_steps must be at least 0, got {d.early_steps}")
     _require(

@@ -240,6 +240,11 @@ def info(address: str) -> dict[str, Any] | None:
         return None
 
 
+def version_of(found: dict[str, Any]) -> str:
+    """What tells this version of an object, of which `info` or a listing says `found`, from others."""
+    return f"{found.get('generation') or found.get('ETag') or found.get('mtime')} {found['size']}"
+
+
 def request(address: str, function: Callable[[], T], last: Sequence[str] = ()) -> T:
     """The result of `function`, tried again while the store is busy or the connection breaks; each wait is reported.
 

@@ -8,7 +8,7 @@ import pathlib
 import secrets
 
 from janus_jax.io.messages import one_line
-from janus_jax.io.store_access import info, read_spans
+from janus_jax.io.store_access import info, read_spans, version_of
 
 FOLDER = "JANUS_JAX_CACHE"  # the environment variable with the folder of the copies, instead of ~/.cache/janus_jax
 _AT_ONCE = 256 << 20  # bytes
@@ -24,10 +24,9 @@ def local_copy(address: str | os.PathLike) -> pathlib.Path:
     if found is None:
         raise FileNotFoundError(2, "no such object", address)
     size = int(found["size"])
-    version = str(found.get("generation") or found.get("ETag") or found.get("mtime"))
     folder = _folder()
     name = hashlib.sha256(address.encode()).hexdigest()[:24]
-    path = folder / f"{name}.{hashlib.sha256(f'{version} {size}'.encode()).hexdigest()[:16]}"
+    path = folder / f"{name}.{hashlib.sha256(version_of(found).encode()).hexdigest()[:16]}"
     if path.exists() and path.stat().st_size == size:
         return path
     folder.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,18 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from janus_jax.io.messages import one_line
-from janus_jax.io.store_access import SCHEMES, files, info, is_store, read_spans, read_versioned, request, split, write
+from janus_jax.io.store_access import (
+    SCHEMES,
+    files,
+    info,
+    is_store,
+    read_spans,
+    read_versioned,
+    request,
+    split,
+    version_of,
+    write,
+)
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _BUFFER = 4 << 20  # bytes read at least, from one position on
@@ -152,6 +163,13 @@ class StorePath(os.PathLike):
         if found is None:
             raise FileNotFoundError(2, "no such object", self._address)
         return _status(found)
+
+    def version(self) -> str:
+        """What tells this version of the object from others."""
+        found = self._info()
+        if found is None:
+            raise FileNotFoundError(2, "no such object", self._address)
+        return version_of(found)
 
     def iterdir(self) -> Iterator[StorePath]:
         """What is in the folder, whose kinds and sizes are then known; FileNotFoundError if there is no folder."""

@@ -58,7 +58,7 @@ def use(monkeypatch):
     """Puts folders in the place of those on disk."""
 
     def put(folders: dict[str, Folder]):
-        monkeypatch.setattr(mixture, "open_prepared", folders.__getitem__)
+        monkeypatch.setattr(mixture, "open_prepared", lambda path, cache=None: folders[path])
 
     return put
 

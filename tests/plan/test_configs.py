@@ -347,6 +347,8 @@ def test_names_are_found_from_anywhere(tmp_path):
         ("data.text_weights=-1", "data.text_weights must be numbers above 0, got -1.0"),
         ("data.guidance_dropout=1.5", "data.guidance_dropout must be between 0 and 1"),
         ("data.caption_cut=-0.1", "data.caption_cut must be between 0 and 1"),
+        ("data.cache_gb=0", "data.cache_gb must be above 0 and at most 1,000,000, got 0.0"),
+        ("data.cache=gs://bucket/samples", "data.cache: gs://bucket/samples is in a store"),
         ("data.workers=-1", "data.workers must be at least 0"),
         ("data.early_steps=5", "data.early_steps=5 and data.early_generation=: give both, or neither"),
         ("data.early_generation=a", "data.early_steps=0 and data.early_generation=a: give both, or neither"),

@@ -124,9 +124,9 @@ def folder(tmp_path, ending) -> pathlib.Path:
 
 
 @pytest.fixture
-def few(monkeypatch) -> records._OpenFiles:
+def few(monkeypatch) -> records.OpenFiles:
     """At most three readers, and no waiting between tries."""
-    opened = records._OpenFiles(3)
+    opened = records.OpenFiles(3, records._reader)
     monkeypatch.setattr(records, "_open", opened)
     monkeypatch.setattr(storage, "WAITS", (0, 0))
     return opened

@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import tarfile
+import zlib
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from train.data.mixture import Mixture
 from train.data.prepared import open_prepared
 from train.prepare import prepare
 from train.raw.sources import open_source
+from train.records.bags import content_of
 from train.run.faults import STORAGE, Stopped
 from train.run.flow import next_batch
 
@@ -230,3 +232,31 @@ def test_local_copies_follow_the_object(store, tmp_path):
     assert local_copy(path) == copy and copy.read_bytes() == b"first" and store[1].about(store[0]) - before <= 2
     path.write_bytes(b"other")
     assert local_copy(path).read_bytes() == b"other" and not copy.exists()
+
+
+def test_a_second_epoch_costs_no_requests_with_a_cache(store, tmp_path):
+    folder, proxy = store
+    write_data(tmp_path / "data", count=12)
+    text = upload(tmp_path / "data" / "text", folder / "text")
+    data = DataConfig(text=(str(text),), ratio=(0, 1, 0), context=128, images_per_row=0, cache=str(tmp_path / "kept"))
+
+    def epoch() -> tuple[int, list[bytes]]:
+        mixture = Mixture(data, 2, seed=0)
+        (prepared,) = mixture.folders
+        again = pickle.loads(pickle.dumps(prepared))  # as a worker process has it
+        before = proxy.about(text)
+        records = again.stored(range(len(again)))
+        return proxy.about(text) - before, [content_of(record) for record in records]
+
+    (first, records), (second, same) = epoch(), epoch()
+    assert first >= len(records) == 12 and second == 0 and same == records
+    # Another object of the same size under the same name.
+    (shard,) = text.glob("data-*.bag")
+    content = bytearray(shard.read_bytes())
+    end = int(open_prepared(text).records.ends[0])
+    content[end - 1] ^= 1
+    content[:4] = zlib.crc32(content[4:end]).to_bytes(4, "little")
+    shard.write_bytes(bytes(content))
+    third, changed = epoch()
+    assert third >= 12 and changed != records and changed[1:] == records[1:]
+    assert epoch() == (0, changed) and len(list((tmp_path / "kept").iterdir())) == 1

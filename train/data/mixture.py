@@ -19,6 +19,7 @@ import numpy as np
 from train.config import KINDS, DataConfig
 from train.data.packing import pack
 from train.data.prepared import Prepared, open_prepared
+from train.records.cache import CacheSettings
 
 _TRIALS = 8  # steps on which a number of groups is tried
 _TRIAL_GROUP = 1 << 40  # far from any real one, so that trials read other positions of the streams
@@ -102,9 +103,13 @@ class _Phase:
     groups: int
 
 
+def cache_settings(data: DataConfig) -> CacheSettings | None:
+    return CacheSettings(data.cache, int(data.cache_gb * 1e9)) if data.cache else None
+
+
 def open_kind(path: str, kind: str, data: DataConfig) -> Prepared:
     """The prepared folder `path`; ValueError in one line if it has no samples of `kind` that fit the rows of `data`."""
-    folder = open_prepared(path)
+    folder = open_prepared(path, cache_settings(data))
     if folder.kind != kind:
         raise ValueError(
             f"{path} has {folder.kind} samples but is listed in data.{kind}; list it in data.{folder.kind}"
@@ -126,11 +131,14 @@ class Mixture:
     """Plans steps of `batch_size` rows over the prepared folders of `data`.
 
     Raises: FileNotFoundError or ValueError, in one line, for folders that are missing, empty, of another kind, or have
-    samples longer than the context; ValueError if not even one group fits in a step.
+    samples longer than the context; ValueError if not even one group fits in a step; OSError if the folder of the cache
+    cannot be written.
     """
 
     def __init__(self, data: DataConfig, batch_size: int, seed: int):
         self.data, self.batch_size, self.seed = data, batch_size, seed
+        if settings := cache_settings(data):
+            settings.check()
         divisor = math.gcd(*data.ratio)
         self.ratio = {kind: count // divisor for kind, count in zip(KINDS, data.ratio, strict=True) if count}
         if data.early_steps and data.early_generation:

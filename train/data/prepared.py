@@ -28,8 +28,9 @@ from train.data.shard_files import listed_shards, missing_shards, shard_count
 from train.raw.sources import missing_path
 from train.raw.storage import machine_error, patiently
 from train.records.bags import content_of
+from train.records.cache import CacheSettings, name_of
 from train.records.local import Records
-from train.records.store import StoreRecords
+from train.records.store import Cached, StoreRecords
 
 META, LENGTHS, IMAGES, ENDS, DROPPED = "prepared.json", "lengths.npy", "images.npy", "ends.npy", "dropped.jsonl"
 TOKENIZER = "tokenizer.json"
@@ -113,11 +114,12 @@ class Prepared:
             raise ValueError(f"{self.folder} sample {index} is damaged ({_first_line(error)}); {_again()}") from None
 
     def __reduce__(self):
-        return _map_again, (self.folder, self.fingerprint, _digest(self.meta))
+        cached = self.records.cached if isinstance(self.records, StoreRecords) else None
+        return _map_again, (self.folder, self.fingerprint, _digest(self.meta), cached)
 
 
-def open_prepared(folder: str | os.PathLike) -> Prepared:
-    """Opens a folder written by `train.prepare`.
+def open_prepared(folder: str | os.PathLike, cache: CacheSettings | None = None) -> Prepared:
+    """Opens a folder written by `train.prepare`; samples from a store are kept in `cache`.
 
     Raises FileNotFoundError if there is none, ValueError if it is unfinished, empty, damaged or of another version; all
     messages say what to do.
@@ -144,15 +146,19 @@ def open_prepared(folder: str | os.PathLike) -> Prepared:
     for name, array in ((LENGTHS, lengths), (IMAGES, images)):
         if array.shape != (len(records),):
             raise ValueError(f"{folder / name} is for {len(array)} samples, {META} for {len(records)}; {_again()}")
-    there = {path.name: path.stat().st_size for path in folder.iterdir()} if is_store(folder) else None
-    for shard in _filled(meta):
-        path = folder / shard["file"]
-        if path.name not in there if there is not None else not path.is_file():
+    listed = {path.name: path for path in folder.iterdir()} if is_store(folder) else {}
+    paths = [folder / shard["file"] for shard in _filled(meta)]
+    paths = [listed.get(path.name, path) for path in paths]
+    for shard, path in zip(_filled(meta), paths, strict=True):
+        if path.name not in listed if is_store(folder) else not path.is_file():
             raise FileNotFoundError(f"{path} is missing; copy it again, or {_again()}")
-        size = path.stat().st_size if there is None else there[path.name]
+        size = path.stat().st_size
         if size != shard["bytes"]:
             raise ValueError(f"{path} must have {shard['bytes']} bytes, got {size}; copy it again, or {_again()}")
-    if isinstance(records, Records):
+    if isinstance(records, StoreRecords):
+        names = (name_of(str(path), path.version()) for path in paths)  # type: ignore[attr-defined]
+        records.keep_in(Cached(cache, tuple(names)) if cache else None)
+    else:
         try:
             count = records.counted()
         except (ValueError, RuntimeError, IndexError) as error:
@@ -198,12 +204,15 @@ def _map(folder: pathlib.Path, meta: dict[str, Any], fingerprint: str = "") -> P
     return Prepared(folder, meta["kind"], lengths, images, meta, fingerprint, records)
 
 
-def _map_again(folder: pathlib.Path, fingerprint: str, digest: str) -> Prepared:
+def _map_again(folder: pathlib.Path, fingerprint: str, digest: str, cached: Cached | None) -> Prepared:
     """Maps a folder that another process has already opened, and so checked."""
     meta = patiently(lambda: read_meta(folder), folder)
     if meta is None or _digest(meta) != digest:
         raise ValueError(f"{folder} has changed since the run opened it; start the run again")
-    return patiently(lambda: _map(folder, meta, fingerprint), folder)
+    found = patiently(lambda: _map(folder, meta, fingerprint), folder)
+    if isinstance(found.records, StoreRecords):
+        found.records.keep_in(cached)
+    return found
 
 
 def _unfinished(folder: pathlib.Path, meta: dict[str, Any]) -> str:

@@ -86,7 +86,11 @@ class BagReader:
 
 def content_of(record: bytes) -> bytes:
     """The content of a stored record; ValueError if it does not match its checksum."""
-    content = record[_CRC.size :]
-    if len(record) < _CRC.size or _CRC.unpack_from(record)[0] != zlib.crc32(content):
+    if not is_whole(record):
         raise ValueError("the record does not match its checksum")
-    return content
+    return record[_CRC.size :]
+
+
+def is_whole(record: bytes) -> bool:
+    """Whether a stored record matches its checksum."""
+    return len(record) >= _CRC.size and _CRC.unpack_from(record)[0] == zlib.crc32(memoryview(record)[_CRC.size :])

@@ -8,8 +8,9 @@ import os
 import pathlib
 import resource
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Generic, TypeVar
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
@@ -22,6 +23,7 @@ _CHECKED_AT_ONCE = 16  # threads that open files when a folder is opened
 _MOST_OPEN = 1024  # each takes a file handle and up to 0.2 MB
 
 
+T = TypeVar("T")
 Reader = BagReader | ArrayRecordReader  # the second for folders prepared before version 3
 
 
@@ -31,50 +33,50 @@ def _reader(path: str) -> Reader:
     return ArrayRecordReader(path, options="readahead_buffer_size:0", file_reader_buffer_size=32768)
 
 
-class _OpenFiles:
-    """Readers by path, shared by all threads; beyond `limit`, the least recently used reader is dropped.
+class OpenFiles(Generic[T]):
+    """What `make` opens at paths, shared by all threads; beyond `limit`, the least recently used one is dropped.
 
-    A reader is closed when its last user drops it, and so never while a thread reads from it: at most `limit` plus one
+    A file is closed when its last user drops it, and so never while a thread reads from it: at most `limit` plus one
     for each thread are open.
     """
 
-    def __init__(self, limit: int):
-        self.limit = limit
+    def __init__(self, limit: int, make: Callable[[str], T]):
+        self.limit, self._make = limit, make
         self.clear()
 
     def clear(self):
         self._lock = threading.Lock()
-        self._readers: collections.OrderedDict[str, Reader] = collections.OrderedDict()
+        self._files: collections.OrderedDict[str, T] = collections.OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._readers)
+        return len(self._files)
 
-    def get(self, path: str) -> Reader:
+    def get(self, path: str) -> T:
         with self._lock:
-            if (reader := self._readers.get(path)) is not None:
-                self._readers.move_to_end(path)
-                return reader
+            if (file := self._files.get(path)) is not None:
+                self._files.move_to_end(path)
+                return file
         # Outside the lock, so that each thread only waits for its own file.
-        reader = _reader(path)
+        file = self._make(path)
         dropped = []
         with self._lock:
-            self._readers[path] = reader
-            while len(self._readers) > self.limit:
-                dropped.append(self._readers.popitem(last=False))
-        return reader
+            self._files[path] = file
+            while len(self._files) > self.limit:
+                dropped.append(self._files.popitem(last=False))
+        return file
 
     def drop(self, path: str):
         with self._lock:
-            self._readers.pop(path, None)
+            self._files.pop(path, None)
 
 
-def _limit() -> int:
+def handles() -> int:
     """Half of the file handles that this process may have; the rest is for everything else."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return _MOST_OPEN if most == resource.RLIM_INFINITY else max(1, min(_MOST_OPEN, most // 2))
 
 
-_open = _OpenFiles(_limit())
+_open = OpenFiles(handles(), _reader)
 # A forked child would share the parent's handles, and perhaps a lock held by a thread of the parent.
 os.register_at_fork(after_in_child=_open.clear)
 

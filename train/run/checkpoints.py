@@ -57,7 +57,7 @@ _FREE = (
     "workdir", "steps", "accumulate", "remat", "loss_chunk", "mesh.", "evaluation.", "samples.", "log_every",
     "save_every", "keep", "export_every", "profile_start", "profile_steps", "max_skipped", "watchdog",
     "attention", "reduce_dtype", "layouts.", "sampling_layouts.", "writers",
-    "data.workers", "data.max_bad_share",
+    "data.workers", "data.max_bad_share", "data.cache",
     "init_from", "language_from", "vision_from", "vq_from",
 )  # fmt: skip
 
