@@ -48,7 +48,7 @@ class Evaluation:
       items: those that were to be asked.
       replies: by item id; those without one have not been asked.
       problems: items that could not be asked, from the data or while asking.
-      unjudged: ids of judgements that a judge was asked for and has not given.
+      unjudged: ids of judgements, or of items, that a judge was asked for and has not given.
     """
 
     task: Task
@@ -116,13 +116,13 @@ def evaluate(
     """
     items = limited(loaded.items, settings.limit)
     folder = settings.out / task.name
+    path = predictions_path(settings.out, task, protocol)
     header = {"format": FORMAT, "task": task.name, "protocol": protocol, "prompts": prompts_identity(loaded)}
-    path = folder / f"predictions-{protocol}.jsonl"
     problems = list(loaded.problems)
     if ask is None:
-        replies, more = _stored(path, header, identity), []
+        replies, more, unjudged = _stored(path, header, identity), [], []
     else:
-        replies, more = _asked(path, {**header, **identity}, task, items, ask, settings)
+        replies, more, unjudged = _asked(path, {**header, **identity}, task, items, ask, settings)
     problems += more
     replies = {item.id: replies[item.id] for item in items if item.id in replies}
     if settings.unreadable_wrong:
@@ -131,15 +131,16 @@ def evaluate(
         items = items + [item for item in lacking if settings.limit is None or item.group in groups]
         wanted = {item.id for item in items}
         replies |= {problem.id: None for problem in problems if problem.id in wanted}
-    if not replies:
+    if not replies and not unjudged:
         first = f"; the first: {problems[0].id}: {problems[0].reason}" if problems else ""
         raise ValueError(f"{task.name}: there is nothing to score, {len(problems):,} items could not be asked{first}")
-    judged, unjudged = None, []
+    judged = None
     if settings.judge is not None and is_first():
         requests = task.judge_requests(items, replies, protocol)
         where = folder / f"judgements-{protocol}.jsonl"
         about = {**header, "judge": settings.judge.model}
-        judged, unjudged = judgements(task, requests, settings.judge, where, about, settings.progress)
+        judged, more_unjudged = judgements(task, requests, settings.judge, where, about, settings.progress)
+        unjudged += more_unjudged
     scores = task.score(items, replies, protocol, judged)
     if is_first():
         for name, text in task.export(items, replies, protocol).items():
@@ -148,6 +149,11 @@ def evaluate(
             write_file(place, text.encode("utf-8", "backslashreplace"))
     judge = None if settings.judge is None else settings.judge.model
     return Evaluation(task, protocol, loaded, items, replies, problems, scores, unjudged, judge)
+
+
+def predictions_path(out: pathlib.Path, task: Task, protocol: str) -> pathlib.Path:
+    """The file of a benchmark's replies in the folder `out`."""
+    return out / task.name / f"predictions-{protocol}.jsonl"
 
 
 def _stored(path: pathlib.Path, header: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str, str | None]:
@@ -171,7 +177,7 @@ def _asked(
     items: Sequence[Item],
     ask: Callable[[Sequence[Item]], Iterator[Replies]],
     settings: Settings,
-) -> tuple[dict[str, str | None], list[Problem]]:
+) -> tuple[dict[str, str | None], list[Problem], list[str]]:
     lines, known = None, None
     with together():
         if is_first():
@@ -180,6 +186,7 @@ def _asked(
     replies: dict[str, str | None] = from_first(known)
     left = [item for item in items if item.id not in replies]
     problems: list[Problem] = []
+    unjudged: list[str] = []
     try:
         with Progress(task.name, len(items), len(items) - len(left), settings.progress and is_first()) as progress:
             for batch in ask(left):
@@ -188,8 +195,9 @@ def _asked(
                         lines.append({"id": name, "reply": text} for name, text in batch.texts.items())
                 replies |= batch.texts
                 problems += batch.problems
-                progress.add(len(batch.texts) + len(batch.problems))
+                unjudged += batch.unjudged
+                progress.add(len(batch.texts) + len(batch.problems) + len(batch.unjudged))
     finally:
         if lines is not None:
             lines.__exit__()
-    return replies, problems
+    return replies, problems, unjudged

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 from collections.abc import Iterator
@@ -11,6 +12,20 @@ import jax
 
 from janus_jax.io.messages import error_text
 from janus_jax.processes import gather
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options by which several processes find each other."""
+    several = parser.add_argument_group("several processes", "with --mesh over all their devices")
+    several.add_argument("--coordinator", metavar="HOST:PORT", default="", help="host of process 0, and a free port")
+    several.add_argument("--processes", metavar="N", type=int, help="number of processes")
+    several.add_argument("--process", metavar="I", type=int, help="index of this process, from 0")
+
+
+def check_mesh(mesh: str | None) -> None:
+    """ValueError if there are several processes, and no mesh for them."""
+    if jax.process_count() > 1 and mesh is None:
+        raise ValueError(f"several processes need --mesh over all of their devices, such as data={jax.device_count()}")
 
 
 def start(coordinator: str, processes: int | None, process: int | None, timeout: int = 300) -> None:

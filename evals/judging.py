@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import http.client
 import json
@@ -12,7 +13,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from typing import Any
 
@@ -118,8 +119,6 @@ def judgements(
         return {}, []
     found: dict[str, Any] = {}
     unjudged: list[str] = []
-    reasons: dict[str, int] = {}
-    silent = 0  # since the last reply
     with Lines(path, header, "choose another --out, or remove that file") as lines:
         left = []
         for request in requests:
@@ -128,32 +127,47 @@ def judgements(
                 found[request.id] = line["judgement"]
             else:
                 left.append(request)
-        bar = Progress(f"{task.name}: judging", len(requests), len(found), progress)
-        with bar, ThreadPoolExecutor(_AT_A_TIME) as threads:
-            running = {threads.submit(_judged, task, request, judge): request for request in left}
-            try:
-                for done in as_completed(running):
-                    request = running[done]
-                    try:
-                        found[request.id] = done.result()
-                        silent = 0
-                        lines.append([{"id": request.id, "asked": _hash(request), "judgement": found[request.id]}])
-                    except NoReply as error:
-                        unjudged.append(request.id)
-                        reasons[str(error)] = reasons.get(str(error), 0) + 1
-                        silent += 1
-                        for other in running if silent == _SILENT else ():
-                            other.cancel()
-                    except CancelledError:
-                        unjudged.append(request.id)
-                    bar.add(1)
-            except BaseException:
-                threads.shutdown(wait=False, cancel_futures=True)
-                raise
-    for reason, count in sorted(reasons.items(), key=lambda pair: -pair[1])[:3]:
-        print_note(f"{task.name}: {count} unjudged, the judge {one_line(judge.url)} said: {reason}")
+        with Progress(f"{task.name}: judging", len(requests), len(found), progress) as bar:
+            for request, told in said_of(left, lambda request: _judged(task, request, judge), task.name, judge):
+                if told:
+                    found[request.id] = told[0]
+                    lines.append([{"id": request.id, "asked": _hash(request), "judgement": told[0]}])
+                else:
+                    unjudged.append(request.id)
+                bar.add(1)
     order = {request.id: number for number, request in enumerate(requests)}
     return found, sorted(unjudged, key=order.__getitem__)
+
+
+def said_of(todo: Sequence[Any], say: Callable[[Any], Any], name: str, judge: Judge) -> Iterator[tuple[Any, list[Any]]]:
+    """Each of `todo` with [what `say` has said of it], as they come; [] where `say` raised NoReply.
+
+    Some are asked at a time. After many without any reply no more are asked. Why there was none is told in the end, of
+    the benchmark `name`.
+    """
+    reasons: collections.Counter[str] = collections.Counter()
+    silent = 0  # since the last reply
+    with ThreadPoolExecutor(_AT_A_TIME) as threads:
+        running = {threads.submit(say, each): each for each in todo}
+        try:
+            for done in as_completed(running):
+                said: list[Any] = []
+                try:
+                    said = [done.result()]
+                    silent = 0
+                except NoReply as error:
+                    reasons[str(error)] += 1
+                    silent += 1
+                    for other in running if silent == _SILENT else ():
+                        other.cancel()
+                except CancelledError:
+                    pass
+                yield running[done], said
+        except BaseException:
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
+    for reason, count in reasons.most_common(3):
+        print_note(f"{name}: {count} unjudged, the judge {one_line(judge.url)} said: {reason}")
 
 
 def _judged(task: Task, request: JudgeRequest, judge: Judge) -> Any:

@@ -34,10 +34,11 @@ _KEPT = 1 << 30  # bytes of embedded pictures that are kept on the host
 
 @dataclasses.dataclass(frozen=True)
 class Replies:
-    """What a batch came to: replies by item id, and items that could not be asked."""
+    """What a batch came to: replies by item id, items that could not be asked, and ids that got no reply."""
 
     texts: dict[str, str]
     problems: list[Problem]
+    unjudged: list[str] = dataclasses.field(default_factory=list)
 
 
 class Respondent:

@@ -52,7 +52,7 @@ class Detector:
         """From a folder or the Hub, on the GPU if there is one; ValueError in one line if that is not possible."""
         from transformers import Mask2FormerForUniversalSegmentation
 
-        return cls(_loaded(Mask2FormerForUniversalSegmentation, path_or_hub_id))
+        return cls(loaded(Mask2FormerForUniversalSegmentation, path_or_hub_id))
 
     def __call__(self, image: Image.Image) -> dict[str, list[Detection]]:
         """What is in `image`, by GenEval's names of classes: the 100 best pairs of a mask and a class."""
@@ -115,8 +115,8 @@ class ColorClassifier:
         """From a folder or the Hub; ValueError in one line if that is not possible."""
         from transformers import AutoTokenizer, CLIPModel
 
-        model = _loaded(CLIPModel, path_or_hub_id)
-        return cls(model, _from(AutoTokenizer.from_pretrained, path_or_hub_id))
+        model = loaded(CLIPModel, path_or_hub_id)
+        return cls(model, loaded(AutoTokenizer, path_or_hub_id))
 
     def __call__(self, image: Image.Image, name: str, objects: Sequence[Detection]) -> list[str]:
         """The color of each of these objects of the class `name`; of equal ones the first of `COLORS`."""
@@ -160,14 +160,12 @@ def _unit(vectors: Any) -> Any:
     return vectors / vectors.norm(dim=-1, keepdim=True)
 
 
-def _loaded(kind: Any, path_or_hub_id: str) -> Any:
+def loaded(kind: Any, path_or_hub_id: str) -> Any:
+    """`kind.from_pretrained`, a model on the GPU if there is one; ValueError in one line if that is not possible."""
     import torch
 
-    return _from(kind.from_pretrained, path_or_hub_id).to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _from(load: Any, path_or_hub_id: str) -> Any:
     try:
-        return load(path_or_hub_id)
-    except (OSError, ValueError, RuntimeError) as error:
+        found = kind.from_pretrained(path_or_hub_id)
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ValueError(f"{one_line(path_or_hub_id)} cannot be loaded: {one_line(error)}") from None
+    return found.to("cuda" if torch.cuda.is_available() else "cpu") if isinstance(found, torch.nn.Module) else found

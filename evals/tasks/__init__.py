@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from evals.items import Task
 from evals.tasks.dpg import Dpg
+from evals.tasks.geneval import GenEval
 from evals.tasks.gqa import Gqa
 from evals.tasks.mmbench import MmBench
 from evals.tasks.mme import Mme
@@ -12,4 +13,5 @@ from evals.tasks.mmvet import MmVet
 from evals.tasks.pope import Pope
 from evals.tasks.seed import Seed
 
-TASKS: dict[str, Task] = {task.name: task for task in (Pope(), Mme(), MmBench(), Seed(), Gqa(), Mmmu(), MmVet(), Dpg())}
+_EVERY = (Pope(), Mme(), MmBench(), Seed(), Gqa(), Mmmu(), MmVet(), GenEval(), Dpg())
+TASKS: dict[str, Task] = {task.name: task for task in _EVERY}

@@ -63,7 +63,7 @@ def real(folder, data, tmp_path_factory) -> pathlib.Path:
 def quick(janus, monkeypatch):
     """Replies that a function makes of what the model would be given; the model is loaded once."""
     without_model(monkeypatch)
-    monkeypatch.setattr(main, "load", lambda *_, **__: janus)
+    monkeypatch.setattr("evals.model.load", lambda *_, **__: janus)
 
 
 @pytest.fixture
@@ -193,7 +193,7 @@ def test_rescore_needs_no_model(data, whole, tmp_path, monkeypatch):
     shutil.copytree(whole, out)
     for name in ("results.json", "report.md", "report.html"):
         (out / name).unlink()
-    monkeypatch.setattr(main, "load", None)
+    monkeypatch.setattr("evals.model.load", None)
     assert run("--tasks", "toy", "--data", data, "--out", out, "--rescore") == 0
     for name in ("results.json", "report.md", "report.html"):
         assert (out / name).read_bytes() == (whole / name).read_bytes()

@@ -35,7 +35,7 @@ class Endpoint:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer.bodies.append(body)
                 outer.headers.append({**self.headers, "path": self.path})
-                text = body["messages"][0]["content"]
+                text = text_of(body)
                 outer.seen[text] += 1
                 status, content = outer.reply(body, outer.seen[text])
                 raw = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -50,6 +50,12 @@ class Endpoint:
         self.server = http.server.ThreadingHTTPServer(("localhost", 0), Handler)
         self.url = f"http://localhost:{self.server.server_port}/v1"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+def text_of(body: dict[str, Any]) -> str:
+    """What is asked, beside a picture or alone."""
+    content = body["messages"][0]["content"]
+    return content if isinstance(content, str) else content[1]["text"]
 
 
 def completion(text: str) -> dict[str, Any]:

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evals.generation import detector, geneval, layouts, score
+from evals import main
+from evals.generation import detector, geneval, layouts
 from evals.generation.detector import CLASSES, ColorClassifier, Detector
 from evals.generation.geneval import Detection
+from evals.tasks.geneval import GenEval, seen
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -189,52 +191,93 @@ def drawn(tmp_path_factory):
     return root
 
 
+def score(out, pictures, *more):
+    """The command on pictures that are there."""
+    given = ["--tasks", "geneval", "--pictures", pictures, "--data", pictures, "--out", out, *more]
+    return main.main([str(each) for each in given])
+
+
 @pytest.mark.slow
 def test_the_command(mask2former, clip, drawn, tmp_path, small, capsys):
     mask2former.save_pretrained(tmp_path / "detector")
-    models = ["--detector", str(tmp_path / "detector"), "--clip", str(clip)]
-    assert score.main(["--pictures", str(drawn), "--out", str(tmp_path / "out"), *models]) == 0
-    rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    out, models = tmp_path / "out", ["--detector", tmp_path / "detector", "--clip", clip]
+    assert score(out, drawn, *models) == 0
+    exported = out / "geneval" / "export-transformers" / "results.jsonl"
+    rows = [json.loads(line) for line in exported.read_text().splitlines()]
     names = [f"{number:05}/samples/{sample:05}.png" for number in (0, 1) for sample in (0, 1)]
     assert [row["filename"] for row in rows] == [str(drawn / name) for name in names]
     assert [json.loads(row["metadata"]) for row in rows] == [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2
     # Random weights find nothing that exceeds the thresholds.
     assert rows[0]["reason"] == "expected cat>=1, found 0" and rows[2]["reason"] == "expected dog>=2, found 0"
-    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
-    assert scores["scorer"].startswith("transformers' Mask2Former and CLIP, not GenEval's")
-    assert scores["numbers"]["overall"]["value"] == 0 and scores["numbers"]["overall"]["count"] == 4
-    assert "overall: 0.0" in capsys.readouterr().out
+    found = json.loads((out / "results.json").read_text())["tasks"]["geneval"]["transformers"]
+    assert found["judge"].startswith("transformers' Mask2Former and CLIP, not GenEval's")
+    assert found["numbers"]["overall"]["value"] == 0 and found["numbers"]["overall"]["count"] == 4
+    assert found["published"] == {} and "Janus-Pro-7B: 80 by GenEval's own scorer" in found["notes"]
+    assert "geneval (transformers): overall 0" in capsys.readouterr().out
+    assert "judged by transformers' Mask2Former and CLIP" in (out / "report.md").read_text()
+    # Without any model, by what they have seen.
+    before = (out / "results.json").read_bytes()
+    assert score(out, drawn, "--rescore") == 0
+    assert (out / "results.json").read_bytes() == before
+    # Of other models, or other pictures.
+    clip_too = tmp_path / "clip"
+    shutil.copytree(clip, clip_too)
+    (clip_too / "more.json").write_text("{}")
+    assert score(out, drawn, *models[:3], clip_too) == 2
+    assert "holds replies of another evaluation: clip " in capsys.readouterr().err
+    shutil.copytree(drawn, tmp_path / "drawn")
+    shutil.copy(drawn / "00000" / "samples" / "00000.png", tmp_path / "drawn" / "00001" / "samples" / "00001.png")
+    assert score(out, tmp_path / "drawn", *models) == 2
+    assert "holds replies of another model: pictures " in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_verdicts_through_the_pipeline(drawn, clip):
     """With a detector that finds what it should, and colors by CLIP on the pictures."""
     classifier = ColorClassifier.load(str(clip))
-    pictures = score.pictures_of(drawn)
+    task = GenEval(drawn, given=True)
+    items = task.load(drawn, "transformers").items
     box = Detection((2, 2, 20, 20), 0.95)
-    found = {"cat": [box], "dog": [box, box]}
-    results = score.score(pictures, lambda image: found, classifier, progress=False)
-    assert [each.correct for each in results[2:]] == [True, True]
-    for each, (path, _) in zip(results[:2], pictures, strict=False):
-        with Image.open(path) as image:
-            (color,) = classifier(image, "cat", [box])
-        assert each.correct == (color == "red")
-        assert color == "red" or each.reason == f"expected red cat>=1, found 0 red; and 1 {color}"
+    replies, colors = {}, {}
+    for item in items:
+        with Image.open(item.fields["path"]) as image:
+            (colors[item.id],) = classifier(image, "cat", [box])
+            look = lambda name, there, image=image: classifier(image, name, there)  # noqa: E731
+            replies[item.id] = seen(item.fields["row"], {"cat": [box], "dog": [box, box]}, look)
+    verdicts = task.score(items, replies, "transformers").verdicts
+    assert [verdicts[item.id].outcome for item in items[2:]] == ["right", "right"]
+    for item in items[:2]:
+        said, color = verdicts[item.id], colors[item.id]
+        assert (said.outcome == "right") == (color == "red")
+        assert color == "red" or said.extracted == f"expected red cat>=1, found 0 red; and 1 {color}"
 
 
 def test_bad_folders(drawn, tmp_path, capsys):
-    assert score.main(["--pictures", str(tmp_path / "none")]) == 2
-    assert "is not a folder" in capsys.readouterr().err
-    assert score.main(["--pictures", str(tmp_path)]) == 2
-    assert "has no folders such as 00000" in capsys.readouterr().err
+    out, models = tmp_path / "out", ["--detector", tmp_path, "--clip", tmp_path]
+
+    def said(pictures, *more):
+        assert score(out, pictures, *more) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        return error
+
+    assert "--pictures names the folder of drawn pictures" in said(tmp_path / "none", *models)
+    assert "cannot be loaded" in said(drawn, *models)
+    assert "geneval needs --detector: a folder or hub id, such as facebook/mask2former" in said(drawn)
+    assert "geneval needs --clip: a folder or hub id, such as openai/clip" in said(drawn, *models[:2])
+
+    def read(pictures):
+        return GenEval(pictures, given=True).load(pictures, "transformers")
+
+    with pytest.raises(ValueError, match="has no folders such as 00000"):
+        read(tmp_path)
     shutil.copytree(drawn, tmp_path / "copy")
     (tmp_path / "copy" / "00001" / "metadata.jsonl").write_text('{"tag": "colors"}')
-    assert score.main(["--pictures", str(tmp_path / "copy")]) == 2
-    assert "00001/metadata.jsonl: it has no prompt, include" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"00001/metadata.jsonl: it has no prompt, include"):
+        read(tmp_path / "copy")
     shutil.copy(drawn / "00001" / "metadata.jsonl", tmp_path / "copy" / "00001")
     for each in (tmp_path / "copy" / "00001" / "samples").iterdir():
         each.unlink()
-    assert score.main(["--pictures", str(tmp_path / "copy")]) == 2
-    assert "00001/samples has no pictures such as 00000.png" in capsys.readouterr().err
-    assert score.main(["--pictures", str(drawn), "--detector", str(tmp_path)]) == 2
-    assert "cannot be loaded" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"00001/samples has no pictures such as 00000.png"):
+        read(tmp_path / "copy")
+    assert not out.exists()

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from evals.generation import draw
-from evals.generation.draw import BENCHMARKS, draw_all, settle, write_map
+from evals.generation.drawing import draw_all, settle, write_map
+from evals.generation.prompts import BENCHMARKS
 from tests.library.tiny_janus import folder, nearly_equal  # noqa: F401
 
 PROMPTS = [f"a photo of {n} cups" for n in range(5)]

@@ -132,4 +132,4 @@ def test_the_seven_benchmarks(folder, data, tmp_path, short):
         *(f"coco_pope_{split}_answers.json" for split in ("random", "popular", "adversarial")),
         *("color.txt", "testdev_balanced_predictions.json", "total_val_output.json", "mm-vet-results.json"),
     }
-    assert {*RIGHT, "dpg"} == set(TASKS)
+    assert {*RIGHT, "geneval", "dpg"} == set(TASKS)
