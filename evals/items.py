@@ -137,6 +137,7 @@ class Task(abc.ABC):
     metric: ClassVar[str]  # what the headline is, in words
     protocols: ClassVar[tuple[str, ...]]  # the first is the default
     absent: ClassVar[Mapping[str, str]] = {}  # why it has no protocol that others have
+    needs_judge: ClassVar[bool] = False  # whether nothing is scored without one
 
     @abc.abstractmethod
     def load(self, data: pathlib.Path, protocol: str) -> Loaded:

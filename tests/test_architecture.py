@@ -41,7 +41,7 @@ FLOORS = (
     "train.data.*",
     "train.run.distributed train.run.faults train.run.lease",
     "train.workdir.*",
-    "train.run.*",
+    "train.run.* train.watch.benchmarks",
     "train.fleet.*",
     "train.watch.dry_run",
     "train.main train.prepare train.inspect train.inspect_page train.compile train.vq train.vq_images",
@@ -66,11 +66,12 @@ FLOORS = (
 # What a place may import of the others.
 OTHERS = {
     "janus_jax": set(),
-    "train": {"janus_jax"},
+    # A run asks benchmarks; evals knows nothing of training.
+    "train": {"janus_jax", "evals"},
     "evals": {"janus_jax"},
     "convert": {"janus_jax"},
     "configs": {"janus_jax", "train", "examples"},
-    "examples": {"janus_jax", "train"},
+    "examples": {"janus_jax", "train", "evals"},
     "benchmarks": {"janus_jax", "train", "evals", "examples", "convert"},
     "notebooks": {"janus_jax", "train", "examples"},
     "tests": set(PLACES),

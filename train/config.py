@@ -102,6 +102,27 @@ class SampleConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvalsConfig:
+    """Benchmarks that the model is asked during training, by `evals`; their replies and figures are in workdir/evals.
+
+    Attributes:
+      every: steps between them, 0 for none.
+      tasks: names, as for `evals.main --tasks`.
+      data: the folder of their data, which every host has.
+      protocol: how they are asked and scored; empty for each task's first.
+      limit: the most items of each task, in whole groups; 0 for all.
+      batch_size: questions at a time on each shard of the mesh; 0 for as many as fit.
+    """
+
+    every: int = 0
+    tasks: tuple[str, ...] = ()
+    data: str = ""
+    protocol: str = ""
+    limit: int = 0
+    batch_size: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW.
 
@@ -256,6 +277,7 @@ class TrainConfig:
     sampling_layouts: tuple[Layout, ...] = ()
     evaluation: EvalConfig = EvalConfig()
     samples: SampleConfig = SampleConfig()
+    evals: EvalsConfig = EvalsConfig()
     writers: tuple[str, ...] = ("jsonl", "tensorboard")
     log_every: int = 10
     save_every: int = 1000

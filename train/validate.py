@@ -22,6 +22,7 @@ _COUNT = 2**31 - 1
 _MOST = dict.fromkeys(("steps", "log_every", "save_every", "keep", "max_skipped", "export_every"), _COUNT)
 _MOST |= dict.fromkeys(("profile_start", "profile_steps", "optimizer.warmup_steps", "data.early_steps"), _COUNT)
 _MOST |= {"evaluation.every": _COUNT, "evaluation.batches": _COUNT, "samples.every": _COUNT, "samples.images": 1024}
+_MOST |= {"evals.every": _COUNT, "evals.limit": _COUNT, "evals.batch_size": 2**20}
 _MOST |= {"batch_size": 2**20, "accumulate": 2**20, "data.images_per_row": 4096, "data.workers": 1024}
 _MOST_RANK = 2**16
 _MOST |= {"samples.guidance": 1e6, "samples.temperature": 1e6, "watchdog": 1e9}
@@ -98,8 +99,8 @@ def _check_attention(config: TrainConfig):
     )
 
 
-def _check_watching(config: TrainConfig):
-    c, e, s = config, config.evaluation, config.samples
+def _check_watching(config: TrainConfig) -> list[str]:
+    c, e, s, b = config, config.evaluation, config.samples, config.evals
     known = (JSONL, *WRITERS)
     for name in c.writers:
         _require(name in known, f"writers must be among {', '.join(known)}, got {name}")
@@ -116,6 +117,21 @@ def _check_watching(config: TrainConfig):
         _require(s.temperature >= 0, f"samples.temperature must be at least 0 (0 is greedy), got {s.temperature}")
         codes, most = c.model.gen_vision.num_tokens, c.model.language.max_positions
         _require(codes < most, f"samples.every={s.every}: an image's {codes} codes exceed the model's {most} positions")
+    for key in ("every", "limit", "batch_size"):
+        _require(getattr(b, key) >= 0, f"evals.{key} must be at least 0 (0 for {_NONE[key]}), got {getattr(b, key)}")
+    if not b.every:
+        return [f"evals.tasks={_commas(b.tasks)} are not asked: evals.every is 0"] if b.tasks else []
+    _require(b.tasks, f"evals.every={b.every}, but evals.tasks is empty; evals.every=0 for never")
+    _require(b.data, f"evals.every={b.every}, but evals.data names no folder of the benchmarks' data")
+    if b.every % c.save_every and b.every < c.steps:
+        return [
+            f"evals.every={b.every} is no multiple of save_every={c.save_every}: a run that is stopped while it asks "
+            "goes on from an earlier step, and asks again"
+        ]
+    return []
+
+
+_NONE = {"every": "never", "limit": "all", "batch_size": "as many as fit"}
 
 
 def _check_export(config: TrainConfig):

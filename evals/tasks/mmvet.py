@@ -77,6 +77,7 @@ class MmVet(Task):
 
     name, title, metric = "mmvet", "MM-Vet", "judged score in percent"
     protocols = ("report", "vlmevalkit", "lmms-eval", "official")
+    needs_judge = True
 
     def load(self, data: pathlib.Path, protocol: str) -> Loaded:
         self.check_protocol(protocol)

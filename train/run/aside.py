@@ -205,6 +205,20 @@ class Evaluator:
         self._batches = [batch for batch, _ in made]
 
 
+# ---------------------------------------------------------------- the model of the moment
+
+
+def pipeline_of(
+    config: TrainConfig, processor: Processor, mesh: Mesh, state: TrainState, frozen: Params
+) -> JanusPipeline:
+    """The model with the parameters of `state` in the compute dtype, split as they are; an adapter's are not merged."""
+    model = make_model(config)
+    return JanusPipeline(config.model, _cast(joined(state.trained, frozen), model.dtype), model, processor, mesh)
+
+
+_cast = jax.jit(cast, static_argnums=1)
+
+
 # ---------------------------------------------------------------- sample grids
 
 
@@ -213,9 +227,7 @@ def draw_samples(
 ):
     """Draws the config's sample prompts with the parameters of `state` and writes them as one sample grid."""
     s = config.samples
-    model = make_model(config)
-    params = _cast(joined(state.trained, frozen), model.dtype)
-    pipeline = JanusPipeline(config.model, params, model, processor, mesh)
+    pipeline = pipeline_of(config, processor, mesh, state, frozen)
     images = pipeline.generate_images(s.prompts, s.images, s.guidance, s.temperature, progress=False)
     with together(Exception):
         if jax.process_index() == 0:
@@ -223,6 +235,3 @@ def draw_samples(
             file = io.BytesIO()
             contact_sheet(images, columns=s.images, gap=2).save(file, format="PNG")
             write_file(path, file.getvalue())
-
-
-_cast = jax.jit(cast, static_argnums=1)

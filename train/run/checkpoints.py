@@ -8,7 +8,7 @@ frozen/           the parameters that the run does not train, written once
 checkpoints/N/    after N steps: `trained` (float32 parameters) and `rest` (optimizer state and counters)
 export/N/         a checkpoint folder in bfloat16 for `janus_jax.load` and `convert/to_torch.py`, or an adapter's folder
 trackers.json     ids of the run in Weights & Biases and trackio
-metrics.jsonl, tensorboard/, samples/, profile/
+metrics.jsonl, tensorboard/, samples/, evals/, profile/
 
 In a store, `train.workdir.in_store` says what is complete; what is appended to is written locally and copied there.
 """
@@ -54,7 +54,7 @@ _ASK_AGAIN = 2  # seconds between checks of a lease that may lapse
 _SEEN_WITHIN = 30  # seconds within which a new file in a shared folder must be visible to all hosts
 # Settings that may change when a run resumes: how it is computed and watched, not what is computed.
 _FREE = (
-    "workdir", "steps", "accumulate", "remat", "loss_chunk", "mesh.", "evaluation.", "samples.", "log_every",
+    "workdir", "steps", "accumulate", "remat", "loss_chunk", "mesh.", "evaluation.", "samples.", "evals.", "log_every",
     "save_every", "keep", "export_every", "profile_start", "profile_steps", "max_skipped", "watchdog",
     "attention", "reduce_dtype", "layouts.", "sampling_layouts.", "writers",
     "data.workers", "data.max_bad_share", "data.cache",

@@ -242,7 +242,7 @@ def code_fingerprint() -> dict[str, str]:
     import optax
 
     found = {f"{module.__name__} {module.__version__}": module.__version__ for module in (jax, flax, optax, np)}
-    for package in ("janus_jax", "train"):
+    for package in ("janus_jax", "train", "evals"):
         folder = pathlib.Path(importlib.util.find_spec(package).submodule_search_locations[0])
         for path in sorted(folder.rglob("*.py")):
             found[f"{package}/{path.relative_to(folder)}"] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]

@@ -35,6 +35,7 @@ from train.step.leaves import changed_slots
 from train.step.state import Params, TrainState, abstract_state, batch_sharding, local_rows, put_rows
 from train.step.step import make_train_step
 from train.validate import check_mesh, validate
+from train.watch.benchmarks import Benchmarks, fingerprints, load_tasks
 from train.watch.writers import missing
 
 
@@ -70,7 +71,8 @@ def train(config: TrainConfig, steal: bool = False, more: Sequence[Callable[[Run
         folders = [*mixture.folders, *(held_out.mixture.folders if held_out else ())]
         check_folders(folders, processor)
         rows = local_rows(batch_sharding(mesh), config.batch_size)
-    check_same(flat(config), _fingerprints(folders))
+        asked = load_tasks(config.evals)
+    check_same(flat(config), _fingerprints(folders) | fingerprints(asked))
 
     with (
         Workdir(config, _fingerprints(mixture.folders), steal) as workdir,
@@ -108,6 +110,7 @@ def train(config: TrainConfig, steal: bool = False, more: Sequence[Callable[[Run
                 Save(run),
                 Evaluate(run, held_out, rows),
                 Draw(run),
+                Benchmarks(run, asked),
                 Export(run),
                 *(make(run) for make in more),
             ]

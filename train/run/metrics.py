@@ -11,7 +11,7 @@ import pathlib
 import secrets
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from janus_jax.io.files import parse_json
@@ -104,10 +104,13 @@ class Metrics:
         """Whether there is a line of `step` and `prefix`, from this start or an earlier one."""
         return (step, prefix) in self._seen
 
-    def write(self, step: int, values: Mapping[str, Any], prefix: str = "train"):
+    def write(self, step: int, values: Mapping[str, Any], prefix: str = "train", shown: Collection[str] | None = None):
         """Reports scalars after `step` steps; with the prefix 'train', the console line has the rate and time left.
 
         A line that could not be written is written with the next one.
+
+        Args:
+          shown: those in the console line; default all, or with the prefix 'train' those of `_SHOWN`.
         """
         if not self.enabled:
             return
@@ -116,7 +119,8 @@ class Metrics:
         finite = {name: value if math.isfinite(value) else None for name, value in named.items()}
         self._pending.append(f"{json.dumps({'step': int(step), **finite})}\n".encode())
         self._seen.add((int(step), prefix))
-        say(self._line(step, values, prefix))
+        kept = values if shown is None else {name: value for name, value in values.items() if name in shown}
+        say(self._line(step, kept, prefix))
         with self._guard(f"writing {FILE}"):
             self._append()
         for other, writer in self._writers.items():

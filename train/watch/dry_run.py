@@ -47,6 +47,7 @@ from train.step.init import folder_of, open_sources
 from train.step.leaves import abstract_leaves
 from train.step.state import batch_sharding, local_rows
 from train.validate import check_mesh, examine
+from train.watch.benchmarks import Asked, fingerprints, load_tasks
 from train.watch.writers import missing
 
 _SOURCES = ("init_from", "language_from", "vision_from", "vq_from")
@@ -94,8 +95,9 @@ def dry_run(config: TrainConfig, steal: bool = False) -> int:
     with found.problem():
         latest = max(complete_steps(folder), default=None) if folder else None
     mixture, folders = _data(found, config, mesh, processor, latest or 0)
+    asked = _evals(found, config)
     _sources(found, config, latest)
-    prints = {str(folder.folder): folder.fingerprint for folder in folders}
+    prints = {str(folder.folder): folder.fingerprint for folder in folders} | fingerprints(asked)
     with found.problem():
         check_same(flat(config), prints)
     data = {str(opened.folder): opened.fingerprint for opened in mixture.folders} if mixture else {}
@@ -172,6 +174,16 @@ def _data(
             found.notes.append(f"{len(more)} more samples of this batch are damaged")
         return mixture, mixture.folders
     return None, list(opened.values())
+
+
+def _evals(found: Findings, config: TrainConfig) -> list[Asked]:
+    """Reads the benchmarks that the run would ask."""
+    asked: list[Asked] = []
+    with found.problem():
+        asked = load_tasks(config.evals)
+        for each in asked:
+            found.rows.append(("evals", f"{each.task.name} ({each.protocol}): {each.loaded.source}"))
+    return asked
 
 
 def _sources(found: Findings, config: TrainConfig, latest: int | None):
