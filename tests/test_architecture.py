@@ -45,6 +45,7 @@ FLOORS = (
     "train.fleet.*",
     "train.watch.dry_run",
     "train.main train.prepare train.inspect train.inspect_page train.compile train.vq train.vq_images",
+    "train.tuning.*",
     "train.finetune",
     "evals.items",
     "evals.intervals evals.prompts",

@@ -1,0 +1,1 @@
+"""What `train.finetune` makes of the data that it is given."""
