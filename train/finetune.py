@@ -36,9 +36,8 @@ from janus_jax.sampling.footprint import params_bytes, refuse_too_large
 from janus_jax.sampling.memory import OutOfMemory, least_available_bytes
 from janus_jax.weights.checkpoint import Checkpoint, open_checkpoint
 from janus_jax.weights.quantize import FORMS
-from train.config import AdapterConfig, DataConfig, OptimizerConfig, SampleConfig, TrainConfig
+from train.config import AdapterConfig, DataConfig, EvalsConfig, OptimizerConfig, SampleConfig, TrainConfig
 from train.data.prepared import open_prepared
-from train.tuning.fitting import fitted, parts, some_captions
 from train.prepare import prepare, vq_encoder
 from train.raw.sources import open_source
 from train.run import faults
@@ -46,7 +45,9 @@ from train.run.distributed import say
 from train.run.figures import Live
 from train.run.loop import train
 from train.step.state import activation_bytes
+from train.tuning.fitting import fitted, parts, some_captions
 from train.validate import validate
+from train.watch.benchmarks import load_tasks
 
 KINDS = ("generation", "understanding")
 _RATIOS = {"understanding": (1, 0, 0), "generation": (0, 0, 1)}
@@ -73,6 +74,10 @@ def finetune(
     prompts: Sequence[str] | None = None,
     guidance: float = 5.0,
     temperature: float = 1.0,
+    tasks: Sequence[str] = (),
+    tasks_data: str | os.PathLike = "",
+    tasks_every: int | None = None,
+    tasks_limit: int | None = None,
     format: str | None = None,
     images: str | os.PathLike | None = None,
     max_bad_share: float = 0.01,
@@ -96,6 +101,8 @@ def finetune(
       context: the most tokens of a sample.
       prompts: what to draw four times during the run; default some captions of the data. Empty for no pictures.
       guidance, temperature: with which they are drawn.
+      tasks, tasks_data, tasks_every, tasks_limit: benchmarks to ask during the run, four times by default: see
+        `EvalsConfig`.
       format, images: as for `open_source`.
       max_bad_share: as for `prepare`.
       progress: whether to show progress bars; default in a terminal or a notebook.
@@ -111,6 +118,7 @@ def finetune(
             ),
             dtype=dtype, prompts=prompts, guidance=guidance, temperature=temperature, learning_rate=learning_rate,
             format=format, images=images, max_bad_share=max_bad_share, seed=seed, progress=progress,
+            evals=_evals(tasks, tasks_data, tasks_every, tasks_limit),
         )  # fmt: skip
     except faults.Stopped as error:
         kind_of_error = ValueError if error.code == faults.STOPPED else OSError
@@ -127,6 +135,7 @@ def _finetune(
     model: str, data: Any, kind: str, out: pathlib.Path, *, steps: int | None, batch_size: int | None, context: int,
     adapter: AdapterConfig, dtype: str | None, prompts: Sequence[str] | None, guidance: float, temperature: float,
     learning_rate: float, format: str | None, images: Any, max_bad_share: float, seed: int, progress: bool | None,
+    evals: EvalsConfig,
 ) -> pathlib.Path:  # fmt: skip
     # ------------------------------------------------------------ inputs
     if kind not in KINDS:
@@ -139,6 +148,7 @@ def _finetune(
     dtype = dtype or default_dtype(jax.devices()[0])
     config = _config(model, checkpoint.config, kind, out, adapter, dtype, guidance, temperature, learning_rate, seed)
     validate(config)
+    load_tasks(dataclasses.replace(evals, every=len(evals.tasks)))
     processor = Processor.from_folder(folder, checkpoint.config, hub_id=hub_id(model))
     _refuse_too_large(config, checkpoint)
     say(str(source))
@@ -165,6 +175,9 @@ def _finetune(
         chosen = some_captions(source) if prompts is None else tuple(prompts)
         every = max(1, config.steps // 4) if chosen else 0
         config = dataclasses.replace(config, samples=dataclasses.replace(config.samples, every=every, prompts=chosen))
+    if evals.tasks:
+        every = evals.every or max(1, config.steps // 4)
+        config = dataclasses.replace(config, evals=dataclasses.replace(evals, every=every))
     exported = train(config, more=(Live,) if in_notebook() else ())
     say(f"the adapter is in {exported}; use it with")
     say(_command(model, exported, config))
@@ -182,6 +195,18 @@ def _check_choices(adapter: AdapterConfig, dtype: str | None, steps: int | None,
     for name, value in (("steps", steps), ("batch_size", batch_size), ("context", context), ("rank", adapter.rank)):
         if value is not None and (type(value) is not int or value < 1):
             raise ValueError(f"{name} must be an integer of at least 1, got {shown(value)}")
+
+
+def _evals(tasks: Sequence[str], data: str | os.PathLike, every: int | None, limit: int | None) -> EvalsConfig:
+    """The benchmarks of a run; `every` is 0 where the number of steps decides."""
+    for name, value in (("tasks_every", every), ("tasks_limit", limit)):
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"{name} must be an integer of at least 1, got {shown(value)}")
+    if bool(tasks) != bool(data):
+        raise ValueError("tasks and tasks_data go together; give both, or none")
+    if not tasks and (every or limit):
+        raise ValueError("tasks_every and tasks_limit are of tasks, and there are none; name tasks, or leave them out")
+    return EvalsConfig(every or 0, tuple(tasks), os.fspath(data), limit=limit or 0)
 
 
 def _config(
@@ -303,6 +328,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-samples", action="store_true", help="draw nothing during the run")
     parser.add_argument("--guidance", type=float, help="with which it draws (default 5)")
     parser.add_argument("--temperature", type=float, help="with which it draws (default 1)")
+    parser.add_argument("--tasks", type=_list, metavar="NAME,...", help="benchmarks to ask on the way, as evals.main")
+    parser.add_argument("--tasks-data", metavar="DIR", help="the folder of their data")
+    parser.add_argument("--tasks-every", type=int, metavar="N", help="steps between them (default a quarter of all)")
+    parser.add_argument("--tasks-limit", type=int, metavar="N", help="ask at most so many items of each (default all)")
     parser.add_argument("--seed", type=int, help="of data order and adapter (default 0)")
     return parser
 

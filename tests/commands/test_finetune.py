@@ -20,7 +20,7 @@ from janus_jax.sampling.memory import OutOfMemory
 from janus_jax.sharding import flatten, make_mesh
 from janus_jax.weights.adapters.peft_files import read_adapter
 from train import finetune
-from train.config import EvalConfig
+from train.config import EvalConfig, EvalsConfig
 from train.run import faults, figures, loop
 from train.run.metrics import read_metrics
 from train.step.state import activation_bytes
@@ -100,7 +100,11 @@ def test_rows_and_steps_follow_the_data(model, photos, tmp_path, monkeypatch):
     runs = []
     monkeypatch.setattr(finetune, "train", lambda config, more: runs.append(config) or tmp_path / "adapter")
     finetune.finetune(model, photos / "photos.jsonl", "generation", tmp_path / "many")
-    finetune.finetune(model, photos / "questions.jsonl", "understanding", tmp_path / "few", context=200)
+    category = tmp_path / "mme" / "MME_Benchmark_release_version" / "color"
+    category.mkdir(parents=True)
+    (category / "a.txt").write_text("Is it red? Please answer yes or no.\tYes\n")
+    asked = {"tasks": ["mme"], "tasks_data": tmp_path / "mme", "tasks_limit": 7}
+    finetune.finetune(model, photos / "questions.jsonl", "understanding", tmp_path / "few", context=200, **asked)
     many, few = runs
     assert (many.steps, many.optimizer.warmup_steps, many.adapter.alpha) == (round(20 * 41 / 4), 20, 32)
     assert many.data.ratio == (0, 0, 1) and few.data.ratio == (1, 0, 0)
@@ -109,6 +113,7 @@ def test_rows_and_steps_follow_the_data(model, photos, tmp_path, monkeypatch):
     assert many.evaluation.generation == (str(tmp_path / "many" / "held_out"),)
     assert few.evaluation == EvalConfig(batches=2) and few.samples.every == 0, "too few to hold some out"
     assert (few.data.context, few.steps) == (128, 100)
+    assert many.evals == EvalsConfig() and few.evals == EvalsConfig(25, ("mme",), str(tmp_path / "mme"), limit=7)
     assert (few.compute_dtype, few.init_from) == ("float32", model)
     # Layers are computed twice where keeping them would take more than a quarter of what is free.
     for free, remat in ((None, "full"), (2**20, "full"), (2**30, "none")):
@@ -125,6 +130,11 @@ def test_rows_and_steps_follow_the_data(model, photos, tmp_path, monkeypatch):
     ("changes", "told"),
     [
         ({"model": "nowhere"}, "nowhere is neither a folder nor a hub id"),
+        ({"tasks": "pop", "tasks-data": "."}, "evals: unknown task pop; did you mean pope"),
+        ({"tasks": "pope"}, "tasks and tasks_data go together; give both, or none"),
+        ({"tasks-limit": "3"}, "tasks_every and tasks_limit are of tasks, and there are none"),
+        ({"tasks": "pope", "tasks-data": ".", "tasks-every": "0"}, "tasks_every must be an integer of at least 1, got"),
+        ({"tasks": "pope", "tasks-data": "nowhere"}, "evals: nowhere is not a folder"),
         ({"data": "nowhere.jsonl"}, "nowhere.jsonl: no such file or folder"),
         ({"targets": "o_prj"}, "adapter.targets: 'o_prj' names no linear layer of the model; did you mean o_proj"),
         ({"save": "gen_heat"}, "adapter.save: 'gen_heat' names no module of the model; did you mean gen_head"),
