@@ -102,7 +102,8 @@ def _varied(images: np.ndarray, noise: float, rng: np.random.Generator) -> np.nd
     return np.clip(np.rint(np.stack(moved) + gray), 0, 255).astype(np.uint8)
 
 
-def _png(image: np.ndarray) -> bytes:
+def png(image: np.ndarray) -> bytes:
+    """A uint8 image [h, w, 3] as a PNG file."""
     file = io.BytesIO()
     Image.fromarray(image).save(file, "PNG", compress_level=1)
     return file.getvalue()
@@ -182,7 +183,7 @@ def _write_understanding(path: pathlib.Path, images: np.ndarray, labels: np.ndar
     def records() -> Iterator[dict[str, Any]]:
         for index, (image, label) in enumerate(zip(images, labels, strict=True)):
             name = f"images/{index:05d}.png"
-            (path.parent / name).write_bytes(_png(image))
+            (path.parent / name).write_bytes(png(image))
             question, answer = questions(label)[rng.integers(len(QUESTIONS))]
             asked = {"from": "human", "value": f"<image>\n{question}"}
             yield {"id": index, "image": name, "conversations": [asked, {"from": "gpt", "value": answer}]}
@@ -194,7 +195,7 @@ def _write_generation(path: pathlib.Path, images: np.ndarray, labels: np.ndarray
     with tarfile.open(path, "w") as tar:
         for index, (image, label) in enumerate(zip(images, labels, strict=True)):
             caption = captions(label)[rng.integers(len(CAPTIONS))]
-            for suffix, content in (("png", _png(image)), ("txt", caption.encode())):
+            for suffix, content in (("png", png(image)), ("txt", caption.encode())):
                 member = tarfile.TarInfo(f"{index:05d}.{suffix}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))

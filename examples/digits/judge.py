@@ -6,8 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from examples.digits.data import IMAGE_SIZE, SHIFTS, load_split, shifted, to_rgb
+from evals.generation.geneval import Detection, box_of
+from examples.digits.data import IMAGE_SIZE, SHIFTS, WORDS, load_split, shifted, to_rgb
+
+_INK = 64  # gray level above which a pixel is of a digit
 
 
 class Judge:
@@ -30,6 +34,12 @@ class Judge:
     def predict(self, images: np.ndarray) -> np.ndarray:
         """Labels [N] of uint8 images [N, 16, 16, 3]; ValueError for others."""
         return self._svm.predict(_features(images))
+
+    def detect(self, image: Image.Image) -> dict[str, list[Detection]]:
+        """As a detector of GenEval: the one digit that it takes `image` for, by name, where there is ink."""
+        pixels = np.asarray(image.convert("RGB"))
+        mask = pixels.mean(-1) > _INK
+        return {WORDS[int(self.predict(pixels[None])[0])]: [Detection(box_of(mask), 1.0, mask)]}
 
     def accuracy(self, split: str) -> float:
         """Share of a split's own images that are recognized."""

@@ -1,10 +1,11 @@
-"""Figures of a run: loss curves, and in a notebook the run as it goes."""
+"""Figures of a run: loss curves, benchmarks over its steps, and in a notebook the run as it goes."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from train.config import KINDS
@@ -12,6 +13,7 @@ from train.run.callbacks import Callback, Moment, Run
 from train.run.metrics import FILE, read_metrics
 
 _COLORS = {"understanding": "#2563eb", "text": "#059669", "generation": "#dc2626"}
+LOW, HIGH = "_low", "_high"  # after the name of a benchmark's figure: the ends of its interval
 
 
 def loss_curves(
@@ -25,18 +27,8 @@ def loss_curves(
       title: title of the figure.
     Returns: `out_png`. Raises: FileNotFoundError, or ValueError if there is no loss to draw or matplotlib is missing.
     """
-    paths = [metrics] if isinstance(metrics, (str, pathlib.Path)) else list(metrics)
-    runs = [read_metrics(path) for path in paths]
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("drawing the loss curves needs matplotlib; pip install matplotlib") from None
-
-    # A separate Figure, so that the process keeps its matplotlib backend.
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    runs = [read_metrics(path) for path in _several(metrics)]
+    figure, (axes,) = _new_figure((8, 4.5))
     start, drawn, starts = 0, set(), []
     for run in runs:
         starts.append(start)
@@ -58,7 +50,7 @@ def loss_curves(
                 )
         start += max((line["step"] for line in run), default=0)
     if not drawn:
-        raise ValueError(f"{', '.join(map(str, paths))}: no train/loss_{{{','.join(KINDS)}}} to draw")
+        raise ValueError(f"{_listed(metrics)}: no train/loss_{{{','.join(KINDS)}}} to draw")
 
     if len(runs) > 1:
         for number, (left, right) in enumerate(zip(starts, [*starts[1:], start], strict=True), 1):
@@ -74,16 +66,48 @@ def loss_curves(
     axes.set_ylabel("cross entropy per token (nats)")
     if title:
         axes.set_title(title, pad=22 if len(runs) > 1 else 8)
-    axes.grid(color="0.92")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    _plain(axes)
     labeled = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     order = [label for held_out in ("", ", held out") for kind in KINDS if (label := kind + held_out) in labeled]
     axes.legend([labeled[label] for label in order], order, frameon=False)
-    out_png = pathlib.Path(out_png)
-    out_png.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out_png, dpi=150)
-    return out_png
+    return _saved(figure, out_png)
+
+
+def benchmark_curves(
+    metrics: str | pathlib.Path | Sequence[str | pathlib.Path],
+    out_png: str | pathlib.Path,
+    title: str = "",
+    titles: Mapping[str, str] | None = None,
+) -> pathlib.Path:
+    """Draws the main figure of each benchmark that runs have asked over the steps, with its 95% interval.
+
+    Args:
+      metrics: as for `loss_curves`.
+      titles: of the benchmarks, by name; default their figures' names.
+    Returns: `out_png`. Raises: FileNotFoundError, or ValueError if no benchmark was asked or matplotlib is missing.
+    """
+    runs = [read_metrics(path) for path in _several(metrics)]
+    starts = [0, *itertools.accumulate(max((line["step"] for line in run), default=0) for run in runs)]
+    names = dict.fromkeys(name.removesuffix(LOW) for run in runs for line in run for name in line if name.endswith(LOW))
+    if not names:
+        raise ValueError(f"{_listed(metrics)}: no benchmarks (evals/...{LOW}) to draw")
+    figure, axes = _new_figure((4 * len(names), 3.4), len(names))
+    for axis, name in zip(axes, names, strict=True):
+        for start, run in zip(starts, runs, strict=False):
+            steps, values = _series(run, name)
+            steps = [start + step for step in steps]
+            ends = [_series(run, name + end)[1] for end in (LOW, HIGH)]
+            axis.plot(steps, values, "o-", color=_COLORS["understanding"], markersize=3.5, linewidth=1.6)
+            if all(len(each) == len(steps) for each in ends):
+                axis.fill_between(steps, *ends, color=_COLORS["understanding"], alpha=0.18, linewidth=0)
+        _, task, figure_name = name.split("/", 2)
+        axis.set_title((titles or {}).get(task, f"{task}: {figure_name.replace('_', ' ')}"), fontsize=10)
+        axis.set_xlim(0, max(starts[-1], 1))
+        axis.set_xlabel("step")
+        _plain(axis)
+    if title:
+        figure.suptitle(title)
+    return _saved(figure, out_png)
 
 
 def smooth(values: Sequence[float]) -> list[float]:
@@ -95,6 +119,41 @@ def smooth(values: Sequence[float]) -> list[float]:
         total, weight = keep * total + value, keep * weight + 1
         smoothed.append(total / weight)
     return smoothed
+
+
+def _several(metrics: str | pathlib.Path | Sequence[str | pathlib.Path]) -> list[str | pathlib.Path]:
+    return [metrics] if isinstance(metrics, (str, pathlib.Path)) else list(metrics)
+
+
+def _listed(metrics: str | pathlib.Path | Sequence[str | pathlib.Path]) -> str:
+    return ", ".join(map(str, _several(metrics)))
+
+
+def _new_figure(size: tuple[float, float], columns: int = 1) -> tuple[Any, Sequence[Any]]:
+    """A figure and its axes. ValueError if matplotlib is missing."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("drawing curves needs matplotlib; pip install matplotlib") from None
+
+    # A separate Figure, so that the process keeps its matplotlib backend.
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+
+
+def _plain(axes: Any):
+    axes.grid(color="0.92")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _saved(figure: Any, out_png: str | pathlib.Path) -> pathlib.Path:
+    out_png = pathlib.Path(out_png)
+    out_png.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out_png, dpi=150)
+    return out_png
 
 
 def _series(run: list[dict], name: str) -> tuple[list[int], list[float]]:

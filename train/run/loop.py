@@ -26,7 +26,7 @@ from train.run.checkpoints import Workdir, check_steps
 from train.run.distributed import check_same, say, together
 from train.run.failures import Failures
 from train.run.faults import STOPPED, Notice, Stopped, Watchdog
-from train.run.figures import loss_curves
+from train.run.figures import benchmark_curves, loss_curves
 from train.run.flow import Health, InFlight, NotFinite, next_batch
 from train.run.metrics import FILE, Metrics
 from train.run.window import Window
@@ -151,6 +151,9 @@ def train(config: TrainConfig, steal: bool = False, more: Sequence[Callable[[Run
         with failures.alone("the figure of the loss curves"):
             if is_main and (workdir.local / FILE).exists():
                 loss_curves(workdir.local / FILE, workdir.local / "curves.png", config.name)
+        with failures.alone("the figure of the benchmarks"):
+            if is_main and asked and (workdir.local / FILE).exists():
+                benchmark_curves(workdir.local / FILE, workdir.local / "evals.png", config.name)
     say(f"{config.name}: {config.steps} steps done; exported to {exported}")
     return exported
 

@@ -33,6 +33,7 @@ from train.config import EvalsConfig, TrainConfig
 from train.run.aside import Look, pipeline_of
 from train.run.callbacks import Moment, Run
 from train.run.distributed import say, together
+from train.run.figures import HIGH, LOW
 from train.step.state import Params
 
 MODEL = "model.json"  # as `evals.main` calls it
@@ -110,8 +111,12 @@ class Benchmarks(Look):
                     f"{one_line(first.id)}: {one_line(first.reason, 500)}"
                 )
             values |= {f"{name}/{plain(figure)}": number.value for figure, number in found.scores.numbers.items()}
+            headline = f"{name}/{plain(found.scores.headline)}"
+            number = found.scores.numbers.get(found.scores.headline)
+            if number is not None and number.low is not None:
+                values |= {f"{headline}{LOW}": number.low, f"{headline}{HIGH}": number.high}
             values |= {f"{name}/items": told["answered"], f"{name}/seconds": time.monotonic() - began}
-            shown.append(f"{name}/{plain(found.scores.headline)}")
+            shown.append(headline)
         with run.failures.alone("the metrics"):
             run.metrics.write(moment.done, values, PREFIX, shown)
 
