@@ -26,8 +26,8 @@ from evals.items import Item, Loaded, Task
 from evals.reports.results import result, write_results
 from janus_jax.io.files import read_json_object
 from janus_jax.io.messages import one_line
-from janus_jax.io.whole.files import write_file
 from janus_jax.io.stores import local_only
+from janus_jax.io.whole.files import write_file
 from janus_jax.sampling.finite import on_host
 from train.config import EvalsConfig, TrainConfig
 from train.run.aside import Look, pipeline_of
