@@ -211,6 +211,7 @@ def test_names_of_figures():
             {"tasks": ("toy", "mmvet")},
             "evals: mmvet is scored by a judge alone, which a run does not ask; leave it out",
         ),
+        ({"tasks": ("geneval",)}, "evals: geneval is drawn, and others look at it: score an export with evals.main"),
         ({"protocol": "terze"}, "evals: toy has no protocol 'terze'; did you mean terse?"),
         ({"tasks": ("pope",)}, "evals: POPE: no data in "),
         ({"data": "nowhere", "tasks": ("mme",)}, "evals: nowhere is not a folder"),

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from evals.asking.answers import Replies, Respondent
 from evals.asking.identity import prompts_identity
 from evals.evaluate import Settings, chosen, evaluate
+from evals.generation.task import DrawnTask
 from evals.items import Item, Loaded, Task
 from evals.reports.results import result, write_results
 from janus_jax.io.files import read_json_object
@@ -52,14 +53,16 @@ class Asked:
 def load_tasks(config: EvalsConfig) -> list[Asked]:
     """The benchmarks of `config`; [] if it asks none.
 
-    Raises: ValueError or OSError in one line for an unknown task or protocol, a task that only a judge can score, and
-      data that are missing or damaged.
+    Raises: ValueError or OSError in one line for an unknown task or protocol, a task that is drawn or that only a judge
+      can score, and data that are missing or damaged.
     """
     if not config.every:
         return []
     try:
         tasks, data = chosen(",".join(config.tasks), config.protocol or None), local_only(config.data)
         for task, _ in tasks:
+            if isinstance(task, DrawnTask):
+                raise ValueError(f"{task.name} is drawn, and others look at it: score an export with evals.main")
             if task.needs_judge:
                 raise ValueError(f"{task.name} is scored by a judge alone, which a run does not ask; leave it out")
         return [Asked(task, protocol, task.load(data, protocol)) for task, protocol in tasks]
