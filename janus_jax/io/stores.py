@@ -15,7 +15,7 @@ import pathlib
 import posixpath
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, BinaryIO
 
 from janus_jax.io.messages import one_line
@@ -234,10 +234,10 @@ class StorePath(os.PathLike):
             if not missing_ok:
                 raise
 
-    def rmtree(self) -> None:
-        """Removes everything whose name begins with this folder's."""
+    def rmtree(self, kept: Collection[StorePath] = ()) -> None:
+        """Removes everything whose name begins with this folder's, except the objects `kept`."""
         scheme, *_ = split(self._address)
-        found = [str(path) for path in self.walk()]
+        found = [str(path) for path in self.walk() if path not in kept]
         if found:
             request(self._address, lambda: files(scheme).rm(found))
 

@@ -269,8 +269,12 @@ def write_lazy(folder: pathlib.Path, leaves: LazyParams, progress: bool = False)
 
     Orbax needs whole arrays in memory (three gigabytes each for a 7B model), several at once, and writes no checksums.
     So orbax saves a scalar for each array, for its metadata, and tensorstore then replaces them by the arrays, piece
-    by piece.
+    by piece; in a store likewise, where the arrays are in separate folders.
     """
+    if is_store(folder):
+        with byte_bar("writing", total_bytes(leaves), progress) as bar:
+            store_arrays.write_pieces(folder, leaves, pieces, bar.update)
+        return
     scalars = {path: np.zeros((), leaf.dtype) for path, leaf in leaves.items()}
     with byte_bar("writing", total_bytes(leaves), progress) as bar:
         _save_by_orbax(folder, traverse_util.unflatten_dict(scalars))
@@ -341,12 +345,15 @@ def chunk_shape(leaf: LazyArray) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def pieces(leaf: LazyArray) -> Iterator[Index]:
+def pieces(leaf: LazyArray, chunk: tuple[int, ...] | None = None) -> Iterator[Index]:
     """Indices of the pieces that cover `leaf`: whole chunks, each piece not much more than `_PIECE_BYTES`.
 
-    They run over the layers if the array has them, else over its longest axis.
+    They run over the layers if the array has them, else over its longest axis. `chunk` defaults to `chunk_shape`'s.
     """
-    chunk = chunk_shape(leaf)
+    if leaf.num_bytes <= _PIECE_BYTES:
+        yield tuple(slice(0, n) for n in leaf.shape)
+        return
+    chunk = chunk or chunk_shape(leaf)
     axis = 0 if len(chunk) > 2 else leaf.shape.index(max(leaf.shape))
     size = leaf.shape[axis]
     slab_bytes = leaf.num_bytes * chunk[axis] // size

@@ -58,7 +58,7 @@ def from_torch(
     note: Callable[[str], Any] = print,
     weights: str | None = None,
 ) -> None:
-    """Converts the torch checkpoint folder `src`, of either dialect, to the converted folder `out`.
+    """Converts the torch checkpoint folder `src`, of either dialect, to the folder `out`, which may be in a store.
 
     Args:
         dtype: dtype to cast the parameters to; None keeps theirs.
@@ -104,7 +104,8 @@ def to_torch(
     note: Callable[[str], Any] = print,
     adapter: str | pathlib.Path | None = None,
 ) -> None:
-    """Writes the checkpoint folder `src`, of any kind, as a torch checkpoint of `dialect` into the folder `out`.
+    """Writes the checkpoint folder `src`, of any kind, as a torch checkpoint of `dialect` into the folder `out`, which
+    may be in a store.
 
     Args:
         dialect: 'original' or 'transformers'.

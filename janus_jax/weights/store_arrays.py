@@ -15,13 +15,14 @@ import math
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
 import tensorstore as ts
+from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
 from janus_jax.io.ahead import in_order
@@ -33,6 +34,7 @@ _CHUNK_BYTES = 32 << 20  # of an object, at most
 _IN_FLIGHT = 128 << 20  # bytes of arrays that are written at the same time
 _SMALL_BYTES = 16 << 20  # smaller arrays are read several at a time
 _READERS = 16
+_PIECES = 4  # of arrays that are not held whole, written at the same time
 _CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
 
 
@@ -171,6 +173,38 @@ def write_params(folder: pathlib.Path, params: Any) -> None:
     """
     place = folder / _describe(folder, params) if jax.process_count() == 1 else folder
     write_tree(place, jax.tree.map(jax.numpy.asarray, params), describe=jax.process_index() == 0)
+
+
+def write_pieces(
+    folder: pathlib.Path,
+    leaves: Mapping[tuple[str, ...], Any],
+    pieces: Callable[[Any, tuple[int, ...]], Iterable[tuple[slice, ...]]],
+    on_bytes: Callable[[int], Any],
+) -> None:
+    """Writes arrays that are too large to be held, as `write_params` does, by a single process.
+
+    Args:
+      leaves: objects with `shape`, `dtype` and `read`, which gives the values at an index, by their paths.
+      pieces: the indices that cover a leaf whose stored chunks have this shape: each begins and ends with chunks.
+      on_bytes: called with the size of each piece once it is written.
+    """
+    place = folder / _describe(folder, traverse_util.unflatten_dict(leaves))
+
+    def held() -> Iterator[tuple[str, Held, bool]]:
+        for path, leaf in leaves.items():
+            chunk = chunk_shape(leaf.shape, leaf.shape, leaf.dtype.itemsize)
+            for number, index in enumerate(pieces(leaf, chunk)):
+                region = np.ascontiguousarray(leaf.read(index))
+                yield ".".join(path), Held(leaf.shape, leaf.dtype, chunk, [(index, region)]), number == 0
+
+    def written(one: tuple[str, Held, bool]) -> int:
+        name, each, first = one
+        write_held(place, {name: each}, describe=first)
+        return sum(data.nbytes for _, data in each.regions)
+
+    with ThreadPoolExecutor(_PIECES) as pool:
+        for _, num_bytes in in_order(held(), written, pool, _PIECES):
+            on_bytes(num_bytes)
 
 
 def _describe(folder: pathlib.Path, params: Any) -> str:

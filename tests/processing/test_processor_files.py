@@ -11,7 +11,7 @@ from PIL import Image
 
 import janus_jax
 from examples.tiny.tokenizer import BOS, EOS, PAD, edit_json, write_tokenizer
-from janus_jax.io.whole.folders import MARK
+from janus_jax.io.whole.ownership import MARK
 from janus_jax.processing.chat import Processor, normalize_messages
 from janus_jax.processing.images import ImageSettings
 from janus_jax.processing.processor_files import PROCESSOR_FILES, TOKENIZER_FILES, copy_files

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from examples.tiny.run import MODEL, tiny_config, write_checkpoint, write_data
-from janus_jax.io.whole.folders import MARK
+from janus_jax.io.whole.ownership import MARK
 from janus_jax.weights import checkpoint
 from janus_jax.weights.torch_weights import abstract_params, read_now
 from train.config import EvalConfig, SampleConfig, TrainConfig

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from janus_jax.config import read_config
-from janus_jax.io.whole.folders import MARK
+from janus_jax.io.whole.ownership import MARK
 from janus_jax.weights import checkpoint, conversion
 from janus_jax.weights.checkpoint import load_params
 from janus_jax.weights.conversion import from_torch, parse_size, to_torch

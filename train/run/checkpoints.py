@@ -132,6 +132,7 @@ class Workdir:
         config = self.config
         with together():
             check_claim(config, run)  # again: another run may have begun in the folder before the lease was taken
+        with together():  # only now: while others still look, they would find it after they had not
             if jax.process_index() == 0:
                 write_file(self.folder / RUN, json_bytes(run))
                 remove_partial(self.folder)

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 
+from janus_jax.io.messages import one_line
 from janus_jax.io.store_access import is_store, read_versioned, write_if
 from janus_jax.io.stores import StorePath
 
@@ -59,6 +60,11 @@ def appearing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     try:
         yield partial
         publish(partial, path)
+    except OSError as error:
+        if is_store(path) and (told := no_room(error)):
+            cause = f"{NO_ROOM[told]} for {one_line(path)}, which is written there first; set TMPDIR to another folder"
+            raise OSError(told, cause, tempfile.gettempdir()) from None
+        raise
     finally:
         discard(partial, path)
 

@@ -13,72 +13,31 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import pathlib
 import secrets
 import shutil
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from janus_jax.io.files import read_json_object
 from janus_jax.io.messages import one_line
-from janus_jax.io.stores import local_only
+from janus_jax.io.store_access import is_store
+from janus_jax.io.stores import StorePath, as_path, local_only
 from janus_jax.io.whole.files import NO_ROOM, no_room
-from janus_jax.io.whole.leftovers import new_lock, remove, remove_left
+from janus_jax.io.whole.in_store import staged_in_store
+from janus_jax.io.whole.leftovers import new_lock, remove, remove_left, undisturbed
+from janus_jax.io.whole.ownership import mark, refuse_unless_erasable
 
-MARK = "janus_jax.json"
-_MADE_BY = "janus_jax"
 _PROBE_BYTES = 64 << 20
 
 
-# ---------------------------------------------------------------- ownership of a folder
-
-
-def mark(folder: pathlib.Path):
-    """Marks `folder` as made here, with a list of its present content, which `--overwrite` may erase."""
-    names = sorted(path.name for path in folder.iterdir() if path.name != MARK)
-    text = json.dumps({"made_by": _MADE_BY, "holds": names}, indent=2, ensure_ascii=False)
-    (folder / MARK).write_text(text + "\n", encoding="utf-8")
-
-
-def erasable(folder: pathlib.Path, known: frozenset[str] = frozenset()) -> str:
-    """Why `folder` must not be erased, or '' if it may: if it was made here, with everything in it.
-
-    Args:
-      known: names that a folder made here before marks existed may contain, if the caller knows it to be one.
-    """
-    names = {path.name for path in folder.iterdir()}
-    if MARK in names:
-        try:
-            made = read_json_object(folder / MARK)
-        except (OSError, ValueError) as error:
-            return f"its mark cannot be read ({error})"
-        if made.get("made_by") != _MADE_BY or not isinstance(made.get("holds"), list):
-            return f"{MARK} in it is not the mark of a folder made by janus_jax"
-        foreign = names - {name for name in made["holds"] if isinstance(name, str)} - {MARK}
-    elif known:
-        foreign = names - known
-    else:
-        return f"it has no {MARK}, which marks folders made by janus_jax"
-    # Nothing is lost with empty files and folders.
-    lost = sorted(name for name in foreign if not _is_empty(folder / name))
-    return f"it also has {one_line(', '.join(lost))}, not made by janus_jax" if lost else ""
-
-
-def _is_empty(path: pathlib.Path) -> bool:
-    if path.is_symlink():
-        return False
-    return not any(path.iterdir()) if path.is_dir() else path.stat().st_size == 0
-
-
 def destination(out: str | os.PathLike) -> pathlib.Path:
-    """The absolute path of `out`, with links followed.
+    """The absolute path of `out`, with links followed; in a store, its path there.
 
     Raises ValueError if no folder can be created there: for a circle of links, a file, a mount point.
     """
+    if is_store(out):
+        return as_path(out)
     given = local_only(out)
     try:
         place = pathlib.Path(os.path.realpath(given))
@@ -139,14 +98,8 @@ class Staging:
             raise
 
     def _check_free(self):
-        if not self._taken():
-            return
-        if not self._overwrite:
-            raise ValueError(f"{self._shown} already exists; choose another folder or overwrite it with --overwrite")
-        if not (self.place / "config.json").is_file():
-            raise ValueError(f"{self._shown} is not a checkpoint folder, so it is not overwritten; choose another one")
-        if reason := erasable(self.place, self._known):
-            raise ValueError(f"{self._shown} is not overwritten: {reason}; remove it yourself or choose another folder")
+        if self._taken():
+            refuse_unless_erasable(self.place, self._shown, self._overwrite, self._known)
 
     def _taken(self) -> bool:
         if self.place.is_dir() and not self.place.is_symlink():
@@ -189,7 +142,7 @@ class Staging:
 
     def discard(self):
         """Removes what was written, and restores what was to be replaced."""
-        with _undisturbed():
+        with undisturbed():
             if self._aside.exists() and not self.place.exists():
                 self._aside.rename(self.place)
             remove(self.folder)
@@ -209,28 +162,19 @@ class Staging:
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Blocks the signals that end a process: a second Ctrl-C would interrupt the cleanup."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
+def staged(
+    out: str | os.PathLike, overwrite: bool = False, known: frozenset[str] = frozenset(), **options: Any
+) -> Iterator[pathlib.Path]:
+    """The folder of a `Staging` that is moved to `out` if the block succeeds, and removed if it fails.
+
+    In a store it is `out` itself: the block must write `ownership.LAST` last, without which nobody reads the folder.
+    """
+    if is_store(out):
+        with staged_in_store(StorePath(os.fspath(out)), overwrite, known):
+            yield as_path(out)
         return
-    named = (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP"))
-    handlers = {number: signal.getsignal(number) for number in named if number is not None}
-    handlers = {number: handler for number, handler in handlers.items() if handler is not None}
-    for number in handlers:
-        signal.signal(number, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def staged(out: str | os.PathLike, **options: Any) -> Iterator[pathlib.Path]:
-    """The folder of a `Staging` that is moved to `out` if the block succeeds, and removed if it fails."""
     with _named_when_full(out):
-        staging = Staging(out, **options)
+        staging = Staging(out, overwrite, known, **options)
         try:
             yield staging.folder
             staging.finish()

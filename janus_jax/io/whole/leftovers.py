@@ -8,8 +8,10 @@ import pathlib
 import re
 import secrets
 import shutil
+import signal
 import socket
 import stat
+import threading
 import time
 from collections.abc import Iterator
 
@@ -112,3 +114,21 @@ def _changed(folder: pathlib.Path) -> float:
 
 def _size(folder: pathlib.Path) -> int:
     return sum(found.st_size for found in _files(folder))
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Blocks the signals that end a process: a second Ctrl-C would interrupt the cleanup."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    named = (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP"))
+    handlers = {number: signal.getsignal(number) for number in named if number is not None}
+    handlers = {number: handler for number, handler in handlers.items() if handler is not None}
+    for number in handlers:
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

@@ -20,6 +20,7 @@ import numpy as np
 from janus_jax.io.files import open_regular, parse_json
 from janus_jax.io.messages import one_line
 from janus_jax.io.stores import size_of
+from janus_jax.io.whole.files import appearing
 from janus_jax.weights.formats.stored_tensor import Tensor, row_major
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -124,7 +125,10 @@ class TensorToWrite:
 def write_safetensors(
     path: pathlib.Path, tensors: Iterable[TensorToWrite], on_bytes: Callable[[int], Any] = lambda n: None
 ):
-    """Writes one safetensors file, a tensor at a time; `on_bytes` is called with each tensor's size once written."""
+    """Writes one safetensors file, a tensor at a time; `on_bytes` is called with each tensor's size once written.
+
+    For a store it is first written to the folder for temporary files.
+    """
     tensors = list(tensors)
     names = {dtype: name for name, dtype in _DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -134,7 +138,7 @@ def write_safetensors(
         header[tensor.name] = {"dtype": names[tensor.dtype], "shape": tensor.shape, "data_offsets": [begin, end]}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with open(path, "wb") as file:
+    with appearing(path) as partial, open(partial, "wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for tensor in tensors:
             array = np.ascontiguousarray(tensor.read())

@@ -15,8 +15,9 @@ import time
 import pytest
 
 from janus_jax.io.whole.files import write_file
-from janus_jax.io.whole.folders import MARK, Staging, new_folder, staged
+from janus_jax.io.whole.folders import Staging, new_folder, staged
 from janus_jax.io.whole.leftovers import remove_left
+from janus_jax.io.whole.ownership import MARK
 from janus_jax.weights.conversion import from_torch, to_torch
 from tests.weights.golden import GOLDEN
 
