@@ -28,6 +28,7 @@ FLOORS = (
     "janus_jax.pipeline",
     "janus_jax.inside",
     "janus_jax.loading",
+    "janus_jax.serving.*",
     "janus_jax",
     "janus_jax.__main__",
     "train",

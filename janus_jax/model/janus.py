@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from janus_jax.config import IMAGE_CHANNELS, JanusConfig
-from janus_jax.model.kv_cache import KVCache
+from janus_jax.model.kv_cache import KVCache, RowCache
 from janus_jax.model.layers import Embed, MlpProjector, gelu
 from janus_jax.model.linear import Linear
 from janus_jax.model.llama import Llama
@@ -108,6 +108,10 @@ class Janus(nn.Module):
     def decode(self, x: jax.Array, cache: KVCache, real: jax.Array | None = None) -> tuple[jax.Array, KVCache]:
         """New tokens [B, T, D] after a filled cache; see `Llama.decode`."""
         return self.language_model.decode(x, cache, real)
+
+    def decode_rows(self, x: jax.Array, cache: RowCache, lengths: jax.Array) -> tuple[jax.Array, RowCache]:
+        """One new token [B, 1, D] in every row, each at its own length; see `Llama.decode_rows`."""
+        return self.language_model.decode_rows(x, cache, lengths)
 
     # ------------------------------------------------------------ out of it
 

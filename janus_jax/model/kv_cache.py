@@ -131,6 +131,58 @@ def _grow(x: jax.Array, slots: int, axis: int) -> jax.Array:
     return constrain(grown, "batch", "length") if x.ndim == 2 else _constrain_kv(grown)
 
 
+# ---------------------------------------------------------------- rows that begin and end on their own
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RowCache:
+    """Keys and values of rows of different lengths, as in `KVCache`: each row fills its slots from 0.
+
+    The lengths [B] are kept by whoever knows which rows are in use. A slot behind a row's length may hold anything
+    finite: it is not attended to, and the next token overwrites it.
+    """
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+
+    @property
+    def slots(self) -> int:
+        return self.keys[0].shape[-2]
+
+
+def read_row(cache: RowCache, row: jax.Array, length: jax.Array) -> KVCache:
+    """The row's keys and values as a cache of one row, of which `length` slots are filled."""
+
+    def one(x: jax.Array) -> jax.Array:
+        return _constrain_kv(jax.lax.dynamic_slice_in_dim(x, row, 1, axis=x.ndim - 4))
+
+    mask = jnp.arange(cache.slots)[None] < length
+    return KVCache(tuple(map(one, cache.keys)), tuple(map(one, cache.values)), mask, length, length[None])
+
+
+def write_row(cache: RowCache, row: jax.Array, one: KVCache, start: jax.Array, count: int) -> RowCache:
+    """`cache` with `count` slots of a cache of one row, from `start` on, in the same slots of `row`."""
+
+    def put(x: jax.Array, from_row: jax.Array) -> jax.Array:
+        new = jax.lax.dynamic_slice_in_dim(from_row, start, count, axis=x.ndim - 2)
+        before = (0,) * (x.ndim - 4)
+        return _constrain_kv(jax.lax.dynamic_update_slice(x, new, (*before, row, 0, start, 0)))
+
+    return RowCache(tuple(map(put, cache.keys, one.keys)), tuple(map(put, cache.values, one.values)))
+
+
+def grow_rows(cache: RowCache, slots: int) -> RowCache:
+    """`cache` grown to `slots` slots, as `grow_cache` does."""
+
+    def grow(x: jax.Array) -> jax.Array:
+        grown = _grow(x, slots, -2)
+        x.delete()
+        return grown
+
+    return RowCache(tuple(map(grow, cache.keys)), tuple(map(grow, cache.values)))
+
+
 def cache_bytes(config: LlamaConfig, rows: int, slots: int, dtype: Any) -> int:
     """Bytes of the keys and values of a cache."""
     per_slot = 2 * config.layers * config.kv_heads * config.head_dim
@@ -146,6 +198,8 @@ def store(
 ) -> tuple[jax.Array, jax.Array]:
     """`kv` with the new keys and values [B, K, T, H] of one layer written from `slot` on.
 
+    With a slot for each row, [B], T is 1.
+
     Args:
       kv: cached keys and values, of all layers [layers, B, K, S, H] or of this one [B, K, S, H].
       layer: index of the layer in them; None if they are of this one layer.
@@ -157,7 +211,23 @@ def _store(cached: jax.Array, new: jax.Array, layer: jax.Array | None, slot: jax
     start, new = (0, 0, slot, 0), cpu.as_cached(new, cached.shape[-4]).astype(cached.dtype)
     if layer is not None:
         start, new = (layer, *start), new[None]
+    if jnp.ndim(slot):
+        return _constrain_kv(_store_rows(cached, new, layer, slot))
     return _constrain_kv(jax.lax.dynamic_update_slice(cached, new, start))
+
+
+def _store_rows(cached: jax.Array, new: jax.Array, layer: jax.Array | None, slots: jax.Array) -> jax.Array:
+    """`cached` with the one new key or value of each row at that row's own slot [B].
+
+    A loop over rows: a scatter makes TPUs read and write the whole cache.
+    """
+    own = () if layer is None else (layer,)
+
+    def body(row: jax.Array, cached: jax.Array) -> jax.Array:
+        one = jax.lax.dynamic_slice_in_dim(new, row, 1, axis=new.ndim - 4)
+        return jax.lax.dynamic_update_slice(cached, one, (*own, row, 0, slots[row], 0))
+
+    return jax.lax.fori_loop(0, len(slots), body, cached)
 
 
 def attend_cached(q: jax.Array, kv: tuple[jax.Array, jax.Array], layer: jax.Array | None, mask: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from janus_jax.config import LlamaConfig
 from janus_jax.model.attention import attend_segments, attention_weights, causal_mask, keep
-from janus_jax.model.kv_cache import KVCache, attend_cached, store
+from janus_jax.model.kv_cache import KVCache, RowCache, attend_cached, store
 from janus_jax.model.layers import Embed, RMSNorm, apply_rope, gelu, rematerialized, rope
 from janus_jax.model.linear import Linear
 from janus_jax.model.precision import residual_dtype
@@ -90,8 +90,8 @@ class Block(nn.Module):
           carry: (x [B, T, D], kv, layer): kv is None or (keys, values), of all layers [layers, B, K, S, H] with this
             one at index `layer`, or of this layer alone [B, K, S, H] with `layer` None.
           where: what is attended to: segment ids [B, T] if `slot` is None, else a mask [B, T, keys] of the cache.
-          slot: the slot at which the new keys are written to the cache, which is then attended to; None writes at 0 and
-            attends to the new keys alone.
+          slot: the slot at which the new keys are written to the cache (or one for each row), which is then attended
+            to; None writes at 0 and attends to the new keys alone.
         Returns: (carry, None), as nn.scan expects.
         """
         x, kv, layer = carry
@@ -198,6 +198,11 @@ class Llama(nn.Module):
         return hidden, dataclasses.replace(
             kv, mask=valid, length=cache.length + length, positions=cache.positions + count
         )
+
+    def decode_rows(self, x: jax.Array, cache: RowCache, lengths: jax.Array) -> tuple[jax.Array, RowCache]:
+        """Appends one token, embedded as x [B, 1, D], to every row, each at its own length [B] int32."""
+        mask = jnp.arange(cache.slots) <= lengths[:, None]
+        return self._run(x, lengths[:, None], mask[:, None], cache, lengths)
 
     def _run(self, x, positions, where, cache, slot):
         c = self.config

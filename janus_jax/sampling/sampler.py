@@ -57,6 +57,37 @@ class Sampler:
         return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RowSamplers:
+    """The Samplers of a batch's rows, each row with its own; the fields are Sampler's, all of them arrays [B]."""
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    greedy: jax.Array
+    truncated: jax.Array
+
+    def __call__(self, keys: jax.Array, logits: jax.Array, wanted: jax.Array) -> jax.Array:
+        """Tokens [B] int32, each the one that the row's own Sampler draws.
+
+        `wanted` [B] bool are the rows whose tokens are used; others get any. What none of these needs is not computed.
+        """
+
+        def truncate(scaled: jax.Array) -> jax.Array:
+            kept = jax.vmap(_kept)(scaled, self.top_k, self.top_p) | ~self.truncated[:, None]
+            return jnp.where(kept, scaled, -jnp.inf)
+
+        def draw() -> jax.Array:
+            scaled = logits / self.temperature[:, None]
+            scaled = jax.lax.cond((self.truncated & wanted).any(), truncate, lambda scaled: scaled, scaled)
+            return jax.vmap(jax.random.categorical)(keys, scaled).astype(jnp.int32)
+
+        likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        drawn = jax.lax.cond((~self.greedy & wanted).any(), draw, lambda: likeliest)
+        return jnp.where(self.greedy, likeliest, drawn)
+
+
 def _setting(default: Any, kind: type, about: str) -> Any:
     """A field of Options that is also a command-line option."""
     return dataclasses.field(default=default, metadata={"type": kind, "help": about})

@@ -1,0 +1,1 @@
+"""One engine for many requests: questions and drawings share the steps of one model."""

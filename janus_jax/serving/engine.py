@@ -1,0 +1,457 @@
+"""Continuous batching: many answers and images under way in one cache, whose rows begin and end at any step.
+
+One thread owns the model. In each turn of its loop it seats jobs that wait, prefills one piece of a prompt, gives the
+device a step of all rows whose prompts are complete, and reads what the step before has drawn: the host works while the
+device does. What a job draws depends on its own prompt and options alone.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from janus_jax.io.messages import one_line
+from janus_jax.model.kv_cache import RowCache, cache_bytes, grow_rows
+from janus_jax.pipeline import JanusPipeline
+from janus_jax.sampling import batches
+from janus_jax.sampling.finite import NotFinite, on_host
+from janus_jax.sampling.images import decode_images, encode_codes
+from janus_jax.sampling.memory import OutOfMemory, least_available_bytes
+from janus_jax.sampling.sampler import check_count
+from janus_jax.serving import programs
+from janus_jax.serving.features import Features
+from janus_jax.serving.jobs import PIECES, Ended, Failed, Job, Picture, Token
+from janus_jax.serving.slots import Slots
+
+_SMALLEST_CACHE = 1024
+
+
+class Full(Exception):
+    """As many jobs wait as may."""
+
+
+class Stopped(Exception):
+    """The engine takes no more jobs, or ended before this one was done."""
+
+
+@dataclasses.dataclass
+class Counts:
+    """What the engine has done since it started: tokens, and jobs by how they ended."""
+
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    drawn_tokens: int = 0
+    steps: int = 0
+    ended: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+
+
+class Engine:
+    """Answers and draws for many at once; `submit` takes jobs from any thread.
+
+    Args:
+      janus: the pipeline; its adapters are served too. Nobody else should change its parameters.
+      slots: rows of the cache: an answer takes one, an image two (with guidance).
+      context: the most tokens of a prompt and what is drawn; default the model's positions, at most 4096.
+      max_queue: how many jobs may wait for rows.
+    Raises: ValueError for sizes that are not possible, or do not fit in the device's memory.
+    """
+
+    def __init__(self, janus: JanusPipeline, slots: int = 16, context: int | None = None, max_queue: int = 256):
+        c, model = janus.config, janus.model
+        positions = c.language.max_positions
+        context = min(positions, 4096) if context is None else check_count("context", context)
+        least = c.gen_vision.num_tokens + PIECES[0]
+        if not least <= context <= positions:
+            raise ValueError(f"context must be from {least}, for an image, to the model's {positions}, got {context}")
+        if check_count("slots", slots) < 2:
+            raise ValueError("slots must be at least 2, which one image takes")
+        self.janus, self.context, self.max_queue = janus, context, check_count("max_queue", max_queue)
+        self._sizes = _cache_sizes(context)
+        taken, free = cache_bytes(c.language, slots, self._sizes[-1], model.dtype), least_available_bytes(janus.mesh)
+        if free is not None and taken > free * batches.batch_shards(janus.mesh):
+            raise ValueError(
+                f"{slots} slots of {context} tokens take {taken / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; "
+                "use fewer slots or a smaller context"
+            )
+        self.counts = Counts()
+        self._params = _with_adapters(janus)
+        self._features = Features(model)
+        self._slots = Slots(slots)
+        self._new_cache(self._sizes[0])
+        self._waiting: collections.deque[Job] = collections.deque()
+        self._errands: collections.deque[tuple[Callable[[], Any], Callable[[Any], None], Future]] = collections.deque()
+        self._filling: tuple[Job, Iterator[None]] | None = None
+        self._pending: collections.deque[tuple[Any, Callable[[Any], None], Future | None]] = collections.deque()
+        self._changed = threading.Condition()
+        self._stopping = self._ended = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    # ------------------------------------------------------------ from any thread
+
+    def submit(self, *jobs: Job):
+        """Takes jobs, all or none.
+
+        Raises: ValueError for a job that does not fit the context or names an adapter that is not loaded; Full if too
+        many wait; Stopped.
+        """
+        for job in jobs:
+            if job.adapter not in self._params:
+                raise ValueError(f"there is no adapter named {one_line(job.adapter)}")
+            if (length := job.prompt_tokens) + job.limit > self.context:
+                raise ValueError(
+                    f"the prompt of {length} tokens and {job.limit} new tokens exceed the context of {self.context}"
+                )
+        with self._changed:
+            if self._stopping:
+                raise Stopped("the server is stopping")
+            if len(self._waiting) + len(jobs) > self.max_queue:
+                raise Full(f"{len(self._waiting)} requests are waiting")
+            for job in jobs:
+                job.submitted = time.monotonic()
+                self._waiting.append(job)
+            self._changed.notify()
+
+    def cancel(self, *jobs: Job):
+        """Ends jobs that nobody waits for any more; their rows are free a step later."""
+        with self._changed:
+            for job in jobs:
+                job.cancelled = True
+            self._changed.notify()
+
+    def decode(self, codes: np.ndarray) -> Future[np.ndarray]:
+        """The uint8 picture [h, w, 3] of codes [num_tokens], made between steps."""
+
+        def dispatch() -> Any:
+            return decode_images(self.janus.model, self._params[None], batches.put(codes[None], None))
+
+        return self._errand(dispatch, _checked_picture)
+
+    def encode(self, pixels: np.ndarray) -> Future[np.ndarray]:
+        """The codes [num_tokens] of a picture [h, w, 3] in [-1, 1]."""
+
+        def dispatch() -> Any:
+            return encode_codes(self.janus.model, self._params[None], batches.put(pixels[None], None))
+
+        return self._errand(dispatch, lambda codes: codes[0])
+
+    @property
+    def running(self) -> int:
+        """The jobs that have rows."""
+        return len(self._slots.busy)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do, and all rows are free."""
+        return not (self._waiting or self._slots.busy or self._errands or self._pending)
+
+    @property
+    def healthy(self) -> bool:
+        return self._thread.is_alive()
+
+    def close(self, patience: float = 0.0):
+        """Takes no more jobs, waits up to `patience` seconds for those under way, and fails the others with Stopped."""
+        with self._changed:
+            self._stopping = True
+        deadline = time.monotonic() + patience
+        while time.monotonic() < deadline and self.healthy and not self.idle:
+            time.sleep(0.02)
+        with self._changed:
+            self._ended = True
+            self._changed.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def _errand(self, dispatch: Callable[[], Any], finish: Callable[[Any], Any]) -> Future:
+        future: Future = Future()
+
+        def deliver(arrays: Any):
+            try:
+                future.set_result(finish(arrays))
+            except Exception as error:
+                future.set_exception(error)
+
+        with self._changed:
+            if self._ended:
+                raise Stopped("the server is stopping")
+            self._errands.append((dispatch, deliver, future))
+            self._changed.notify()
+        return future
+
+    def warm_up(self):
+        """Compiles every program, by running it; call it before the first job."""
+
+        def everything() -> Any:
+            kept, c = self._slots, self.janus.config
+            picture = Picture(0, np.zeros((c.vision.image_size, c.vision.image_size, 3), np.float32))
+            for size in reversed(self._sizes):
+                self._slots = Slots(len(kept.jobs))
+                self._new_cache(size)
+                for adapter, params in self._params.items():
+                    pieces = [np.zeros((1, tokens), np.int32) for tokens in PIECES]
+                    for piece in (*pieces, self._features.of(params, adapter, picture)):
+                        self._prefill(params, piece, 0, 0)
+                    self._step(adapter, np.zeros(len(kept.jobs), bool))
+                self._copy(0, 1, 0)
+            self._slots = kept
+            self._new_cache(self._sizes[0])
+            return decode_images(self.janus.model, self._params[None], jnp.zeros((1, c.gen_vision.num_tokens), int))
+
+        self._errand(everything, lambda _: None).result()
+
+    # ------------------------------------------------------------ the engine's thread
+
+    def _run(self):
+        while True:
+            with self._changed:
+                while not self._ended and self.idle:
+                    self._changed.wait()
+                if self._ended:
+                    break
+            try:
+                with batches.using(self.janus.mesh):
+                    self._turn()
+            except Exception as error:
+                self._recover(error)
+        self._fail_all(Stopped("the server stopped before this was done"))
+
+    def _turn(self):
+        self._drop_cancelled()
+        while self._errands:
+            self._run_errand(*self._errands.popleft())
+        self._fill_one_piece()
+        before = len(self._pending)
+        self._dispatch_steps()
+        for _ in range(before):  # what was dispatched just now is read in the next turn
+            self._read()
+
+    def _run_errand(self, dispatch: Callable[[], Any], deliver: Callable[[Any], None], future: Future):
+        try:
+            self._pending.append((dispatch(), deliver, future))
+        except Exception as error:
+            future.set_exception(_told(error))
+            if self._cache_is_lost:
+                raise
+
+    def _drop_cancelled(self):
+        with self._changed:
+            gone = [job for job in self._waiting if job.cancelled]
+            for job in gone:
+                self._waiting.remove(job)
+        for job in [*gone, *(job for job in self._slots.busy if job.cancelled)]:
+            self._end(job, Ended("cancelled"))
+
+    # ---------------------------------------- prompts
+
+    def _fill_one_piece(self):
+        """Goes on with the prompt that is being filled, or begins the next; all of it if no row waits for steps."""
+        while True:
+            if self._filling is None:
+                self._filling = self._next()
+            if self._filling is None:
+                return
+            job, pieces = self._filling
+            try:
+                over = job.over or next(pieces, True)
+            except Exception as error:
+                over = True
+                self._end(job, Failed(_told(error)))
+                if self._cache_is_lost:
+                    raise
+            if over:
+                self._filling = None
+                if not job.over:
+                    self._slots.begin(job)
+            if self._slots.active.any():
+                return
+
+    def _next(self) -> tuple[Job, Iterator[None]] | None:
+        with self._changed:
+            if not self._waiting or len(self._slots.free) < len(self._waiting[0].prompts):
+                return None
+            job = self._waiting.popleft()
+        job.seated = time.monotonic()
+        return job, self._fill(job)
+
+    def _fill(self, job: Job) -> Iterator[None]:
+        need = job.prompt_tokens + PIECES[0]
+        if not self._slots.busy and need <= self._sizes[0] < self._cache.slots:
+            held = max(self._slots.held(prompt, job.adapter)[1] for prompt in job.prompts)
+            if held < PIECES[0]:  # a smaller cache is faster, and what it holds is of no use now
+                self._new_cache(self._sizes[0])
+        self._make_room(need)
+        params = self._params[job.adapter]
+        for prompt, row, source, common in self._slots.seat(job):
+            self._copy(source, row, common)
+            job.reused += common
+            for slot, piece, count in prompt.pieces(common):
+                given = self._features.of(params, job.adapter, piece) if isinstance(piece, Picture) else piece
+                self._prefill(params, given, row, slot)
+                self._slots.fill(row, prompt, slot + count)
+                yield
+        self.counts.prompt_tokens += job.prompt_tokens
+        self.counts.reused_tokens += job.reused
+
+    def _prefill(self, params: Any, given: Any, row: int, slot: int):
+        given = batches.put(given, None) if isinstance(given, np.ndarray) else given
+        where = np.int32(row), np.int32(slot)
+        self._cache = programs.prefill(self.janus.model, params, self._cache, given, *where)
+
+    def _copy(self, source: int, row: int, count: int):
+        self._cache = programs.copy_row(self._cache, np.int32(source), np.int32(row), np.int32(count))
+
+    # ---------------------------------------- steps
+
+    def _dispatch_steps(self):
+        """One step of all active rows, for each adapter that any of them uses."""
+        active = self._slots.active
+        if not active.any():
+            return
+        self._make_room(int(self._slots.rows.lengths[active].max()) + 1)
+        adapters = [None if job is None else job.adapter for job in self._slots.jobs]
+        for adapter in dict.fromkeys(adapters[row] for row in np.flatnonzero(active)):
+            own = active & np.array([other == adapter for other in adapters])
+            jobs = list(dict.fromkeys(self._slots.jobs[row] for row in np.flatnonzero(own)))
+            seats = [(job, job.rows[0], job.dispatched) for job in jobs]
+            drawn = self._step(adapter, own)
+            self._slots.advance(own)
+            self.counts.steps += 1
+            for x in jax.tree.leaves(drawn):
+                x.copy_to_host_async()
+            self._pending.append((drawn, lambda drawn, seats=seats: self._deliver(drawn, seats), None))
+
+    def _step(self, adapter: str | None, active: np.ndarray) -> programs.Drawn:
+        if self._slots.changed:
+            # Copied, since the host's are changed in place.
+            self._rows = jax.device_put(jax.tree.map(np.copy, self._slots.rows))
+            self._slots.changed = False
+        given = self._tokens, self._rows, active.copy()
+        model, params = self.janus.model, self._params[adapter]
+        self._cache, self._tokens, self._rows, drawn = programs.step(model, params, self._cache, *given)
+        return drawn
+
+    def _deliver(self, drawn: programs.Drawn, seats: list[tuple[Job, int, int]]):
+        for job, row, step in seats:
+            if job.over:
+                continue
+            token = int(drawn.tokens[row])
+            if not drawn.finite[row]:
+                unit, what = ("image", "code") if job.image else ("conversation", "token")
+                where = f"after {what} {step - 1}" if step else "after the prompt"
+                self._end(job, Failed(NotFinite(unit, [0], f"the logits are not finite {where}")))
+            elif token == job.end_id:
+                self._end(job, Ended("stop"))
+            else:
+                job.tell(Token(token, float(drawn.logprobs[row])))
+                self.counts.drawn_tokens += 1
+                if len(job.tokens) == job.limit:
+                    self._end(job, Ended("stop" if job.image else "length"))
+
+    def _read(self):
+        arrays, deliver, _ = self._pending[0]
+        deliver(jax.tree.map(on_host, arrays))
+        self._pending.popleft()
+
+    def _end(self, job: Job, event: Ended | Failed):
+        spoiled = isinstance(event, Failed)
+        if job.rows:
+            if spoiled:
+                for picture in (picture for prompt in job.prompts for picture in prompt.pictures):
+                    self._features.forget(job.adapter, picture)
+            self._slots.leave(job, keep=not spoiled)
+        self.counts.ended["failed" if isinstance(event, Failed) else event.reason] += 1
+        job.tell(event)
+
+    # ---------------------------------------- the cache
+
+    def _make_room(self, slots: int):
+        if slots > self._cache.slots:
+            self._cache = grow_rows(self._cache, next(size for size in self._sizes if size >= slots))
+
+    def _new_cache(self, size: int):
+        self._cache: RowCache | None = None  # before the new one is made, for whose memory it may be needed
+        with batches.using(self.janus.mesh):
+            count = len(self._slots.jobs)
+            self._cache = programs.new_cache(self.janus.model, count, size)
+            self._tokens = batches.put(np.zeros(count, np.int32), None)
+        self._slots.forget()
+
+    @property
+    def _cache_is_lost(self) -> bool:
+        return self._cache is None or any(x.is_deleted() for x in jax.tree.leaves(self._cache))
+
+    def _recover(self, error: Exception):
+        """After an error that is not of one job: those under way fail, and the others go on with a new cache."""
+        if not OutOfMemory.says(error):
+            traceback.print_exception(error)
+        self._fail(self._slots.busy, _told(error))
+        self._new_cache(self._sizes[0])
+
+    def _fail(self, jobs: list[Job], error: Exception):
+        """Fails `jobs`, and whatever the device was given."""
+        self._filling = None
+        for job in jobs:
+            self._end(job, Failed(error))
+        for *_, future in self._pending:
+            if future is not None:
+                future.set_exception(error)
+        self._pending.clear()
+
+    def _fail_all(self, error: Exception):
+        self._fail([*self._slots.busy, *self._waiting], error)
+        self._waiting.clear()
+        while self._errands:
+            self._errands.popleft()[-1].set_exception(error)
+
+
+def _cache_sizes(context: int) -> list[int]:
+    """Sizes of the cache, smallest first: a step reads all of it, so it starts small."""
+    sizes = [min(_SMALLEST_CACHE, context)]
+    while sizes[-1] < context:
+        sizes.append(min(2 * sizes[-1], context))
+    # A prompt's last piece is padded; multiples of 128 suit TPUs.
+    return [-(-(size + PIECES[0]) // 128) * 128 for size in sizes]
+
+
+def _with_adapters(janus: JanusPipeline) -> dict[str | None, Any]:
+    """The parameters with each of the pipeline's adapters, and under None those without any."""
+    active, params = janus.adapters.active, {}
+    for name in (None, *janus.adapters.names):
+        janus.use_adapter(name)
+        params[name] = janus.params
+    janus.use_adapter(active)
+    return params
+
+
+def _checked_picture(made: Any) -> np.ndarray:
+    images, finite = made
+    if not finite[0]:
+        raise NotFinite("image", [0], "the VQ decoder's pixels are not finite")
+    return images[0]
+
+
+def _told(error: Exception) -> Exception:
+    """`error` as a job is told it."""
+    if OutOfMemory.says(error):
+        return OutOfMemory("this does not fit in the device's memory; try less at a time")
+    return error
