@@ -17,23 +17,19 @@ from concurrent.futures import Future
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from janus_jax.io.messages import one_line
-from janus_jax.model.kv_cache import RowCache, cache_bytes, grow_rows
 from janus_jax.pipeline import JanusPipeline
 from janus_jax.sampling import batches
 from janus_jax.sampling.finite import NotFinite, on_host
 from janus_jax.sampling.images import decode_images, encode_codes
-from janus_jax.sampling.memory import OutOfMemory, least_available_bytes
+from janus_jax.sampling.memory import OutOfMemory
 from janus_jax.sampling.sampler import check_count
 from janus_jax.serving import programs
-from janus_jax.serving.features import Features
-from janus_jax.serving.jobs import PIECES, Ended, Failed, Job, Picture, Token
+from janus_jax.serving.device import Device
+from janus_jax.serving.jobs import PIECES, Ended, Failed, Job, Token
 from janus_jax.serving.slots import Slots
-
-_SMALLEST_CACHE = 1024
 
 
 class Full(Exception):
@@ -67,7 +63,7 @@ class Engine:
     """
 
     def __init__(self, janus: JanusPipeline, slots: int = 16, context: int | None = None, max_queue: int = 256):
-        c, model = janus.config, janus.model
+        c = janus.config
         positions = c.language.max_positions
         context = min(positions, 4096) if context is None else check_count("context", context)
         least = c.gen_vision.num_tokens + PIECES[0]
@@ -76,18 +72,9 @@ class Engine:
         if check_count("slots", slots) < 2:
             raise ValueError("slots must be at least 2, which one image takes")
         self.janus, self.context, self.max_queue = janus, context, check_count("max_queue", max_queue)
-        self._sizes = _cache_sizes(context)
-        taken, free = cache_bytes(c.language, slots, self._sizes[-1], model.dtype), least_available_bytes(janus.mesh)
-        if free is not None and taken > free * batches.batch_shards(janus.mesh):
-            raise ValueError(
-                f"{slots} slots of {context} tokens take {taken / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; "
-                "use fewer slots or a smaller context"
-            )
         self.counts = Counts()
-        self._params = _with_adapters(janus)
-        self._features = Features(model)
         self._slots = Slots(slots)
-        self._new_cache(self._sizes[0])
+        self._device = Device(janus, slots, context)
         self._waiting: collections.deque[Job] = collections.deque()
         self._errands: collections.deque[tuple[Callable[[], Any], Callable[[Any], None], Future]] = collections.deque()
         self._filling: tuple[Job, Iterator[None]] | None = None
@@ -106,7 +93,7 @@ class Engine:
         many wait; Stopped.
         """
         for job in jobs:
-            if job.adapter not in self._params:
+            if job.adapter not in self._device.params:
                 raise ValueError(f"there is no adapter named {one_line(job.adapter)}")
             if (length := job.prompt_tokens) + job.limit > self.context:
                 raise ValueError(
@@ -133,7 +120,7 @@ class Engine:
         """The uint8 picture [h, w, 3] of codes [num_tokens], made between steps."""
 
         def dispatch() -> Any:
-            return decode_images(self.janus.model, self._params[None], batches.put(codes[None], None))
+            return decode_images(self.janus.model, self._device.params[None], batches.put(codes[None], None))
 
         return self._errand(dispatch, _checked_picture)
 
@@ -141,7 +128,7 @@ class Engine:
         """The codes [num_tokens] of a picture [h, w, 3] in [-1, 1]."""
 
         def dispatch() -> Any:
-            return encode_codes(self.janus.model, self._params[None], batches.put(pixels[None], None))
+            return encode_codes(self.janus.model, self._device.params[None], batches.put(pixels[None], None))
 
         return self._errand(dispatch, lambda codes: codes[0])
 
@@ -202,38 +189,31 @@ class Engine:
         """Compiles every program, by running it; call it before the first job."""
 
         def everything() -> Any:
-            kept, c = self._slots, self.janus.config
-            picture = Picture(0, np.zeros((c.vision.image_size, c.vision.image_size, 3), np.float32))
-            for size in reversed(self._sizes):
-                self._slots = Slots(len(kept.jobs))
-                self._new_cache(size)
-                for adapter, params in self._params.items():
-                    pieces = [np.zeros((1, tokens), np.int32) for tokens in PIECES]
-                    for piece in (*pieces, self._features.of(params, adapter, picture)):
-                        self._prefill(params, piece, 0, 0)
-                    self._step(adapter, np.zeros(len(kept.jobs), bool))
-                self._copy(0, 1, 0)
-            self._slots = kept
-            self._new_cache(self._sizes[0])
-            return decode_images(self.janus.model, self._params[None], jnp.zeros((1, c.gen_vision.num_tokens), int))
+            self._slots.forget()
+            return self._device.warm_up()
 
         self._errand(everything, lambda _: None).result()
 
     # ------------------------------------------------------------ the engine's thread
 
     def _run(self):
-        while True:
-            with self._changed:
-                while not self._ended and self.idle:
-                    self._changed.wait()
-                if self._ended:
-                    break
-            try:
-                with batches.using(self.janus.mesh):
-                    self._turn()
-            except Exception as error:
-                self._recover(error)
-        self._fail_all(Stopped("the server stopped before this was done"))
+        try:
+            while self._wait():
+                try:
+                    with batches.using(self.janus.mesh):
+                        self._turn()
+                except Exception as error:
+                    self._recover(error)
+        finally:  # also if not even a new cache can be made
+            self._stopping = self._ended = True
+            self._fail_all(Stopped("the server stopped before this was done"))
+
+    def _wait(self) -> bool:
+        """Waits until there is something to do; False at the end."""
+        with self._changed:
+            while not self._ended and self.idle:
+                self._changed.wait()
+            return not self._ended
 
     def _turn(self):
         self._drop_cancelled()
@@ -250,7 +230,7 @@ class Engine:
             self._pending.append((dispatch(), deliver, future))
         except Exception as error:
             future.set_exception(_told(error))
-            if self._cache_is_lost:
+            if self._device.is_lost:
                 raise
 
     def _drop_cancelled(self):
@@ -276,7 +256,7 @@ class Engine:
             except Exception as error:
                 over = True
                 self._end(job, Failed(_told(error)))
-                if self._cache_is_lost:
+                if self._device.is_lost:
                     raise
             if over:
                 self._filling = None
@@ -294,31 +274,22 @@ class Engine:
         return job, self._fill(job)
 
     def _fill(self, job: Job) -> Iterator[None]:
-        need = job.prompt_tokens + PIECES[0]
-        if not self._slots.busy and need <= self._sizes[0] < self._cache.slots:
+        need, smallest = job.prompt_tokens + PIECES[0], self._device.sizes[0]
+        if not self._slots.busy and need <= smallest < self._device.slots:
             held = max(self._slots.held(prompt, job.adapter)[1] for prompt in job.prompts)
             if held < PIECES[0]:  # a smaller cache is faster, and what it holds is of no use now
-                self._new_cache(self._sizes[0])
-        self._make_room(need)
-        params = self._params[job.adapter]
+                self._device.renew()
+                self._slots.forget()
+        self._device.make_room(need)
         for prompt, row, source, common in self._slots.seat(job):
-            self._copy(source, row, common)
+            self._device.copy(source, row, common)
             job.reused += common
             for slot, piece, count in prompt.pieces(common):
-                given = self._features.of(params, job.adapter, piece) if isinstance(piece, Picture) else piece
-                self._prefill(params, given, row, slot)
+                self._device.prefill(job.adapter, piece, row, slot)
                 self._slots.fill(row, prompt, slot + count)
                 yield
         self.counts.prompt_tokens += job.prompt_tokens
         self.counts.reused_tokens += job.reused
-
-    def _prefill(self, params: Any, given: Any, row: int, slot: int):
-        given = batches.put(given, None) if isinstance(given, np.ndarray) else given
-        where = np.int32(row), np.int32(slot)
-        self._cache = programs.prefill(self.janus.model, params, self._cache, given, *where)
-
-    def _copy(self, source: int, row: int, count: int):
-        self._cache = programs.copy_row(self._cache, np.int32(source), np.int32(row), np.int32(count))
 
     # ---------------------------------------- steps
 
@@ -327,28 +298,18 @@ class Engine:
         active = self._slots.active
         if not active.any():
             return
-        self._make_room(int(self._slots.rows.lengths[active].max()) + 1)
+        self._device.make_room(int(self._slots.rows.lengths[active].max()) + 1)
         adapters = [None if job is None else job.adapter for job in self._slots.jobs]
         for adapter in dict.fromkeys(adapters[row] for row in np.flatnonzero(active)):
             own = active & np.array([other == adapter for other in adapters])
             jobs = list(dict.fromkeys(self._slots.jobs[row] for row in np.flatnonzero(own)))
             seats = [(job, job.rows[0], job.dispatched) for job in jobs]
-            drawn = self._step(adapter, own)
+            drawn = self._device.step(adapter, self._slots, own)
             self._slots.advance(own)
             self.counts.steps += 1
             for x in jax.tree.leaves(drawn):
                 x.copy_to_host_async()
             self._pending.append((drawn, lambda drawn, seats=seats: self._deliver(drawn, seats), None))
-
-    def _step(self, adapter: str | None, active: np.ndarray) -> programs.Drawn:
-        if self._slots.changed:
-            # Copied, since the host's are changed in place.
-            self._rows = jax.device_put(jax.tree.map(np.copy, self._slots.rows))
-            self._slots.changed = False
-        given = self._tokens, self._rows, active.copy()
-        model, params = self.janus.model, self._params[adapter]
-        self._cache, self._tokens, self._rows, drawn = programs.step(model, params, self._cache, *given)
-        return drawn
 
     def _deliver(self, drawn: programs.Drawn, seats: list[tuple[Job, int, int]]):
         for job, row, step in seats:
@@ -377,35 +338,20 @@ class Engine:
         if job.rows:
             if spoiled:
                 for picture in (picture for prompt in job.prompts for picture in prompt.pictures):
-                    self._features.forget(job.adapter, picture)
+                    self._device.features.forget(job.adapter, picture)
             self._slots.leave(job, keep=not spoiled)
         self.counts.ended["failed" if isinstance(event, Failed) else event.reason] += 1
         job.tell(event)
 
-    # ---------------------------------------- the cache
-
-    def _make_room(self, slots: int):
-        if slots > self._cache.slots:
-            self._cache = grow_rows(self._cache, next(size for size in self._sizes if size >= slots))
-
-    def _new_cache(self, size: int):
-        self._cache: RowCache | None = None  # before the new one is made, for whose memory it may be needed
-        with batches.using(self.janus.mesh):
-            count = len(self._slots.jobs)
-            self._cache = programs.new_cache(self.janus.model, count, size)
-            self._tokens = batches.put(np.zeros(count, np.int32), None)
-        self._slots.forget()
-
-    @property
-    def _cache_is_lost(self) -> bool:
-        return self._cache is None or any(x.is_deleted() for x in jax.tree.leaves(self._cache))
+    # ---------------------------------------- failures
 
     def _recover(self, error: Exception):
         """After an error that is not of one job: those under way fail, and the others go on with a new cache."""
         if not OutOfMemory.says(error):
             traceback.print_exception(error)
         self._fail(self._slots.busy, _told(error))
-        self._new_cache(self._sizes[0])
+        self._device.renew()
+        self._slots.forget()
 
     def _fail(self, jobs: list[Job], error: Exception):
         """Fails `jobs`, and whatever the device was given."""
@@ -422,25 +368,6 @@ class Engine:
         self._waiting.clear()
         while self._errands:
             self._errands.popleft()[-1].set_exception(error)
-
-
-def _cache_sizes(context: int) -> list[int]:
-    """Sizes of the cache, smallest first: a step reads all of it, so it starts small."""
-    sizes = [min(_SMALLEST_CACHE, context)]
-    while sizes[-1] < context:
-        sizes.append(min(2 * sizes[-1], context))
-    # A prompt's last piece is padded; multiples of 128 suit TPUs.
-    return [-(-(size + PIECES[0]) // 128) * 128 for size in sizes]
-
-
-def _with_adapters(janus: JanusPipeline) -> dict[str | None, Any]:
-    """The parameters with each of the pipeline's adapters, and under None those without any."""
-    active, params = janus.adapters.active, {}
-    for name in (None, *janus.adapters.names):
-        janus.use_adapter(name)
-        params[name] = janus.params
-    janus.use_adapter(active)
-    return params
 
 
 def _checked_picture(made: Any) -> np.ndarray:

@@ -148,10 +148,10 @@ def test_mixes_of_everything_draw_what_each_draws_alone(janus, engine, pictures)
 
 @pytest.mark.slow
 def test_the_cache_grows_and_long_prompts_come_in_pieces(janus, monkeypatch):
-    monkeypatch.setattr("janus_jax.serving.engine._SMALLEST_CACHE", 64)
+    monkeypatch.setattr("janus_jax.serving.device._SMALLEST_CACHE", 64)
     asked = [("What is it? " * repeated, (), limit) for repeated, limit in ((1, 8), (9, 200), (30, 60), (1, 30))]
     with Engine(janus, slots=2) as engine:
-        assert len(engine._sizes) > 2
+        assert len(engine._device.sizes) > 2
         engine.warm_up()
         jobs = [question(janus, *given, **NO_SYSTEM) for given in asked]
         run(engine, *jobs)
@@ -189,9 +189,9 @@ def test_values_that_are_not_finite_fail_one_job(janus, engine, pictures, answer
     spoiled = next(i for i in range(5, 300) if i not in bad.prompts[0].ids)
     (prompt,) = bad.prompts
     bad.prompts = (Prompt(np.concatenate([prompt.ids[:5], [spoiled], prompt.ids[5:]]).astype(np.int32)),)
-    table = engine._params[None]["language_model"]["embed_tokens"]["embedding"]
+    table = engine._device.params[None]["language_model"]["embed_tokens"]["embedding"]
     own = {**janus.params["language_model"], "embed_tokens": {"embedding": table.at[spoiled].set(np.nan)}}
-    monkeypatch.setitem(engine._params, None, {**janus.params, "language_model": own})
+    monkeypatch.setitem(engine._device.params, None, {**janus.params, "language_model": own})
     for _ in range(3):  # every row comes to be the bad one's
         good = [asking(janus, pictures, seed, 0) for seed in (None, 3)]
         again = Job(bad.prompts, GREEDY, LIMIT, tokenizer.eos_id)
