@@ -97,7 +97,8 @@ class Device:
         for size in reversed(self.sizes):
             self.renew(size)
             for adapter in self.params:
-                for piece in (*(np.zeros((1, tokens), np.int32) for tokens in PIECES), picture):
+                fitting = [tokens for tokens in PIECES if tokens <= self.slots]
+                for piece in (*(np.zeros((1, tokens), np.int32) for tokens in fitting), picture):
                     self.prefill(adapter, piece, 0, 0)
                 self.step(adapter, slots, np.zeros(self._count, bool))
             self.copy(0, 1, 0)

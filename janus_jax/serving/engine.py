@@ -284,7 +284,7 @@ class Engine:
         for prompt, row, source, common in self._slots.seat(job):
             self._device.copy(source, row, common)
             job.reused += common
-            for slot, piece, count in prompt.pieces(common):
+            for slot, piece, count in prompt.pieces(common, self._device.slots):
                 self._device.prefill(job.adapter, piece, row, slot)
                 self._slots.fill(row, prompt, slot + count)
                 yield

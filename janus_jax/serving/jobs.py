@@ -76,21 +76,25 @@ class Prompt:
             content[picture.start : picture.start + self.patches] = -1 - mark
         return content
 
-    def pieces(self, start: int) -> Iterator[tuple[int, np.ndarray | Picture, int]]:
-        """The prompt from slot `start` on, but its last token: (slot, padded ids [1, size] or a picture, tokens)."""
+    def pieces(self, start: int, slots: int) -> Iterator[tuple[int, np.ndarray | Picture, int]]:
+        """The prompt from slot `start` on, but its last token: (slot, padded ids [1, size] or a picture, tokens).
+
+        Padding stays within `slots`, of which there are at least the prompt's and the smallest of PIECES.
+        """
         slot, end = start, len(self.ids) - 1
         for picture in self.pictures:
             if picture.start < slot:
                 continue
-            yield from self._text(slot, picture.start)
+            yield from self._text(slot, picture.start, slots)
             yield picture.start, picture, self.patches
             slot = picture.start + self.patches
-        yield from self._text(slot, end)
+        yield from self._text(slot, end, slots)
 
-    def _text(self, slot: int, end: int) -> Iterator[tuple[int, np.ndarray, int]]:
+    def _text(self, slot: int, end: int, slots: int) -> Iterator[tuple[int, np.ndarray, int]]:
         while slot < end:
-            count = min(end - slot, PIECES[-1])
-            size = next(size for size in PIECES if size >= count)
+            fitting = [size for size in PIECES if slot + size <= slots]
+            size = next((size for size in fitting if size >= end - slot), fitting[-1])
+            count = min(end - slot, size)
             # The last id stands for padding too.
             yield slot, self.ids[None, np.minimum(slot + np.arange(size), slot + count - 1)], count
             slot += count

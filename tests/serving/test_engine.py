@@ -15,7 +15,7 @@ from janus_jax.sampling.memory import OutOfMemory
 from janus_jax.sampling.sampler import Options
 from janus_jax.serving import programs
 from janus_jax.serving.engine import Engine, Full, Stopped
-from janus_jax.serving.jobs import Ended, Failed, Job, Prompt, Token, drawings, question
+from janus_jax.serving.jobs import PIECES, Ended, Failed, Job, Picture, Prompt, Token, drawings, question
 from tests.library.tiny_janus import (  # noqa: F401
     LONG,
     OTHER,
@@ -144,6 +144,24 @@ def test_mixes_of_everything_draw_what_each_draws_alone(janus, engine, pictures)
             assert job.tokens == janus.generate_codes(*given, **how)[job.index].tolist(), (given, how)
         else:
             assert said(janus, job) == janus.chat(*given, **how), (given, how)
+
+
+@pytest.mark.parametrize("start", [0, 1, 40, 300, 570, 599])
+def test_pieces_cover_a_prompt_and_stay_in_the_cache(start):
+    rng = np.random.default_rng(start)
+    ids, pixels = rng.integers(0, 300, 600).astype(np.int32), np.zeros((2, 2, 3), np.float32)
+    prompt = Prompt(ids, (Picture(20, pixels), Picture(500, pixels + 1)), 16)
+    start = 36 if start == 40 else start  # a picture is held whole or not at all
+    slot = start
+    for where, piece, count in prompt.pieces(start, 632):
+        assert where == slot and count > 0
+        if isinstance(piece, Picture):
+            assert where == piece.start and count == 16
+        else:
+            assert piece.shape[1] in PIECES and where + piece.shape[1] <= 632
+            np.testing.assert_array_equal(piece[0, :count], ids[where : where + count])
+        slot += count
+    assert slot == 599, "all but the last token"
 
 
 @pytest.mark.slow
