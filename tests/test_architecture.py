@@ -30,6 +30,7 @@ FLOORS = (
     "janus_jax.loading",
     "janus_jax.serving.*",
     "janus_jax",
+    "janus_jax.lmms_eval.*",
     "janus_jax.__main__",
     "train",
     "train.config train.overrides train.command_line",
