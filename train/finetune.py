@@ -177,7 +177,8 @@ def _finetune(
         config = dataclasses.replace(config, samples=dataclasses.replace(config.samples, every=every, prompts=chosen))
     if evals.tasks:
         every = evals.every or max(1, config.steps // 4)
-        config = dataclasses.replace(config, evals=dataclasses.replace(evals, every=every))
+        # So that a run that is stopped while it asks goes on asking.
+        config = dataclasses.replace(config, evals=dataclasses.replace(evals, every=every), save_every=every)
     exported = train(config, more=(Live,) if in_notebook() else ())
     say(f"the adapter is in {exported}; use it with")
     say(_command(model, exported, config))

@@ -12,25 +12,24 @@ import pathlib
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from PIL import Image
-
 import janus_jax
-from evals.asking.answers import Respondent
+from evals.asking.answers import Replies, Respondent
 from evals.asking.identity import model_identity
 from evals.evaluate import Settings, chosen, evaluate
-from evals.generation.geneval import Result, kept, read_prompts, summarize, verdict
-from evals.generation.layouts import geneval_sample, write_geneval
-from evals.items import Number
+from evals.generation.drawing import How, brush, draw_all, drawn_with, settle
+from evals.items import Item, Number, Scores
 from evals.reports.results import interval, result, write_results
+from evals.tasks.geneval import seen
 from examples.digits.judge import Judge
-from examples.digits.tasks import ASKED, PROMPTS, write_lessons, write_tasks
+from examples.digits.tasks import ASKED, DigitsGenEval, write_lessons, write_tasks
 from janus_jax.hub import resolve
 from janus_jax.io.files import read_json_object
 from janus_jax.io.messages import print_any_text, print_error
 from janus_jax.pipeline import JanusPipeline
+from janus_jax.processing.image_files import open_image
 from janus_jax.sampling.memory import OutOfMemory
 from janus_jax.weights.checkpoint import open_checkpoint, write_json
 from train.finetune import finetune
@@ -39,10 +38,9 @@ from train.run.figures import benchmark_curves
 STEPS, EVERY = 600, 60
 _SETTINGS: dict[str, Any] = {
     "rank": 16, "batch_size": 40, "learning_rate": 4e-3, "dtype": "float32", "targets": ("decoder", "aligners"),
-    "save": ("language_model.embed_tokens",), "context": 160,
+    "save": ("embed_tokens",), "context": 160,
 }  # fmt: skip
 _GUIDANCE, _TEMPERATURE = 2.25, 0.8  # of `configs/digits.py`
-_DRAWN = 4  # of each prompt, as GenEval
 _TITLES = {
     "pope": "POPE-like: F1 random, %",
     "mme": "MME-like: perception, of 400",
@@ -73,10 +71,10 @@ def judge(
         with_old_roles(pathlib.Path(folder), own)
     figures: dict[str, Any] = {"split": split, "seed": seed}
     janus = janus_jax.load(own, dtype="float32", progress=False)
-    figures["geneval"] = shown(
-        judge_drawing(janus, data / PROMPTS, out / "geneval", Judge(("train", "validation")), seed)
-    )
-    figures["base"] = ask(janus, data, out / "base", model_identity(model, folder, dtype="float32"))
+    identity, classifier = model_identity(model, folder, dtype="float32"), Judge(("train", "validation"))
+    drawn = judge_drawing(janus, data, out / "base", classifier, identity, seed)
+    figures["geneval"] = {name: interval(number) for name, number in drawn.numbers.items()}
+    figures["base"] = ask(janus, data, out / "base", identity)
     began, cpu = time.monotonic(), time.process_time()
     finetune(
         str(own), out / "lessons" / "lessons.jsonl", "understanding", out / "tuned", steps=steps, seed=seed,
@@ -111,38 +109,34 @@ def figures_of(out: pathlib.Path) -> dict[str, str]:
     """The main figure of each benchmark in a folder of `evals.main`, with its interval."""
     figures = {}
     for task, protocols in read_json_object(out / "results.json")["tasks"].items():
-        for found in protocols.values():
+        for found in protocols.values() if task in ASKED else ():
             figures[f"{task}, {found['headline']}"] = interval(Number(**found["numbers"][found["headline"]]))
     return figures
 
 
-def shown(numbers: Mapping[str, Number]) -> dict[str, str]:
-    return {name: interval(number) for name, number in numbers.items()}
-
-
 def judge_drawing(
-    janus: JanusPipeline, prompts: pathlib.Path, out: pathlib.Path, classifier: Judge, seed: int = 0
-) -> dict[str, Number]:
-    """Draws the prompts into GenEval's folders, and judges them by its rules; results.jsonl is as its own scorer's."""
-    rows = read_prompts(prompts)
-    drawn = janus.generate_images(
-        [row["prompt"] for row in rows], _DRAWN, cfg_weight=_GUIDANCE, temperature=_TEMPERATURE, seed=seed,
-        progress=False,
-    )  # fmt: skip
-    results = []
-    for number, row in enumerate(rows):
-        pictures = drawn[number * _DRAWN : (number + 1) * _DRAWN]
-        write_geneval(out, number, row, pictures)
-        for sample, picture in enumerate(pictures):
-            results.append(_result(geneval_sample(out, number, sample), row, classifier, picture))
-    (out / "results.jsonl").write_text("".join(f"{each.line()}\n" for each in results))
-    return summarize(results)
+    janus: JanusPipeline,
+    data: pathlib.Path,
+    out: pathlib.Path,
+    classifier: Judge,
+    identity: Mapping[str, Any],
+    seed: int = 0,
+) -> Scores:
+    """Draws GenEval's prompts in `data`, and judges the pictures by its rules; what is there already is kept."""
+    task, how = DigitsGenEval(out / "geneval" / "pictures"), How(seed, _GUIDANCE, _TEMPERATURE)
+    protocol, drawings = task.protocols[0], task.drawings(data)
+    settle(task.pictures, drawn_with(identity, task.name, task.samples, how, drawings))
+    draw_all(drawings, brush(lambda: janus, how), task.name, progress=False)
 
+    def look(items: Sequence[Item]) -> Iterator[Replies]:
+        for item in items:
+            found = classifier.detect(open_image(item.images[0].read()))
+            yield Replies({item.id: seen(item.fields["row"], found, lambda name, there: ["white"] * len(there))}, [])
 
-def _result(path: pathlib.Path, row: Mapping[str, Any], classifier: Judge, picture: Image.Image) -> Result:
-    objects = kept(classifier.detect(picture), row["tag"])
-    correct, reason = verdict(objects, row, lambda name, found: ["white"] * len(found))
-    return Result(str(path), row, correct, reason, objects)
+    about = {**identity, "detector": "classifier of digits", "drawn": how.about()}
+    found = evaluate(task, protocol, task.load(data, protocol), Settings(out, progress=False), about, look)
+    write_results(out, identity, {task.name: {protocol: result(found, False)}})
+    return found.scores
 
 
 def table(figures: Mapping[str, Any]) -> str:

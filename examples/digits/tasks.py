@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import dataclasses
 import json
 import pathlib
 import sys
@@ -16,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from evals.items import Item
+from evals.items import Item, Scores
 from evals.tasks import TASKS
+from evals.tasks.geneval import GenEval
 from examples.digits.data import SPLITS, WORDS, captions, load_split, png, to_rgb
 from janus_jax.io.messages import print_any_text, print_error
 from janus_jax.processing.chat import IMAGE_PLACEHOLDER
@@ -150,6 +152,16 @@ def _alike() -> list[int]:
 def _write_lines(path: pathlib.Path, rows: Iterable[dict[str, Any]]):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+class DigitsGenEval(GenEval):
+    """GenEval's rules, on what the classifier of digits has seen (`Judge.detect`)."""
+
+    title = "GenEval's rules, by the classifier of digits"
+    protocols = ("digits",)
+
+    def score(self, *args: Any, **options: Any) -> Scores:
+        return dataclasses.replace(super().score(*args, **options), notes=[])  # figures of others, on other prompts
 
 
 # ---------------------------------------------------------------- what teaches them

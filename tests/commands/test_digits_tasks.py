@@ -154,21 +154,22 @@ def test_drawn_digits_are_judged_by_the_rules_of_geneval(lessons, classifier, tm
 
         return types.SimpleNamespace(generate_images=generate_images)
 
-    prompts, path = (
-        (lessons / "tasks" / tasks.PROMPTS).read_text().splitlines(keepends=True),
-        tmp_path / "prompts.jsonl",
-    )
+    prompts, data = (lessons / "tasks" / tasks.PROMPTS).read_text().splitlines(keepends=True), tmp_path / "data"
     assert len(prompts) == 60
-    path.write_text("".join(prompts[0:2] + prompts[6:8]))
-    numbers = benchmarks.judge_drawing(drawing(0), path, tmp_path / "right", classifier)
+    (data / "geneval").mkdir(parents=True)
+    (data / tasks.PROMPTS).write_text("".join(prompts[0:2] + prompts[6:8]))
+    right, wrong = tmp_path / "right", tmp_path / "wrong"
+    numbers = benchmarks.judge_drawing(drawing(0), data, right, classifier, {"model": "right"}).numbers
     assert numbers["overall"].value == numbers["prompts with a correct picture"].value == 100
     assert numbers["overall"].count == 16
-    wrong = benchmarks.judge_drawing(drawing(1), path, tmp_path / "wrong", classifier)
-    assert wrong["overall"].value == 0
-    line = json.loads((tmp_path / "wrong" / "results.jsonl").read_text().splitlines()[0])
+    assert benchmarks.judge_drawing(None, data, right, classifier, {"model": "right"}).numbers == numbers
+    assert (right / "geneval" / "pictures" / "00003" / "samples" / "00003.png").exists()
+    numbers = benchmarks.judge_drawing(drawing(1), data, wrong, classifier, {"model": "wrong"}).numbers
+    assert numbers["overall"].value == 0
+    line = json.loads((wrong / "geneval" / "export-digits" / "results.jsonl").read_text().splitlines()[0])
     assert line["prompt"] == "a handwritten 0" and line["reason"] == "expected zero>=1, found 0"
     assert json.loads(line["details"]).keys() == {"one"}
-    assert (tmp_path / "right" / "00003" / "samples" / "00003.png").exists()
+    assert "GenEval's rules, by the classifier of digits" in (wrong / "report.md").read_text()
 
 
 def test_where_a_digit_is(classifier):

@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("sklearn")
 
 from examples.digits import evaluate, tune
+from train.run.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SEED = 5  # which no table shows
@@ -83,6 +84,22 @@ def test_an_adapter_learns_a_question(model, dtype, tmp_path):
     assert figures["tuned old questions"] >= 0.95 * figures["base old questions"]
     lines = [json.loads(line) for line in (tmp_path / "even" / "run" / "metrics.jsonl").read_text().splitlines()]
     assert sum(line.get("train/skipped_updates", 0) for line in lines) == 0
+
+
+@pytest.mark.slow
+def test_benchmarks_are_learned_and_watched(model, tmp_path):
+    """The figures of a run's own benchmarks rise over its steps; what is drawn is judged by GenEval's rules."""
+    command("examples.digits.benchmarks", "--model", model, "--out", str(tmp_path / "out"))
+    figures = json.loads((tmp_path / "out" / "results.json").read_text())
+    value = {name: float(text.split(" ")[0].replace(",", "")) for name, text in figures["tuned"].items()}
+    base = {name: float(text.split(" ")[0].replace(",", "")) for name, text in figures["base"].items()}
+    assert base["pope, F1 random"] < 75 and base["mmbench, vanilla-all"] < 40
+    assert value["pope, F1 random"] >= 90 and value["mmbench, vanilla-all"] >= 85 and value["mme, perception"] >= 340
+    assert float(figures["geneval"]["overall"].split(" ")[0]) >= 95
+    lines = read_metrics(tmp_path / "out" / "tuned" / "run")
+    curve = [line["evals/mmbench/vanilla_all"] for line in lines if "evals/mmbench/vanilla_all" in line]
+    assert len(curve) == 10 and curve[-1] > curve[0] + 20
+    assert (tmp_path / "out" / "evals.png").stat().st_size
 
 
 @pytest.mark.parametrize("module", [evaluate, tune])

@@ -114,6 +114,7 @@ def test_rows_and_steps_follow_the_data(model, photos, tmp_path, monkeypatch):
     assert few.evaluation == EvalConfig(batches=2) and few.samples.every == 0, "too few to hold some out"
     assert (few.data.context, few.steps) == (128, 100)
     assert many.evals == EvalsConfig() and few.evals == EvalsConfig(25, ("mme",), str(tmp_path / "mme"), limit=7)
+    assert few.save_every == 25 and many.save_every == many.steps // 5
     assert (few.compute_dtype, few.init_from) == ("float32", model)
     # Layers are computed twice where keeping them would take more than a quarter of what is free.
     for free, remat in ((None, "full"), (2**20, "full"), (2**30, "none")):
