@@ -121,7 +121,7 @@ def forget_figures(config: TrainConfig):
     path.write_text("".join(line for line in lines if '"evals/' not in line))
 
 
-def test_a_run_asks_and_goes_on_with_it(config, start_at, monkeypatch, capsys):
+def test_a_run_asks_and_goes_on_with_it(config, start_at, data, monkeypatch, capsys):
     """Figures and files every two steps; what an earlier start has asked is not asked again, what fails is told."""
     asked, real = [], benchmarks.Respondent.ask
     monkeypatch.setattr(benchmarks.Respondent, "ask", lambda self, items: asked.extend(items) or real(self, items))
@@ -140,6 +140,11 @@ def test_a_run_asks_and_goes_on_with_it(config, start_at, monkeypatch, capsys):
     assert results["tasks"]["toy"]["report"]["numbers"]["accuracy"]["value"] == whole[4]
     earlier = json.loads((folder / "evals" / "0000002" / "results.json").read_text())
     assert results["model"]["parameters"] != earlier["model"]["parameters"]
+
+    # It is a folder of the command, which makes the page of it.
+    assert evals_main.main(["--tasks", "toy", "--data", data, "--out", str(out), "--rescore"]) == 0
+    again = json.loads((out / "results.json").read_text())
+    assert again == results and (out / "report.html").exists()
 
     # As if it had been killed in the middle of asking after the last step.
     there, path = replies(out), out / "toy" / "predictions-report.jsonl"
