@@ -1,4 +1,4 @@
-"""Command line: `python -m janus_jax generate | chat | info`."""
+"""Command line: `python -m janus_jax generate | chat | serve | info`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import io
 import math
+import os
 import pathlib
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from PIL import Image
 
 from janus_jax import compilation_cache
 from janus_jax.hub import hub_id, resolve
-from janus_jax.io.messages import print_any_text, print_error
+from janus_jax.io.messages import one_line, print_any_text, print_error
 from janus_jax.io.whole.files import write_file
 from janus_jax.io.whole.folders import new_folder
 from janus_jax.loading import load
@@ -31,6 +32,8 @@ from janus_jax.weights.adapters.peft_files import read_adapter
 from janus_jax.weights.checkpoint import open_checkpoint
 from janus_jax.weights.quantize import FORMS
 from janus_jax.weights.torch_weights import DTYPES, abstract_params
+
+_API_KEY = "JANUS_JAX_API_KEY"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -79,6 +82,20 @@ def _parser() -> argparse.ArgumentParser:
     _add_sampling(chat, temperature=0.0)
     chat.set_defaults(run=_chat)
 
+    serve = commands.add_parser("serve", help="answer and draw for many at once, by OpenAI's HTTP API")
+    _add_weights(serve)
+    serve.add_argument("--adapter", action="append", default=[], metavar="NAME=DIR", help="also serve an adapter")
+    serve.add_argument("--name", action="append", help="model name for clients; may be given several times")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen at (default %(default)s: only from here)")
+    serve.add_argument("--port", type=int, default=8000, help="default %(default)s")
+    serve.add_argument("--slots", type=int, default=16, help="answers at a time; an image takes two (default 16)")
+    serve.add_argument("--context", type=int, help="most tokens of a prompt and its answer (default: up to 4096)")
+    serve.add_argument("--max-queue", type=int, default=256, help="how many may wait (default %(default)s)")
+    serve.add_argument("--api-key", help=f"what clients must send (default: the environment's {_API_KEY}, if set)")
+    serve.add_argument("--allow-image-host", action="append", default=[], metavar="HOST", help="fetch images from here")
+    serve.add_argument("--grace", type=float, default=30, help="seconds to finish in at SIGTERM (default %(default)g)")
+    serve.set_defaults(run=_serve)
+
     info = commands.add_parser("info", help="sizes, parameter counts by part, and memory in each dtype")
     info.add_argument("--model", required=True, help="checkpoint folder or hub id")
     info.add_argument("--adapter", metavar="DIR", help="also describe a low-rank adapter in PEFT's files")
@@ -87,10 +104,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_model(parser: argparse.ArgumentParser):
+    _add_weights(parser)
+    parser.add_argument("--adapter", metavar="DIR", help="a low-rank adapter in PEFT's files")
+
+
+def _add_weights(parser: argparse.ArgumentParser):
     parser.add_argument("--model", required=True, help="checkpoint folder (any layout) or hub id")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16, float32 on CPU")
     parser.add_argument("--weights", choices=FORMS, help="quantized weights in the decoder (default: as --dtype)")
-    parser.add_argument("--adapter", metavar="DIR", help="a low-rank adapter in PEFT's files")
     parser.add_argument("--mesh", metavar="AXIS=N,...", help=f"device mesh over {', '.join(MESH_AXES)}")
     parser.add_argument("--roles", help="chat roles of the prompt, pro or old (default: detected)")
 
@@ -122,7 +143,9 @@ def mesh_of(text: str | None) -> dict[str, int] | None:
 def _load(args: argparse.Namespace, ahead: Callable[[JanusPipeline], Any] | None = None) -> JanusPipeline:
     mesh = mesh_of(args.mesh)
     ahead = ahead if mesh is None else None
-    given = {name: getattr(args, name) for name in ("dtype", "weights", "roles", "adapter")}
+    given = {name: getattr(args, name) for name in ("dtype", "weights", "roles")}
+    if isinstance(args.adapter, str):
+        given["adapter"] = args.adapter
     return load(args.model, mesh=mesh, ahead=ahead, **given)
 
 
@@ -162,6 +185,33 @@ def _chat(args: argparse.Namespace):
             print(piece, end="", flush=True)
     finally:  # also before an error message
         print(flush=True)
+
+
+def _serve(args: argparse.Namespace):
+    try:
+        from janus_jax.serving.api import command
+    except ImportError as error:
+        raise ValueError(f"serving needs {error.name}; pip install 'janus_jax[serve]'") from None
+    adapters = dict(_named(adapter) for adapter in args.adapter)
+    names = args.name or [args.model.replace("\\", "/").rstrip("/").rpartition("/")[2]]
+    if len({*names, *adapters}) < len(names) + len(args.adapter):
+        raise ValueError("--name and --adapter: each name may be given once")
+    listening = command.listen(args.host, args.port)
+    with listening:
+        janus = _load(args)
+        for name, folder in adapters.items():
+            janus.load_adapter(folder, name=name)
+        janus.use_adapter(None)
+        how = {name: getattr(args, name) for name in ("slots", "context", "max_queue", "grace")}
+        key = args.api_key or os.environ.get(_API_KEY)
+        command.serve(janus, listening, names, api_key=key, hosts=args.allow_image_host, **how)
+
+
+def _named(adapter: str) -> tuple[str, str]:
+    name, equals, folder = adapter.partition("=")
+    if not (name and equals and folder):
+        raise ValueError(f"--adapter must look like NAME=DIR, got {one_line(adapter)}")
+    return name, folder
 
 
 def _say_roles(janus: JanusPipeline):

@@ -29,6 +29,7 @@ FLOORS = (
     "janus_jax.inside",
     "janus_jax.loading",
     "janus_jax.serving.*",
+    "janus_jax.serving.api.*",
     "janus_jax",
     "janus_jax.lmms_eval.*",
     "janus_jax.__main__",

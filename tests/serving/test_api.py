@@ -1,0 +1,331 @@
+"""OpenAI's API, by OpenAI's own client against a server on loopback: answers are the library's, errors are clear."""
+
+# ruff: noqa: F811  (fixtures are imported)
+
+import base64
+import concurrent.futures
+import http.client
+import io
+import json
+import logging
+import threading
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from janus_jax.serving.engine import Engine
+from tests.library.tiny_janus import QUESTION, SHORT, codes, folder, janus, nearly_equal  # noqa: F401
+
+openai = pytest.importorskip("openai")
+for name in ("fastapi", "prometheus_client"):
+    pytest.importorskip(name)
+uvicorn = pytest.importorskip("uvicorn")
+
+from janus_jax.serving.api.app import make_app  # noqa: E402
+from janus_jax.serving.api.media import Remote  # noqa: E402
+from janus_jax.serving.api.served import Limits, Served  # noqa: E402
+
+MODEL, LIMIT = "janus-tiny", 20
+NO_SYSTEM = {"role": "system", "content": ""}
+
+
+@pytest.fixture(scope="module")
+def served(janus):
+    with Engine(janus, slots=5, max_queue=40) as engine:
+        engine.warm_up()
+        limits = Limits(body=1 << 20, body_seconds=1.0, images=3)
+        yield Served(engine, {MODEL: None, "other-name": None}, limits, api_key="secret", remote=Remote(("localhost",)))
+
+
+@pytest.fixture(scope="module")
+def port(served):
+    config = uvicorn.Config(make_app(served), port=0, log_level="warning", access_log=False)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield server.servers[0].sockets[0].getsockname()[1]
+    server.should_exit = True
+    thread.join(30)
+
+
+@pytest.fixture(scope="module")
+def client(port):
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="secret", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[np.ndarray]:
+    rng = np.random.default_rng(4)
+    return [rng.integers(low, low + 100, (40, 60, 3), np.uint8) for low in (0, 80, 155)]
+
+
+def data_url(picture: np.ndarray) -> str:
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def asking(*pictures, text: str = QUESTION, **how):
+    images = [{"type": "image_url", "image_url": {"url": data_url(picture)}} for picture in pictures]
+    user = {"role": "user", "content": [*images, {"type": "text", "text": text}]}
+    return {"model": MODEL, "messages": [NO_SYSTEM, user], "max_tokens": LIMIT} | how
+
+
+def opened(b64: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(b64))))
+
+
+def is_free(served: Served) -> bool:
+    deadline = time.monotonic() + 30
+    while not served.engine.idle and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return served.engine.idle
+
+
+# ---------------------------------------------------------------- chat
+
+
+def test_an_answer_is_that_of_chat(client, janus, pictures):
+    drawn = {"temperature": 0.8, "top_p": 0.9, "seed": 3}
+    for how in ({}, drawn):
+        made = client.chat.completions.create(**asking(pictures[0], **how), n=2 if how else 1)
+        expected = janus.chat(QUESTION, pictures[:1], LIMIT, system_prompt="", **how)
+        choice = made.choices[0]
+        assert choice.message.content == expected and choice.message.role == "assistant"
+        assert made.object == "chat.completion" and made.model == MODEL and choice.finish_reason in ("stop", "length")
+        assert made.usage.completion_tokens == LIMIT * len(made.choices) or choice.finish_reason == "stop"
+        assert made.usage.total_tokens == made.usage.prompt_tokens + made.usage.completion_tokens
+    second = janus.chat(QUESTION, pictures[:1], LIMIT, system_prompt="", **drawn | {"seed": 4})
+    assert made.choices[1].message.content == second, "a further choice has the next seed"
+
+
+def test_streams_join_to_the_answer(client, janus, pictures):
+    how = {"stream": True, "stream_options": {"include_usage": True}, "logprobs": True}
+    chunks = list(client.chat.completions.create(**asking(pictures[0], **how)))
+    *content, end, usage = chunks
+    assert content[0].choices[0].delta.role == "assistant" and content[0].choices[0].delta.content == ""
+    text = "".join(chunk.choices[0].delta.content for chunk in content)
+    assert text == janus.chat(QUESTION, pictures[:1], LIMIT, system_prompt="")
+    assert end.choices[0].finish_reason == "length" and usage.choices == []
+    assert usage.usage.completion_tokens == LIMIT and len({chunk.id for chunk in chunks}) == 1
+    noted = (
+        [token for chunk in content for token in (chunk.choices[0].logprobs or end.choices[0]).content or []]
+        if 0
+        else []
+    )
+    noted = [token for chunk in content if chunk.choices[0].logprobs for token in chunk.choices[0].logprobs.content]
+    assert len(noted) == LIMIT and all(token.logprob <= 0 for token in noted)
+
+
+def test_stop_strings_end_answers(client, janus):
+    full = client.chat.completions.create(**asking(logprobs=True)).choices[0]
+    text = full.message.content
+    stop = text[len(text) // 2 :][:3]
+    for stream in (False, True):
+        made = client.chat.completions.create(**asking(stop=[stop, "nowhere to be found"], stream=stream))
+        if stream:
+            made = list(made)
+            said, reason = "".join(c.choices[0].delta.content or "" for c in made), made[-1].choices[0].finish_reason
+        else:
+            said, reason = made.choices[0].message.content, made.choices[0].finish_reason
+        assert said == text[: text.index(stop)].strip() and reason == "stop"
+
+
+def test_shapes_that_clients_send(client, janus, pictures):
+    """Plain strings, null content, unknown fields, a URL that is a string, text around pictures."""
+    expected = janus.chat("<image_placeholder>\nWhat is it?", pictures[:1], LIMIT, system_prompt="")
+    part = {"type": "image_url", "image_url": data_url(pictures[0])}
+    messages = [NO_SYSTEM, {"role": "user", "content": [part, {"type": "text", "text": QUESTION}]}]
+    more = {"extra_body": {"user": "somebody", "store": False, "metadata": {"a": "b"}, "n": None, "stop": None}}
+    made = client.chat.completions.create(model="other-name", messages=messages, max_completion_tokens=LIMIT, **more)
+    assert made.choices[0].message.content == expected and made.model == "other-name"
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    made = client.chat.completions.create(**asking() | {"messages": [*turns, {"role": "user", "content": QUESTION}]})
+    assert made.choices[0].message.content == janus.chat([*turns, {"role": "user", "content": QUESTION}], (), LIMIT)
+
+
+# ---------------------------------------------------------------- drawing
+
+
+def test_images_are_those_of_generate_images(client, janus, codes, port):
+    expected = janus.decode_codes(codes)
+    made = client.images.generate(model=MODEL, prompt=SHORT, n=2, extra_body={"seed": 0})
+    assert [nearly_equal(opened(image.b64_json), x) for image, x in zip(made.data, expected, strict=False)] == [
+        True
+    ] * 2
+    assert made.size == "16x16" and made.usage.output_tokens == 2 * 16
+    how = {"response_format": "url", "size": "64x64", "extra_body": {"seed": 0}}
+    made = client.images.generate(prompt=SHORT, **how)
+    path = made.data[0].url.split(f":{port}")[1]
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    connection.request("GET", path)  # without a key: the name is the key
+    answer = connection.getresponse()
+    assert answer.status == 200 and answer.getheader("content-type") == "image/png"
+    large = Image.fromarray(expected[0]).resize((64, 64), Image.Resampling.LANCZOS)
+    assert nearly_equal(np.asarray(Image.open(io.BytesIO(answer.read()))), np.asarray(large))
+
+
+def test_a_picture_grows(client, janus, codes):
+    events = list(client.images.generate(prompt=SHORT, stream=True, partial_images=2, extra_body={"seed": 0}))
+    *partial, last = events
+    assert last.type == "image_generation.completed" and last.usage.output_tokens == 16
+    assert nearly_equal(opened(last.b64_json), janus.decode_codes(codes[:1])[0])
+    assert partial and {event.type for event in partial} == {"image_generation.partial_image"}
+    assert all((opened(event.b64_json) != opened(last.b64_json)).any() for event in partial)
+
+
+# ---------------------------------------------------------------- what is wrong
+
+
+def text_url(text: bytes) -> dict:
+    url = "data:image/png;base64," + base64.b64encode(text).decode()
+    return {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]}
+
+
+def pointing_at(url: str) -> dict:
+    return {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]}
+
+
+CHAT_ERRORS = {
+    "no model": ({"model": "gpt"}, 404, "no model named gpt"),
+    "no answers": ({"n": 0}, 400, "n: Input should be greater than or equal to 1"),
+    "many answers": ({"n": 99}, 400, "n must be at most 8"),
+    "cold": ({"temperature": -1}, 400, "temperature"),
+    "beyond the context": ({"max_tokens": 5000}, 400, "exceeds the model's 512 positions"),
+    "long": ({"messages": [{"role": "user", "content": "What is it? " * 300}]}, 400, "exceeds the model's"),
+    "longer": ({"messages": [{"role": "user", "content": "a" * 40000}]}, 400, "cannot fit the context"),
+    "empty": ({"messages": []}, 400, "messages"),
+    "blank": ({"messages": [{"role": "user", "content": ""}]}, 400, "empty"),
+    "its own turn": ({"messages": [{"role": "assistant", "content": "Hi"}]}, 400, "user first"),
+    "tools": ({"tools": [{"type": "function"}]}, 400, "tools is not supported"),
+    "penalty": ({"presence_penalty": 0.5}, 400, "presence_penalty is not supported"),
+    "JSON": ({"response_format": {"type": "json_object"}}, 400, "response_format"),
+    "stop": ({"stop": [""]}, 400, "stop"),
+    "text as a picture": (text_url(b"hello"), 400, "messages.0.content.0"),
+    "a path": (pointing_at("/etc/passwd"), 400, "data URL"),
+    "a host": (pointing_at("http://169.254.169.254/latest"), 400, "data URL"),
+    "a private host": (pointing_at("http://localhost:9/x.png"), 400, "private address"),
+    "many pictures": (pointing_at("data:,") | {"messages": [
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": text}} for text in [data_url(
+            np.zeros((4, 4, 3), np.uint8))] * 4]}]}, 400, "more than 3 images"),
+    "large": ({"messages": [{"role": "user", "content": "a" * (1 << 20)}]}, 413, "1 MiB"),
+}  # fmt: skip
+IMAGE_ERRORS = {
+    "blank": ({"prompt": " "}, 400, "must be text that says what to draw"),
+    "none": ({"n": 0}, 400, "n: "),
+    "many": ({"n": 11}, 400, "at most 10"),
+    "wide": ({"size": "1536x1024"}, 400, "square"),
+    "no size": ({"size": "large"}, 400, "WIDTHxHEIGHT"),
+    "huge": ({"size": "9000x9000"}, 400, "2048"),
+    "quality": ({"quality": "hd"}, 400, "quality"),
+    "two streams": ({"n": 2, "stream": True}, 400, "one image"),
+    "seed": ({"extra_body": {"seed": -1}}, 400, "seed"),
+}
+
+
+@pytest.mark.parametrize("how, status, message", CHAT_ERRORS.values(), ids=CHAT_ERRORS.keys())
+def test_chat_refuses(client, how, status, message):
+    with pytest.raises(openai.APIStatusError) as raised:
+        client.chat.completions.create(**asking() | how)
+    assert raised.value.status_code == status and message in raised.value.body["message"]
+    assert "\n" not in raised.value.body["message"] and raised.value.body["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("how, status, message", IMAGE_ERRORS.values(), ids=IMAGE_ERRORS.keys())
+def test_drawing_refuses(client, how, status, message):
+    with pytest.raises(openai.APIStatusError) as raised:
+        client.images.generate(**{"prompt": SHORT} | how)
+    assert raised.value.status_code == status and message in raised.value.body["message"]
+
+
+def raw(port: int, method: str, path: str, body: bytes | None = None, **headers) -> tuple[int, dict, bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection.request(method, path, body, {"Authorization": "Bearer secret", **headers})
+    answer = connection.getresponse()
+    return answer.status, {key.lower(): value for key, value in answer.getheaders()}, answer.read()
+
+
+def test_what_no_client_sends(port):
+    here = {"Content-Type": "application/json"}
+    for body, message in (
+        (b"{", "not JSON"),
+        (b"[" * 100_000, ""),
+        (b"\xff", ""),
+        (b"null", ""),
+        (b'{"model": 3}', ""),
+    ):
+        status, _, answer = raw(port, "POST", "/v1/chat/completions", body, **here)
+        assert status == 400 and message in json.loads(answer)["error"]["message"]
+    for method, path, expected in (
+        ("GET", "/v1/none", 404),
+        ("DELETE", "/v1/models", 405),
+        ("GET", "/v1/models/x", 404),
+    ):
+        status, _, answer = raw(port, method, path)
+        assert status == expected and json.loads(answer)["error"]["message"]
+    assert raw(port, "GET", "/v1/models", Authorization="Bearer wrong")[0] == 401
+    assert raw(port, "GET", "/health", Authorization="")[0] == 200
+    # A body that does not come.
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection.putrequest("POST", "/v1/chat/completions")
+    for key, value in {"Authorization": "Bearer secret", "Content-Length": "100"}.items():
+        connection.putheader(key, value)
+    connection.endheaders(b"{")
+    assert connection.getresponse().status == 408
+
+
+def test_models_metrics_and_log(client, port, caplog):
+    caplog.set_level(logging.INFO, "janus_jax.serving")
+    assert [model.id for model in client.models.list()] == [MODEL, "other-name"]
+    assert client.models.retrieve(MODEL).id == MODEL
+    client.chat.completions.create(**asking(text="Somebody's secret."), extra_headers={"X-Request-Id": "abc-1"})
+    status, headers, text = raw(port, "GET", "/metrics", **{"X-Request-Id": "bad\x01id"})
+    assert status == 200 and "text/plain" in headers["content-type"] and len(headers["x-request-id"]) == 32
+    figures = dict(line.rsplit(" ", 1) for line in text.decode().splitlines() if not line.startswith("#"))
+    assert float(figures["janus_generation_tokens_total"]) >= LIMIT
+    assert float(figures["janus_time_to_first_token_seconds_count"]) >= 1
+    assert any("abc-1 POST /v1/chat/completions 200" in record.message for record in caplog.records)
+    assert "secret" not in caplog.text
+
+
+# ---------------------------------------------------------------- many at once
+
+
+def test_a_client_that_goes_away_frees_its_rows(client, served):
+    stream = client.chat.completions.create(**asking(max_tokens=400, stream=True))
+    next(stream)
+    stream.close()
+    assert is_free(served) and served.engine.counts.ended["cancelled"] >= 1
+
+
+def test_many_clients_get_what_is_theirs(client, served, janus, pictures, codes):
+    images = janus.decode_codes(codes)
+    answers = {which: janus.chat(QUESTION, [x], LIMIT, system_prompt="") for which, x in enumerate(pictures)}
+
+    def ask(which: int):
+        if which % 4 == 3:
+            made = client.images.generate(prompt=SHORT, n=2, extra_body={"seed": 0})
+            return [nearly_equal(opened(x.b64_json), image) for x, image in zip(made.data, images, strict=False)]
+        if which % 4 == 2:
+            with pytest.raises(openai.BadRequestError):
+                client.chat.completions.create(**asking(), top_p=0)
+        made = client.chat.completions.create(**asking(pictures[which % 3]), stream=which % 2 == 0)
+        text = made.choices[0].message.content if which % 2 else "".join(c.choices[0].delta.content or "" for c in made)
+        return text == answers[which % 3]
+
+    with concurrent.futures.ThreadPoolExecutor(16) as threads:
+        assert all(np.all(right) for right in threads.map(ask, range(32)))
+    assert is_free(served)
+
+
+def test_a_full_queue_says_when_to_come_back(client, served, monkeypatch):
+    monkeypatch.setattr(served.engine, "max_queue", 0)
+    with pytest.raises(openai.RateLimitError) as raised:
+        client.chat.completions.create(**asking())
+    assert 1 <= int(raised.value.response.headers["retry-after"]) <= 60
+    assert raised.value.body["code"] == "queue_full"
