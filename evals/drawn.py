@@ -28,7 +28,8 @@ from evals.model import Asked, asked_identity
 from janus_jax.io.files import read_json_object
 from janus_jax.io.messages import one_line
 
-_OURS = ("pictures", "seed", "cfg_weight", "temperature", "pictures_at_a_time", "detector", "clip", "vqa")
+_DRAWN_WITH = ("seed", "cfg_weight", "temperature")
+_OURS = ("pictures", *_DRAWN_WITH, "pictures_at_a_time", "detector", "clip", "vqa")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -124,6 +125,9 @@ def prepare(
         drawings = task.drawings(args.data)
         about = _drawn_with(task, args, how, identity, drawings)
     loaded = task.load(args.data, protocol)
+    known = [f"{name} {about[name]}" for name in _DRAWN_WITH if name in about]
+    if known:
+        loaded = dataclasses.replace(loaded, source=f"{loaded.source}; drawn with {', '.join(known)}")
     if settings.limit is not None:
         groups = {item.group for item in limited(loaded.items, settings.limit)}
         drawings = [each for each in drawings if each.key in groups]

@@ -52,7 +52,7 @@ class Detector:
         """From a folder or the Hub, on the GPU if there is one; ValueError in one line if that is not possible."""
         from transformers import Mask2FormerForUniversalSegmentation
 
-        return cls(loaded(Mask2FormerForUniversalSegmentation, path_or_hub_id))
+        return cls(loaded_model(Mask2FormerForUniversalSegmentation, path_or_hub_id))
 
     def __call__(self, image: Image.Image) -> dict[str, list[Detection]]:
         """What is in `image`, by GenEval's names of classes: the 100 best pairs of a mask and a class."""
@@ -115,7 +115,7 @@ class ColorClassifier:
         """From a folder or the Hub; ValueError in one line if that is not possible."""
         from transformers import AutoTokenizer, CLIPModel
 
-        model = loaded(CLIPModel, path_or_hub_id)
+        model = loaded_model(CLIPModel, path_or_hub_id)
         return cls(model, loaded(AutoTokenizer, path_or_hub_id))
 
     def __call__(self, image: Image.Image, name: str, objects: Sequence[Detection]) -> list[str]:
@@ -161,11 +161,25 @@ def _unit(vectors: Any) -> Any:
 
 
 def loaded(kind: Any, path_or_hub_id: str) -> Any:
-    """`kind.from_pretrained`, a model on the GPU if there is one; ValueError in one line if that is not possible."""
+    """`kind.from_pretrained` of a config, tokenizer or processor; ValueError in one line if that is not possible."""
+    return _from(kind, path_or_hub_id)
+
+
+def loaded_model(kind: Any, path_or_hub_id: str) -> Any:
+    """`kind.from_pretrained` of a model, on the GPU if there is one.
+
+    ValueError in one line if that is not possible, or weights are missing, which transformers would draw at random.
+    """
     import torch
 
+    model, found = _from(kind, path_or_hub_id, output_loading_info=True)
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"{one_line(path_or_hub_id)} lacks {len(missing):,} weights, such as {one_line(missing[0])}")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _from(kind: Any, path_or_hub_id: str, **how: Any) -> Any:
     try:
-        found = kind.from_pretrained(path_or_hub_id)
+        return kind.from_pretrained(path_or_hub_id, **how)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ValueError(f"{one_line(path_or_hub_id)} cannot be loaded: {one_line(error)}") from None
-    return found.to("cuda" if torch.cuda.is_available() else "cpu") if isinstance(found, torch.nn.Module) else found

@@ -23,6 +23,7 @@ from evals.judging import Judge, said_of
 from evals.tasks.geneval import seen
 from janus_jax.io.messages import error_text, one_line
 from janus_jax.processing.images import open_image
+from janus_jax.sampling.memory import OutOfMemory
 
 _AT_A_TIME = 8  # items, for models of transformers
 _TOKENS = 16  # of an endpoint's reply
@@ -63,7 +64,7 @@ def detectors(detector: str | None, clip: str | None) -> Scorer:
                 "or draw alone, with evals.generation.draw"
             )
     assert detector is not None and clip is not None
-    _check("geneval", detector, clip)
+    _check("geneval", (detector, "mask2former"), (clip, "clip"))
 
     def ask(items: Sequence[Item]) -> Iterator[Replies]:
         detect, classify = Detector.load(detector), ColorClassifier.load(clip)
@@ -80,7 +81,7 @@ def detectors(detector: str | None, clip: str | None) -> Scorer:
 
 def answerer(path_or_hub_id: str) -> Scorer:
     """A model of transformers that answers questions about pictures. ValueError if torch or transformers is missing."""
-    _check("dpg", path_or_hub_id)
+    _check("dpg", (path_or_hub_id, ""))
 
     def ask(items: Sequence[Item]) -> Iterator[Replies]:
         model = Answerer.load(path_or_hub_id)
@@ -170,20 +171,29 @@ def _replies(some: Sequence[Item], say: Callable[[Sequence[Item]], Sequence[str]
     except (ValueError, OSError) as error:
         if len(some) == 1:
             return Replies({}, [Problem(some[0].id, error_text(error), some[0])])
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        raise OutOfMemory(
+            "what looks at the pictures does not fit in memory beside the model; start again with --rescore, which "
+            "does not load the model"
+        ) from error
     each = [_replies([item], say) for item in some]
     texts = {name: text for one in each for name, text in one.texts.items()}
     return Replies(texts, [problem for one in each for problem in one.problems])
 
 
-def _check(task: str, *models: str) -> None:
-    """ValueError if a model of transformers cannot be loaded, before anything is drawn for it."""
+def _check(task: str, *models: tuple[str, str]) -> None:
+    """ValueError if one of `models`, names with their types, is another or none, before anything is drawn for it."""
     try:
         import torch  # noqa: F401
         import transformers
     except ImportError as error:
         raise ValueError(f"scoring {task} needs {error.name}; pip install torch transformers") from None
-    for each in models:
-        loaded(transformers.AutoConfig, each)
+    for each, wanted in models:
+        kind = loaded(transformers.AutoConfig, each).model_type
+        if wanted not in ("", kind):
+            raise ValueError(f"{one_line(each)} is a {one_line(kind)}; {task} needs a {wanted} there")
 
 
 def _name(path_or_hub_id: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from evals.generation.detector import loaded
+from evals.generation.detector import loaded, loaded_model
 from janus_jax.io.messages import one_line
 
 _TOKENS = 10  # of an answer
@@ -45,7 +45,7 @@ class Answerer:
                 "with a chat template"
             )
         kind = AutoModelForImageTextToText if chats else AutoModelForVisualQuestionAnswering
-        return cls(loaded(kind, path_or_hub_id), processor, chats)
+        return cls(loaded_model(kind, path_or_hub_id), processor, chats)
 
     def __call__(self, pictures: Sequence[Image.Image], questions: Sequence[str]) -> list[str]:
         """A reply to each question about its picture."""

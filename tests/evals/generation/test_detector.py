@@ -16,6 +16,7 @@ from evals.generation.geneval import Detection
 from evals.tasks.geneval import GenEval, seen
 
 torch = pytest.importorskip("torch")
+safetensors = pytest.importorskip("safetensors.torch")
 transformers = pytest.importorskip("transformers")
 
 PROMPTS = [
@@ -148,6 +149,17 @@ def test_another_number_of_classes_is_refused():
 
 
 @pytest.mark.slow
+def test_missing_weights_are_refused(mask2former, tmp_path):
+    """transformers would draw them at random, and figures would be of nothing."""
+    mask2former.save_pretrained(tmp_path)
+    weights = safetensors.load_file(tmp_path / "model.safetensors")
+    weights.pop("class_predictor.bias")
+    safetensors.save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 weights, such as class_predictor.bias"):
+        Detector.load(str(tmp_path))
+
+
+@pytest.mark.slow
 def test_pixels_of_clip_are_those_of_its_processor():
     random = np.random.default_rng(0)
     image = Image.fromarray(random.integers(0, 256, (50, 75, 3), np.uint8)).resize((300, 200))
@@ -263,6 +275,10 @@ def test_bad_folders(drawn, tmp_path, capsys):
 
     assert "--pictures names the folder of drawn pictures" in said(tmp_path / "none", *models)
     assert "cannot be loaded" in said(drawn, *models)
+    clip = tmp_path / "clip"
+    transformers.CLIPConfig().save_pretrained(clip)
+    said_of_clip = said(drawn, "--detector", clip, "--clip", clip)
+    assert "clip is a clip; geneval needs a mask2former there" in said_of_clip
     assert "geneval needs --detector: a folder or hub id, such as facebook/mask2former" in said(drawn)
     assert "geneval needs --clip: a folder or hub id, such as openai/clip" in said(drawn, *models[:2])
 

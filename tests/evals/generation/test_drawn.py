@@ -110,6 +110,7 @@ def test_geneval_in_one_command(command, painter, tmp_path, capsys):
     assert values == {"overall": 62.5, "single_object": 75, "colors": 50} | {
         **{"correct pictures": 62.5, "prompts with a correct picture": 100}
     }
+    assert found["source"].endswith("8 pictures of 2 prompts; drawn with seed 42, cfg_weight 5.0, temperature 0.5")
     assert found["judge"] == "transformers' Mask2Former and CLIP, not GenEval's mmdet and open_clip"
     pictures = out / "geneval" / "pictures"
     assert len(list(pictures.glob("0000?/samples/0000?.png"))) == 8
@@ -172,6 +173,18 @@ def test_pictures_that_cannot_be_read(command, painter, tmp_path):
         found = results(out, "geneval", "transformers")
         assert found["problems"] == 1 and "00003.png" in found["first_problems"][0]["reason"]
         assert found["numbers"]["overall"]["value"] == pytest.approx(value)
+
+
+def test_detectors_that_do_not_fit_beside_the_model(command, painter, capsys, monkeypatch):
+    def load(_):
+        def look(image):
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+        return look
+
+    monkeypatch.setattr("evals.generation.scorers.Detector.load", load)
+    assert command("--tasks", "geneval", *DETECTORS) == 2
+    assert "start again with --rescore" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_dpg_by_an_endpoint_that_is_silent_at_first(command, painter, endpoint, tmp_path, capsys, monkeypatch):

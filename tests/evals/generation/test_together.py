@@ -8,6 +8,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -67,6 +68,18 @@ def test_two_processes_draw_and_score_as_one(folder, data, mask2former, clip, bl
         numbers = [each[name][protocol]["numbers"] for each in tasks]
         assert numbers[0] == numbers[1] and numbers[0]["overall"]["count"] == {"geneval": 8, "dpg": 2}[name]
     assert not (second / "results.json").exists()
+    # Killed between drawing and looking, and started again.
+    killed = tmp_path / "killed"
+    process = start(killed, 1, *given)
+    while process.poll() is None and not (killed / "geneval" / "pictures" / "00001" / "grid.png").exists():
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    ended = outcome([start(killed, 1, *given)])
+    assert ended[0][0] == 0 and replies(killed) == replies(one), ended
+    assert {name: each.tobytes() for name, each in pictures(killed).items()} == {
+        name: each.tobytes() for name, each in expected.items()
+    }
     # The same pictures by another judge, of transformers.
     judged = tmp_path / "judged"
     given = ("--pictures", one / "dpg" / "pictures", "--tasks", "dpg", "--data", data, "--vqa", blip)

@@ -10,6 +10,7 @@ import zipfile
 import pytest
 
 from evals import main
+from evals.generation.task import DrawnTask
 from evals.tasks import TASKS
 from tests.evals.made import OPTIONS, base64_of, picture, stored, write_parquet, write_tsv
 from tests.library.tiny_janus import folder  # noqa: F401
@@ -100,6 +101,15 @@ RIGHT = {
     "mmvet": {f"v1_{n}": "x is 3" for n in range(4)},
 }
 FIGURES = {"pope": 80, "mme": 125, "mmbench": 75, "seed": 50, "gqa": 200 / 3, "mmmu": 75}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_what_is_missing_is_named_with_where_it_is_published(name, tmp_path):
+    task = TASKS[name]
+    task = task.at(tmp_path / "pictures") if isinstance(task, DrawnTask) else task
+    with pytest.raises(ValueError, match=r"no data in .*; expected .*(\w+\.)+(com|org|edu|space)/") as raised:
+        task.load(tmp_path, task.protocols[0])
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.slow
