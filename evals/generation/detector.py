@@ -173,7 +173,8 @@ def loaded_model(kind: Any, path_or_hub_id: str) -> Any:
     import torch
 
     model, found = _from(kind, path_or_hub_id, output_loading_info=True)
-    if missing := sorted(found["missing_keys"]):
+    # Buffers and shared weights are made, not drawn.
+    if missing := sorted(set(found["missing_keys"]) & dict(model.named_parameters()).keys()):
         raise ValueError(f"{one_line(path_or_hub_id)} lacks {len(missing):,} weights, such as {one_line(missing[0])}")
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -35,6 +35,7 @@ def result(evaluation: Evaluation, wrong: bool) -> dict[str, Any]:
         ],
         "judge": evaluation.judge,
         "unjudged": len(evaluation.unjudged),
+        "silent": sum(name not in evaluation.replies for name in evaluation.unjudged),
         "headline": scores.headline,
         "numbers": {
             name: {"value": number.value, "count": number.count, "low": number.low, "high": number.high}
@@ -100,13 +101,16 @@ def remarks(found: Mapping[str, Any]) -> list[str]:
             f"{found['problems']:,} items could not be asked and are {found['problems_are']}; the first is "
             f"{first['id']}: {first['reason']}"
         )
-    left = found["items"] - found["answered"] - found["problems"]
+    silent = found.get("silent", 0)
+    left = found["items"] - found["answered"] - found["problems"] - silent
     if left > 0:
         said.append(f"{left:,} items have not been asked")
     if found["judge"]:
         said.append(f"judged by {found['judge']}")
-    if found["unjudged"]:
-        said.append(f"{found['unjudged']:,} replies are unjudged, and do not count as right")
+    if silent:
+        said.append(f"{silent:,} questions have no reply of the judge; what they are about is left out")
+    if unjudged := found["unjudged"] - silent:
+        said.append(f"{unjudged:,} replies are unjudged, and do not count as right")
     return said
 
 

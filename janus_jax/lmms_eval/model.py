@@ -63,10 +63,11 @@ class JanusJax(lmms):
                 "janus_jax has all devices in one process: start lmms-eval without accelerate or torchrun, with "
                 "mesh=data=N in --model_args"
             )
+        count, axes = _count(batch_size, max_batch_size), _mesh(mesh)
         compilation_cache.enable()
         given = {"dtype": dtype, "weights": weights, "adapter": adapter, "roles": roles}
-        self.janus = load(pretrained, mesh=_mesh(mesh), **given)
-        self.batch_size = _count(batch_size, max_batch_size) or _AT_A_TIME * batch_shards(self.janus.mesh)
+        self.janus = load(pretrained, mesh=axes, **given)
+        self.batch_size = count or _AT_A_TIME * batch_shards(self.janus.mesh)
         if self.janus.processor is None:
             raise ValueError(f"{one_line(pretrained)} has no tokenizer.json, which is needed to ask it")
         tag = self.janus.processor.tokenizer.image_placeholder
