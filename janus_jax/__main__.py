@@ -18,6 +18,7 @@ from PIL import Image
 from janus_jax import compilation_cache
 from janus_jax.hub import hub_id, resolve
 from janus_jax.io.messages import one_line, print_any_text, print_error
+from janus_jax.io.stores import as_path
 from janus_jax.io.whole.files import write_file
 from janus_jax.io.whole.folders import new_folder
 from janus_jax.loading import load
@@ -65,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(generate)
     generate.add_argument("--prompt", action="append", required=True, help="what to draw; may be given several times")
     generate.add_argument("--n", type=int, default=1, help="images per prompt (default 1)")
-    generate.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR", help="folder for the files")
+    generate.add_argument("--out", required=True, metavar="DIR", help="folder for the files")
     generate.add_argument(
         "--guidance", dest="cfg_weight", type=float, default=5.0, help="classifier-free; 1 for none (default 5)"
     )
@@ -151,14 +152,15 @@ def _load(args: argparse.Namespace, ahead: Callable[[JanusPipeline], Any] | None
 
 def _generate(args: argparse.Namespace):
     how = {"n": args.n, "batch_size": args.batch_size} | _sampling(args)
-    with new_folder(args.out):
+    out = as_path(args.out)
+    with new_folder(out):
         janus = _load(args, ahead=lambda janus: janus.compile_images(args.prompt, **how))
         images = janus.generate_images(args.prompt, **how)
         for index, image in enumerate(images):
             prompt, number = divmod(index, args.n)
-            _write_png(image, args.out / f"{prompt:03d}_{number:03d}.png")
+            _write_png(image, out / f"{prompt:03d}_{number:03d}.png")
         sheet = contact_sheet(images, columns=args.n if len(args.prompt) > 1 else None)
-        _write_png(sheet, args.out / "sheet.png")
+        _write_png(sheet, out / "sheet.png")
     _say_roles(janus)
 
 

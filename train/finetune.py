@@ -15,7 +15,6 @@ import math
 import os
 import pathlib
 import shlex
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -29,7 +28,8 @@ from janus_jax.hub import hub_id, resolve
 from janus_jax.io.fields import shown
 from janus_jax.io.messages import did_you_mean, print_any_text, print_error
 from janus_jax.io.progress import in_notebook
-from janus_jax.io.stores import local_only
+from janus_jax.io.stores import as_path
+from janus_jax.io.whole.leftovers import remove
 from janus_jax.loading import default_dtype
 from janus_jax.processing.chat import Processor
 from janus_jax.sampling.footprint import params_bytes, refuse_too_large
@@ -92,7 +92,7 @@ def finetune(
       model: checkpoint folder of any kind, or hub id.
       data: file, folder or glob of any format and schema of `train.raw.sources`.
       kind: 'generation' (captions and their pictures) or 'understanding' (questions and answers about pictures).
-      out: folder for everything that is written.
+      out: folder for everything that is written, local or in a store.
       steps: updates; default by the number of samples: twenty passes over a few dozen, three over thousands.
       batch_size: samples a step, about; default from 4 to 16, by their number.
       rank, alpha, adapter, targets, save, weights: of the adapter: see `AdapterConfig`, where `adapter` is called kind;
@@ -112,7 +112,7 @@ def finetune(
     """
     try:
         return _finetune(
-            str(model), data, kind, local_only(out), steps=steps, batch_size=batch_size, context=context,
+            str(model), data, kind, as_path(out), steps=steps, batch_size=batch_size, context=context,
             adapter=AdapterConfig(
                 rank, 2.0 * rank if alpha is None else alpha, adapter, tuple(targets), tuple(save), weights
             ),
@@ -262,7 +262,8 @@ def _left_as_it_was(folder: pathlib.Path) -> Iterator[None]:
         yield
     except ValueError:
         if not existed:
-            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                remove(folder)
         if not parent:
             with contextlib.suppress(OSError):  # not empty
                 folder.parent.rmdir()

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import pathlib
 import sys
 
 import numpy as np
 
 from janus_jax.io.messages import one_line, print_any_text, print_error
-from janus_jax.io.stores import local_only
+from janus_jax.io.stores import as_path
 from janus_jax.io.whole.files import write_file
 from janus_jax.processing.images import open_image
 from train.data.prepared import open_prepared
@@ -62,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--n", type=int, default=5, help="number of samples (default 5)")
     parser.add_argument("--random", type=int, metavar="SEED", help="random samples instead of the first ones")
     parser.add_argument("--json", action="store_true", help="print a JSON object on each line")
-    parser.add_argument("--html", metavar="FILE", type=pathlib.Path, help="write an HTML page")
+    parser.add_argument("--html", metavar="FILE", help="write an HTML page")
     parser.add_argument("--model", help="checkpoint with the tokenizer (default: the stored one)")
     args = parser.parse_args(argv)
     # Text may contain characters that the terminal or the output file cannot represent.
@@ -87,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
             elif not args.html:
                 print(describe(view), end="\n\n")
         if args.html:
-            write_file(local_only(args.html), page(folder, views).encode(errors="replace"))
+            write_file(as_path(args.html), page(folder, views).encode(errors="replace"))
             if not args.json:
                 print(f"{one_line(args.html)}: {len(views)} of {len(folder):,} samples")
     except BrokenPipeError:

@@ -14,10 +14,8 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import json
 import math
 import pathlib
-import shutil
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,22 +24,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from orbax.checkpoint import v1 as ocp
 
 from janus_jax.config import IMAGE_CHANNELS, JanusConfig, LlamaConfig, SiglipConfig, VQConfig
-from janus_jax.io.files import read_json_object
-from janus_jax.io.messages import one_line, print_any_text, print_error
+from janus_jax.io.messages import print_any_text, print_error
 from janus_jax.io.progress import shown, step_bar
-from janus_jax.io.stores import local_only
-from janus_jax.io.whole.files import write_file
+from janus_jax.io.store_access import is_store
+from janus_jax.io.stores import as_path, local_only
 from janus_jax.model.vq import VQModel
 from janus_jax.weights import checkpoint
 from janus_jax.weights.torch_weights import abstract_params
+from train.autoencoder.images import ImageFiles, read_ahead
+from train.autoencoder.kept import KeptTraining
 from train.run.faults import AGAIN, BAD_INPUT, INTERRUPTED, Notice, Stopped
-from train.vq_images import ImageFiles, read_ahead
 
 REPORTED = ("reconstruction", "codebook", "commitment", "usage", "perplexity")
-_RUN = "run.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +180,7 @@ def train_vq(
     images = images if isinstance(images, ImageFiles) else _checked(images, config.model.image_size)
     state, history = init_vq_state(config), {name: [] for name in REPORTED}
     if kept and kept.latest:
-        state, history = kept.restore(state)
+        state, history = kept.restore(state, REPORTED)
     first, pending = int(state.step), []
 
     def drawn(step: int) -> np.ndarray:
@@ -240,71 +236,6 @@ def _take(history: dict[str, list[float]], pending: list[dict[str, jax.Array]]):
     pending.clear()
 
 
-class KeptTraining:
-    """The state of a VQ training in `folder`, saved every `every` steps.
-
-    Raises: ValueError if the folder has the state of a training with other settings or other images.
-    """
-
-    def __init__(self, folder: pathlib.Path, config: VQTrainConfig, images: str, every: int):
-        """`images` is a fingerprint of the images."""
-        if every < 1:
-            raise ValueError(f"VQ training: save_every must be at least 1, got {every}")
-        self.folder, self.every = folder, every
-        self._run = json.loads(json.dumps(dataclasses.asdict(config) | {"images": images}))
-        path = folder / _RUN
-        if path.exists():
-            earlier = read_json_object(path)
-            other = [name for name in self._run if earlier.get(name) != self._run[name]]
-            if other:
-                raise ValueError(
-                    f"{one_line(folder)} has a training with other settings ({', '.join(other)}); use the same, or "
-                    "delete that folder to start over"
-                )
-        self._saved = folder / "state"
-
-    @property
-    def latest(self) -> int:
-        """Step of the newest complete state; 0 for none."""
-        return max((int(p.name) for p in self._saved.glob("*") if p.name.isdigit()), default=0)
-
-    def save(self, state: VQState, history: dict[str, list[float]]):
-        """Writes the state after its step, atomically, then deletes the previous one; OSError on failure."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_file(self.folder / _RUN, json.dumps(self._run, indent=2) + "\n")
-        arrays = {name: np.array(values, np.float32) for name, values in history.items()}
-        before = self.latest
-        try:
-            ocp.save((self._saved / str(int(state.step))).absolute(), _tree(state, arrays), overwrite=True)
-        except ValueError as error:  # tensorstore's
-            raise OSError(f"the training state could not be written to {self.folder}: {one_line(error)}") from error
-        if before and before != int(state.step):
-            shutil.rmtree(self._saved / str(before))
-
-    def restore(self, like: VQState) -> tuple[VQState, dict[str, list[float]]]:
-        """The newest state and history; `like` is a state of the same training."""
-        step = self.latest
-        where = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        history = {name: jax.ShapeDtypeStruct((step,), np.float32, sharding=where) for name in REPORTED}
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), _tree(like, history))
-        try:
-            found = ocp.load((self._saved / str(step)).absolute(), abstract)
-        except (ValueError, OSError, KeyError) as error:
-            raise ValueError(
-                f"the state in {self._saved / str(step)} cannot be read ({one_line(error)}); delete {self.folder} to "
-                "start over"
-            ) from None
-        return VQState(**found["state"]), {name: list(np.asarray(found["history"][name])) for name in REPORTED}
-
-    def remove(self):
-        """Deletes the state, which is not needed once the checkpoint is written."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _tree(state: VQState, history: dict[str, Any]) -> dict[str, Any]:
-    return {"state": state._asdict(), "history": history}
-
-
 def save_vq(folder: pathlib.Path, config: VQConfig, params: dict[str, Any]) -> None:
     """Writes a checkpoint folder around a VQ model: all other parts of Janus are one unit wide and zero.
 
@@ -332,8 +263,8 @@ def main(argv: list[str] | None = None) -> int:
     """Returns 0 on success, else an exit code of `train.run.faults`, with one line on standard error."""
     print_any_text()
     parser = argparse.ArgumentParser(prog="python -m train.vq", description="Train a VQ image tokenizer.")
-    parser.add_argument("--images", type=pathlib.Path, required=True, help="folder of image files")
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="checkpoint folder to write")
+    parser.add_argument("--images", required=True, help="folder of image files")
+    parser.add_argument("--out", required=True, help="checkpoint folder to write")
     parser.add_argument("--save_every", type=int, default=1000, help="steps between saves of the state (default 1000)")
     sizes, usual = VQConfig(), VQTrainConfig(model=VQConfig())
     for name in ("ch", "num_res_blocks", "z_channels", "codebook_size", "codebook_dim", "grid", "norm_groups"):
@@ -359,9 +290,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: dict[str, Any]) -> dict[str, float]:
     """Trains with the settings of the command line; returns the report of the last step."""
-    out = local_only(args["out"])
-    local_only(args["images"])
-    if (out / checkpoint.PARAMS).exists():
+    out = as_path(args["out"])
+    local_only(args["images"], "read from")
+    # In a store, what a killed process has left of the arrays is written again.
+    if (out / ("config.json" if is_store(out) else checkpoint.PARAMS)).exists():
         raise ValueError(f"{out} already has a checkpoint; choose another --out")
 
     def chosen(cls: type) -> dict[str, Any]:
@@ -370,7 +302,7 @@ def _run(args: dict[str, Any]) -> dict[str, float]:
     model = VQConfig(**chosen(VQConfig) | {"ch_mult": tuple(args["ch_mult"])})
     JanusConfig(gen_vision=model)  # checks that the sizes are consistent
     config = VQTrainConfig(model=model, **chosen(VQTrainConfig))
-    images = ImageFiles(args["images"], model.image_size)
+    images = ImageFiles(pathlib.Path(args["images"]), model.image_size)
     kept = KeptTraining(out / "training", config, images.fingerprint(), args["save_every"])
     if kept.latest:
         print(f"resuming after step {kept.latest}", flush=True)

@@ -234,6 +234,9 @@ class StorePath(os.PathLike):
             if not missing_ok:
                 raise
 
+    def rmdir(self) -> None:
+        """Nothing: a folder goes with its last object."""
+
     def rmtree(self, kept: Collection[StorePath] = ()) -> None:
         """Removes everything whose name begins with this folder's, except the objects `kept`."""
         scheme, *_ = split(self._address)
@@ -331,14 +334,12 @@ def lexists(path: pathlib.Path) -> bool:
     return path.exists() if isinstance(path, StorePath) else os.path.lexists(path)
 
 
-def local_only(path: str | os.PathLike) -> pathlib.Path:
-    """`path`, for what is written to local folders only; ValueError for the address of a store."""
+def local_only(path: str | os.PathLike, how: str = "written to") -> pathlib.Path:
+    """`path`, for what is written to (or `how` else) local folders only; ValueError for the address of a store."""
     text = os.fspath(path)
     # `pathlib.Path` makes one slash of two.
     if isinstance(text, str) and re.match(rf"({'|'.join(SCHEMES)}):/", text):
-        raise ValueError(
-            f"{one_line(text)} is in a store, and this is written to local folders only; copy it from there"
-        )
+        raise ValueError(f"{one_line(text)} is in a store, and this is {how} local folders only; copy it from there")
     return pathlib.Path(path)
 
 

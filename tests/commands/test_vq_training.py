@@ -15,6 +15,7 @@ import janus_jax
 from janus_jax.config import VQConfig
 from janus_jax.model.vq import Quantizer, VQModel
 from janus_jax.weights import checkpoint
+from train.autoencoder.images import ImageFiles, read_ahead
 from train.run.faults import AGAIN, Stopped
 from train.vq import (
     KeptTraining,
@@ -28,7 +29,6 @@ from train.vq import (
     usage,
     vq_train_step,
 )
-from train.vq_images import ImageFiles, read_ahead
 
 TINY = VQConfig(
     ch=4, ch_mult=(2,), num_res_blocks=1, z_channels=8, codebook_size=16, codebook_dim=4, grid=4, norm_groups=4

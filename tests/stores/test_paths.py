@@ -120,7 +120,7 @@ from janus_jax.io import store_access
 store_access._STALLED = 1
 from janus_jax.io.stores import StorePath
 path = StorePath(sys.argv[1])
-assert path.exists() and path.read_bytes() == b"content"
+assert path.read_bytes() == b"content"
 path.write_bytes(b"other")
 """
 
@@ -131,11 +131,11 @@ def test_an_answer_that_never_comes_is_asked_for_again(store):
     folder, proxy = store
     env = os.environ | {"TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "1"}
     (folder / "x").write_bytes(b"content")
-    with proxy.failing(share=0.5, most=4, kinds=("stall",)) as faults:
+    with proxy.failing(most=2, kinds=("stall",)) as faults:
         command = [sys.executable, "-c", _ASK, str(folder / "x")]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
     assert done.returncode == 0, done.stderr
-    assert faults["stall"] > 1 and (folder / "x").read_bytes() == b"other"
+    assert faults["stall"] == 2 and (folder / "x").read_bytes() == b"other"
 
 
 def test_no_rights_are_one_line_at_once(store):
@@ -170,13 +170,11 @@ def s3fs_without_cache():
 
 def test_what_is_written_to_local_folders_only_says_so(tmp_path, capsys):
     """Before anything is read, and without a folder called `gs:` here."""
-    from janus_jax.__main__ import main as janus_main
     from train.main import main as train_main
     from train.vq import main as vq_main
 
-    assert janus_main(["generate", "--model", "x", "--prompt", "a", "--out", "gs://bucket/out"]) == 2
-    assert vq_main(["--images", str(tmp_path), "--out", "s3://bucket/out"]) == 2
-    assert capsys.readouterr().err.count("is in a store, and this is written to local folders only") == 2
+    assert vq_main(["--images", "s3://bucket/in", "--out", str(tmp_path)]) == 2
+    assert "s3://bucket/in is in a store, and this is read from local folders only" in capsys.readouterr().err
     assert train_main(["--config", "digits", "workdir=gs://bucket/run"]) == 2
     assert "gs://bucket/run is in a store, and this is written to local folders only" in capsys.readouterr().err
     assert train_main(["--config", "debug", "workdir=az://bucket/run"]) == 2

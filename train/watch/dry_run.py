@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import pathlib
-import secrets
 import shutil
 import socket
 import time
@@ -26,6 +25,7 @@ from jax.sharding import Mesh
 
 from janus_jax.io.messages import error_text, print_error, print_note
 from janus_jax.io.stores import StorePath, as_path
+from janus_jax.io.whole.in_store import try_to_write
 from janus_jax.processing.chat import Processor
 from janus_jax.sampling.memory import OutOfMemory, available_bytes
 from janus_jax.sharding import make_mesh
@@ -216,20 +216,13 @@ def _workdir(
         check_steps(config, latest or 0)
     with found.problem():
         if isinstance(folder, StorePath):
-            _try_store(folder)
+            try_to_write(folder)
         else:
             _room(found, config, _writable(folder), latest)
     if jax.process_index() == 0 and not steal and folder.is_dir():
         with found.problem():
             if waiting := lease_of(folder).look():
                 found.notes.append(waiting)
-
-
-def _try_store(folder: StorePath):
-    """An OSError in one line if this process may not write to `folder` and remove there, which is known by trying."""
-    probe = folder / f".{secrets.token_hex(8)}.partial"
-    probe.write_bytes(b"")
-    probe.unlink()
 
 
 def _writable(folder: pathlib.Path) -> pathlib.Path:

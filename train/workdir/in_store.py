@@ -59,6 +59,10 @@ class StoreCheckpoints:
         """Step of the newest complete checkpoint, or None."""
         return max(self.steps, default=None)
 
+    def folder_of(self, step: int) -> StorePath:
+        """The folder with the checkpoint of `step`."""
+        return self._folder / str(step)
+
     def clear(self):
         """Removes what killed starts have left; only process 0 calls it, before anything is saved."""
         for folder in list(self._folder.iterdir()) if self._folder.is_dir() else ():

@@ -24,7 +24,7 @@ from janus_jax.io.messages import one_line
 from janus_jax.io.store_access import is_store
 from janus_jax.io.stores import StorePath, as_path, local_only
 from janus_jax.io.whole.files import NO_ROOM, no_room
-from janus_jax.io.whole.in_store import staged_in_store
+from janus_jax.io.whole.in_store import staged_in_store, try_to_write
 from janus_jax.io.whole.leftovers import new_lock, remove, remove_left, undisturbed
 from janus_jax.io.whole.ownership import mark, refuse_unless_erasable
 
@@ -207,6 +207,10 @@ def new_folder(folder: pathlib.Path) -> Iterator[None]:
 
     Raises OSError if it is not writable.
     """
+    if isinstance(folder, StorePath):
+        try_to_write(folder)
+        yield
+        return
     local_only(folder)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from janus_jax.io.files import read_json_object
 from janus_jax.io.messages import one_line
 from janus_jax.io.stores import StorePath, check_bucket
+from janus_jax.io.whole.files import PARTIAL
 from janus_jax.io.whole.leftovers import undisturbed
 from janus_jax.io.whole.ownership import LAST, MADE_BY, MARK, mark, refuse_unless_erasable
 
@@ -48,6 +49,13 @@ def staged_in_store(place: StorePath, overwrite: bool = False, known: frozenset[
                 (place / LAST).unlink(missing_ok=True)
                 place.rmtree()
         raise
+
+
+def try_to_write(folder: StorePath) -> None:
+    """OSError in one line if this process may not write to `folder` and remove there, which is known by trying."""
+    probe = folder / f".{secrets.token_hex(8)}{PARTIAL}"
+    probe.write_bytes(b"")
+    probe.unlink()
 
 
 def _check_free(place: StorePath, overwrite: bool, known: frozenset[str]):

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 
 from janus_jax.io.messages import one_line
+from janus_jax.io.stores import StorePath
 
 try:
     import fcntl
@@ -31,6 +32,9 @@ def remove(folder: pathlib.Path):
 
     Raises OSError if it still exists after `_GONE_WITHIN` seconds.
     """
+    if isinstance(folder, StorePath):
+        folder.rmtree()
+        return
     deadline = time.monotonic() + _GONE_WITHIN
     while folder.exists():
         late = time.monotonic() > deadline
