@@ -59,7 +59,11 @@ class How:
         parser.add_argument("--cfg-weight", type=float, help="weight of guidance (default 5)")
         parser.add_argument("--temperature", type=float, help="default 1")
         parser.add_argument(
-            batch_size, dest="pictures_at_a_time", type=int, metavar="N", help="pictures at a time (default: what fits)"
+            batch_size,
+            dest="pictures_at_a_time",
+            type=int,
+            metavar="N",
+            help=f"pictures at a time (default: what fits, up to {_PER_CALL})",
         )
 
     @staticmethod

@@ -130,7 +130,8 @@ class Dpg(DrawnTask):
         drawn = [dpg.Picture(name, [own.get(tile, {}) for tile in range(self.samples)]) for name, own in tiles.items()]
         asked_of = {name: list(own.values()) for name, own in questions.items()}
         numbers, failed = dpg.summarize(asked_of, drawn, protocol == "quirks")
-        notes = [f"{model}: {figures['overall']:.1f} by mPLUG" for model, figures in dpg.PUBLISHED.items()]
+        theirs = ", ".join(f"{name} {figures['overall']:.1f}" for name, figures in dpg.PUBLISHED.items())
+        notes = [f"published, by mPLUG: {theirs}"]
         notes += [f"{name} is left out: {reason}" for name, reason in list(failed.items())[:_MOST_NOTES]]
         notes += [f"{len(failed):,} pictures are left out"] if len(failed) > _MOST_NOTES else []
         return Scores(numbers, verdicts, "overall", {}, unanswered, notes)

@@ -88,7 +88,8 @@ class GenEval(DrawnTask):
             results.append(result := _result(item, predictions[item.id]))
             outcome = "right" if result.correct else "wrong"
             verdicts[item.id] = Verdict(result.reason, outcome, float(result.correct))
-        notes = [f"{name}: {figures['overall']:.0f} by GenEval's own scorer" for name, figures in PUBLISHED.items()]
+        theirs = ", ".join(f"{name} {figures['overall']:.0f}" for name, figures in PUBLISHED.items())
+        notes = [f"published, by GenEval's own scorer: {theirs}"]
         return Scores(summarize(results), verdicts, "overall", {}, unanswered, notes)
 
     def export(self, items: Sequence[Item], predictions: Mapping[str, str | None], protocol: str) -> dict[str, str]:

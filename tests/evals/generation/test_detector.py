@@ -224,7 +224,9 @@ def test_the_command(mask2former, clip, drawn, tmp_path, small, capsys):
     found = json.loads((out / "results.json").read_text())["tasks"]["geneval"]["transformers"]
     assert found["judge"].startswith("transformers' Mask2Former and CLIP, not GenEval's")
     assert found["numbers"]["overall"]["value"] == 0 and found["numbers"]["overall"]["count"] == 4
-    assert found["published"] == {} and "Janus-Pro-7B: 80 by GenEval's own scorer" in found["notes"]
+    assert found["published"] == {} and found["notes"] == [
+        "published, by GenEval's own scorer: Janus 61, Janus-Pro-1B 73, Janus-Pro-7B 80"
+    ]
     assert "geneval (transformers): overall 0" in capsys.readouterr().out
     assert "judged by transformers' Mask2Former and CLIP" in (out / "report.md").read_text()
     # Without any model, by what they have seen.
