@@ -14,24 +14,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from evals.generation.geneval import COLORS, Detection, box_of, color_crop, color_texts
+from evals.generation.geneval import CLASSES, COLORS, Detection, box_of, color_crop, color_texts
 from janus_jax.io.messages import one_line
 
 LABEL = "transformers' Mask2Former and CLIP, not GenEval's mmdet and open_clip"
 DETECTOR, CLIP = "facebook/mask2former-swin-small-coco-instance", "openai/clip-vit-large-patch14"
-# GenEval's names of COCO's 80 classes, by their number.
-CLASSES = (
-    *("person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck"),
-    *("boat", "traffic light", "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat"),
-    *("dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe"),
-    *("backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard"),
-    *("sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle"),
-    *("wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple"),
-    *("sandwich", "orange", "broccoli", "carrot", "hot dog", "pizza", "donut", "cake"),
-    *("chair", "couch", "potted plant", "bed", "dining table", "toilet", "tv", "laptop"),
-    *("computer mouse", "tv remote", "computer keyboard", "cell phone", "microwave", "oven", "toaster", "sink"),
-    *("refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush"),
-)
 _SHORT, _LONG, _MULTIPLE = 800, 1333, 32
 _MEAN, _STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 _MOST = 100  # pairs of query and class

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from evals.generation.geneval import (
+    CLASSES,
     PUBLISHED,
     ColorsOf,
     Detection,
@@ -31,7 +32,7 @@ from evals.read.pictures import FilePicture
 from evals.read.places import first_file, folders, missing
 from evals.tasks.common import answered
 from janus_jax.io.files import parse_json, read_json
-from janus_jax.io.messages import one_line
+from janus_jax.io.messages import did_you_mean, one_line
 
 _PROMPTS = "evaluation_metadata.jsonl"
 _WHERE = f"{_PROMPTS} (github.com/djghosh13/geneval, prompts)"
@@ -42,6 +43,7 @@ class GenEval(DrawnTask):
 
     name, title, metric = "geneval", "GenEval, by transformers' models", "mean of six kinds of prompts, in percent"
     protocols = ("transformers",)
+    classes: ClassVar[tuple[str, ...]] = CLASSES  # that the detector knows
     absent: ClassVar[dict[str, str]] = {
         "report": "the report's scorer is GenEval's own, with mmdet and open_clip; give it the folder of pictures",
         "official": "GenEval's own scorer has mmdet and open_clip; give it the folder of pictures",
@@ -70,6 +72,10 @@ class GenEval(DrawnTask):
                 for number, row in enumerate(read_prompts(path))
                 for sample in range(self.samples)
             ]
+        for path, row in rows:
+            for name in {each["class"] for each in (*row["include"], *row.get("exclude", ()))} - set(self.classes):
+                asked = f"{source}: the prompt of {path.parent.parent.name} asks for {one_line(name)!r}"
+                raise ValueError(f"{asked}, which the detector does not know{did_you_mean(name, self.classes)}")
         items = [_item(path, row) for path, row in rows]
         prompts = len({item.group for item in items})
         return Loaded(items, [], f"{source}: {len(items):,} pictures of {prompts:,} prompts")

@@ -159,6 +159,7 @@ class DigitsGenEval(GenEval):
 
     title = "GenEval's rules, by the classifier of digits"
     protocols = ("digits",)
+    classes = WORDS
 
     def score(self, *args: Any, **options: Any) -> Scores:
         return dataclasses.replace(super().score(*args, **options), notes=[])  # figures of others, on other prompts

@@ -11,8 +11,8 @@ from PIL import Image
 
 from evals import main
 from evals.generation import detector, geneval, layouts
-from evals.generation.detector import CLASSES, ColorClassifier, Detector
-from evals.generation.geneval import Detection
+from evals.generation.detector import ColorClassifier, Detector
+from evals.generation.geneval import CLASSES, Detection
 from evals.tasks.geneval import GenEval, seen
 
 torch = pytest.importorskip("torch")

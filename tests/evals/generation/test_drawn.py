@@ -175,6 +175,28 @@ def test_pictures_that_cannot_be_read(command, painter, tmp_path):
         assert found["numbers"]["overall"]["value"] == pytest.approx(value)
 
 
+def test_objects_that_the_detector_does_not_know_are_refused(command, painter, data, capsys):
+    """They would never be found."""
+    path = data / "geneval" / "prompts" / "evaluation_metadata.jsonl"
+    path.write_text(path.read_text().replace('"cup", "count": 1, "color"', '"wineglass", "count": 1, "color"'))
+    line = said(capsys, command("--tasks", "geneval", *DETECTORS))
+    assert (
+        "the prompt of 00001 asks for 'wineglass', which the detector does not know; did you mean wine glass?" in line
+    )
+    assert not painter.asked
+
+
+def test_replies_that_no_detector_has_given_are_refused(command, painter, tmp_path, capsys):
+    assert command("--tasks", "geneval", *DETECTORS) == 0
+    path = tmp_path / "out" / "geneval" / "predictions-transformers.jsonl"
+    head, first, *rest = path.read_text().splitlines()
+    for reply in ("a cup", '{"objects": {"cup": [1]}, "colors": {}}', "[]"):
+        told = json.dumps({**json.loads(first), "reply": reply})
+        path.write_text("\n".join([head, told, *rest]) + "\n")
+        capsys.readouterr()
+        assert "the reply to 00000/00000 is not" in said(capsys, command("--tasks", "geneval", "--rescore", model=None))
+
+
 def test_detectors_that_do_not_fit_beside_the_model(command, painter, capsys, monkeypatch):
     def load(_):
         def look(image):
