@@ -374,6 +374,7 @@ def test_allowing_paths_that_lead_outside(captions, model_folder, tmp_path, caps
         ({"--model": "nowhere"}, "nowhere is neither a folder nor a hub id"),
         ({"--context": "3"}, "context must be at least"),
         ({"--names": "data/c.jsonl"}, "names are for the format folders"),
+        ({"--out": "/sys/out"}, "/sys/out: "),  # where not even root may write
     ],
 )
 def test_command_line_errors(captions, model_folder, tmp_path, monkeypatch, capsys, change, match):

@@ -326,6 +326,7 @@ def command(folders, start, tmp_path):
         ("optimizer.learning_rat=1", "did you mean optimizer.learning_rate"),
         ("model.language.layers=3", "language.layers is 2, the config's model has 3"),
         ("data.early_steps=3", "data.early_steps=3"),
+        ("workdir=/sys/run", "/sys/run: "),  # where not even root may write
     ],
 )
 def test_bad_input_is_one_line(command, capsys, override, told):
