@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from janus_jax.io.messages import print_any_text, print_error
-from janus_jax.processing.chat import SYSTEM_PROMPT, Processor
+from janus_jax.processing.chat import Processor
 from janus_jax.sampling.memory import OutOfMemory
 from train.config import KINDS
 from train.data.shards import Encode
@@ -26,7 +26,7 @@ from train.fleet import ray_engine
 from train.fleet.encoder import vq_encoder
 from train.fleet.job import Job
 from train.fleet.merge import Report, merge
-from train.fleet.preparation import Preparation
+from train.fleet.preparation import Preparation, PrepareOptions
 from train.fleet.shares import ALL, Part, find_part, parse_part
 from train.raw.sources import FORMATS, NAMES, SCHEMAS, RawSample
 
@@ -41,15 +41,9 @@ def prepare(
     *,
     encode: Encode | None = None,
     vq_fingerprint: str = "",
-    context: int = 4096,
-    shard_size: int | None = None,
-    batch_size: int = 32,
-    max_bad_share: float = 0.01,
-    system_prompt: str = SYSTEM_PROMPT,
-    store: str = "original",
-    workers: int | None = None,
     progress: bool | None = None,
     part: Part = ALL,
+    **options: Any,
 ) -> Report:
     """Writes the prepared folder `out`, or the rest of it; the bytes depend neither on `workers` nor on `part`.
 
@@ -60,21 +54,13 @@ def prepare(
       processor: the processor of the checkpoint to be trained.
       encode: for generation: float32 images [B, h, w, 3] in [-1, 1] to int32 codes [B, num_tokens], B = `batch_size`.
       vq_fingerprint: fingerprint of the VQ model of `encode`, see `vq_encoder`.
-      context: samples with more tokens are dropped; plain texts are split instead.
-      shard_size: samples of the source per file; None for 8192, or for millions of samples more, up to files of about
-        half a gigabyte to one.
-      max_bad_share: the preparation stops if more than this share of the samples is bad.
-      system_prompt: for conversations without one.
-      store: how understanding images are stored: 'original', as their files; or 'resized', as PNGs of the pixels that
-        the model sees, which are small and fast to read if the originals are large.
-      workers: threads that read, decode and tokenize; None for one per core.
+      progress: whether to show a bar; default in a terminal or a notebook.
       part: the share of this process, where several prepare the same folder; whichever ends last finishes it.
+      options: attributes of `PrepareOptions`, such as `context`, `shard_size` and `batch_size`.
     Raises: ValueError with the counts by reason for too many bad samples, and for inconsistent arguments.
     """
-    options = {"encode": encode, "vq_fingerprint": vq_fingerprint, "context": context, "shard_size": shard_size}
-    options |= {"batch_size": batch_size, "max_bad_share": max_bad_share, "system_prompt": system_prompt}
-    options |= {"store": store, "workers": workers, "progress": progress}
-    return Preparation(source, out, kind, processor, **options).run(part)
+    given = {"encode": encode, "vq_fingerprint": vq_fingerprint, "progress": progress}
+    return Preparation(source, out, kind, processor, PrepareOptions(**options), **given).run(part)
 
 
 # ---------------------------------------------------------------- command line
@@ -133,6 +119,8 @@ def _say(what: Any):
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m train.prepare", description="Prepares data for training.")
+    usual = {field.name: field.default for field in dataclasses.fields(PrepareOptions)}
+    parser.set_defaults(**usual)
     parser.add_argument("--kind", choices=KINDS)
     parser.add_argument("--source", metavar="PATH", help="file, folder or glob")
     parser.add_argument(
@@ -146,17 +134,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--names", metavar="FILE", help="names of category folders, as JSON or lines")
     parser.add_argument("--model", help="checkpoint folder (any layout) or hub id")
     parser.add_argument("--out", required=True, metavar="DIR")
-    parser.add_argument("--context", type=int, default=4096, help="the most tokens of a sample (default 4096)")
+    parser.add_argument("--context", type=int, help=f"the most tokens of a sample (default {usual['context']})")
     parser.add_argument("--shard-size", type=int, help="samples of the source per file (default: 8192 or more)")
-    parser.add_argument("--max-bad-share", type=float, default=0.01, help="stop above this share (default 0.01)")
+    parser.add_argument("--max-bad-share", type=float, help=f"stop above this share (default {usual['max_bad_share']})")
     parser.add_argument(
-        "--batch-size", type=int, default=32, help="images encoded at a time by each device (default 32)"
+        "--batch-size", type=int, help=f"images encoded at a time by each device (default {usual['batch_size']})"
     )
-    parser.add_argument("--system-prompt", default=SYSTEM_PROMPT, help="for conversations without one; empty for none")
+    parser.add_argument("--system-prompt", help="for conversations without one; empty for none")
     parser.add_argument(
         "--store",
         choices=STORES,
-        default="original",
         help="store understanding images as their files, or as PNGs of the pixels the model sees (default original)",
     )
     parser.add_argument("--workers", type=int, help="threads that read and decode (default: one per core)")

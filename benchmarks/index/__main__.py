@@ -31,7 +31,7 @@ from train.data.mixture import Mixture
 from train.data.prepared import META, open_prepared
 from train.data.shard_files import data_file, index_file
 from train.fleet.merge import merge
-from train.fleet.preparation import Preparation
+from train.fleet.preparation import Preparation, PrepareOptions
 from train.fleet.shares import Part
 from train.raw import indices
 from train.raw.sources import RawSample, open_source
@@ -59,8 +59,8 @@ class Texts:
 def preparation(folder: pathlib.Path, samples: int, shards: int) -> Preparation:
     processor = Processor.from_folder(folder / "tokenizer", MODEL)
     size = -(-samples // shards)
-    options = {"context": CONTEXT, "shard_size": size, "progress": False}
-    return Preparation(Texts(samples, size), folder / "prepared", "text", processor, **options)
+    options = PrepareOptions(context=CONTEXT, shard_size=size)
+    return Preparation(Texts(samples, size), folder / "prepared", "text", processor, options, progress=False)
 
 
 def write(folder: pathlib.Path, samples: int, shards: int) -> None:

@@ -10,19 +10,18 @@ import jax
 from janus_jax.config import read_config
 from janus_jax.hub import resolve
 from janus_jax.io.store_access import is_store
-from janus_jax.processing.chat import SYSTEM_PROMPT, Processor
+from janus_jax.processing.chat import Processor
 from train.fleet.encoder import vq_encoder
-from train.fleet.preparation import Preparation
+from train.fleet.preparation import Preparation, PrepareOptions
 from train.fleet.shares import ALL, Part
 from train.raw.sources import Source, open_source
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class Job(PrepareOptions):
     """The arguments of `open_source` and `train.prepare.prepare`, with a checkpoint instead of what is read from it.
 
-    Attributes:
-      batch_size: images encoded at a time by each device.
+    Here `batch_size` is for each device.
     """
 
     source: str
@@ -34,13 +33,6 @@ class Job:
     images: str | None = None
     names: str | None = None
     allow_outside: bool = False
-    context: int = 4096
-    shard_size: int | None = None
-    batch_size: int = 32
-    max_bad_share: float = 0.01
-    system_prompt: str = SYSTEM_PROMPT
-    store: str = "original"
-    workers: int | None = None
 
     def open_source(self, part: Part = ALL) -> Source:
         """The source, whose indices are kept beside the output; each part begins with other files."""
@@ -61,22 +53,9 @@ class Job:
         folder = resolve(self.model)
         processor = Processor.from_folder(folder, read_config(folder))
         encode, fingerprint = vq_encoder(folder) if self.kind == "generation" else (None, "")
-        return Preparation(
-            source,
-            self.out,
-            self.kind,
-            processor,
-            encode=encode,
-            vq_fingerprint=fingerprint,
-            context=self.context,
-            shard_size=self.shard_size,
-            batch_size=self.batch_size * (len(jax.local_devices()) if encode else 1),
-            max_bad_share=self.max_bad_share,
-            system_prompt=self.system_prompt,
-            store=self.store,
-            workers=self.workers,
-            progress=progress,
-        )
+        options = dataclasses.replace(self, batch_size=self.batch_size * (len(jax.local_devices()) if encode else 1))
+        given = {"encode": encode, "vq_fingerprint": fingerprint, "progress": progress}
+        return Preparation(source, self.out, self.kind, processor, options, **given)
 
     def anywhere(self) -> Job:
         """The same from any working directory."""

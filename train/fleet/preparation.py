@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,37 @@ _SMALLEST, _SHARDS = 8192, 256
 _LARGEST = {"understanding": 8192, "text": 1 << 16, "generation": 1 << 18}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrepareOptions:
+    """How samples are prepared, wherever they come from; ValueError for what cannot be.
+
+    Attributes:
+      context: samples with more tokens are dropped; plain texts are split instead.
+      shard_size: samples of the source per file; None for 8192, or for millions of samples more, up to files of about
+        half a gigabyte to one.
+      batch_size: images encoded at a time.
+      max_bad_share: the preparation stops if more than this share of the samples is bad.
+      system_prompt: for conversations without one.
+      store: how understanding images are stored: 'original', as their files; or 'resized', as PNGs of the pixels that
+        the model sees, which are small and fast to read if the originals are large.
+      workers: threads that read, decode and tokenize; None for one per core.
+    """
+
+    context: int = 4096
+    shard_size: int | None = None
+    batch_size: int = 32
+    max_bad_share: float = 0.01
+    system_prompt: str = SYSTEM_PROMPT
+    store: str = "original"
+    workers: int | None = None
+
+    def __post_init__(self):
+        if self.batch_size < 1 or any(given is not None and given < 1 for given in (self.shard_size, self.workers)):
+            raise ValueError("shard_size, batch_size and workers must be at least 1")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"max_bad_share must be between 0 and 1, got {self.max_bad_share}")
+
+
 class Preparation:
     """The preparation of `source` in the folder `out`, begun, or joined if another process has begun it.
 
@@ -45,36 +77,26 @@ class Preparation:
         out: str | os.PathLike,
         kind: str,
         processor: Processor,
+        options: PrepareOptions,
         *,
         encode: Encode | None = None,
         vq_fingerprint: str = "",
-        context: int = 4096,
-        shard_size: int | None = None,
-        batch_size: int = 32,
-        max_bad_share: float = 0.01,
-        system_prompt: str = SYSTEM_PROMPT,
-        store: str = "original",
-        workers: int | None = None,
         progress: bool | None = None,
     ):
         if kind == "generation" and encode is None:
             raise ValueError("preparing generation data needs encode, from images to codes")
-        if batch_size < 1 or any(given is not None and given < 1 for given in (shard_size, workers)):
-            raise ValueError("shard_size, batch_size and workers must be at least 1")
-        if not 0 <= max_bad_share <= 1:
-            raise ValueError(f"max_bad_share must be between 0 and 1, got {max_bad_share}")
         if not len(source):
             raise ValueError("the source is empty")
-        shard_size = shard_size or default_shard_size(kind, len(source))
+        shard_size = options.shard_size or default_shard_size(kind, len(source))
         self.source, self.out, self.kind = source, as_path(out), kind
-        self.shard_size, self.max_bad_share, self.progress = shard_size, max_bad_share, progress
-        self.workers = workers or default_workers(source)
-        tokenize = SampleTokenizer(processor, kind, context, system_prompt, store)
+        self.shard_size, self.max_bad_share, self.progress = shard_size, options.max_bad_share, progress
+        self.workers = options.workers or default_workers(source)
+        tokenize = SampleTokenizer(processor, kind, options.context, options.system_prompt, options.store)
         settings = {
             "kind": kind,
-            "context": context,
+            "context": options.context,
             "shard_size": shard_size,
-            "system_prompt": system_prompt,
+            "system_prompt": options.system_prompt,
             "tokenizer": tokenizer_fingerprint(processor),
             "vq": vq_fingerprint if kind == "generation" else "",
             "image_size": processor.config.gen_vision.image_size if kind == "generation" else 0,
@@ -84,11 +106,12 @@ class Preparation:
         if kind == "generation":
             # Codes are computed in full precision, but platforms sum in different orders.
             settings["encoded_on"] = {"platform": jax.default_backend(), "precision": CODES_PRECISION}
-        if store == "resized" and kind == "understanding":
+        if options.store == "resized" and kind == "understanding":
             settings["resized"] = list(resized_by(processor.settings))
         self._meta = begin(self.out, settings, processor.tokenizer)
         self._mark, self._ids = mark_of(settings), special_ids(processor.tokenizer)
-        self._writer = ShardWriter(source, self.out, tokenize, encode, batch_size, Tally(max_bad_share), self._mark)
+        tally = Tally(options.max_bad_share)
+        self._writer = ShardWriter(source, self.out, tokenize, encode, options.batch_size, tally, self._mark)
         self.count = -(-len(source) // shard_size)
         self.finished: bool = self._meta["finished"]
 
