@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from train.config import EvalConfig, Layout, MeshConfig, SampleConfig
+from train.plan.topologies import COMPILER_OPTIONS, topology
 
 CONTEXT = 4096
 
@@ -63,7 +64,13 @@ def layouts(
         slices = int(name.split("x")[0]) if name[0].isdigit() else 1  # 2xv5e-256
         return MeshConfig(slices=slices, data=-1, fsdp=fsdp, tensor=tensor.get(name, 1))
 
-    return tuple(Layout(name, mesh(name), count, remat=remat.get(name, "dots")) for name, count in accumulate.items())
+    return tuple(
+        Layout(
+            name, mesh(name), count, remat=remat.get(name, "dots"),
+            compiler_options=COMPILER_OPTIONS.get(topology(name).generation, ()),
+        )
+        for name, count in accumulate.items()
+    )  # fmt: skip
 
 
 # One image at a time: every chip holds a shard of each layer.

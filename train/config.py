@@ -7,6 +7,7 @@ Sources: Janus-Pro report (arXiv 2501.17811), table 2 and section 3.1; Janus (ar
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import ClassVar, Literal, get_args
 
 from janus_jax.config import JanusConfig
@@ -195,13 +196,14 @@ class Layout:
 
     Attributes:
       topology: a TPU slice such as v5e-256 or v5p:4x4x4; see `train.plan.topologies`.
-      mesh, accumulate, remat: used instead of the run's.
+      mesh, accumulate, remat, compiler_options: used instead of the run's.
     """
 
     topology: str
     mesh: MeshConfig
     accumulate: int = 1
     remat: Remat = "full"
+    compiler_options: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,8 +236,9 @@ class TrainConfig:
       attention: implementation in the decoder: 'xla', 'splash' (TPU), 'cudnn' (GPU), or 'auto' for the best that the
         devices and the sizes allow.
       loss_chunk: tokens of a row whose logits are in memory at a time.
-      layouts: devices that the run is meant for; on these it uses their mesh, accumulate and remat, unless `mesh` is
-        set.
+      compiler_options: XLA's options for the training step, name=value; None for those of the layout, and () for none.
+      layouts: devices that the run is meant for; on these it uses their mesh, accumulate, remat and compiler_options,
+        unless `mesh` is set.
       sampling_layouts: devices for sampling with its model, for `train.compile`.
       writers: where metrics go: jsonl (always among them: it is what a resumed run and figures read), tensorboard, and
         the trackers wandb and trackio, each an extra of the same name.
@@ -273,6 +276,7 @@ class TrainConfig:
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     loss_chunk: int = 512
     mesh: MeshConfig = MeshConfig()
+    compiler_options: tuple[str, ...] | None = None
     layouts: tuple[Layout, ...] = ()
     sampling_layouts: tuple[Layout, ...] = ()
     evaluation: EvalConfig = EvalConfig()
@@ -287,3 +291,16 @@ class TrainConfig:
     watchdog: float = 1800.0
     profile_start: int = 0
     profile_steps: int = 0
+
+
+def options_of(given: tuple[str, ...] | None) -> dict[str, str | bool]:
+    """`compiler_options` as `jax.jit` takes them."""
+    named = dict(option.split("=", 1) for option in given or ())
+    return {name: {"true": True, "false": False}.get(value.lower(), value) for name, value in named.items()}
+
+
+def refused_options(error: Exception) -> str:
+    """Why a compiler refuses `compiler_options`, in one line; '' if `error` says something else."""
+    says = r"No such compile option: .*|While setting option .*|[^:\n]*Please disable it with .*"
+    found = re.search(says, str(error))
+    return f"compiler_options: {found[0].strip()}" if found else ""

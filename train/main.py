@@ -15,6 +15,7 @@ from janus_jax.io.messages import error_text, print_any_text, print_line
 from janus_jax.io.store_access import StoreUnavailable
 from janus_jax.sampling.memory import OutOfMemory
 from train.command_line import parse_args
+from train.config import refused_options
 from train.run import distributed, faults
 
 
@@ -36,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, OutOfMemory) as error:
         return _end(f"error: {error_text(error)}", faults.BAD_INPUT)
     except jax.errors.JaxRuntimeError as error:
+        if refused := refused_options(error):
+            return _end(f"error: {refused}", faults.BAD_INPUT)
         if not OutOfMemory.says(error):
             raise
         cause = "a step does not fit in the devices' memory; raise accumulate, or give mesh.fsdp more devices"

@@ -101,6 +101,8 @@ def _check_attention(config: TrainConfig):
 
 def _check_watching(config: TrainConfig) -> list[str]:
     c, e, s, b = config, config.evaluation, config.samples, config.evals
+    for option in c.compiler_options or ():
+        _require("=" in option, f"compiler_options must be name=value, such as xla_dump_to=dump, got {option}")
     known = (JSONL, *WRITERS)
     for name in c.writers:
         _require(name in known, f"writers must be among {', '.join(known)}, got {name}")

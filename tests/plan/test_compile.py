@@ -13,9 +13,10 @@ import jax
 import pytest
 
 from train import compile as ahead
-from train.config import Layout, MeshConfig, TrainConfig
+from train.config import Layout, MeshConfig, TrainConfig, options_of, refused_options
 from train.overrides import config_names, load_config
-from train.plan.topologies import KNOWN, choose_layout, topology
+from train.plan import topologies
+from train.plan.topologies import KNOWN, choose_layout, laid_out, topology
 from train.step.leaves import abstract_leaves
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -89,6 +90,30 @@ def test_as_many_chips_in_another_number_of_slices_have_no_layout():
     config = load_config("7b_stage3")
     assert choose_layout(config, devices_of(topology("v5p-256"))) is config
     assert choose_layout(config, devices_of(topology("4xv5p:2x4x4"))) is config
+
+
+def test_compiler_options_of_a_layout_stay_if_the_compiler_knows_them(monkeypatch, capsys):
+    """And the layout's only where the run has none of its own; nothing after the = leaves them out."""
+    config = load_config("7b_stage3")
+    layout = next(layout for layout in config.layouts if layout.topology == "v6e-256")
+    assert layout.compiler_options and laid_out(config, layout).compiler_options == layout.compiler_options
+    for given, kept in (([], ("xla_cpu_enable_fast_math=false",)), (["compiler_options="], ())):
+        config = load_config("7b_stage3", given)
+        mixed = dataclasses.replace(layout, compiler_options=("no_such=1", "xla_cpu_enable_fast_math=false"))
+        monkeypatch.setattr(topologies.jax, "devices", lambda: devices_of(topology("v6e-256")))
+        assert choose_layout(dataclasses.replace(config, layouts=(mixed,))).compiler_options == kept
+    monkeypatch.undo()
+    assert capsys.readouterr().err.count("No such compile option: 'no_such'; the step is compiled without it") == 1
+
+
+@pytest.mark.parametrize(("option", "told"), [
+    ("no_such=1", "compiler_options: No such compile option: 'no_such'"),
+    ("xla_cpu_enable_fast_math=maybe", "compiler_options: While setting option xla_cpu_enable_fast_math, 'maybe' is"),
+])  # fmt: skip
+def test_options_that_the_compiler_refuses_are_one_line(option, told):
+    with pytest.raises(jax.errors.JaxRuntimeError) as error:
+        jax.jit(lambda: 0, compiler_options=options_of((option,)))()
+    assert refused_options(error.value).startswith(told) and refused_options(ValueError("other")) == ""
 
 
 def test_a_mesh_that_is_given_stays():

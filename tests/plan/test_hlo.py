@@ -77,13 +77,68 @@ ENTRY %main (a: bf16[64,128]) -> bf16[64,128] {
 def test_tpu_programs():
     large, small = 64 * 128 * 2, 32 * 128 * 2
     assert hlo.collectives(TPU) == {
-        "all-gather": hlo.Traffic(7, 7 * large, large, overlapped=7 * large),
+        "all-gather": hlo.Traffic(7, 7 * large, large),  # at once waited for
         "reduce-scatter": hlo.Traffic(7, 7 * large, large),
     }
     assert [one.line.split(" ")[0] for one in hlo.copies(TPU, small)] == ["%copy.1"]
     assert hlo.copies(TPU, small + 1) == []
     # The weights come over once, the cache is read, then copied: read and written. Its update in place is free.
     assert hlo.loop_bytes(TPU) == large + small + 2 * small + large
+
+
+# On a SparseCore, as TPU's compiler writes it, and on a GPU.
+SPARSE_CORE = """HloModule jit_step, is_scheduled=true
+
+%async_computation (in: bf16[16,128]) -> bf16[64,128] {
+  %in = bf16[16,128]{1,0} parameter(0)
+  ROOT %all-gather.1 = bf16[64,128]{1,0} all-gather(%in), replica_groups={{0,1,2,3}}, dimensions={0}
+}, execution_thread="sparsecore"
+
+%product (l: bf16[64,128], r: bf16[128,128]) -> bf16[64,128] {
+  %l = bf16[64,128]{1,0} parameter(0)
+  %r = bf16[128,128]{1,0} parameter(1)
+  ROOT %convolution.1 = bf16[64,128]{1,0} convolution(%l, %r), dim_labels=bf_io->bf
+}
+
+%doubled (l: bf16[64,128]) -> bf16[64,128] {
+  %l = bf16[64,128]{1,0} parameter(0)
+  ROOT %add.1 = bf16[64,128]{1,0} add(%l, %l)
+}
+
+ENTRY %main (a: bf16[16,128], x: bf16[64,128], w: bf16[128,128]) -> bf16[64,128] {
+  %a = bf16[16,128]{1,0} parameter(0)
+  %x = bf16[64,128]{1,0} parameter(1)
+  %w = bf16[128,128]{1,0} parameter(2)
+  %start = ((), (), (s32[8]{0})) async-start(), async_execution_thread="sparsecore", calls=%async_computation
+  BEFORE
+  %update = ((bf16[16,128]{1,0}), bf16[64,128]{1,0}, (s32[8]{0})) async-update(%start, %a), async_execution_thread="sparsecore", calls=%async_computation
+  MEANWHILE
+  %done = bf16[64,128]{1,0} async-done(%update), async_execution_thread="sparsecore", calls=%async_computation
+  ROOT %out = bf16[64,128]{1,0} add(%done, %y)
+}
+"""  # noqa: E501
+GPU = SPARSE_CORE.replace(
+    '  %start = ((), (), (s32[8]{0})) async-start(), async_execution_thread="sparsecore", calls=%async_computation\n',
+    "",
+)
+GPU = "\n".join(
+    "  %update = (bf16[16,128]{1,0}, bf16[64,128]{1,0}) all-gather-start(%a), replica_groups={{0,1,2,3}}"
+    if "%update =" in line
+    else "  %done = bf16[64,128]{1,0} all-gather-done(%update)"
+    if "%done =" in line
+    else line
+    for line in GPU.splitlines()
+)
+MULTIPLIES = "%y = bf16[64,128]{1,0} fusion(%x, %w), kind=kOutput, calls=%product"
+ADDS = "%y = bf16[64,128]{1,0} fusion(%x), kind=kLoop, calls=%doubled"
+
+
+@pytest.mark.parametrize("program", [SPARSE_CORE, GPU], ids=["sparse core", "GPU"])
+@pytest.mark.parametrize(("before", "meanwhile", "share"), [("", MULTIPLIES, 1), ("", ADDS, 0), (MULTIPLIES, "", 0)])
+def test_a_collective_is_overlapped_by_products_between_its_start_and_its_end(program, before, meanwhile, share):
+    text = program.replace("BEFORE", before).replace("MEANWHILE", meanwhile)
+    size = 64 * 128 * 2
+    assert hlo.collectives(text) == {"all-gather": hlo.Traffic(1, size, size, overlapped=share * size)}
 
 
 def test_what_goes_between_slices():

@@ -11,7 +11,7 @@ from train.overrides import load_config
 from train.plan import tune as tuning
 from train.plan.hlo import Traffic
 from train.plan.programs import Compiled, DoesNotFit
-from train.plan.topologies import topology
+from train.plan.topologies import COMPILER_OPTIONS, topology
 
 V5E = topology("v5e-4")
 
@@ -54,6 +54,23 @@ def test_what_could_only_be_slower_is_not_compiled(compiler):
     assert tuning.layout_words(found[0][0]) == wanted
     assert list(tuning.report(found))[-1].startswith(tuning.layout_words(found[0][0]))
     assert len(said) == 2 * len(compiler) and "too large" in said[1]
+
+
+def test_the_best_is_tried_with_the_topologys_compiler_options(monkeypatch):
+    def compile_training(config, place):
+        waits = 0 if config.compiler_options else 10**9
+        collectives = {"all-gather": Traffic(1, 10**9, 10**9, overlapped=10**9 - waits)}
+        return Compiled("x", place, {}, {}, 0, 1, 1.0, collectives, executed=1e12, needed=1e12)
+
+    monkeypatch.setattr(tuning, "compile_training", compile_training)
+    config, place = load_config("debug", ["batch_size=256"]), topology("v6e-256")
+    found = tuning.tune(config, place, [MeshConfig(data=-1)], lambda _: None)
+    assert [made.compiler_options for made, _ in found] == [COMPILER_OPTIONS["v6e"], ()]
+    assert "compiler_options=xla_tpu_enable_sparse_core" in tuning.layout_words(found[0][0])
+    given = dataclasses.replace(config, compiler_options=("x=1",))
+    assert [made.compiler_options for made, _ in tuning.tune(given, place, [MeshConfig()], lambda _: None)] == [
+        ("x=1",)
+    ]
 
 
 @pytest.mark.parametrize(("batch", "mesh", "counts"), [

@@ -50,7 +50,7 @@ class Instruction:
       in_loop: whether it is in the body of a loop.
       stored: whether its result is an array of its own, and not a value inside a fusion.
       operands: the arrays of what it reads.
-      overlapped: whether it is a collective during which the program goes on computing.
+      overlapped: whether it is a collective during which the program goes on multiplying.
     """
 
     opcode: str
@@ -89,8 +89,22 @@ def instructions(text: str, during_collectives: bool = False) -> Iterator[Instru
     # As TPU's compiler writes what has a -start elsewhere.
     asynchronous = {name for name, lines in computations.items() if any(_ASYNC in line for line in lines)}
 
-    def walk(name: str, times: int, in_loop: bool, fusions: int) -> Iterator[Instruction]:
+    multiplying: dict[str, bool] = {}
+
+    def multiplies(name: str) -> bool:
+        """Whether a computation has a product of matrices, or a kernel such as attention's."""
+        if name not in multiplying:
+            multiplying[name] = False
+            lines = computations.get(name, ())
+            multiplying[name] = any(map(_MULTIPLIES.search, lines)) or any(map(multiplies, _called(lines)))
+        return multiplying[name]
+
+    def walk(name: str, times: int, in_loop: bool, fusions: int, overlapped: bool = False) -> Iterator[Instruction]:
         lines = computations.get(name, ())
+        meanwhile = {
+            start for start, between in _under_way(lines)
+            if any(_MULTIPLIES.search(line) for line in between) or any(map(multiplies, _called(between)))
+        }  # fmt: skip
         results = _results(lines) if fusions == 1 else set()
         if name not in types_of:
             types_of[name] = {match["name"]: match["type"] for match in map(_INSTRUCTION.match, lines) if match}
@@ -107,16 +121,54 @@ def instructions(text: str, during_collectives: bool = False) -> Iterator[Instru
             for called in _CALLED.findall(line):
                 for callee in called.replace("%", "").split(","):
                     if during_collectives or not callee.strip().startswith("async_collective_fusion"):
-                        yield from walk(callee.strip(), inside, in_loop or loops, fusions + (opcode == "fusion"))
+                        within = fusions + (opcode == "fusion")
+                        beside = overlapped or match["name"] in meanwhile
+                        yield from walk(callee.strip(), inside, in_loop or loops, within, beside)
             read = re.findall(r"%([\w.\-]+)", match["rest"].split(")")[0])
             yield Instruction(
                 opcode.removesuffix("-start"), _arrays(match["type"]), line.strip(), name, times, in_loop,
                 stored=not fusions or match["name"] in results,
                 operands=tuple(array for one in read for array in _arrays(types_of[name].get(one, ""))),
-                overlapped=(opcode in _COLLECTIVES and name in asynchronous) or opcode.endswith("-start"),
+                overlapped=opcode.removesuffix("-start") in _COLLECTIVES
+                and (overlapped or name in asynchronous or match["name"] in meanwhile),
             )  # fmt: skip
 
     yield from walk(entry, 1, False, 0)
+
+
+_MULTIPLIES = re.compile(r" (?:dot|convolution)\(|custom_call_target=\"tpu_custom_call\"|custom-call\(.*__cu")
+
+
+def _called(lines: Iterable[str]) -> Iterator[str]:
+    """The computations that these lines call; an asynchronous one's only where it starts."""
+    for line in lines:
+        for called in _CALLED.findall(line):
+            yield from (callee.strip() for callee in called.replace("%", "").split(","))
+
+
+def _under_way(lines: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Each asynchronous instruction's name, and the lines from its start to its end: of a scheduled module, in order.
+
+    Where a -start is followed by an -update, which hands over the operands, the transfer begins there.
+    """
+    begun: dict[str, tuple[str, int]] = {}  # name of the last instruction -> name of the first, where it began
+    for number, line in enumerate(lines):
+        if not (match := _INSTRUCTION.match(line)):
+            continue
+        if match["opcode"].endswith("-start"):
+            begun[match["name"]] = match["name"], number
+        elif match["opcode"].endswith(("-update", "-done")):
+            before = re.match(r"\(*%?([\w.\-]+)", match["rest"])
+            if not (before and before[1] in begun):
+                continue
+            first, since = begun.pop(before[1])
+            if match["opcode"].endswith("-update"):
+                begun[match["name"]] = first, number
+            else:
+                yield first, [other for other in lines[since + 1 : number] if not _ASYNCHRONOUS.search(other)]
+
+
+_ASYNCHRONOUS = re.compile(r" [a-z\-]+-(?:start|update|done)\(")
 
 
 def _results(lines: Sequence[str]) -> set[str]:

@@ -26,7 +26,7 @@ from janus_jax.sharding import make_mesh, param_shardings
 from janus_jax.weights.fuse import fuse
 from janus_jax.weights.quantize import array_bytes, quantized_shapes
 from janus_jax.weights.torch_weights import abstract_params
-from train.config import TrainConfig
+from train.config import TrainConfig, refused_options
 from train.plan import hlo
 from train.plan.executed import executed_flops, least_flops
 from train.plan.flops import peak_flops, typical_flops
@@ -324,6 +324,8 @@ def compile_job(
             return compile_sampling(config, place, images, weights, decoder)
         return [compile_training(config, place)]
     except jax.errors.JaxRuntimeError as error:
+        if refused := refused_options(error):
+            raise ValueError(refused) from None
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", str(error))

@@ -8,9 +8,9 @@ import re
 
 import jax
 
-from janus_jax.io.messages import did_you_mean, one_line
+from janus_jax.io.messages import did_you_mean, one_line, print_line
 from janus_jax.sharding import count_slices
-from train.config import Layout, MeshConfig, TrainConfig
+from train.config import Layout, MeshConfig, TrainConfig, options_of, refused_options
 from train.plan.flops import peak_flops
 
 GIB = 2**30
@@ -23,6 +23,17 @@ GENERATIONS: dict[str, tuple[float, str]] = {
 }
 # Bytes/s of a chip's links to its neighbors, all together (Cloud TPU's pages on system architecture).
 LINKS = {"v4": 300e9, "v5e": 200e9, "v5p": 600e9, "v6e": 448e9}
+# Options with which collectives run on a chip's SparseCores while its TensorCores compute, instead of before and after;
+# v5e, which has none, overlaps gathers by itself. So says libtpu 0.0.52, which refuses v5e's way on v5p.
+_SPARSE_CORE = tuple(
+    f"xla_tpu_enable_sparse_core_collective_offload_{kind}=true"
+    for kind in ("all_gather", "reduce_scatter", "all_reduce")
+)
+_IN_A_TORUS = tuple(
+    f"xla_tpu_enable_sparse_core_collective_offload_{kind}=true"
+    for kind in ("2d_all_gather", "3d_all_gather", "nd_reduce_scatter")
+)
+COMPILER_OPTIONS = {"v5p": (*_SPARSE_CORE, *_IN_A_TORUS), "v6e": _SPARSE_CORE}
 SHARE = 0.75  # of a GPU's memory is XLA's, unless XLA_PYTHON_CLIENT_MEM_FRACTION is set
 _MOST_SLICES = 256
 _HOST = 8  # GPUs
@@ -170,17 +181,19 @@ def topology(name: str) -> Topology:
 
 
 def laid_out(config: TrainConfig, layout: Layout) -> TrainConfig:
-    """`config` with the mesh, accumulation and remat of `layout`, except those that it sets itself."""
+    """`config` with the mesh, accumulation, remat and compiler options of `layout`, but for those it sets itself."""
     usual = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
-    own = {key for key in ("mesh", "accumulate", "remat") if getattr(config, key) == usual[key]}
+    own = {key for key in ("mesh", "accumulate", "remat", "compiler_options") if getattr(config, key) == usual[key]}
     return dataclasses.replace(config, **{key: getattr(layout, key) for key in own})
 
 
 def choose_layout(config: TrainConfig, devices: list[jax.Device] | None = None) -> TrainConfig:
     """`config` with its layout for these devices (default: the available ones), if it has one.
 
-    A config with an explicit mesh, or without such a layout, is returned unchanged.
+    A config with an explicit mesh, or without such a layout, is returned unchanged. Of a layout's compiler options
+    those stay that the compiler of the available devices knows; a line says which do not.
     """
+    available = devices is None
     devices = jax.devices() if devices is None else devices
     if config.mesh != MeshConfig():
         return config
@@ -188,5 +201,20 @@ def choose_layout(config: TrainConfig, devices: list[jax.Device] | None = None) 
         place = topology(layout.topology)
         as_many = place.chips == len(devices) and (place.generation in GPUS or place.slices == count_slices(devices))
         if as_many and peak_flops(devices[0].device_kind) == peak_flops(place.device_kind):
-            return laid_out(config, layout)
+            found = laid_out(config, layout)
+            return _without_unknown_options(found) if available and config.compiler_options is None else found
     return config
+
+
+def _without_unknown_options(config: TrainConfig) -> TrainConfig:
+    known = []
+    for option in config.compiler_options or ():
+        try:
+            jax.jit(lambda: 0, compiler_options=options_of((option,))).lower().compile()
+            known.append(option)
+        except jax.errors.JaxRuntimeError as error:
+            if not (refused := refused_options(error)):
+                raise
+            if jax.process_index() == 0:
+                print_line(f"note: {refused}; the step is compiled without it")
+    return dataclasses.replace(config, compiler_options=tuple(known))

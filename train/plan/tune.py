@@ -14,7 +14,7 @@ from janus_jax.sharding import RULES
 from train.config import REMATS, MeshConfig, TrainConfig
 from train.plan.flops import peak_flops
 from train.plan.programs import Compiled, DoesNotFit, compile_training
-from train.plan.topologies import LINKS, Topology
+from train.plan.topologies import COMPILER_OPTIONS, LINKS, Topology
 
 
 def tune(
@@ -23,32 +23,41 @@ def tune(
     """The layouts of `config` on `place` that fit, with what was compiled, the best first.
 
     For each of `meshes` every remat is tried with as few micro-batches as fit; with more of them than a remat that
-    recomputes less, it could only be slower.
+    recomputes less, it could only be slower. The best is also tried with the topology's `COMPILER_OPTIONS`.
 
     Args:
       say: called with a line before and after each compilation, which takes minutes.
     Raises: ValueError if a mesh does not divide the model or the topology.
     """
-    found = []
+    found: list[tuple[TrainConfig, Compiled]] = []
+
+    def fits(one: TrainConfig) -> bool:
+        say(f"{place.name}: {layout_words(one)} ...")
+        try:
+            made = compile_training(one, place)
+        except DoesNotFit as error:
+            say(f"  {error}")
+            return False
+        say(f"  {summary(made)}")
+        if made.fits:
+            found.append((one, made))
+        return made.fits
+
+    config = dataclasses.replace(config, layouts=(), compiler_options=config.compiler_options or ())
     for mesh in meshes:
         counts = micro_batches(config, mesh, place)
         for remat in REMATS:
             for tried, count in enumerate(counts):
-                one = dataclasses.replace(config, mesh=mesh, accumulate=count, remat=remat, layouts=())
-                say(f"{place.name}: {layout_words(one)} ...")
-                try:
-                    made = compile_training(one, place)
-                except DoesNotFit as error:
-                    say(f"  {error}")
-                    continue
-                say(f"  {summary(made)}")
-                if made.fits:
-                    found.append((one, made))
+                if fits(dataclasses.replace(config, mesh=mesh, accumulate=count, remat=remat)):
                     counts = counts[:tried]
                     break
             if not counts:
                 break
-    return sorted(found, key=lambda pair: least_seconds(pair[1]))
+    found.sort(key=lambda pair: least_seconds(pair[1]))
+    if found and not config.compiler_options and (options := COMPILER_OPTIONS.get(place.generation)):
+        fits(dataclasses.replace(found[0][0], compiler_options=options))
+        found.sort(key=lambda pair: least_seconds(pair[1]))
+    return found
 
 
 def micro_batches(config: TrainConfig, mesh: MeshConfig, place: Topology) -> list[int]:
@@ -79,7 +88,8 @@ def least_seconds(made: Compiled) -> float:
 def layout_words(config: TrainConfig) -> str:
     """The layout as overrides of the command line."""
     mesh = [f"mesh.{axis}={size}" for axis, size in dataclasses.asdict(config.mesh).items()]
-    return " ".join([*mesh, f"accumulate={config.accumulate}", f"remat={config.remat}"])
+    options = [f"compiler_options={','.join(config.compiler_options)}"] if config.compiler_options else []
+    return " ".join([*mesh, f"accumulate={config.accumulate}", f"remat={config.remat}", *options])
 
 
 def summary(made: Compiled) -> str:

@@ -56,7 +56,7 @@ _SEEN_WITHIN = 30  # seconds within which a new file in a shared folder must be 
 _FREE = (
     "workdir", "steps", "accumulate", "remat", "loss_chunk", "mesh.", "evaluation.", "samples.", "evals.", "log_every",
     "save_every", "keep", "export_every", "profile_start", "profile_steps", "max_skipped", "watchdog",
-    "attention", "reduce_dtype", "layouts.", "sampling_layouts.", "writers",
+    "attention", "reduce_dtype", "compiler_options", "layouts.", "sampling_layouts.", "writers",
     "data.workers", "data.max_bad_share", "data.cache",
     "init_from", "language_from", "vision_from", "vq_from",
 )  # fmt: skip

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from janus_jax.processing.images import ImageSettings
 from janus_jax.sharding import RULES, axes_by_hand, cast, gather_but_layers
-from train.config import TrainConfig
+from train.config import TrainConfig, options_of
 from train.step.leaves import joined
 from train.step.loss import token_sums, token_values
 from train.step.state import (
@@ -53,6 +53,7 @@ def make_train_step(config: TrainConfig, mesh: Mesh, settings: ImageSettings) ->
         in_shardings=(shardings, frozen, batch_sharding(mesh)),
         out_shardings=(shardings, None),
         donate_argnums=0,
+        compiler_options=options_of(config.compiler_options) or None,
     )
 
 
