@@ -35,14 +35,16 @@ class _Server(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """The socket to serve on; OSError, naming it, if it is not to be had. Before minutes of loading."""
+    """The socket to serve on; ValueError or OSError if it is not to be had. To be called before minutes of loading."""
+    if not 0 <= port < 1 << 16:  # getaddrinfo takes it modulo that
+        raise ValueError(f"--port must be from 0 (any) to 65535, got {port}")
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listening = socket.socket(found[0], found[1])
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(found[4])
         return listening
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise OSError(f"cannot listen at {one_line(host)}:{port} ({one_line(error)}); use another --port") from None
 
 
