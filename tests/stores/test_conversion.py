@@ -6,13 +6,14 @@ import json
 
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from janus_jax.io.stores import StorePath
 from janus_jax.io.whole.folders import staged
 from janus_jax.weights import checkpoint, conversion, store_arrays
 from janus_jax.weights.checkpoint import open_checkpoint
 from janus_jax.weights.conversion import from_torch, to_torch
-from janus_jax.weights.torch_weights import read_now
+from janus_jax.weights.torch_weights import LazyArray, read_now
 from tests.weights.golden import GOLDEN
 
 
@@ -57,7 +58,7 @@ def test_a_conversion_and_back_in_a_store(store, tmp_path, monkeypatch, weights)
         }
 
 
-@pytest.mark.parametrize("store", ["gs", pytest.param("s3", marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.slow
 def test_a_killed_conversion_is_never_taken_for_a_whole_one(store, tmp_path, monkeypatch):
     out = store[0] / "made"
 
@@ -89,6 +90,31 @@ def test_a_killed_conversion_is_never_taken_for_a_whole_one(store, tmp_path, mon
     with pytest.raises(ValueError, match=r"is not overwritten: it also has notes.txt, not made by janus_jax"):
         from_torch(GOLDEN, out, overwrite=True)
     assert "config.json" in names(out)
+
+
+def test_large_arrays_are_written_piece_by_piece(store, monkeypatch):
+    monkeypatch.setattr(store_arrays, "_CHUNK_BYTES", 2 << 10)
+    monkeypatch.setattr(checkpoint, "_PIECE_BYTES", 5 << 10)
+    rng = np.random.default_rng(0)
+    arrays = {
+        ("a", "kernel"): rng.normal(size=(5, 24, 20)).astype(np.float32),
+        ("a", "scale"): np.zeros(3, np.float32),
+        ("b", "embedding"): rng.normal(size=(96, 60)).astype(np.float16),
+    }
+    read: list[int] = []
+
+    def lazy(array: np.ndarray) -> LazyArray:
+        return LazyArray(array.shape, array.dtype, lambda index: (read.append(array[index].nbytes), array[index])[1])
+
+    checkpoint.write_lazy(store[0] / "params", {path: lazy(array) for path, array in arrays.items()})
+    assert sum(read) == sum(array.nbytes for array in arrays.values()) and max(read) <= 5 << 10 and len(read) > 4
+    found = checkpoint.array_leaves(store[0] / "params", traverse_util.unflatten_dict(arrays))
+    for path, array in arrays.items():
+        np.testing.assert_array_equal(read_now(found[path]), array)
+        assert found[path].dtype == array.dtype
+    # Objects of bounded size, each of which one piece alone has written.
+    sizes = [path.stat().st_size for path in (store[0] / "params").walk() if "/c/" in str(path)]
+    assert max(sizes) <= (2 << 10) + 4 and len(sizes) > 8
 
 
 def test_what_fails_is_removed_and_what_another_process_began_is_left(store):

@@ -234,6 +234,7 @@ def test_local_copies_follow_the_object(store, tmp_path):
     assert local_copy(path).read_bytes() == b"other" and not copy.exists()
 
 
+@pytest.mark.parametrize("store", ["gs", pytest.param("s3", marks=pytest.mark.slow)], indirect=True)
 def test_a_second_epoch_costs_no_requests_with_a_cache(store, tmp_path):
     folder, proxy = store
     write_data(tmp_path / "data", count=12)

@@ -84,6 +84,7 @@ def test_a_page_of_samples_is_written_to_a_store(store, tmp_path):
     assert (store[0] / "page.html").read_bytes() == (tmp_path / "page.html").read_bytes()
 
 
+@pytest.mark.parametrize("store", ["gs", pytest.param("s3", marks=pytest.mark.slow)], indirect=True)
 def test_where_nothing_can_be_written_is_one_line_before_any_work(store, model, tmp_path, capsys):
     folder, proxy = store
     write_images(tmp_path / "images", np.zeros((2, 4, 4, 3), np.float32))
