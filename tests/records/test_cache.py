@@ -132,6 +132,23 @@ def test_another_version_takes_the_place_of_the_one_before(tmp_path):
     assert before.find(SHARD, 0, 3004) == record(1)
 
 
+def test_a_shard_that_another_process_removes_just_then_is_only_missed(tmp_path, monkeypatch, capsys):
+    cache, one = opened(tmp_path), record(1)
+    cache.keep(SHARD, 0, one)
+    cache._used.clear()
+
+    def removed(path, utime=os.utime):
+        os.unlink(path)
+        utime(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.os, "utime", removed)
+        cache.find(SHARD, 0, len(one))
+    assert cache.find(SHARD, 0, len(one)) is None
+    cache.keep(SHARD, 0, one)
+    assert cache.find(SHARD, 0, len(one)) == one and capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("what", ["pwrite", "open"])
 def test_a_full_disk_ends_the_cache_and_nothing_else(tmp_path, monkeypatch, capsys, what):
     cache = opened(tmp_path)

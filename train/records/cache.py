@@ -12,6 +12,7 @@ recently used first.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -83,12 +84,12 @@ class SampleCache:
         """Says that this process reads the shards `names`: other versions of them are removed."""
         names = set(names)
         self._own |= names
-        versions = {name.partition(".")[0]: name for name in names}
+        addresses = {name.partition(".")[0] for name in names}
         try:
             for path in self._folder.glob(f"*{_ENDING}"):
                 if path.name in names:
                     self._touch(path.name)
-                elif path.name.partition(".")[0] in versions:
+                elif path.name.partition(".")[0] in addresses:
                     path.unlink(missing_ok=True)
         except OSError as error:
             self._give_up(error)
@@ -126,7 +127,8 @@ class SampleCache:
         now = time.time()
         if now - self._used.get(name, 0) > _IN_USE / 2:
             self._used[name] = now
-            os.utime(self._folder / name)
+            with contextlib.suppress(FileNotFoundError):  # another process has just removed it
+                os.utime(self._folder / name)
 
     def _may_write(self, num_bytes: int) -> bool:
         with self._lock:
@@ -143,7 +145,11 @@ class SampleCache:
 
     def _room(self) -> int:
         """Bytes that may still be written, once shards that nobody uses are removed, if there are few."""
-        there = {entry.name: entry.stat() for entry in os.scandir(self._folder) if entry.name.endswith(_ENDING)}
+        there = {}
+        for entry in os.scandir(self._folder):
+            with contextlib.suppress(FileNotFoundError):
+                if entry.name.endswith(_ENDING):
+                    there[entry.name] = entry.stat()
         sizes = {name: status.st_blocks * 512 for name, status in there.items()}
         disk, used = shutil.disk_usage(self._folder), sum(sizes.values())
         limit = min(self._limit, used + disk.free - disk.total // _SPARE)
