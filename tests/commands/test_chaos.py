@@ -1,6 +1,7 @@
 """The benchmark of killed runs: its checks find what is wrong, and a run comes through three kills."""
 
 import collections
+import json
 import os
 import random
 import select
@@ -74,12 +75,15 @@ def test_rows_of_another_step_are_found(tmp_path):
         chaos.check_rows(config, [lines[0]] * 4)
 
 
-def test_a_start_killed_while_it_describes_the_run_is_no_hindrance(tmp_path):
+@pytest.mark.parametrize("left", ["run.tmp", ".run.json.0a1b2c3d.partial"])
+def test_a_start_killed_while_it_describes_the_run_is_no_hindrance(tmp_path, left):
+    """What it leaves, of earlier versions and of this one, stays beside the whole description."""
     folders = dict.fromkeys(("understanding", "text", "generation", "tokenizer"), "absent")
-    (tmp_path / "run.tmp").write_text('{"config": {"na')
+    (tmp_path / left).write_text('{"config": {"na')
     with Workdir(tiny_config(folders, tmp_path), {}) as workdir:
         assert workdir.latest is None
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "run.json"]
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "run.json", left}
+    assert json.loads((tmp_path / "run.json").read_text())["config"]["name"]
 
 
 @pytest.mark.slow
