@@ -1,18 +1,19 @@
 """Digits judged by `evals`: `python -m examples.digits.benchmarks --model runs/digits/stage3/export/850`.
 
-The model answers benchmarks in the formats of POPE, MME and MMBench about digits that it has not seen, as it is and
-with an adapter that learns from such questions about others; the run asks them on its way. What it draws for prompts in
-GenEval's format is judged by the rules of GenEval, with the classifier of digits as the detector.
+What the model draws for prompts in GenEval's format is judged by the rules of GenEval, with the classifier of digits as
+the detector. It answers benchmarks in the formats of POPE, MME and MMBench about digits that it has not seen: as it is,
+and after a run on such questions about others, which asks them on its way.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import pathlib
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import janus_jax
@@ -29,17 +30,20 @@ from janus_jax.hub import resolve
 from janus_jax.io.files import read_json_object
 from janus_jax.io.messages import print_any_text, print_error
 from janus_jax.pipeline import JanusPipeline
+from janus_jax.processing.chat import Processor
 from janus_jax.processing.image_files import open_image
 from janus_jax.sampling.memory import OutOfMemory
 from janus_jax.weights.checkpoint import open_checkpoint, write_json
-from train.finetune import finetune
+from train.config import DataConfig, EvalConfig, EvalsConfig, OptimizerConfig, SampleConfig
+from train.overrides import load_config
+from train.prepare import prepare
+from train.raw.sources import open_source
 from train.run.figures import benchmark_curves
+from train.run.loop import train
 
-STEPS, EVERY = 600, 60
-_SETTINGS: dict[str, Any] = {
-    "rank": 16, "batch_size": 40, "learning_rate": 4e-3, "dtype": "float32", "targets": ("decoder", "aligners"),
-    "save": ("embed_tokens",), "context": 160,
-}  # fmt: skip
+STEPS, EVERY = 600, 100
+_CONTEXT = 192  # tokens of a row, two questions or three
+_WATCHED, _AS_IT_IS = 160, 240  # items of each benchmark that are asked on the way, and of the model as it is
 _GUIDANCE, _TEMPERATURE = 2.25, 0.8  # of `configs/digits.py`
 _TITLES = {
     "pope": "POPE-like: F1 random, %",
@@ -49,43 +53,46 @@ _TITLES = {
 
 
 def judge(
-    model: str, out: pathlib.Path, split: str = "held_out", seed: int = 0, steps: int = STEPS, every: int = EVERY,
-    **settings: Any,
-) -> dict[str, Any]:  # fmt: skip
+    model: str, out: pathlib.Path, split: str = "held_out", seed: int = 0, steps: int = STEPS, every: int = EVERY
+) -> dict[str, Any]:
     """Everything of the module's docstring in the folder `out`; returns the figures, which are in results.json too.
 
     Args:
-      split: whose pictures are asked about; settings were chosen on 'validation'.
+      split: whose pictures are asked about in the end; on the way it is 'validation'.
       seed: of questions, training and drawing.
-      steps, every: of the adapter's run, and between two times that it asks.
-      settings: changes of `finetune`'s arguments.
+      steps, every: of the run that teaches, and between two times that it asks.
     """
-    folder = resolve(model)
-    open_checkpoint(folder, quantized=True)  # before anything is written for nothing
-    data, own = out / "tasks", out / "model"
-    if not data.exists():
-        write_tasks(data, split, seed)
-    if not (out / "lessons").exists():
-        write_lessons(out / "lessons", seed)
-    if not own.exists():
-        with_old_roles(pathlib.Path(folder), own)
+    folder = pathlib.Path(resolve(model))
+    open_checkpoint(folder)  # before anything is written for nothing
+    own, data = out / "model", {name: out / "tasks" / name for name in ("validation", split)}
+    for name, place in data.items():
+        _once(place, lambda partial, name=name: write_tasks(partial, name, seed))
+    _once(own, lambda partial: with_old_roles(folder, partial))
     figures: dict[str, Any] = {"split": split, "seed": seed}
-    janus = janus_jax.load(own, dtype="float32", progress=False)
     identity, classifier = model_identity(model, folder, dtype="float32"), Judge(("train", "validation"))
-    drawn = judge_drawing(janus, data, out / "base", classifier, identity, seed)
+    janus = janus_jax.load(own, dtype="float32", progress=False)
+    drawn = judge_drawing(janus, data[split], out / "as_it_is", classifier, identity, seed)
     figures["geneval"] = {name: interval(number) for name, number in drawn.numbers.items()}
-    figures["base"] = ask(janus, data, out / "base", identity)
+    figures["as it is"] = ask(janus, data[split], out / "as_it_is", identity, _AS_IT_IS)
     began, cpu = time.monotonic(), time.process_time()
-    finetune(
-        str(own), out / "lessons" / "lessons.jsonl", "understanding", out / "tuned", steps=steps, seed=seed,
-        tasks=ASKED, tasks_data=data, tasks_every=every, **(_SETTINGS | settings),
-    )  # fmt: skip
+    exported = teach(own, out, data["validation"], seed, steps, every)
     figures["seconds"], figures["cpu_seconds"] = time.monotonic() - began, time.process_time() - cpu
-    run = out / "tuned" / "run"
-    benchmark_curves(run, out / "evals.png", titles=_TITLES)
-    figures["tuned"] = figures_of(run / "evals" / f"{steps:07d}")
+    benchmark_curves(out / "run", out / "evals.png", titles=_TITLES)
+    janus = janus_jax.load(exported, dtype="float32", progress=False)
+    figures["taught"] = ask(
+        janus, data[split], out / "taught", model_identity(str(exported), exported, dtype="float32")
+    )
     write_json(out / "results.json", figures)
     return figures
+
+
+def _once(folder: pathlib.Path, write: Callable[[pathlib.Path], None]) -> None:
+    """Has `folder` written unless it is there; one that a killed start left incomplete has another name."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    if not folder.exists():
+        shutil.rmtree(partial, ignore_errors=True)
+        write(partial)
+        partial.rename(folder)
 
 
 def with_old_roles(model: pathlib.Path, folder: pathlib.Path) -> None:
@@ -95,12 +102,35 @@ def with_old_roles(model: pathlib.Path, folder: pathlib.Path) -> None:
     write_json(path, read_json_object(path) | {"sft_format": "deepseek_old"})
 
 
-def ask(janus: JanusPipeline, data: pathlib.Path, out: pathlib.Path, identity: Mapping[str, Any]) -> dict[str, str]:
+def teach(
+    model: pathlib.Path, out: pathlib.Path, watched: pathlib.Path, seed: int, steps: int, every: int
+) -> pathlib.Path:
+    """Trains `model` on `write_lessons`, asking the benchmarks in `watched` on the way; returns the export."""
+    stage, prepared = load_config("digits").stages[-1], out / "prepared"
+    source = open_source(write_lessons(out / "lessons", seed))
+    processor = Processor.from_folder(model, stage.model)
+    prepare(source, prepared, "understanding", processor, context=_CONTEXT, batch_size=64, progress=False)
+    config = dataclasses.replace(
+        stage, name="lessons", workdir=str(out / "run"), init_from=str(model), tokenizer=str(model), steps=steps,
+        batch_size=20, seed=seed, loss_chunk=_CONTEXT, save_every=every,
+        data=DataConfig(
+            understanding=(str(prepared),), ratio=(1, 0, 0), context=_CONTEXT, images_per_row=3, workers=0
+        ),
+        optimizer=OptimizerConfig(learning_rate=1.5e-3, schedule="cosine", warmup_steps=50),
+        evaluation=EvalConfig(), samples=SampleConfig(),
+        evals=EvalsConfig(every=every, tasks=ASKED, data=str(watched), limit=_WATCHED),
+    )  # fmt: skip
+    return train(config)
+
+
+def ask(
+    janus: JanusPipeline, data: pathlib.Path, out: pathlib.Path, identity: Mapping[str, Any], limit: int | None = None
+) -> dict[str, str]:
     """The main figure of each benchmark, in words; all of them are in `out`, as `evals.main` writes them."""
     respondent = Respondent(janus)
     for task, protocol in chosen(",".join(ASKED), None):
         loaded = task.load(data, protocol)
-        found = evaluate(task, protocol, loaded, Settings(out, progress=False), identity, respondent.ask)
+        found = evaluate(task, protocol, loaded, Settings(out, limit, progress=False), identity, respondent.ask)
         write_results(out, identity, {task.name: {protocol: result(found, False)}})
     return figures_of(out)
 
@@ -141,8 +171,8 @@ def judge_drawing(
 
 def table(figures: Mapping[str, Any]) -> str:
     """The figures of `judge` in Markdown."""
-    lines = [f"| split {figures['split']}, seed {figures['seed']} | as it is | with the adapter |", "|---|---|---|"]
-    lines += [f"| {name} | {value} | {figures['tuned'][name]} |" for name, value in figures["base"].items()]
+    lines = [f"| split {figures['split']}, seed {figures['seed']} | as it is | taught |", "|---|---|---|"]
+    lines += [f"| {name} | {value} | {figures['taught'][name]} |" for name, value in figures["as it is"].items()]
     lines += [f"| geneval, {name} | {value} | |" for name, value in figures["geneval"].items()]
     return "\n".join(lines)
 
@@ -152,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m examples.digits.benchmarks", description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help="the export of `python -m train.main --config digits`")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/digits_judged"), help="folder")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"of the adapter (default {STEPS})")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"of the run that teaches (default {STEPS})")
     parser.add_argument("--every", type=int, default=EVERY, help=f"steps between benchmarks (default {EVERY})")
     parser.add_argument("--split", default="held_out", choices=("held_out", "validation"), help="images asked about")
     parser.add_argument("--seed", type=int, default=0, help="of questions, training and drawing")

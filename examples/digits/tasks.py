@@ -11,6 +11,7 @@ import base64
 import dataclasses
 import json
 import pathlib
+import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ import numpy as np
 from evals.items import Item, Scores
 from evals.tasks import TASKS
 from evals.tasks.geneval import GenEval
-from examples.digits.data import SPLITS, WORDS, captions, load_split, png, to_rgb
+from examples.digits.data import SPLITS, WORDS, captions, load_split, png, questions, to_rgb
 from janus_jax.io.messages import print_any_text, print_error
 from janus_jax.processing.chat import IMAGE_PLACEHOLDER
 
@@ -48,6 +49,7 @@ def write_tasks(folder: pathlib.Path, split: str = "held_out", seed: int = 0) ->
     images, labels = load_split(split)
     pictures = [png(image) for image in to_rgb(images)]
     rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
     _write_pope(folder / "POPE", pictures, labels.tolist(), rng)
     _write_mme(folder / "MME_Benchmark_release_version", pictures, labels.tolist(), rng)
     _write_mmbench(folder / "MMBench_DEV_EN.tsv", pictures, labels.tolist(), rng)
@@ -171,20 +173,30 @@ class DigitsGenEval(GenEval):
 def write_lessons(folder: pathlib.Path, seed: int = 0) -> pathlib.Path:
     """Writes the same kinds of questions about the training pictures as training data of `understanding`.
 
-    Their texts are those of `evals` to the letter. Returns: the file, in LLaVA's schema.
+    Their texts are those of `evals` to the letter. A question of `data.questions` about each picture is added, without
+    which the digit's name would be learned anew. Returns: the file, in LLaVA's schema.
     """
-    data = folder / "tasks"
+    data, path = folder / "tasks", folder / "lessons.jsonl"
+    if path.exists():
+        return path
+    shutil.rmtree(folder, ignore_errors=True)
     write_tasks(data, "train", seed)
+    (folder / "pictures").mkdir()
     records = []
+
+    def add(name: str, picture: bytes, question: str, answer: str):
+        (folder / "pictures" / f"{name}.png").write_bytes(picture)
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        records.append({"image": f"pictures/{name}.png", "system": "", "conversations": turns})
+
     for name in ASKED:
         task = TASKS[name]
         for item in task.load(data, task.protocols[0]).items:
-            picture = folder / "pictures" / f"{name}_{item.id.replace('/', '_')}.png"
-            picture.parent.mkdir(exist_ok=True)
-            picture.write_bytes(item.images[0].read())
-            turns = [{"from": "human", "value": _question(item)}, {"from": "gpt", "value": _answer(item)}]
-            records.append({"image": f"pictures/{picture.name}", "system": "", "conversations": turns})
-    path = folder / "lessons.jsonl"
+            add(f"{name}_{item.id.replace('/', '_')}", item.images[0].read(), _question(item), _answer(item))
+    images, labels = load_split("train")
+    for number, (image, label) in enumerate(zip(to_rgb(images), labels, strict=True)):
+        question, answer = questions(int(label))[number % len(questions(int(label)))]
+        add(f"named_{number}", png(image), f"<image>\n{question}", answer)
     _write_lines(path, records)
     return path
 

@@ -91,14 +91,16 @@ def test_benchmarks_are_learned_and_watched(model, tmp_path):
     """The figures of a run's own benchmarks rise over its steps; what is drawn is judged by GenEval's rules."""
     command("examples.digits.benchmarks", "--model", model, "--out", str(tmp_path / "out"))
     figures = json.loads((tmp_path / "out" / "results.json").read_text())
-    value = {name: float(text.split(" ")[0].replace(",", "")) for name, text in figures["tuned"].items()}
-    base = {name: float(text.split(" ")[0].replace(",", "")) for name, text in figures["base"].items()}
-    assert base["pope, F1 random"] < 75 and base["mmbench, vanilla-all"] < 40
-    assert value["pope, F1 random"] >= 90 and value["mmbench, vanilla-all"] >= 85 and value["mme, perception"] >= 340
-    assert float(figures["geneval"]["overall"].split(" ")[0]) >= 95
-    lines = read_metrics(tmp_path / "out" / "tuned" / "run")
-    curve = [line["evals/mmbench/vanilla_all"] for line in lines if "evals/mmbench/vanilla_all" in line]
-    assert len(curve) == 10 and curve[-1] > curve[0] + 20
+
+    def value(which: str, name: str) -> float:
+        return float(figures[which][name].split(" ")[0].replace(",", ""))
+
+    assert value("geneval", "overall") >= 95
+    assert value("as it is", "pope, F1 random") < 75 and value("as it is", "mmbench, vanilla-all") < 40
+    assert value("taught", "pope, F1 random") >= 90
+    lines = read_metrics(tmp_path / "out" / "run")
+    curve = [line["evals/pope/f1_random"] for line in lines if "evals/pope/f1_random" in line]
+    assert len(curve) == 6 and curve[-1] >= 85
     assert (tmp_path / "out" / "evals.png").stat().st_size
 
 
