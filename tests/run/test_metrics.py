@@ -7,7 +7,7 @@ import types
 import pytest
 from PIL import Image
 
-from train.run.figures import loss_curves, smooth
+from train.run.figures import benchmark_curves, loss_curves, smooth
 from train.run.metrics import Metrics, duration, read_metrics
 
 
@@ -123,6 +123,26 @@ def test_nothing_to_draw(tmp_path):
     with pytest.raises(ValueError, match=r"no train/loss_\{understanding,text,generation\} to draw$"):
         loss_curves(empty, tmp_path / "x.png")
     assert not (tmp_path / "x.png").exists()
+
+
+def test_curves_of_benchmarks(tmp_path):
+    """One for each benchmark, over consecutive runs, with its interval; only the main figure has one."""
+    runs = []
+    for number in range(2):
+        values = {"pope/f1_random": 80.0 + number, "pope/f1_random_low": 75.0, "pope/f1_random_high": 85.0}
+        values |= {"mme/perception": 900.0, "mme/perception_low": 850.0, "mme/perception_high": 990.0, "mme/ocr": 60.0}
+        runs.append(tmp_path / str(number))
+        with Metrics(runs[-1], 4, writers=()) as metrics:
+            for step in (2, 4):
+                metrics.write(step, values, "evals", shown=("pope/f1_random",))
+    out = benchmark_curves(runs, tmp_path / "evals.png", "a title", {"mme": "MME"})
+    with Image.open(out) as image:
+        assert image.size == (1200, 510), "two panels"
+        assert len(image.convert("RGB").getcolors(1 << 20)) > 20
+    with pytest.raises(ValueError, match="no benchmarks"):
+        with Metrics(tmp_path / "none", 4, writers=()) as metrics:
+            metrics.write(1, {"loss": 1.0})
+        benchmark_curves(tmp_path / "none", tmp_path / "x.png")
 
 
 def test_smoothing_is_unbiased():
