@@ -70,9 +70,10 @@ def judge(
     _once(own, lambda partial: with_old_roles(folder, partial))
     figures: dict[str, Any] = {"split": split, "seed": seed}
     identity, classifier = model_identity(model, folder, dtype="float32"), Judge(("train", "validation"))
-    janus = janus_jax.load(own, dtype="float32", progress=False)
+    janus = janus_jax.load(folder, dtype="float32", progress=False)  # which draws in its own roles
     drawn = judge_drawing(janus, data[split], out / "as_it_is", classifier, identity, seed)
     figures["geneval"] = {name: interval(number) for name, number in drawn.numbers.items()}
+    janus = janus_jax.load(own, dtype="float32", progress=False)
     figures["as it is"] = ask(janus, data[split], out / "as_it_is", identity, _AS_IT_IS)
     began, cpu = time.monotonic(), time.process_time()
     exported = teach(own, out, data["validation"], seed, steps, every)
