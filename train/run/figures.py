@@ -103,6 +103,7 @@ def benchmark_curves(
         _, task, figure_name = name.split("/", 2)
         axis.set_title((titles or {}).get(task, f"{task}: {figure_name.replace('_', ' ')}"), fontsize=10)
         axis.set_xlim(0, max(starts[-1], 1))
+        axis.set_ylim(bottom=0)
         axis.set_xlabel("step")
         _plain(axis)
     if title:
