@@ -8,6 +8,11 @@ import http.client
 import io
 import json
 import logging
+import pathlib
+import re
+import shlex
+import shutil
+import subprocess
 import threading
 import time
 
@@ -302,6 +307,23 @@ def test_models_metrics_and_log(client, port, caplog):
     assert float(figures["janus_time_to_first_token_seconds_count"]) >= 1
     assert any("abc-1 POST /v1/chat/completions 200" in record.message for record in caplog.records)
     assert "secret" not in caplog.text
+
+
+@pytest.mark.slow
+def test_the_examples_of_the_docs(port):
+    """As curl sends them."""
+    curl = shutil.which("curl") or pytest.skip("there is no curl here")
+    text = (pathlib.Path(__file__).resolve().parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    commands = re.findall(r"```bash\ncurl (.*?)```", text, re.DOTALL)
+    answers = []
+    for command in commands:
+        own = command.replace("\\\n", " ").replace(":8000", f":{port}").replace("Janus-Pro-7B", MODEL)
+        args = [curl, "-sS", "--fail-with-body", "-H", "Authorization: Bearer secret", *shlex.split(own)]
+        answers.append(json.loads(subprocess.run(args, capture_output=True, check=True, timeout=300).stdout))
+    chat, drawn = answers
+    assert chat["choices"][0]["message"]["content"] and chat["usage"]["completion_tokens"] <= 60
+    assert len(drawn["data"]) == 2 and drawn["seed"] == 0
+    assert raw(port, "GET", drawn["data"][1]["url"].split(f":{port}")[1])[0] == 200
 
 
 # ---------------------------------------------------------------- many at once
