@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import functools
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -18,6 +19,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Hundreds of small programs that run once or twice, here and in the commands that tests start: compiling them is what
 # takes time.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# So does this, by a quarter; XLA ends a process that names a flag it does not know.
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {os.environ.get('XLA_FLAGS', '')}"
 # Compiled programs are shared by the workers of this session and by the commands that tests start, whose tiny models
 # are the same; nothing comes from an earlier session.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
