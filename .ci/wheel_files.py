@@ -1,11 +1,12 @@
-"""Compares the wheel that is given with the checkout: every module of the package is in it, and `py.typed`."""
+"""Compares the wheel that is given with the checkout: every module of the package is in it, `py.typed`, and the page."""
 
 import pathlib
 import sys
 import zipfile
 
 root = pathlib.Path(__file__).parents[1]
-wanted = {path.relative_to(root).as_posix() for path in (root / "janus_jax").rglob("*.py")} | {"janus_jax/py.typed"}
+files = [*(root / "janus_jax").rglob("*.py"), *(root / "janus_jax" / "serving" / "page").iterdir()]
+wanted = {path.relative_to(root).as_posix() for path in files} | {"janus_jax/py.typed"}
 found = {name for name in zipfile.ZipFile(sys.argv[1]).namelist() if ".dist-info/" not in name}
 if wanted != found:
     sys.exit(f"the wheel lacks {sorted(wanted - found)} and has {sorted(found - wanted)} besides")

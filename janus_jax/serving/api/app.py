@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 
-from janus_jax.serving.api import chat, images
+from janus_jax.serving.api import chat, images, page
 from janus_jax.serving.api.errors import ApiError, handle_errors, log
 from janus_jax.serving.api.served import Served
 
@@ -25,6 +25,7 @@ def make_app(served: Served) -> FastAPI:
     handle_errors(app, lambda: served.metrics.wait_seconds)
     app.include_router(chat.router(served))
     app.include_router(images.router(served))
+    app.include_router(page.router())
 
     def model(name: str) -> dict[str, Any]:
         own = next(iter(served.names))
@@ -91,7 +92,7 @@ class _EveryRequest:
 
     def _check_key(self, path: str, headers: dict[str, str]):
         key = self._served.api_key
-        if key is None or path.startswith(_OPEN):
+        if key is None or path in page.PATHS or path.startswith(_OPEN):
             return
         scheme, _, given = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), key.encode()):
