@@ -1,4 +1,4 @@
-"""Compares the wheel that is given with the checkout: every module of the package is in it, `py.typed`, and the page."""
+"""Compares the wheel that is given with the checkout: the package's modules, `py.typed` and the page are in it."""
 
 import pathlib
 import sys

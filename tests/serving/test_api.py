@@ -23,11 +23,11 @@ from PIL import Image
 from janus_jax.serving.engine import Engine
 from janus_jax.serving.jobs import Token, question
 from tests.library.tiny_janus import QUESTION, SHORT, codes, folder, janus, nearly_equal  # noqa: F401
+from tests.serving.on_loopback import on_loopback
 
 openai = pytest.importorskip("openai")
-for name in ("fastapi", "prometheus_client"):
+for name in ("fastapi", "prometheus_client", "uvicorn"):
     pytest.importorskip(name)
-uvicorn = pytest.importorskip("uvicorn")
 
 from janus_jax.serving.api.app import make_app  # noqa: E402
 from janus_jax.serving.api.media import Remote  # noqa: E402
@@ -46,15 +46,8 @@ def served(janus):
 
 @pytest.fixture(scope="module")
 def port(served):
-    config = uvicorn.Config(make_app(served), port=0, log_level="warning", access_log=False)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield server.servers[0].sockets[0].getsockname()[1]
-    server.should_exit = True
-    thread.join(30)
+    with on_loopback(make_app(served)) as port:
+        yield port
 
 
 @pytest.fixture(scope="module")
@@ -307,6 +300,15 @@ def test_models_metrics_and_log(client, port, caplog):
     assert float(figures["janus_time_to_first_token_seconds_count"]) >= 1
     assert any("abc-1 POST /v1/chat/completions 200" in record.message for record in caplog.records)
     assert "secret" not in caplog.text
+
+
+def test_the_page_needs_no_key_and_loads_nothing_else(port):
+    for path, kind in (("/", "text/html"), ("/page.css", "text/css"), ("/page.js", "text/javascript")):
+        status, headers, text = raw(port, "GET", path, Authorization="")
+        assert status == 200 and headers["content-type"] == f"{kind}; charset=utf-8"
+        assert "default-src 'none'" in headers["content-security-policy"]
+        assert re.findall(r"\w+://[^ '\"]*", text.decode()) in ([], ["http://www.w3.org/2000/svg"])
+    assert raw(port, "GET", "/page.html", Authorization="")[0] == 401
 
 
 @pytest.mark.slow

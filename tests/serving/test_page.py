@@ -1,4 +1,4 @@
-"""The page in headless Chromium: answers about dropped pictures, growing drawings, errors, and nobody else is talked to."""
+"""The page in headless Chromium: answers about pictures, drawings that grow, errors, and no requests to elsewhere."""
 
 # ruff: noqa: F811  (fixtures are imported)
 

@@ -223,7 +223,6 @@ document.addEventListener("drop", (event) => {
 function turn(role, text, images = []) {
   const shown = images.map((url, index) => make("img", { src: url, alt: `Picture ${index + 1} of the question` }));
   const made = make("div", { className: `turn ${role}` }, ...shown, make("p", { textContent: text }));
-  $("log").querySelector(".hint")?.remove();
   $("log").append(made);
   made.scrollIntoView({ block: "nearest" });
   return made;
@@ -305,7 +304,7 @@ $("stop-answer").addEventListener("click", () => answering?.abort());
 $("new").addEventListener("click", () => {
   if (answering) return answering.abort();
   conversation = [];
-  $("log").replaceChildren(make("p", { className: "hint", textContent: "A new conversation." }));
+  for (const each of document.querySelectorAll(".turn")) each.remove();
   say($("chat-status"), "");
   say($("chat-error"), "");
   $("question").focus();
@@ -394,7 +393,9 @@ async function draw() {
       tell();
     }
   };
-  const ends = await Promise.allSettled(Array.from({ length: Math.min(count, AT_ONCE) }, worker));
+  const workers = Array.from({ length: Math.min(count, AT_ONCE) }, worker);
+  $("gallery").firstChild.scrollIntoView({ block: "nearest" }); // on a phone it is below the controls
+  const ends = await Promise.allSettled(workers);
   const wrong = ends.find(({ reason }) => reason && reason.name !== "AbortError");
   if (wrong) say($("draw-error"), wrong.reason.message);
   const seconds = ((performance.now() - began) / 1000).toFixed(1);
