@@ -8,6 +8,7 @@ import io
 import os
 import pathlib
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -192,6 +193,34 @@ def test_errors_are_shown_where_they_belong(browser, port, picture):
         page.get_by_role("button", name="Draw", exact=True).click()
         page.locator("#draw-error").wait_for()
         assert "exceeds the model's" in alert(page) and page.locator("figure").count() == 0
+
+
+def test_what_is_stopped_frees_the_server(browser, port, engine):
+    """An answer that was stopped stays as far as it came; a new conversation drops the one under way."""
+    with opened(browser, port) as page:
+        page.get_by_label("Tokens at most").fill("400")
+        for name, turns in (("Stop", 2), ("New conversation", 0)):
+            page.get_by_label("Question", exact=True).fill(QUESTION)
+            page.keyboard.press("Enter")
+            page.locator(".turn.busy p:not(:empty)").wait_for()
+            page.get_by_role("button", name=name).click()
+            page.locator(".turn.busy").wait_for(state="detached")
+            assert page.locator(".turn").count() == turns
+            page.locator("#ask:enabled").wait_for()
+            deadline = time.monotonic() + 30
+            while not engine.idle and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert engine.idle
+        assert page.get_by_label("Question", exact=True).input_value() == ""
+
+
+def test_a_large_picture_is_sent_smaller(browser, port):
+    with opened(browser, port) as page:
+        noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (1100, 2500, 3), np.uint8))
+        page.evaluate(DROP, ["#log", "large.png", "image/png", data_of(noise)])
+        picture = page.get_by_alt_text("Picture 1", exact=True)
+        kind, _, data = picture.get_attribute("src").partition(";base64,")
+        assert kind == "data:image/jpeg" and Image.open(io.BytesIO(base64.b64decode(data))).size == (2048, 901)
 
 
 def test_a_key_is_asked_for(browser, engine):

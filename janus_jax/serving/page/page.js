@@ -170,13 +170,17 @@ async function pictureOf(file) {
   } catch {
     throw new Error(`${file.name || "What was added"} is not a picture that this browser can read.`);
   }
-  if (file.size <= LARGE) return asDataUrl(file);
+  if (file.size <= LARGE) {
+    bitmap.close();
+    return asDataUrl(file);
+  }
   const scale = Math.min(1, SIDE / Math.max(bitmap.width, bitmap.height));
   const canvas = make("canvas", { width: Math.round(bitmap.width * scale), height: Math.round(bitmap.height * scale) });
   const context = canvas.getContext("2d");
   context.fillStyle = "white";
   context.fillRect(0, 0, canvas.width, canvas.height);
   context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+  bitmap.close();
   return canvas.toDataURL("image/jpeg", 0.95);
 }
 
@@ -245,6 +249,7 @@ async function ask(text, images) {
   say($("chat-status"), "Answering …");
   let said = "", reason = "";
   try {
+    if (!$("model").value) await findModels(); // the server was away when the page was opened
     const answer = await call("v1/chat/completions", {
       model: $("model").value,
       messages: asked,
@@ -264,6 +269,7 @@ async function ask(text, images) {
     if (!reason) throw new Error("The answer broke off.");
     say($("chat-status"), reason === "length" ? "The answer is cut off at the tokens allowed." : "");
   } catch (error) {
+    if (!own.isConnected) return; // a new conversation has begun
     const stopped = error.name === "AbortError";
     say($("chat-status"), stopped ? "Stopped." : "");
     if (!stopped) say($("chat-error"), error.message);
@@ -278,7 +284,6 @@ async function ask(text, images) {
     }
   } finally {
     reply.classList.remove("busy");
-    // A conversation begun meanwhile is another.
     if (answering === controller) answeringNow(null);
   }
   if (own.isConnected) conversation = [...asked, { role: "assistant", content: said }];
@@ -302,7 +307,8 @@ $("chat-form").addEventListener("submit", (event) => {
 });
 $("stop-answer").addEventListener("click", () => answering?.abort());
 $("new").addEventListener("click", () => {
-  if (answering) return answering.abort();
+  answering?.abort();
+  answeringNow(null);
   conversation = [];
   for (const each of document.querySelectorAll(".turn")) each.remove();
   say($("chat-status"), "");
@@ -354,7 +360,8 @@ async function drawOne(prompt, seed, how, signal) {
   const shown = figureOf(prompt, seed);
   $("gallery").append(shown.figure);
   try {
-    const answer = await call("v1/images/generations", { ...how, prompt, seed, stream: true, partial_images: 3 }, signal);
+    if (!$("model").value) await findModels();
+    const answer = await call("v1/images/generations", { ...how, model: $("model").value, prompt, seed, stream: true, partial_images: 3 }, signal);
     for await (const event of events(answer)) {
       const url = `data:image/png;base64,${event.b64_json}`;
       if (event.type.endsWith("partial_image")) shown.grow(url, event.partial_image_index + 1);
@@ -371,7 +378,6 @@ async function draw() {
   const prompt = $("prompt").value.trim(), count = numberOf("count");
   const first = numberOf("draw-seed") ?? crypto.getRandomValues(new Uint32Array(1))[0];
   const how = {
-    model: $("model").value || undefined,
     guidance: numberOf("guidance"),
     temperature: numberOf("draw-temperature"),
     size: $("size").value,
