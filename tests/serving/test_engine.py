@@ -69,6 +69,9 @@ def compilations() -> list[str]:
             seen.append(event)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
+    # The engine's programs may have been compiled by another file's tests: this shows that the listener hears.
+    jax.jit(lambda: jax.numpy.zeros(3))()
+    assert seen
     return seen
 
 
@@ -128,7 +131,7 @@ def test_a_mix_draws_what_each_draws_alone(janus, engine, pictures, codes, answe
         assert [ends[job] for job in (others[0], others[-1])] == [Ended("cancelled")] * 2
         for job in asked:
             assert ends[job] == Ended("length" if len(job.tokens) == LIMIT else "stop")
-    assert compilations() and not compiled, "requests compiled something"
+    assert not compiled, "requests compiled something"
     assert sum(job.reused for job in jobs) > 5 * 16, "nothing of the first round was used again"
 
 
