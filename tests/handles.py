@@ -1,7 +1,12 @@
-"""Which files this process holds open."""
+"""Which files this process holds open, and where it may not write."""
 
 import os
 import pathlib
+
+import pytest
+
+# Not even root may write there.
+needs_sys = pytest.mark.skipif(not os.path.ismount("/sys"), reason="/sys is not mounted")
 
 
 def open_in(folder: pathlib.Path, suffix: str) -> int:
