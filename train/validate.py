@@ -6,13 +6,15 @@ import dataclasses
 import functools
 import math
 
-from jax.sharding import Mesh
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 
 from janus_jax.config import original_config
 from janus_jax.io.store_access import is_store
 from janus_jax.io.stores import as_path, local_only
 from janus_jax.model.attention import takes
-from janus_jax.sharding import RULES, batch_shards
+from janus_jax.sharding import RULES, axes_by_hand, batch_shards
 from train.config import KINDS, TRAINED, TrainConfig
 from train.step.leaves import abstract_leaves
 from train.watch.writers import JSONL, WRITERS
@@ -167,6 +169,21 @@ def check_mesh(config: TrainConfig, mesh: Mesh):
             f"batch_size={config.batch_size} does not divide into accumulate={config.accumulate} micro-batches over "
             f"{shards} {axes} shards of the mesh; make it a multiple of {config.accumulate * shards}"
         )
+    manual = axes_by_hand(mesh)
+    automatic = [axis for axis in mesh.axis_names if axis not in manual and mesh.shape[axis] > 1]
+    if not automatic:
+        return
+    here, whole = PartitionSpec(tuple(automatic)), PartitionSpec()
+    local = functools.partial(jax.lax.with_sharding_constraint, shardings=here)
+    try:
+        with jax.set_mesh(mesh):
+            step = jax.shard_map(local, mesh=mesh, in_specs=whole, out_specs=whole, axis_names=manual, check_vma=False)
+            jax.eval_shape(step, jax.ShapeDtypeStruct((mesh.size,), jnp.float32))
+    except NotImplementedError:
+        raise ValueError(
+            f"JAX {jax.__version__} cannot train with mesh.{automatic[0]}={mesh.shape[automatic[0]]}; use a newer JAX, "
+            f"or mesh.{automatic[0]}=1"
+        ) from None
 
 
 def _require(condition: object, message: str):

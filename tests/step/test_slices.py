@@ -20,6 +20,7 @@ from train.plan import hlo
 from train.step.init import first_state
 from train.step.state import abstract_batch, abstract_state, batch_sharding
 from train.step.step import gradients
+from train.validate import check_mesh
 
 ROWS, SLICE = 16, 4
 
@@ -120,10 +121,15 @@ def test_only_gradients_are_summed_over_slices_and_once_a_step(job, reduce_dtype
     config, settings, _ = job
     own = dataclasses.replace(config, compute_dtype="bfloat16", reduce_dtype=reduce_dtype)
     mesh = make_mesh({"slices": 2, "fsdp": 2, "tensor": 2})
+    try:
+        check_mesh(own, mesh)
+    except ValueError as error:
+        assert str(error).startswith("JAX 0.7.") and "use a newer JAX, or mesh.tensor=1" in str(error)
+        return
     state, frozen = abstract_state(own, mesh)
     with jax.set_mesh(mesh):
-        step = jax.make_jaxpr(functools.partial(gradients, own, mesh, settings))
-        found = list(sums_over_slices(step(state.trained, frozen, abstract_batch(own, mesh)).jaxpr))
+        step = jax.jit(functools.partial(gradients, own, mesh, settings))
+        found = list(sums_over_slices(step.trace(state.trained, frozen, abstract_batch(own, mesh)).jaxpr.jaxpr))
     # Shards over fsdp; those over tensor are the compiler's.
     shards = [(x.shape, x.sharding.spec) for x in jax.tree.leaves(state.trained)]
     wanted = [tuple(n // (2 if a == "fsdp" else 1) for n, a in zip(shape, spec, strict=True)) for shape, spec in shards]
