@@ -18,7 +18,7 @@ from evals.asking.store import read_lines
 from evals.evaluate import Evaluation, Settings, evaluate, limited, predictions_path
 from evals.generation import scorers
 from evals.generation.detector import CLIP, DETECTOR
-from evals.generation.drawing import Draw, How, brush, draw_all, drawn_with, settle, settled
+from evals.generation.drawing import DRAWN_WITH, Draw, How, brush, draw_all, drawn_with, settle, settled
 from evals.generation.prompts import Drawing
 from evals.generation.scorers import ENDPOINT, SELF, Scorer
 from evals.generation.task import DrawnTask
@@ -28,8 +28,7 @@ from evals.model import Asked, asked_identity
 from janus_jax.io.files import read_json_object
 from janus_jax.io.messages import one_line
 
-_DRAWN_WITH = ("seed", "cfg_weight", "temperature")
-_OURS = ("pictures", *_DRAWN_WITH, "pictures_at_a_time", "detector", "clip", "vqa")
+_OURS = ("pictures", *DRAWN_WITH, "pictures_at_a_time", "detector", "clip", "vqa")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -125,7 +124,7 @@ def prepare(
         drawings = task.drawings(args.data)
         about = _drawn_with(task, args, how, identity, drawings)
     loaded = task.load(args.data, protocol)
-    known = [f"{name} {about[name]}" for name in _DRAWN_WITH if name in about]
+    known = [f"{name} {about[name]}" for name in DRAWN_WITH if name in about]
     if known:
         loaded = dataclasses.replace(loaded, source=f"{loaded.source}; drawn with {', '.join(known)}")
     if settings.limit is not None:

@@ -10,13 +10,14 @@ from typing import Any
 from evals.asking.answers import Replies
 from evals.asking.identity import difference, prompts_identity
 from evals.asking.store import Lines, read_lines
-from evals.hosts import from_first, is_first, together
+from evals.hosts import is_first, together
 from evals.items import Item, Loaded, Problem, Scores, Task
 from evals.judging import Judge, judgements
 from evals.progress import Progress
 from evals.tasks import TASKS
 from janus_jax.io.messages import did_you_mean, one_line
 from janus_jax.io.whole.files import write_file
+from janus_jax.processes import from_first
 
 FORMAT = 1
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 
@@ -49,11 +47,6 @@ def start(coordinator: str, processes: int | None, process: int | None, timeout:
 def is_first() -> bool:
     """Whether this process reads and writes the output folder."""
     return jax.process_index() == 0
-
-
-def from_first(value: Any) -> Any:
-    """Process 0's `value`, which must be JSON-serializable, in every process."""
-    return value if jax.process_count() == 1 else json.loads(gather(json.dumps(value))[0])
 
 
 @contextlib.contextmanager

@@ -9,10 +9,13 @@ from __future__ import annotations
 import abc
 import pathlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
 from janus_jax.io.messages import did_you_mean
+
+Predictions = Mapping[str, str | None]
+Judgements = Mapping[str, Any]
 
 
 class ImageRef(Protocol):
@@ -129,6 +132,12 @@ class JudgeRequest:
     form: str = ""
 
 
+def answered(items: Sequence[Item], predictions: Predictions) -> tuple[list[Item], int]:
+    """The items that have a prediction, and how many have none."""
+    there = [item for item in items if item.id in predictions]
+    return there, len(items) - len(there)
+
+
 class Task(abc.ABC):
     """A benchmark. `predictions` are replies by the item's id; None is an item that could not be asked and is wrong."""
 
@@ -143,7 +152,6 @@ class Task(abc.ABC):
     def load(self, data: pathlib.Path, protocol: str) -> Loaded:
         """The items in `data`, a folder. Raises ValueError or OSError in one line."""
 
-    @abc.abstractmethod
     def score(
         self,
         items: Sequence[Item],
@@ -156,6 +164,15 @@ class Task(abc.ABC):
         `judged` has judgements by the id of their request; None is scoring without a judge, which calls a reply that
         the rules do not understand wrong, as opposed to unjudged.
         """
+        self.check_protocol(protocol)
+        there, unanswered = answered(items, predictions)
+        return replace(self.scored(there, predictions, protocol, judged), unanswered=unanswered)
+
+    def scored(
+        self, items: Sequence[Item], predictions: Predictions, protocol: str, judged: Judgements | None
+    ) -> Scores:
+        """What `score` says of items that all have a prediction; for a task that does not write `score` itself."""
+        raise NotImplementedError
 
     def judge_requests(
         self, items: Sequence[Item], predictions: Mapping[str, str | None], protocol: str

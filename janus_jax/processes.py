@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import jax
 import numpy as np
 
@@ -16,3 +19,8 @@ def gather(text: str) -> list[str]:
     sizes = process_allgather(np.int32(len(raw)))
     padded = process_allgather(np.pad(raw, (0, int(sizes.max()) - len(raw) + 1)))
     return [bytes(row[:size]).decode("utf-8", "surrogatepass") for row, size in zip(padded, sizes, strict=True)]
+
+
+def from_first(value: Any) -> Any:
+    """Process 0's `value`, which must be JSON-serializable, in every process."""
+    return json.loads(gather(json.dumps(value))[0])

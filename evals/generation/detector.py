@@ -147,9 +147,12 @@ def _unit(vectors: Any) -> Any:
     return vectors / vectors.norm(dim=-1, keepdim=True)
 
 
-def loaded(kind: Any, path_or_hub_id: str) -> Any:
+def loaded(kind: Any, path_or_hub_id: str, **how: Any) -> Any:
     """`kind.from_pretrained` of a config, tokenizer or processor; ValueError in one line if that is not possible."""
-    return _from(kind, path_or_hub_id)
+    try:
+        return kind.from_pretrained(path_or_hub_id, **how)
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise ValueError(f"{one_line(path_or_hub_id)} cannot be loaded: {one_line(error)}") from None
 
 
 def loaded_model(kind: Any, path_or_hub_id: str) -> Any:
@@ -159,15 +162,8 @@ def loaded_model(kind: Any, path_or_hub_id: str) -> Any:
     """
     import torch
 
-    model, found = _from(kind, path_or_hub_id, output_loading_info=True)
+    model, found = loaded(kind, path_or_hub_id, output_loading_info=True)
     # Buffers and shared weights are made, not drawn.
     if missing := sorted(set(found["missing_keys"]) & dict(model.named_parameters()).keys()):
         raise ValueError(f"{one_line(path_or_hub_id)} lacks {len(missing):,} weights, such as {one_line(missing[0])}")
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _from(kind: Any, path_or_hub_id: str, **how: Any) -> Any:
-    try:
-        return kind.from_pretrained(path_or_hub_id, **how)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise ValueError(f"{one_line(path_or_hub_id)} cannot be loaded: {one_line(error)}") from None

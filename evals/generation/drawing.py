@@ -27,6 +27,7 @@ from janus_jax.processes import gather
 from janus_jax.sampling.sampler import Options, check_count
 
 _PER_CALL = 64  # or as many as a batch has
+DRAWN_WITH = ("seed", "cfg_weight", "temperature")  # of `How`: other values make other pictures
 
 # From prompts and a number of pictures each to the pictures, in order.
 Draw = Callable[[Sequence[str], int], Sequence[Image.Image]]
@@ -48,7 +49,7 @@ class How:
 
     def about(self) -> dict[str, Any]:
         """What tells these pictures from others."""
-        return {"cfg_weight": self.cfg_weight, "temperature": self.temperature, "seed": self.seed}
+        return {name: getattr(self, name) for name in DRAWN_WITH}
 
     @staticmethod
     def add_options(parser: argparse._ActionsContainer, batch_size: str = "--batch-size") -> None:
@@ -69,7 +70,7 @@ class How:
     @staticmethod
     def given(args: argparse.Namespace) -> dict[str, Any]:
         """The options that are there, by the name of the attribute; those of what is drawn, not of how many."""
-        there = {name: getattr(args, name) for name in ("seed", "cfg_weight", "temperature")}
+        there = {name: getattr(args, name) for name in DRAWN_WITH}
         return {name: value for name, value in there.items() if value is not None}
 
     @classmethod

@@ -17,11 +17,12 @@ from evals.asking.answers import Replies
 from evals.asking.identity import fingerprint
 from evals.generation.detector import CLIP, DETECTOR, LABEL, ColorClassifier, Detector, loaded
 from evals.generation.vqa import Answerer
-from evals.hosts import from_first, is_first, together
+from evals.hosts import is_first, together
 from evals.items import Attempt, Item, Problem
 from evals.judging import Judge, said_of
 from evals.tasks.geneval import seen
 from janus_jax.io.messages import error_text, one_line
+from janus_jax.processes import from_first
 from janus_jax.processing.images import open_image
 from janus_jax.sampling.memory import OutOfMemory
 

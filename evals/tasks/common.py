@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,12 +62,6 @@ def make_items(
     if problems:
         found += f", {len(problems):,} more cannot be asked"
     return Loaded(items, problems, f"{source}: {found}")
-
-
-def answered(items: Sequence[Item], predictions: Mapping[str, str | None]) -> tuple[list[Item], int]:
-    """The items that have a prediction, and how many have none."""
-    there = [item for item in items if item.id in predictions]
-    return there, len(items) - len(there)
 
 
 def order_of(values: Iterable[str], known: Sequence[str] = ()) -> list[str]:

@@ -15,10 +15,10 @@ from typing import Any, ClassVar
 from evals.generation import dpg, layouts
 from evals.generation.prompts import BENCHMARKS, Drawing
 from evals.generation.task import DrawnTask
-from evals.items import Item, Loaded, Scores, Verdict
+from evals.items import Item, Loaded, Scores, Verdict, answered
 from evals.read.places import first_file, folders, missing
 from evals.rules import yes_no as rules
-from evals.tasks.common import Question, answered, make_items
+from evals.tasks.common import Question, make_items
 from janus_jax.io.messages import one_line
 from janus_jax.processing.image_files import open_image
 

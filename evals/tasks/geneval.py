@@ -27,10 +27,9 @@ from evals.generation.geneval import (
 from evals.generation.layouts import geneval_sample
 from evals.generation.prompts import BENCHMARKS, Drawing
 from evals.generation.task import DrawnTask
-from evals.items import Item, Loaded, Scores, Verdict
+from evals.items import Item, Judgements, Loaded, Predictions, Scores, Verdict, answered
 from evals.read.pictures import FilePicture
 from evals.read.places import first_file, folders, missing
-from evals.tasks.common import answered
 from janus_jax.io.files import parse_json, read_json
 from janus_jax.io.messages import did_you_mean, one_line
 
@@ -80,15 +79,9 @@ class GenEval(DrawnTask):
         prompts = len({item.group for item in items})
         return Loaded(items, [], f"{source}: {len(items):,} pictures of {prompts:,} prompts")
 
-    def score(
-        self,
-        items: Sequence[Item],
-        predictions: Mapping[str, str | None],
-        protocol: str,
-        judged: Mapping[str, Any] | None = None,
+    def scored(
+        self, items: Sequence[Item], predictions: Predictions, protocol: str, judged: Judgements | None
     ) -> Scores:
-        self.check_protocol(protocol)
-        items, unanswered = answered(items, predictions)
         verdicts, results = {}, []
         for item in items:
             results.append(result := _result(item, predictions[item.id]))
@@ -96,7 +89,7 @@ class GenEval(DrawnTask):
             verdicts[item.id] = Verdict(result.reason, outcome, float(result.correct))
         theirs = ", ".join(f"{name} {figures['overall']:.0f}" for name, figures in PUBLISHED.items())
         notes = [f"published, by GenEval's own scorer: {theirs}"]
-        return Scores(summarize(results), verdicts, "overall", {}, unanswered, notes)
+        return Scores(summarize(results), verdicts, "overall", {}, notes=notes)
 
     def export(self, items: Sequence[Item], predictions: Mapping[str, str | None], protocol: str) -> dict[str, str]:
         """results.jsonl, as the original's summary_scores.py reads it."""

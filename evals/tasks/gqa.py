@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from evals.intervals import Figures
-from evals.items import Item, Loaded, Scores, Task, Verdict
+from evals.items import Item, Judgements, Loaded, Predictions, Scores, Task, Verdict
 from evals.prompts import LONGEST_REPLY, SINGLE_WORD
 from evals.read import places
 from evals.read.parquet import read_parquet
 from evals.read.pictures import FilePicture, is_file
 from evals.read.tsv import read_tsv
-from evals.tasks.common import Question, answered, make_items, order_of, published
+from evals.tasks.common import Question, make_items, order_of, published
 from janus_jax.io.files import read_json_object
 from janus_jax.io.messages import one_line
 
@@ -63,15 +63,9 @@ class Gqa(Task):
             source,
         )
 
-    def score(
-        self,
-        items: Sequence[Item],
-        predictions: Mapping[str, str | None],
-        protocol: str,
-        judged: Mapping[str, Any] | None = None,
+    def scored(
+        self, items: Sequence[Item], predictions: Predictions, protocol: str, judged: Judgements | None
     ) -> Scores:
-        self.check_protocol(protocol)
-        items, unanswered = answered(items, predictions)
         headline, reported = _HEADLINES[protocol]
         right = {name: [_matches(name, item, predictions[item.id]) for item in items] for name in _MADE}
         figures = Figures(len(items))
@@ -85,7 +79,7 @@ class Gqa(Task):
         for item, matched in zip(items, right[headline], strict=True):
             said = _MADE[headline](predictions[item.id] or "")
             verdicts[item.id] = Verdict(said, "right" if matched else "wrong", float(matched))
-        return Scores(figures.numbers(), verdicts, headline, reported, unanswered)
+        return Scores(figures.numbers(), verdicts, headline, reported)
 
     def export(self, items: Sequence[Item], predictions: Mapping[str, str | None], protocol: str) -> dict[str, str]:
         """The list that GQA's eval.py reads."""

@@ -10,14 +10,14 @@ from typing import Any, ClassVar
 import numpy as np
 
 from evals.intervals import Figures, Ratio
-from evals.items import Item, JudgeRequest, Loaded, Scores, Task, Verdict
+from evals.items import Item, Judgements, JudgeRequest, Loaded, Predictions, Scores, Task, Verdict
 from evals.prompts import LETTER_DIRECTLY, LONGEST_REPLY, lettered, multiple_choice
 from evals.read import places
 from evals.read.parquet import read_parquet
 from evals.read.tsv import read_tsv
 from evals.rules import letters
 from evals.tasks import choices
-from evals.tasks.common import Question, answered, make_items, order_of, published
+from evals.tasks.common import Question, make_items, order_of, published
 from janus_jax.io.messages import one_line
 
 ROTATION = 10**6  # a rotated copy's index is its question's plus a multiple of this
@@ -59,15 +59,9 @@ class MmBench(Task):
             return make_items(questions, _lmms_text, 1024, source)
         return make_items(questions, _text, LONGEST_REPLY, source)
 
-    def score(
-        self,
-        items: Sequence[Item],
-        predictions: Mapping[str, str | None],
-        protocol: str,
-        judged: Mapping[str, Any] | None = None,
+    def scored(
+        self, items: Sequence[Item], predictions: Predictions, protocol: str, judged: Judgements | None
     ) -> Scores:
-        self.check_protocol(protocol)
-        items, unanswered = answered(items, predictions)
         notes: list[str] = []
         if protocol == "lmms-eval":
             verdicts, drawn = _lmms_verdicts(items, predictions)
@@ -101,7 +95,7 @@ class MmBench(Task):
                 _part(figures, f"{variant} {name}", right[variant], asked[variant], abilities == name)
         for name in order_of(filter(None, categories)):
             _part(figures, f"{headline} {name}", right[headline], asked[headline], categories == name)
-        return Scores(figures.numbers(), verdicts, headline, reported, unanswered, notes)
+        return Scores(figures.numbers(), verdicts, headline, reported, notes=notes)
 
     def judge_requests(
         self, items: Sequence[Item], predictions: Mapping[str, str | None], protocol: str

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 
 from evals.intervals import Figures, Ratio
-from evals.items import Item, Loaded, Scores
+from evals.items import Item, Judgements, Loaded, Predictions, Scores
 from evals.prompts import LONGEST_REPLY, SINGLE_WORD, YES_OR_NO, yes_no
 from evals.read import places
 from evals.read.parquet import read_parquet
 from evals.read.pictures import FilePicture
 from evals.read.tsv import read_tsv
 from evals.rules import yes_no as rules
-from evals.tasks.common import Question, answered, make_items, order_of, published
+from evals.tasks.common import Question, make_items, order_of, published
 from evals.tasks.yes_no import JUDGED, YesNo, gold, no_gold, verdict
 from janus_jax.io.files import read_text
 from janus_jax.io.messages import one_line
@@ -57,15 +57,9 @@ class Mme(YesNo):
         tokens = {"lmms-eval": 16}.get(protocol, LONGEST_REPLY)
         return make_items(questions, _TEXTS[protocol], tokens, source)
 
-    def score(
-        self,
-        items: Sequence[Item],
-        predictions: Mapping[str, str | None],
-        protocol: str,
-        judged: Mapping[str, Any] | None = None,
+    def scored(
+        self, items: Sequence[Item], predictions: Predictions, protocol: str, judged: Judgements | None
     ) -> Scores:
-        self.check_protocol(protocol)
-        items, unanswered = answered(items, predictions)
         judged = judged if protocol in JUDGED else None
         verdicts = {item.id: verdict(item, predictions[item.id], _RULES[protocol], judged) for item in items}
         groups: dict[tuple[str, str], list[float]] = {}
@@ -94,7 +88,7 @@ class Mme(YesNo):
             figures.add(name, terms, int(asked[category == name].sum()))
         figures.add("accuracy", Ratio(right, asked), int(asked.sum()))
         figures.add("accuracy+ (both questions of a picture)", Ratio(both, pairs), int(pairs.sum()))
-        return Scores(figures.numbers(), verdicts, "perception", _PUBLISHED.get(protocol, {}), unanswered, notes)
+        return Scores(figures.numbers(), verdicts, "perception", _PUBLISHED.get(protocol, {}), notes=notes)
 
     def export(self, items: Sequence[Item], predictions: Mapping[str, str | None], protocol: str) -> dict[str, str]:
         """The result files of MME's script: picture, question, answer and reply with tabs between, by category."""

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 
 from evals.intervals import Figures
-from evals.items import ImageRef, Item, JudgeRequest, Loaded, Scores, Task, Verdict
+from evals.items import ImageRef, Item, Judgements, JudgeRequest, Loaded, Predictions, Scores, Task, Verdict
 from evals.prompts import LETTER_DIRECTLY, LONGEST_REPLY, SINGLE_WORD, lettered, multiple_choice
 from evals.read import places
 from evals.read.parquet import read_parquet
 from evals.read.tsv import read_tsv
 from evals.rules import mmmu as rules
 from evals.tasks import choices
-from evals.tasks.common import Question, answered, make_items, order_of, published
+from evals.tasks.common import Question, make_items, order_of, published
 from janus_jax.io.messages import one_line
 
 DISCIPLINES = {
@@ -75,15 +75,9 @@ class Mmmu(Task):
         tokens = {"lmms-eval": 128, "official": 128}.get(protocol, LONGEST_REPLY)
         return make_items(questions, _TEXTS[protocol], tokens, source)
 
-    def score(
-        self,
-        items: Sequence[Item],
-        predictions: Mapping[str, str | None],
-        protocol: str,
-        judged: Mapping[str, Any] | None = None,
+    def scored(
+        self, items: Sequence[Item], predictions: Predictions, protocol: str, judged: Judgements | None
     ) -> Scores:
-        self.check_protocol(protocol)
-        items, unanswered = answered(items, predictions)
         if protocol in _CHANCE:
             verdicts, drawn = _official_verdicts(items, predictions, protocol)
             notes = [f"{drawn} letters are drawn by chance, with seed {_CHANCE[protocol]}"] if drawn else []
@@ -103,7 +97,7 @@ class Mmmu(Task):
         for values, known in parts:
             for name in order_of(filter(None, values), known):
                 figures.mean(name, right, here & (values == name))
-        return Scores(figures.numbers(), verdicts, _SPLIT, _PUBLISHED.get(protocol, {}), unanswered, notes)
+        return Scores(figures.numbers(), verdicts, _SPLIT, _PUBLISHED.get(protocol, {}), notes=notes)
 
     def judge_requests(
         self, items: Sequence[Item], predictions: Mapping[str, str | None], protocol: str

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from evals.intervals import Figures
-from evals.items import Attempt, Item, JudgeRequest, Loaded, Number, Scores, Task, Verdict
+from evals.items import Attempt, Item, Judgements, JudgeRequest, Loaded, Number, Predictions, Scores, Task, Verdict
 from evals.prompts import LONGEST_REPLY, THINK_STEP_BY_STEP
 from evals.read import places
 from evals.read.parquet import read_parquet
 from evals.read.pictures import FilePicture, ZipPicture, read_member, zip_members
 from evals.read.tsv import read_tsv
-from evals.tasks.common import Question, answered, make_items, order_of, published
+from evals.tasks.common import Question, make_items, order_of, published
 from janus_jax.io.files import MAX_JSON, parse_json, read_json_object
 from janus_jax.io.messages import one_line
 
@@ -91,15 +91,9 @@ class MmVet(Task):
             THINK_STEP_BY_STEP if protocol in ("report", "vlmevalkit") else "",
         )
 
-    def score(
-        self,
-        items: Sequence[Item],
-        predictions: Mapping[str, str | None],
-        protocol: str,
-        judged: Mapping[str, Any] | None = None,
+    def scored(
+        self, items: Sequence[Item], predictions: Predictions, protocol: str, judged: Judgements | None
     ) -> Scores:
-        self.check_protocol(protocol)
-        items, unanswered = answered(items, predictions)
         judged, runs = judged or {}, _RUNS.get(protocol, 1)
         verdicts, scored, each_run = {}, [], []
         for item in items:
@@ -123,7 +117,7 @@ class MmVet(Task):
         notes = []
         if left := len(items) - len(scored):
             notes.append(f"{left} of {len(items)} replies are not judged, and are left out of the figures")
-        return Scores(numbers, verdicts, "total", _PUBLISHED.get(protocol, {}), unanswered, notes)
+        return Scores(numbers, verdicts, "total", _PUBLISHED.get(protocol, {}), notes=notes)
 
     def judge_requests(
         self, items: Sequence[Item], predictions: Mapping[str, str | None], protocol: str

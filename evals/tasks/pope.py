@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 
 from evals.intervals import Figures, Ratio
-from evals.items import Item, Loaded, Scores, Verdict
+from evals.items import Item, Judgements, Loaded, Predictions, Scores, Verdict
 from evals.prompts import LONGEST_REPLY, SINGLE_WORD, YES_OR_NO, yes_no
 from evals.read import places
 from evals.read.parquet import read_parquet
 from evals.read.pictures import FilePicture, is_file
 from evals.read.tsv import read_tsv
 from evals.rules import yes_no as rules
-from evals.tasks.common import Question, answered, make_items, order_of, published
+from evals.tasks.common import Question, make_items, order_of, published
 from evals.tasks.yes_no import JUDGED, YesNo, gold, no_gold, verdict
 from janus_jax.io.files import parse_json, read_text
 from janus_jax.io.messages import one_line
@@ -53,15 +53,9 @@ class Pope(YesNo):
         listed = ", ".join(f"{name} {sizes[name]:,}" for name in order_of(sizes, SPLITS))
         return make_items(questions, _TEXTS[protocol], tokens, f"{source} ({listed})")
 
-    def score(
-        self,
-        items: Sequence[Item],
-        predictions: Mapping[str, str | None],
-        protocol: str,
-        judged: Mapping[str, Any] | None = None,
+    def scored(
+        self, items: Sequence[Item], predictions: Predictions, protocol: str, judged: Judgements | None
     ) -> Scores:
-        self.check_protocol(protocol)
-        items, unanswered = answered(items, predictions)
         judged = judged if protocol in JUDGED else None
         verdicts = {item.id: verdict(item, predictions[item.id], _RULES[protocol], judged) for item in items}
         figures = Figures(len(items))
@@ -87,7 +81,7 @@ class Pope(YesNo):
             if metric in ("F1", "accuracy"):
                 mean = [Ratio(each.numerator, each.denominator, 100 / len(splits)) for each in ratios[:-1]]
                 figures.add(f"{metric} mean of splits", mean, int(times["overall"].sum()))
-        return Scores(figures.numbers(), verdicts, *_HEADLINES[protocol], unanswered=unanswered, notes=_notes(times))
+        return Scores(figures.numbers(), verdicts, *_HEADLINES[protocol], notes=_notes(times))
 
     def export(self, items: Sequence[Item], predictions: Mapping[str, str | None], protocol: str) -> dict[str, str]:
         """The answer files of POPE's script: a JSON object on each line, in the order of the questions' numbers."""

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from evals.intervals import Figures
-from evals.items import ImageRef, Item, JudgeRequest, Loaded, Scores, Task
+from evals.items import ImageRef, Item, Judgements, JudgeRequest, Loaded, Predictions, Scores, Task
 from evals.prompts import LETTER_DIRECTLY, LONGEST_REPLY, lettered, multiple_choice
 from evals.read import places
 from evals.read.parquet import read_parquet
@@ -17,7 +17,7 @@ from evals.read.pictures import FilePicture
 from evals.read.tsv import read_tsv
 from evals.rules import letters
 from evals.tasks import choices
-from evals.tasks.common import Question, answered, make_items, order_of, published
+from evals.tasks.common import Question, make_items, order_of, published
 from janus_jax.io.files import read_json_object
 from janus_jax.io.messages import one_line
 
@@ -55,15 +55,9 @@ class Seed(Task):
             return make_items(questions, _lmms_text, 16, source)
         return make_items(questions, _text, LONGEST_REPLY, source)
 
-    def score(
-        self,
-        items: Sequence[Item],
-        predictions: Mapping[str, str | None],
-        protocol: str,
-        judged: Mapping[str, Any] | None = None,
+    def scored(
+        self, items: Sequence[Item], predictions: Predictions, protocol: str, judged: Judgements | None
     ) -> Scores:
-        self.check_protocol(protocol)
-        items, unanswered = answered(items, predictions)
         verdicts = {}
         for item in items:
             reply = predictions[item.id]
@@ -78,7 +72,7 @@ class Seed(Task):
         figures.mean("accuracy", right)
         for name in order_of(filter(None, categories), TYPES):
             figures.mean(name, right, categories == name)
-        return Scores(figures.numbers(), verdicts, "accuracy", _PUBLISHED.get(protocol, {}), unanswered)
+        return Scores(figures.numbers(), verdicts, "accuracy", _PUBLISHED.get(protocol, {}))
 
     def judge_requests(
         self, items: Sequence[Item], predictions: Mapping[str, str | None], protocol: str

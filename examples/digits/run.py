@@ -16,11 +16,12 @@ from examples.digits.config import DigitsConfig
 from examples.digits.data import load_split, shifted, to_float, to_rgb, write_sources, write_tokenizer
 from examples.digits.evaluate import evaluate, table
 from janus_jax.io.stores import local_only
+from janus_jax.processes import from_first
 from janus_jax.processing.chat import Processor
 from janus_jax.weights.checkpoint import write_json
 from train.prepare import prepare, vq_encoder
 from train.raw.sources import open_source
-from train.run.distributed import barrier, from_first
+from train.run.distributed import barrier
 from train.run.figures import loss_curves
 from train.run.loop import train
 from train.run.metrics import FILE

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from janus_jax.io.whole.files import write_file
 from janus_jax.pipeline import JanusPipeline
+from janus_jax.processes import from_first
 from janus_jax.processing.chat import Processor
 from janus_jax.processing.images import ImageSettings, contact_sheet
 from janus_jax.sharding import cast
@@ -25,7 +26,7 @@ from train.config import KINDS, DataConfig, TrainConfig
 from train.data.batches import Assembler
 from train.data.mixture import Mixture
 from train.run.callbacks import Callback, Moment, Run
-from train.run.distributed import from_first, say, together
+from train.run.distributed import say, together
 from train.run.failures import Tries
 from train.step.leaves import joined
 from train.step.loss import combined

@@ -31,12 +31,13 @@ from janus_jax.io.messages import one_line
 from janus_jax.io.store_access import StoreUnavailable, is_store
 from janus_jax.io.stores import StorePath, as_path
 from janus_jax.io.whole.files import PARTIAL, remove_partial, write_file
+from janus_jax.processes import from_first
 from janus_jax.sampling.memory import OutOfMemory
 from janus_jax.weights.checkpoint import json_bytes
 from train.config import TrainConfig
 from train.overrides import diff, to_json
 from train.run import lease
-from train.run.distributed import from_first, say, together
+from train.run.distributed import say, together
 from train.run.faults import STOPPED, STORAGE, Stopped
 from train.run.lease import Lease
 from train.step.earlier import CHECKPOINTS, FROZEN, RUN

@@ -154,11 +154,6 @@ def _reach(coordinator: str, timeout: int):
 # ---------------------------------------------------------------- agreeing
 
 
-def from_first(value: Any) -> Any:
-    """Process 0's `value`, which must be JSON-serializable, in every process."""
-    return json.loads(gather(json.dumps(value))[0])
-
-
 def barrier():
     """Waits until every process gets here."""
     gather("")

@@ -20,12 +20,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from janus_jax.config import original_config
 from janus_jax.io.stores import StorePath
 from janus_jax.io.whole.folders import Staging
+from janus_jax.processes import from_first
 from janus_jax.processing.processor_files import PROCESSOR_FILES, TOKENIZER_FILES, copy_files
 from janus_jax.weights import checkpoint
 from janus_jax.weights.adapters.peft_files import CONFIG, is_adapter
 from janus_jax.weights.adapters.peft_writing import write_adapter
 from train.config import TrainConfig
-from train.run.distributed import from_first, say, together
+from train.run.distributed import say, together
 from train.step.init import folder_of
 from train.step.leaves import adapter_of
 from train.step.state import Params

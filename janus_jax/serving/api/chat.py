@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -111,19 +112,17 @@ def _jobs(served: Served, body: ChatRequest, adapter: str | None) -> list[Job]:
     messages, system = _conversation(served, body.messages)
     limit, context = body.max_completion_tokens or body.max_tokens, served.engine.context
     seed = some_seed() if body.seed is None else body.seed % 2**32
-    jobs = []
-    for index in range(body.n or 1):
-        options = Options(
-            temperature=body.temperature or 0.0,
-            top_p=1.0 if body.top_p is None else body.top_p,
-            top_k=body.top_k,
-            seed=(seed + index) % 2**32,
-        )
-        job = question(served.janus, messages, (), limit or 1, options, system_prompt=system, adapter=adapter)
-        if limit is None:
-            job.limit = max(1, min(served.limits.max_tokens, context - job.prompt_tokens))
-        jobs.append(job)
-    return jobs
+    options = Options(
+        temperature=body.temperature or 0.0,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        top_k=body.top_k,
+        seed=seed,
+    )
+    job = question(served.janus, messages, (), limit or 1, options, system_prompt=system, adapter=adapter)
+    if limit is None:
+        job.limit = max(1, min(served.limits.max_tokens, context - job.prompt_tokens))
+    others = [dataclasses.replace(options, seed=(seed + index) % 2**32) for index in range(1, body.n or 1)]
+    return [job, *(Job(job.prompts, own, job.limit, job.end_id, adapter=adapter) for own in others)]
 
 
 def _conversation(served: Served, messages: list[Message]) -> tuple[list[dict[str, Any]], str]:
@@ -164,20 +163,22 @@ def _conversation(served: Served, messages: list[Message]) -> tuple[list[dict[st
 class _Choice:
     """One answer under way."""
 
-    def __init__(self, served: Served, stops: list[str]):
+    def __init__(self, served: Served, stops: list[str], logprobs: bool):
         self.tokenizer = served.janus.processor.tokenizer
+        self._noting = logprobs
         self.answer = Answer(self.tokenizer, stops)
         self.text, self.reason = "", ""
         self.logprobs: list[dict[str, Any]] = []
 
     def take(self, event: Token | Ended) -> tuple[str, list[dict[str, Any]]]:
-        """The text and log probabilities that come with an event; `reason` says whether it was the last."""
+        """The text that comes with an event, and log probabilities if asked for; `reason` says if it was the last."""
         noted = []
         if isinstance(event, Token):
             piece = self.answer.push(event.token)
-            spelled = self.tokenizer.decode([event.token], skip_special_tokens=False)
-            own = {"token": spelled, "logprob": event.logprob, "bytes": list(spelled.encode()), "top_logprobs": []}
-            noted = [own]
+            if self._noting:
+                spelled = self.tokenizer.decode([event.token], skip_special_tokens=False)
+                own = {"token": spelled, "logprob": event.logprob, "bytes": list(spelled.encode()), "top_logprobs": []}
+                noted = [own]
             if self.answer.stopped:
                 self.reason = "stop"
         else:
@@ -193,7 +194,7 @@ class _Asked:
     def __init__(self, served: Served, name: str, body: ChatRequest, jobs: list[Job]):
         self.served, self.body, self.jobs = served, body, jobs
         self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
-        self.choices = [_Choice(served, _stops(body)) for _ in jobs]
+        self.choices = [_Choice(served, _stops(body), bool(body.logprobs)) for _ in jobs]
 
     async def events(self) -> AsyncIterator[tuple[int, str, list[dict[str, Any]], str]]:
         """(choice, text, log probabilities, reason for its end or ''), until all are over."""
@@ -237,7 +238,7 @@ class _Asked:
         return {**self.head, "object": "chat.completion", "choices": choices, "usage": self.usage}
 
     def _chunk(self, index: int, delta: dict[str, Any], reason: str | None = None, noted: Any = None) -> str:
-        logprobs = {"content": noted, "refusal": None} if self.body.logprobs and noted else None
+        logprobs = {"content": noted, "refusal": None} if noted else None
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         chunk: dict[str, Any] = {**self.head, "object": "chat.completion.chunk", "choices": [choice]}
         if self._with_usage:
@@ -257,7 +258,7 @@ class _Asked:
                     begun = True
                     for each in range(len(self.jobs)):
                         yield self._chunk(each, {"role": "assistant", "content": ""})
-                if piece or (noted and self.body.logprobs):
+                if piece or noted:
                     yield self._chunk(index, {"content": piece}, noted=noted)
                 if reason:
                     yield self._chunk(index, {}, reason)
