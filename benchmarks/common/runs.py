@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.metadata
+import itertools
 import json
 import math
 import os
 import pathlib
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -77,15 +79,22 @@ def run_rounds(
 
     Args:
       environment: (round, variant) to what the process's environment has beside ours.
-    Returns: the rounds of each variant. One that fails has {"failed": exit code} last, and is not run again.
+    Returns: the rounds of each variant. One that fails has {"failed": exit code} last, and is not run again. Stopped by
+      SIGINT or SIGTERM, the rounds so far: the variant that was stopped counts as failed.
     """
     runs: Runs = {variant: [] for variant in variants}
-    for number in range(rounds):
-        for variant in variants:
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        for number, variant in itertools.product(range(rounds), variants):
             if any("failed" in run for run in runs[variant]):
                 continue
             print(f"round {number + 1} of {rounds}: {variant}", file=sys.stderr, flush=True)
             runs[variant].append(run_child(name, [*arguments, "--json", variant], environment(number, variant)))
+    except KeyboardInterrupt:
+        runs[variant].append({"failed": -signal.SIGTERM})
+        print("stopped: what was measured before follows", file=sys.stderr, flush=True)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return runs
 
 

@@ -7,6 +7,9 @@ import importlib
 import io
 import json
 import math
+import os
+import signal
+import time
 
 import jax
 import numpy as np
@@ -319,6 +322,22 @@ def test_a_variant_that_fails_is_named_and_not_run_again(monkeypatch, capsys):
     assert _common.publish("x", "X", "about", [("one",), ("1",)], runs, ["--some"], None) == 1
     printed = capsys.readouterr().out
     assert "Failed: b (exit code -9)." in printed and "on a device;" in printed and "benchmarks.x --some" in printed
+
+
+def test_what_was_measured_before_a_stop_is_kept(monkeypatch, capsys):
+    def child(name, arguments, environment):
+        if arguments[-1] == "b":
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)  # which the signal ends
+        return {"step": 1.0, "device": "a device"}
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(_common, "run_child", child)
+    runs = _common.run_rounds("x", [], ["a", "b", "c"], 2)
+    assert runs == {"a": [{"step": 1.0, "device": "a device"}], "b": [{"failed": -15}], "c": []}
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert _common.publish("x", "X", "about", [("one",), ("1",)], runs, [], None) == 1
+    assert "Failed: b (exit code -15)." in capsys.readouterr().out
 
 
 def test_a_process_that_fails_is_reported():
