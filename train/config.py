@@ -13,6 +13,7 @@ from typing import ClassVar, Literal, get_args
 from janus_jax.config import JanusConfig
 
 KINDS = ("understanding", "text", "generation")
+PREFERENCE = "preference"  # prepared like these, for DPO: a prompt with a chosen and a rejected picture
 # What a position is trained to predict: nothing (0), or the next token of a sample of that kind.
 TASKS = {kind: number for number, kind in enumerate(KINDS, 1)}
 

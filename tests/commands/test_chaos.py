@@ -89,10 +89,10 @@ def test_a_start_killed_while_it_describes_the_run_is_no_hindrance(tmp_path, lef
 @pytest.mark.slow
 def test_readers_do_not_outlive_a_killed_run():
     program = (
-        "import concurrent.futures, multiprocessing, os, time, train.data.batches as batches\n"
+        "import concurrent.futures, multiprocessing, os, time, train.children as children\n"
         "if __name__ == '__main__':\n"
         "    spawn = multiprocessing.get_context('spawn')\n"
-        "    pool = concurrent.futures.ProcessPoolExecutor(1, spawn, batches._outlive_the_notice)\n"
+        "    pool = concurrent.futures.ProcessPoolExecutor(1, spawn, children.outlive_the_notice)\n"
         "    print(pool.submit(os.getpid).result(), flush=True)\n"
         "    time.sleep(100)\n"
     )

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,6 +13,7 @@ import numpy as np
 from janus_jax.config import IMAGE_CHANNELS
 from janus_jax.io.store_access import is_store
 from janus_jax.processing.images import ImageSettings, understanding_pixels_uint8
+from train.children import outlive_the_notice
 from train.config import TASKS
 from train.data.mixture import Item, Mixture
 from train.data.samples import Sample
@@ -180,19 +177,7 @@ def load_batches(
     _parse_absl_flags()
     made = steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-    return iter(made.mp_prefetch(options, worker_init_fn=_outlive_the_notice))
-
-
-def _outlive_the_notice(*_):
-    # Ending a job signals all of its processes, but the rows are needed until the run has stopped.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_end_with_the_run, daemon=True).start()
-
-
-def _end_with_the_run():
-    # A killed run cannot stop its workers.
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    return iter(made.mp_prefetch(options, worker_init_fn=outlive_the_notice))
 
 
 def _parse_absl_flags():
