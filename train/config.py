@@ -14,6 +14,8 @@ from janus_jax.config import JanusConfig
 
 KINDS = ("understanding", "text", "generation")
 PREFERENCE = "preference"  # prepared like these, for DPO: a prompt with a chosen and a rejected picture
+PREPARED = (*KINDS, PREFERENCE)
+ENCODED = ("generation", PREFERENCE)  # the kinds whose pictures are stored as codes
 # What a position is trained to predict: nothing (0), or the next token of a sample of that kind.
 TASKS = {kind: number for number, kind in enumerate(KINDS, 1)}
 

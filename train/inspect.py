@@ -12,13 +12,16 @@ import sys
 
 import numpy as np
 
+from janus_jax.hub import resolve
 from janus_jax.io.messages import one_line, print_any_text, print_error
 from janus_jax.io.stores import as_path
 from janus_jax.io.whole.files import write_file
 from janus_jax.processing.images import open_image
-from train.data.prepared import open_prepared
-from train.data.views import View, Viewer
-from train.inspect_page import page
+from train.config import ENCODED
+from train.data.prepared import Prepared, open_prepared
+from train.data.views import View, Viewer, stored_codes
+from train.fleet.encoder import vq_decoder
+from train.inspect_page import Decode, page
 
 _LINE = 2000  # characters of a line in the terminal
 
@@ -32,8 +35,8 @@ def describe(view: View) -> str:
     head = f"sample {view.index}: {sample.kind}, {sample.length:,} tokens, {view.trained_tokens:,} of them trained on"
     lines = [head, f"  place: {one_line(sample.place) or 'not kept'}"]
     lines += [f"  image {number}: {picture(image)}" for number, image in enumerate(sample.images, 1)]
-    if len(sample.codes):
-        lines.append(f"  codes: {len(sample.codes)}, {len(np.unique(sample.codes))} of them distinct")
+    for name, codes in stored_codes(sample).items():
+        lines.append(f"  {name}: {len(codes)}, {len(np.unique(codes))} of them distinct")
     shown = "".join(f"[[{piece.text}]]" if piece.trained else piece.text for piece in view.pieces)
     lines += [f"  | {one_line(line, _LINE)}" for line in shown.splitlines()]
     if view.short:
@@ -63,6 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print a JSON object on each line")
     parser.add_argument("--html", metavar="FILE", help="write an HTML page")
     parser.add_argument("--model", help="checkpoint with the tokenizer (default: the stored one)")
+    parser.add_argument("--vq", metavar="DIR", help="checkpoint that shows codes as images on the page")
     args = parser.parse_args(argv)
     # Text may contain characters that the terminal or the output file cannot represent.
     sys.stdout.reconfigure(errors="backslashreplace")
@@ -70,6 +74,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.n < 1:
             raise ValueError(f"--n must be at least 1, got {args.n}")
+        if args.vq and not args.html:
+            raise ValueError("--vq shows codes as images on a page; add --html FILE")
         folder = open_prepared(args.folder)
         viewer, views = Viewer(folder, args.model), []
         for index in _chosen(len(folder), args.n, args.random):
@@ -86,7 +92,8 @@ def main(argv: list[str] | None = None) -> int:
             elif not args.html:
                 print(describe(view), end="\n\n")
         if args.html:
-            write_file(as_path(args.html), page(folder, views).encode(errors="replace"))
+            decode = None if args.vq is None else _decoder(args.vq, folder)
+            write_file(as_path(args.html), page(folder, views, decode).encode(errors="replace"))
             if not args.json:
                 print(f"{one_line(args.html)}: {len(views)} of {len(folder):,} samples")
     except BrokenPipeError:
@@ -96,6 +103,16 @@ def main(argv: list[str] | None = None) -> int:
         print_error(error)
         return 2
     return 2 if failed else 0
+
+
+def _decoder(model: str, folder: Prepared) -> Decode:
+    decode, ours = vq_decoder(resolve(model))
+    theirs = folder.meta["settings"].get("vq")
+    if folder.kind not in ENCODED:
+        raise ValueError(f"{one_line(folder.folder)} has {folder.kind} samples, which are no codes; leave out --vq")
+    if theirs and theirs != ours:
+        raise ValueError(f"{one_line(folder.folder)} was encoded by another VQ model than that of {one_line(model)}")
+    return decode
 
 
 def _chosen(count: int, n: int, seed: int | None) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image
@@ -13,7 +13,7 @@ from PIL import Image
 from janus_jax.io.messages import one_line
 from janus_jax.processing.images import open_image
 from train.data.prepared import Prepared
-from train.data.views import View
+from train.data.views import View, stored_codes
 
 _SIDE = 320  # pixels of an image on the page
 _STYLE = """
@@ -35,8 +35,11 @@ mark .mark { outline: 2px solid var(--edge); }
 """
 
 
-def page(folder: Prepared, views: Sequence[View]) -> str:
-    """HTML of `views`; everything that comes from data is escaped."""
+Decode = Callable[[np.ndarray], np.ndarray]  # from codes [num_tokens] to uint8 [h, w, 3]
+
+
+def page(folder: Prepared, views: Sequence[View], decode: Decode | None = None) -> str:
+    """HTML of `views`; everything that comes from data is escaped. Codes are shown as images if `decode` is given."""
     name = html.escape(one_line(folder.folder))
     tokens = int(folder.lengths.sum(dtype=np.int64))
     whole = f"{len(folder):,} {folder.kind} samples, {tokens:,} tokens; {len(views):,} of them here"
@@ -57,19 +60,18 @@ def page(folder: Prepared, views: Sequence[View]) -> str:
             f"<h1>{name}</h1><p class='facts'>{whole}. {note}</p>",
             "<p class='key'><span><mark>trained on</mark></span><span><span class='mark'>image</span> an image</span>"
             "<span><mark><span class='mark'>codes</span></mark> the codes of an image to draw</span></p>",
-            *map(_article, views),
+            *(_article(view, decode) for view in views),
             "</body></html>",
             "",
         ]
     )
 
 
-def _article(view: View) -> str:
+def _article(view: View, decode: Decode | None) -> str:
     sample = view.sample
     facts = f"{sample.length:,} tokens, {view.trained_tokens:,} trained on"
     figures = [_picture(number, image) for number, image in enumerate(sample.images, 1)]
-    if len(sample.codes):
-        figures.append(_codes(sample.codes))
+    figures += [_codes(name, codes, decode) for name, codes in stored_codes(sample).items()]
     short = f"<p class='facts'>cut to its first sentence: {_escape(view.short)}</p>" if view.short else ""
     pictures = f"<div class='pictures'>{''.join(figures)}</div>" if figures else ""
     return (
@@ -86,7 +88,8 @@ def _text(view: View) -> str:
             shown = _escape(piece.text)
         else:
             number += piece.kind == "image"
-            label = f"image {number}" if piece.kind == "image" else f"{len(view.sample.codes)} codes"
+            stored = [f"{len(codes)} {name}" for name, codes in stored_codes(view.sample).items()]
+            label = f"image {number}" if piece.kind == "image" else ", ".join(stored)
             shown = f"<span class='mark'>{label}</span>"
         made.append(f"<mark>{shown}</mark>" if piece.trained else shown)
     return "".join(made)
@@ -107,15 +110,19 @@ def _picture(number: int, image: bytes) -> str:
     return f"<figure><img src='{_uri(opened)}' alt='image {number}'><figcaption>{told}</figcaption></figure>"
 
 
-def _codes(codes: np.ndarray) -> str:
-    """The codes as a map of colors, which shows whether they vary as in an image."""
+def _codes(name: str, codes: np.ndarray, decode: Decode | None) -> str:
+    """The image of the codes, or a map of colors, which shows whether they vary as in an image."""
+    told = f"{len(codes)} {name}, {len(np.unique(codes))} distinct"
+    if decode is not None:
+        image = Image.fromarray(decode(codes))
+        return f"<figure><img src='{_uri(image)}' alt='{name}'><figcaption>{told}</figcaption></figure>"
     side = int(len(codes) ** 0.5)
     rows = codes if side * side == len(codes) else codes[: side * side]
     hashed = (rows.astype(np.uint64) * np.uint64(2654435761)) & np.uint64(0xFFFFFFFF)
     colors = np.stack([(hashed >> np.uint64(shift)) & np.uint64(255) for shift in (24, 16, 8)], -1)
     uri = _uri(Image.fromarray(colors.astype(np.uint8).reshape(side, side, 3)))
-    told = f"{len(codes)} codes, {len(np.unique(codes))} distinct, a color each"
-    return f"<figure><img class='codes' src='{uri}' alt='codes'><figcaption>{told}</figcaption></figure>"
+    told += ", a color each"
+    return f"<figure><img class='codes' src='{uri}' alt='{name}'><figcaption>{told}</figcaption></figure>"
 
 
 def _uri(image: Image.Image) -> str:

@@ -19,7 +19,7 @@ import jax
 from janus_jax.io.messages import print_any_text, print_error
 from janus_jax.processing.chat import Processor
 from janus_jax.sampling.memory import OutOfMemory
-from train.config import KINDS
+from train.config import PREPARED
 from train.data.shards import Encode
 from train.data.tokenize import STORES
 from train.fleet import ray_engine
@@ -50,9 +50,10 @@ def prepare(
     Args:
       source: from `train.raw.sources.open_source`, or any sequence of `RawSample`.
       out: the folder to write; a folder begun with other settings is refused.
-      kind: 'understanding', 'text' or 'generation'.
+      kind: 'understanding', 'text', 'generation' or 'preference'.
       processor: the processor of the checkpoint to be trained.
-      encode: for generation: float32 images [B, h, w, 3] in [-1, 1] to int32 codes [B, num_tokens], B = `batch_size`.
+      encode: for generation and preference: float32 images [B, h, w, 3] in [-1, 1] to int32 codes [B, num_tokens]; B is
+        `batch_size`, but at least as many as a sample has.
       vq_fingerprint: fingerprint of the VQ model of `encode`, see `vq_encoder`.
       progress: whether to show a bar; default in a terminal or a notebook.
       part: the share of this process, where several prepare the same folder; whichever ends last finishes it.
@@ -121,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m train.prepare", description="Prepares data for training.")
     usual = {field.name: field.default for field in dataclasses.fields(PrepareOptions)}
     parser.set_defaults(**usual)
-    parser.add_argument("--kind", choices=KINDS)
+    parser.add_argument("--kind", choices=PREPARED)
     parser.add_argument("--source", metavar="PATH", help="file, folder or glob")
     parser.add_argument(
         "--format", choices=NAMES, metavar="FORMAT", help=f"of the files: {', '.join(FORMATS)} (default: detected)"

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from janus_jax.io.messages import one_line
 from janus_jax.processing.chat import Processor
 from janus_jax.sharding import flatten
+from train.config import ENCODED
 from train.data.prepared import Prepared
 from train.data.tokenize import resized_by, tokenizer_fingerprint
 
@@ -39,7 +40,7 @@ def check_folders(folders: Iterable[Prepared], processor: Processor):
                 f"{expected}); prepare it again with this model"
             )
         codes, expected = len(folder[0].codes), processor.config.gen_vision.num_tokens
-        if folder.kind == "generation" and codes != expected:
+        if folder.kind in ENCODED and codes != expected:
             raise ValueError(f"{folder.folder} was prepared for {codes} codes per image, the model has {expected}")
 
 
@@ -52,7 +53,7 @@ def params_fingerprint(params: Any) -> str:
 
 
 def check_codes(folders: Iterable[Prepared], frozen: dict[str, Any], mesh: Mesh) -> list[str]:
-    """Compares the VQ model with which each generation folder was encoded with the run's own, on any mesh.
+    """Compares the VQ model with which each folder's images were encoded with the run's own, on any mesh.
 
     Every process of a run calls it, and all get the same result.
 
@@ -62,7 +63,7 @@ def check_codes(folders: Iterable[Prepared], frozen: dict[str, Any], mesh: Mesh)
     Returns: remarks, one line each, on folders that cannot be checked.
     Raises: ValueError in one line for a folder with the codes of another VQ model.
     """
-    folders = [folder for folder in folders if folder.kind == "generation"]
+    folders = [folder for folder in folders if folder.kind in ENCODED]
     remarks, checked = [], []
     for folder in folders:
         if folder.meta["version"] >= _COMPARED_FROM and folder.meta.get("settings", {}).get("vq"):

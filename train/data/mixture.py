@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 
-from train.config import KINDS, DataConfig
+from train.config import KINDS, PREFERENCE, DataConfig
 from train.data.packing import pack
 from train.data.prepared import Prepared, open_prepared
 from train.records.cache import CacheSettings
@@ -111,9 +111,8 @@ def open_kind(path: str, kind: str, data: DataConfig) -> Prepared:
     """The prepared folder `path`; ValueError in one line if it has no samples of `kind` that fit the rows of `data`."""
     folder = open_prepared(path, cache_settings(data))
     if folder.kind != kind:
-        raise ValueError(
-            f"{path} has {folder.kind} samples but is listed in data.{kind}; list it in data.{folder.kind}"
-        )
+        place = "dpo.pairs" if folder.kind == PREFERENCE else f"data.{folder.kind}"
+        raise ValueError(f"{path} has {folder.kind} samples but is listed in data.{kind}; list it in {place}")
     longest, most = folder.longest(), folder.most_images()
     if longest > data.context:
         raise ValueError(

@@ -20,6 +20,7 @@ import numpy as np
 
 from janus_jax.io.ahead import in_order
 from janus_jax.io.whole.files import discard, new_partial, publish, write_file
+from train.config import PREFERENCE
 from train.data.prepared import read_meta
 from train.data.samples import Sample
 from train.data.shard_files import data_file, index_file, index_text
@@ -149,7 +150,7 @@ class ShardWriter:
                     put(one[0])
                 else:
                     waiting.append((one[0][0], one[1]))
-                    if len(waiting) == self.batch_size:
+                    if len(waiting) * len(one[1]) + len(one[1]) > self.batch_size:
                         before, encoding = encoding, self._start(waiting)
                         waiting = []
                         put(self._with_codes(before))
@@ -165,23 +166,27 @@ class ShardWriter:
 
     def _start(self, waiting: list[tuple[Sample, np.ndarray]]) -> tuple[list[Sample], Any]:
         """The samples of a batch, and their codes, which a device may still be computing."""
+        given = np.concatenate([pixels for _, pixels in waiting])
         # Always the same shape, so that it is compiled once.
-        images = np.zeros((self.batch_size, *waiting[0][1].shape), np.float32)
-        images[: len(waiting)] = [pixels for _, pixels in waiting]
+        images = np.zeros((max(self.batch_size, len(given)), *given.shape[1:]), np.float32)
+        images[: len(given)] = given
         return [sample for sample, _ in waiting], self.encode(images)
 
     def _with_codes(self, encoding: tuple[list[Sample], Any] | None) -> Sequence[Sample]:
         if encoding is None:
             return ()
         samples, codes = encoding[0], np.asarray(encoding[1])
-        expected = (self.batch_size, self.tokenize.processor.config.gen_vision.num_tokens)
+        each = 2 if self.tokenize.kind == PREFERENCE else 1
+        expected = (max(self.batch_size, each), self.tokenize.processor.config.gen_vision.num_tokens)
         if codes.shape != expected or not np.issubdtype(codes.dtype, np.integer):
             raise ValueError(f"encode gave {codes.dtype} {list(codes.shape)}, expected integers {list(expected)}")
-        if codes[: len(samples)].min() < 0:  # as `VQModel.encode` marks vectors that are not finite
+        own = codes[: each * len(samples)].astype(np.int32)
+        if own.min() < 0:  # as `VQModel.encode` marks vectors that are not finite
             raise ValueError("the VQ encoder's values are not finite: its weights are damaged; get them again")
-        return [
-            dataclasses.replace(sample, codes=own) for sample, own in zip(samples, codes.astype(np.int32), strict=False)
-        ]
+        if each == 1:
+            return [dataclasses.replace(sample, codes=one) for sample, one in zip(samples, own, strict=True)]
+        pairs = zip(samples, own[::2], own[1::2], strict=True)
+        return [dataclasses.replace(sample, codes=chosen, rejected=other) for sample, chosen, other in pairs]
 
     def _store(self, shard: int, partial: pathlib.Path, writer: BagWriter, index: dict) -> dict:
         path = self.out / data_file(shard)

@@ -24,7 +24,7 @@ from janus_jax.processing.images import (
     open_image,
     understanding_pixels_uint8,
 )
-from train.config import KINDS
+from train.config import PREFERENCE, PREPARED
 from train.data.samples import Sample
 from train.raw.readers import MAX_PICTURE
 from train.raw.sources import BadSample, RawSample
@@ -37,6 +37,7 @@ _WANTED = {
     "understanding": "a conversation, or a caption with its image",
     "text": "a text or a conversation without images",
     "generation": "a caption with its image",
+    PREFERENCE: "a prompt with a chosen and a rejected image",
 }
 
 
@@ -48,6 +49,7 @@ class SampleTokenizer:
     - text: a conversation without images; or a text, as BOS, text, EOS. A text longer than the context becomes several
       samples of about equal length, each with its own BOS.
     - generation: a caption as the prompt of its image; the caller adds the codes.
+    - preference: a prompt with a chosen and a rejected image; the caller adds the codes of both.
 
     `system_prompt` is for conversations without one; '' for none. Text that contains a special token is refused, since
     it could end a turn or stand for an image.
@@ -61,8 +63,8 @@ class SampleTokenizer:
         system_prompt: str = SYSTEM_PROMPT,
         store: str = "original",
     ):
-        if kind not in KINDS:
-            raise ValueError(f"unknown kind {kind!r}; known: {', '.join(KINDS)}")
+        if kind not in PREPARED:
+            raise ValueError(f"unknown kind {kind!r}; known: {', '.join(PREPARED)}")
         fixed = {"understanding": processor.config.vision.num_patches, "text": 0}
         least = fixed.get(kind, processor.config.gen_vision.num_tokens) + 4
         if context < least:
@@ -79,33 +81,40 @@ class SampleTokenizer:
         self._image = [tokenizer.begin_of_image_id, *slots, tokenizer.end_of_image_id]
 
     def __call__(self, raw: RawSample) -> tuple[list[Sample], np.ndarray | None]:
-        """The samples of `raw`, and for a generation sample its pixels, float32 [h, w, 3] in [-1, 1].
+        """The samples of `raw`, and the pixels of images to be encoded, float32 [images, h, w, 3] in [-1, 1].
 
+        These are one for a generation sample, and for a preference the chosen one and the rejected one; else None.
         Raises BadSample.
         """
         if self.kind == "generation" and raw.caption is not None:
-            samples = [self._prompt(raw)]
-            return samples, self._pixels(raw)
+            samples = [self._prompt(raw.caption, raw, cut=True)]
+            return samples, self._pixels(raw, "")
+        if self.kind == PREFERENCE and raw.prompt is not None:
+            samples = [self._prompt(raw.prompt, raw)]
+            pixels = self._pixels(raw, "chosen", "rejected")
+            if np.array_equal(*pixels):
+                raise BadSample("same_images", raw.place, "the chosen and the rejected image are the same")
+            return samples, pixels
         if self.kind == "understanding" and raw.caption is not None:
             return [self._caption(raw)], None
         if self.kind == "text" and raw.text is not None:
             return self._text(raw), None
-        if self.kind != "generation" and raw.messages is not None:
+        if self.kind in ("understanding", "text") and raw.messages is not None:
             return [self._conversation(raw)], None
         raise BadSample("missing_field", raw.place, f"{self.kind} needs {_WANTED[self.kind]}")
 
     # ------------------------------------------------------------ kinds
 
-    def _prompt(self, raw: RawSample) -> Sample:
-        caption, short = self._clean(raw.caption, raw), []
+    def _prompt(self, text: str, raw: RawSample, cut: bool = False) -> Sample:
+        caption, short = self._clean(text, raw), []
         try:
             ids = self.processor.text_to_image_prompt(caption)
             first, *more = _SENTENCE_END.split(caption, maxsplit=1)
-            if more and more[0]:
+            if cut and more and more[0]:
                 short = self.processor.text_to_image_prompt(first)
         except ValueError as error:  # longer than the model's positions
             raise BadSample("too_long", raw.place, str(error)) from None
-        sample = Sample("generation", _ids(ids), np.zeros(len(ids), bool), short_ids=_ids(short))
+        sample = Sample(self.kind, _ids(ids), np.zeros(len(ids), bool), short_ids=_ids(short))
         self._check_length(sample.length + self.processor.config.gen_vision.num_tokens, raw)
         return sample
 
@@ -198,9 +207,12 @@ class SampleTokenizer:
             Image.fromarray(understanding_pixels_uint8(image, self.processor.settings)).save(file, "PNG")
             return file.getvalue()
 
-    def _pixels(self, raw: RawSample) -> np.ndarray:
-        with _reading(raw.place):
-            return generation_pixels(raw.images[0], self.processor.config.gen_vision.image_size)
+    def _pixels(self, raw: RawSample, *names: str) -> np.ndarray:
+        made = []
+        for image, name in zip(raw.images, names, strict=True):
+            with _reading(raw.place, name):
+                made.append(generation_pixels(image, self.processor.config.gen_vision.image_size))
+        return np.stack(made)
 
 
 def tokenizer_fingerprint(processor: Processor) -> str:
@@ -219,10 +231,10 @@ def _ids(ids: list[int] | np.ndarray) -> np.ndarray:
 
 
 class _reading:
-    """Turns errors in reading an image into BadSample."""
+    """Turns errors in reading an image, which may have a name, into BadSample."""
 
-    def __init__(self, place: str):
-        self.place = place
+    def __init__(self, place: str, name: str = ""):
+        self.place, self._name = place, f"{name}: " if name else ""
 
     def __enter__(self):
         return self
@@ -232,9 +244,9 @@ class _reading:
             return  # the image may be intact
         if isinstance(error, OSError):
             detail = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
-            raise BadSample("missing_image", self.place, detail) from None
+            raise BadSample("missing_image", self.place, f"{self._name}{detail}") from None
         if isinstance(error, ValueError):
-            raise BadSample("undecodable_image", self.place, str(error)) from None
+            raise BadSample("undecodable_image", self.place, f"{self._name}{error}") from None
 
 
 def _image_file(image: ImageSource, place: str) -> bytes:

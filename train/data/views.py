@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import tokenizers
 
 from janus_jax.config import read_config
@@ -54,7 +55,7 @@ class View:
 
     @property
     def trained_tokens(self) -> int:
-        return int(self.sample.answers.sum()) + len(self.sample.codes)
+        return int(self.sample.answers.sum()) + len(self.sample.codes) + len(self.sample.rejected)
 
     def to_json(self) -> dict[str, Any]:
         """The object that `--json` prints; `spans` are the ranges [begin, end) of `text` that are trained on."""
@@ -67,12 +68,19 @@ class View:
             "answers": list(self.answers),
             "spans": spans,
             "images": len(self.sample.images),
-            "codes": len(self.sample.codes),
+            "codes": len(self.sample.codes) + len(self.sample.rejected),
             "tokens": self.sample.length,
             "trained_tokens": self.trained_tokens,
             "short_text": self.short,
             "place": self.sample.place,
         }
+
+
+def stored_codes(sample: Sample) -> dict[str, np.ndarray]:
+    """The codes of a sample's images, by what they are called."""
+    if len(sample.rejected):
+        return {"chosen codes": sample.codes, "rejected codes": sample.rejected}
+    return {"codes": sample.codes} if len(sample.codes) else {}
 
 
 class Viewer:

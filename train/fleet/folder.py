@@ -29,6 +29,7 @@ def probe(source: Sequence[RawSample]) -> str:
             raw = patiently(lambda item=int(item): read(item))
             images = [hashlib.sha256(image).hexdigest() for image in raw.images if isinstance(image, bytes)]
             content = (raw.messages, raw.text, raw.caption, images, *([raw.untrained] if raw.untrained else []))
+            content += () if raw.prompt is None else (raw.prompt,)
             digest.update(repr(content).encode(errors="replace"))
         except BadSample as error:
             digest.update(error.reason.encode())

@@ -11,6 +11,7 @@ from janus_jax.config import read_config
 from janus_jax.hub import resolve
 from janus_jax.io.store_access import is_store
 from janus_jax.processing.chat import Processor
+from train.config import ENCODED
 from train.fleet.encoder import vq_encoder
 from train.fleet.preparation import Preparation, PrepareOptions
 from train.fleet.shares import ALL, Part
@@ -52,7 +53,7 @@ class Job(PrepareOptions):
         source = self.open_source() if source is None else source
         folder = resolve(self.model)
         processor = Processor.from_folder(folder, read_config(folder))
-        encode, fingerprint = vq_encoder(folder) if self.kind == "generation" else (None, "")
+        encode, fingerprint = vq_encoder(folder) if self.kind in ENCODED else (None, "")
         options = dataclasses.replace(self, batch_size=self.batch_size * (len(jax.local_devices()) if encode else 1))
         given = {"encode": encode, "vq_fingerprint": fingerprint, "progress": progress}
         return Preparation(source, self.out, self.kind, processor, options, **given)

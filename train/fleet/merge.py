@@ -25,11 +25,13 @@ from janus_jax.io.store_access import is_store
 from janus_jax.io.store_cache import local_copy
 from janus_jax.io.stores import as_path
 from janus_jax.io.whole.files import appearing, remove_partial, write_file
+from train.config import PREFERENCE
 from train.data.prepared import DROPPED, ENDS, FORMAT_VERSION, IMAGES, INDEX, LENGTHS, META, read_meta
 from train.data.shard_files import data_file, listed_shards, missing_shards, read_indices, shard_count
 from train.data.shards import Tally
 from train.fleet.folder import mark_of
 
+_STORED = {"generation": 1, PREFERENCE: 2}  # images of a sample that are codes
 _REMOVED_AT_ONCE = 32  # files; a store answers late
 
 
@@ -87,7 +89,7 @@ class Totals:
 
     def report(self, out: pathlib.Path, kind: str, waits_for: int = 0) -> Report:
         counts = dict(self.dropped.most_common())
-        pictures = self.kept if kind == "generation" else self.images
+        pictures = _STORED[kind] * self.kept if kind in _STORED else self.images
         return Report(out, kind, self.read, self.kept, self.tokens, counts, pictures, waits_for=waits_for)
 
 
@@ -205,8 +207,8 @@ def _growing(path: pathlib.Path, dtype: type) -> Iterator[_Growing]:
 
 def report_of(out: pathlib.Path, meta: dict[str, Any], changed: int = 0) -> Report:
     """The report of a finished folder."""
-    pictures = meta["samples"]
-    if meta["kind"] != "generation":
+    pictures = _STORED.get(meta["kind"], 0) * meta["samples"]
+    if meta["kind"] not in _STORED:
         if INDEX in meta:
             pictures = meta[INDEX][IMAGES]["sum"]
         else:  # of an earlier version

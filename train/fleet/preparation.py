@@ -14,6 +14,7 @@ from janus_jax.io.progress import shown, step_bar
 from janus_jax.io.store_access import is_store
 from janus_jax.io.stores import as_path
 from janus_jax.processing.chat import SYSTEM_PROMPT, Processor
+from train.config import ENCODED, PREFERENCE
 from train.data.fingerprints import CODES_PRECISION
 from train.data.prepared import read_meta
 from train.data.shard_files import index_file, missing_shards, read_indices
@@ -27,7 +28,7 @@ from train.raw.sources import RawSample
 _REQUESTS = 32  # to a store at a time
 # Samples in a shard, which is what is lost of a process that is killed: few, unless there are millions of them.
 _SMALLEST, _SHARDS = 8192, 256
-_LARGEST = {"understanding": 8192, "text": 1 << 16, "generation": 1 << 18}
+_LARGEST = {"understanding": 8192, "text": 1 << 16, "generation": 1 << 18, PREFERENCE: 1 << 17}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,8 +84,9 @@ class Preparation:
         vq_fingerprint: str = "",
         progress: bool | None = None,
     ):
-        if kind == "generation" and encode is None:
-            raise ValueError("preparing generation data needs encode, from images to codes")
+        encoded = kind in ENCODED
+        if encoded and encode is None:
+            raise ValueError(f"preparing {kind} data needs encode, from images to codes")
         if not len(source):
             raise ValueError("the source is empty")
         shard_size = options.shard_size or default_shard_size(kind, len(source))
@@ -98,12 +100,12 @@ class Preparation:
             "shard_size": shard_size,
             "system_prompt": options.system_prompt,
             "tokenizer": tokenizer_fingerprint(processor),
-            "vq": vq_fingerprint if kind == "generation" else "",
-            "image_size": processor.config.gen_vision.image_size if kind == "generation" else 0,
+            "vq": vq_fingerprint if encoded else "",
+            "image_size": processor.config.gen_vision.image_size if encoded else 0,
             "patches": processor.config.vision.num_patches,
             "source": getattr(source, "description", {"samples": len(source)}) | {"probe": probe(source)},
         }
-        if kind == "generation":
+        if encoded:
             # Codes are computed in full precision, but platforms sum in different orders.
             settings["encoded_on"] = {"platform": jax.default_backend(), "precision": CODES_PRECISION}
         if options.store == "resized" and kind == "understanding":

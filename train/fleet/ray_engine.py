@@ -15,6 +15,7 @@ from typing import Any
 
 from janus_jax.io.messages import one_line
 from janus_jax.io.progress import shown, step_bar
+from train.config import ENCODED
 from train.data.shards import LEAST_READ, Tally
 from train.fleet.job import Job
 from train.fleet.merge import Report
@@ -77,7 +78,7 @@ def resources(nodes: Iterable[Mapping[str, float]], job: Job) -> dict[str, Any]:
       nodes: the resources of each node.
     """
     nodes = [node for node in nodes if node.get("CPU")]
-    if job.kind == "generation":
+    if job.kind in ENCODED:
         # Chips of a host belong to one process.
         if tpus := [node for node in nodes if node.get("TPU")]:
             chips = min(int(node["TPU"]) for node in tpus)

@@ -33,6 +33,9 @@ _TRAINED = ("loss", "weight", "train", "training", "trainable", "loss_weight", "
 _UNKNOWN_MASKS = ("mask", "masked", "loss_mask", "train_detail", "training_detail")
 _ABOUT_TRAINING = frozenset((*_TRAINED, *_UNKNOWN_MASKS))
 _TOOLS = ("tools", "functions")
+# The two pictures of a pair: by what they are, or as Pick-a-Pic has them, with labels that say so.
+_CHOSEN, _NUMBERED, _LABELS = ("chosen", "rejected"), ("jpg_0", "jpg_1"), ("label_0", "label_1")
+_OF_PAIRS = ("prompt", *_CHOSEN, *_NUMBERED, *_LABELS)
 _TEXTS = ("caption", "text", "txt", "conversations", "messages")
 _PARTS = {"text": "text", "input_text": "text", "output_text": "text"}
 _PICTURE_PARTS = ("image", "image_url", "input_image")
@@ -43,13 +46,14 @@ _MAX_PATH = 4096  # characters
 
 @dataclasses.dataclass(frozen=True)
 class RawSample:
-    """One sample as found: a conversation, a text, or a caption with its image.
+    """One sample as found: a conversation, a text, a caption with its image, or a prompt with two.
 
     Attributes:
       place: file and line, tar member or row, for messages.
       messages: dicts {"role": "user" | "assistant" | "system", "content": str}; None if it is not a conversation.
       images: in order, as anything that `janus_jax.processing.images.open_image` accepts.
-      text, caption: the content of the other two kinds.
+      text, caption: the content of the next two kinds.
+      prompt: of a pair, whose `images` are the chosen one and the rejected one.
       image_tags: placeholders for an image in the messages.
       untrained: indices of the answers in `messages` that are not to be trained on.
     """
@@ -61,11 +65,12 @@ class RawSample:
     caption: str | None = None
     image_tags: tuple[str, ...] = (IMAGE_TAG,)
     untrained: tuple[int, ...] = ()
+    prompt: str | None = None
 
 
 def wanted(name: str) -> bool:
     """Whether a record's field of this name matters here, even if only to refuse the sample."""
-    known = (*_TEXTS, *_SYSTEM, *_TRAINED, *_TOOLS, "file_name")
+    known = (*_TEXTS, *_SYSTEM, *_TRAINED, *_TOOLS, *_OF_PAIRS, "file_name")
     return name in known or is_media_field(name)
 
 
@@ -76,6 +81,8 @@ def schema_of(fields: Iterable[str], named_picture: bool = False) -> str | None:
         return "llava"
     if "messages" in fields:
         return "chat"
+    if any(fields.issuperset(names) for names in (_CHOSEN, _NUMBERED)):
+        return "pairs"
     if named_picture or fields & set(PICTURE_FIELDS):
         return "captions" if fields & {"caption", "text", "txt"} else None
     return "text" if "text" in fields else None
@@ -332,6 +339,42 @@ def _captions(record: dict[str, Any], root: Root, place: str) -> RawSample:
     return RawSample(place, images=images, caption=caption)
 
 
+def _pairs(record: dict[str, Any], root: Root, place: str) -> RawSample:
+    prompt = _string(record, ["prompt", "caption"], place)
+    if prompt != _string(record, ["caption", "prompt"], place):
+        raise BadSample("ambiguous_sample", place, "the prompt and the caption are different; use only one of them")
+    refuse_media_fields({name: value for name, value in record.items() if name not in _OF_PAIRS}, True, place)
+    given = [names for names in (_CHOSEN, _NUMBERED) if any(record.get(name) is not None for name in names)]
+    more = [name for name in PICTURE_FIELDS if record.get(name)]
+    if len(given) > 1 or more:
+        found = listed([name for names in given for name in names] + more)
+        raise BadSample("ambiguous_sample", place, f"a pair has two images; found {found}")
+    names = given[0] if given else _CHOSEN
+    if names == _NUMBERED and _preferred(record, place) == 1:
+        names = names[::-1]
+    images = []
+    for name in names:
+        try:
+            images.append(root.image(record.get(name), place))
+        except BadSample as error:
+            raise BadSample(error.reason, place, f"{name}: {error.detail}") from None
+    return RawSample(place, images=tuple(images), prompt=prompt)
+
+
+def _preferred(record: dict[str, Any], place: str) -> int:
+    """Which of two numbered pictures is preferred, by their labels, of which one is 1 and the other 0."""
+    labels = [record.get(name) for name in _LABELS]
+    if None in labels:
+        raise BadSample("missing_field", place, f"no {' and '.join(_LABELS)}, which say which image is preferred")
+    if any(isinstance(label, bool) or not isinstance(label, int | float) for label in labels) or sum(labels) != 1:
+        raise BadSample("ambiguous_sample", place, f"{' and '.join(_LABELS)} must be 1 and 0, got {listed(labels)}")
+    if labels[0] == labels[1]:
+        raise BadSample("no_preference", place, "neither image is preferred")
+    if labels[0] not in (0, 1):
+        raise BadSample("ambiguous_sample", place, f"{' and '.join(_LABELS)} must be 1 and 0, got {listed(labels)}")
+    return labels.index(1)
+
+
 Parse = Callable[[dict[str, Any], Root, str], RawSample]
 # The schemas; a new one is a row here and, to be detected by a record's fields, in `schema_of`.
-SCHEMAS: dict[str, Parse] = {"llava": _llava, "chat": _chat, "text": _text, "captions": _captions}
+SCHEMAS: dict[str, Parse] = {"llava": _llava, "chat": _chat, "text": _text, "captions": _captions, "pairs": _pairs}

@@ -21,9 +21,9 @@ sidecar have the schema captions:
 | chat | `{"messages": [{"role", "content"}], "images": [...] if any}`; or OpenAI's lists of parts |
 | text | `{"text"}` |
 | captions | `{"image" or "file_name", "caption" or "text"}` |
+| pairs | `{"prompt" or "caption", "chosen", "rejected"}`, or Pick-a-Pic's `jpg_0`, `jpg_1`, `label_0`, `label_1` |
 
-All formats but folders and sidecar may be one file, a folder of files or a glob. Image paths may not leave the data's
-folder unless `allow_outside`.
+All formats but folders and sidecar may be a file, a folder or a glob. Images lie in its folder, or `allow_outside`.
 """
 
 from __future__ import annotations
