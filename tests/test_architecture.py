@@ -44,6 +44,7 @@ FLOORS = (
     "train.records.*",
     "train.rl.rewards train.rl.rewards.*",
     "train.data.*",
+    "train.rl.reference",
     "train.run.distributed train.run.faults train.run.lease",
     "train.workdir.*",
     "train.run.* train.watch.benchmarks",

@@ -231,7 +231,7 @@ def made(tmp_path_factory):
     for i in range(4):
         (folder / f"{i}.png").write_bytes(png(color(5 * i)))
     source = lines(folder / "a.jsonl", *({**PAIR, "chosen": f"{i}.png", "rejected": f"{i + 1}.png"} for i in (0, 2)))
-    options = {"--kind": "preference", "--source": source, "--model": model, "--out": folder / "out", "--batch-size": 1}
+    options = {"--kind": "preference", "--source": source, "--model": model, "--out": folder / "out", "--batch-size": 8}
     assert main([str(word) for option in options.items() for word in option]) == 0
     return folder
 
