@@ -12,9 +12,12 @@ import pathlib
 import re
 import shlex
 import shutil
+import socket
+import struct
 import subprocess
 import threading
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -23,7 +26,7 @@ from PIL import Image
 from janus_jax.serving.engine import Engine
 from janus_jax.serving.jobs import Token, question
 from tests.library.tiny_janus import QUESTION, SHORT, codes, folder, janus, nearly_equal  # noqa: F401
-from tests.serving.on_loopback import on_loopback
+from tests.serving.on_loopback import data_url, on_loopback
 
 openai = pytest.importorskip("openai")
 for name in ("fastapi", "prometheus_client", "uvicorn"):
@@ -31,6 +34,7 @@ for name in ("fastapi", "prometheus_client", "uvicorn"):
 
 from janus_jax.serving.api.app import make_app  # noqa: E402
 from janus_jax.serving.api.media import Remote  # noqa: E402
+from janus_jax.serving.api.schema import OF_BODIES, ChatChunk, CompletedImage, PartialImage  # noqa: E402
 from janus_jax.serving.api.served import Limits, Served  # noqa: E402
 
 MODEL, LIMIT = "janus-tiny", 20
@@ -60,12 +64,6 @@ def client(port):
 def pictures() -> list[np.ndarray]:
     rng = np.random.default_rng(4)
     return [rng.integers(low, low + 100, (40, 60, 3), np.uint8) for low in (0, 80, 155)]
-
-
-def data_url(picture: np.ndarray) -> str:
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def asking(*pictures, text: str = QUESTION, **how):
@@ -118,6 +116,8 @@ def test_an_answer_is_that_of_chat(client, janus, pictures):
 def test_streams_join_to_the_answer(client, pictures):
     how = {"stream": True, "stream_options": {"include_usage": True}, "logprobs": True}
     chunks = list(client.chat.completions.create(**asking(pictures[0], **how)))
+    for chunk in chunks:
+        ChatChunk.model_validate(chunk.to_dict())
     *content, end, usage = chunks
     assert content[0].choices[0].delta.role == "assistant" and content[0].choices[0].delta.content == ""
     text = "".join(chunk.choices[0].delta.content for chunk in content)
@@ -182,6 +182,8 @@ def test_images_are_those_of_generate_images(client, janus, codes, port):
 def test_a_picture_grows(client, janus, codes):
     events = list(client.images.generate(prompt=SHORT, stream=True, partial_images=2, extra_body={"seed": 0}))
     *partial, last = events
+    for event in events:
+        (CompletedImage if event is last else PartialImage).model_validate(event.to_dict())
     assert last.type == "image_generation.completed" and last.usage.output_tokens == 16
     assert nearly_equal(opened(last.b64_json), janus.decode_codes(codes[:1])[0])
     assert partial and {event.type for event in partial} == {"image_generation.partial_image"}
@@ -198,6 +200,17 @@ def text_url(text: bytes) -> dict:
 
 def pointing_at(url: str) -> dict:
     return {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]}
+
+
+def bomb() -> str:
+    """A PNG of a few bytes that claims 60000 pixels a side."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    file = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    return "data:image/png;base64," + base64.b64encode(file).decode()
 
 
 CHAT_ERRORS = {
@@ -219,9 +232,18 @@ CHAT_ERRORS = {
     "a path": (pointing_at("/etc/passwd"), 400, "data URL"),
     "a host": (pointing_at("http://169.254.169.254/latest"), 400, "data URL"),
     "a private host": (pointing_at("http://localhost:9/x.png"), 400, "private address"),
-    "many pictures": (pointing_at("data:,") | {"messages": [
-        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": text}} for text in [data_url(
-            np.zeros((4, 4, 3), np.uint8))] * 4]}]}, 400, "more than 3 images"),
+    "300 pictures": ({"messages": [{"role": "user", "content": 300 * [
+        {"type": "image_url", "image_url": {"url": data_url(np.zeros((4, 4, 3), np.uint8))}}]}]},
+        400, "there are 300 images, and may be 3"),
+    "an image bomb": (pointing_at(bomb()), 400, "messages.0.content.0: <data URI>: the image is too large"),
+    "text by its type": (pointing_at("data:text/plain;base64,aGVsbG8="), 400, "not an image of a known format"),
+    "text as it is": (pointing_at("data:text/plain,hello"), 400, "expected 'data:image/...;base64,...'"),
+    "a number as text": ({"n": "2"}, 400, "n: Input should be a valid integer"),
+    "a part without its type": ({"messages": [{"role": "user", "content": [{"text": "Hi"}]}]},
+        400, "messages.0.content.0.type: Field required"),
+    "a part without its text": ({"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+        400, "messages.0.content.0 must be a text with its text"),
+    "a role": ({"messages": [{"role": "tool", "content": "Hi"}]}, 400, "messages.0.role"),
     "large": ({"messages": [{"role": "user", "content": "a" * (1 << 20)}]}, 413, "1 MiB"),
 }  # fmt: skip
 IMAGE_ERRORS = {
@@ -261,31 +283,96 @@ def raw(port: int, method: str, path: str, body: bytes | None = None, **headers)
 
 def test_what_no_client_sends(port):
     here = {"Content-Type": "application/json"}
-    for body, message in (
-        (b"{", "not JSON"),
-        (b"[" * 100_000, ""),
-        (b"\xff", ""),
-        (b"null", ""),
-        (b'{"model": 3}', ""),
+    for body, how, expected, message in (
+        (b"{", here, 400, "the body is not JSON"),
+        (b"[" * 100_000, here, 400, ""),
+        (b"\xff", here, 400, ""),
+        (b"null", here, 400, ""),
+        (b'{"model": 3}', here, 400, ""),
+        (b'{"seed": ' + b"1" * 5000 + b"}", here, 400, ""),
+        (b'{"model": "\\ud800", "messages": [{"role": "user"}]}', here, 404, "no model named \\ud800"),
+        (
+            b'{"model": "x", "messages": [{"role": "user"}], "temperature": NaN}',
+            here,
+            400,
+            "temperature: Input should be a finite number",
+        ),
+        (b"{}", {"Content-Type": "application/x-www-form-urlencoded"}, 400, "Content-Type: application/json"),
+        (b"{}", here | {"Content-Encoding": "gzip"}, 415, "must not be compressed"),
     ):
-        status, _, answer = raw(port, "POST", "/v1/chat/completions", body, **here)
-        assert status == 400 and message in json.loads(answer)["error"]["message"]
+        status, _, answer = raw(port, "POST", "/v1/chat/completions", body, **how)
+        assert status == expected and message in json.loads(answer)["error"]["message"]
     for method, path, expected in (
         ("GET", "/v1/none", 404),
+        ("GET", "/v1/chat/completions/", 404),
         ("DELETE", "/v1/models", 405),
         ("GET", "/v1/models/x", 404),
     ):
         status, _, answer = raw(port, method, path)
         assert status == expected and json.loads(answer)["error"]["message"]
-    assert raw(port, "GET", "/v1/models", Authorization="Bearer wrong")[0] == 401
     assert raw(port, "GET", "/health", Authorization="")[0] == 200
-    # A body that does not come.
+
+
+def test_a_wrong_key(client, port):
+    for given in ("Bearer wrong", "Basic secret", "secret", ""):
+        assert raw(port, "GET", "/v1/models", Authorization=given)[0] == 401
+    with pytest.raises(openai.AuthenticationError) as raised:
+        client.with_options(api_key="wrong").chat.completions.create(**asking())
+    assert raised.value.body["message"] == "the API key is missing or wrong"
+    assert raised.value.body["code"] == "invalid_api_key"
+
+
+def test_a_body_that_does_not_come(port):
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     connection.putrequest("POST", "/v1/chat/completions")
     for key, value in {"Authorization": "Bearer secret", "Content-Length": "100"}.items():
         connection.putheader(key, value)
     connection.endheaders(b"{")
-    assert connection.getresponse().status == 408
+    answer = connection.getresponse()
+    assert answer.status == 408 and json.loads(answer.read())["error"]["message"] == "the body did not come within 1 s"
+
+
+def test_a_body_of_100_megabytes(port):
+    """Told how long it is, the server waits for none of it; else it keeps no more than it may."""
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: here\r\nAuthorization: Bearer secret\r\n"
+    for length, pieces in ((b"Content-Length: 104857600", 0), (b"Transfer-Encoding: chunked", 100)):
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as own:
+            own.sendall(head + length + b"\r\n\r\n")
+            for _ in range(pieces):
+                own.sendall(b"100000\r\n" + b"a" * (1 << 20) + b"\r\n")
+            answer = http.client.HTTPResponse(own)
+            answer.begin()
+            message = json.loads(answer.read())["error"]["message"]
+            assert answer.status == 413 and message == "the body has more than 1 MiB; send smaller images, or fewer"
+    assert raw(port, "GET", "/health")[0] == 200
+
+
+def test_a_failure_of_the_server_s_own(client, served, monkeypatch, caplog):
+    """One answer of OpenAI's form with the request's id, and one entry in the log, which has the id too."""
+    monkeypatch.setattr(served.engine, "submit", None)
+    with pytest.raises(openai.InternalServerError) as raised:
+        client.chat.completions.create(**asking(), extra_headers={"X-Request-Id": "abc-2"})
+    assert raised.value.body["type"] == "server_error" and "its log says why" in raised.value.body["message"]
+    assert raised.value.response.headers["x-request-id"] == "abc-2"
+    assert len([record for record in caplog.records if record.exc_info]) == 1
+
+
+def test_the_server_describes_itself(port):
+    """What schemathesis goes by: all paths, and errors as they are."""
+    status, _, text = raw(port, "GET", "/openapi.json")
+    assert status == 200
+    made = json.loads(text)
+    chat = made["paths"]["/v1/chat/completions"]["post"]
+    assert set(chat["responses"]) == {"200", *map(str, OF_BODIES)} and chat["security"] == [{"key": []}]
+    assert set(chat["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
+    assert "security" not in made["paths"]["/health"]["get"]
+    replies = [
+        answer for path in made["paths"].values() for how in path.values() for answer in how["responses"].items()
+    ]
+    errors = {json.dumps(answer["content"]) for status, answer in replies if status[0] == "4"}
+    assert errors == {'{"application/json": {"schema": {"$ref": "#/components/schemas/ErrorReply"}}}'}
+    for event in (ChatChunk, PartialImage, CompletedImage):
+        assert event.__name__ in made["components"]["schemas"]
 
 
 def test_models_metrics_and_log(client, port, caplog):
@@ -322,10 +409,36 @@ def test_the_examples_of_the_docs(port):
         own = command.replace("\\\n", " ").replace(":8000", f":{port}").replace("Janus-Pro-7B", MODEL)
         args = [curl, "-sS", "--fail-with-body", "-H", "Authorization: Bearer secret", *shlex.split(own)]
         answers.append(json.loads(subprocess.run(args, capture_output=True, check=True, timeout=300).stdout))
-    chat, drawn = answers
+    chat, drawn, described = answers
+    assert described["openapi"]
     assert chat["choices"][0]["message"]["content"] and chat["usage"]["completion_tokens"] <= 60
     assert len(drawn["data"]) == 2 and drawn["seed"] == 0
     assert raw(port, "GET", drawn["data"][1]["url"].split(f":{port}")[1])[0] == 200
+
+
+@pytest.mark.slow
+def test_the_python_examples_of_the_docs(port, janus, pictures, monkeypatch, capsys, tmp_path):
+    text = (pathlib.Path(__file__).resolve().parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    of_client, of_engine = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    for written, here in (
+        (":8000", f":{port}"),
+        ('api_key="none"', 'api_key="secret"'),
+        ("data:image/png;base64,...", data_url(pictures[0])),
+        ("Janus-Pro-7B", MODEL),
+        ("stream=True", f"stream=True, max_tokens={LIMIT}"),
+    ):
+        assert written in of_client
+        of_client = of_client.replace(written, here)
+    made: dict = {}
+    exec(of_client, made)
+    assert capsys.readouterr().out and opened(made["drawn"].data[0].b64_json).shape == (16, 16, 3)
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(pictures[0]).save("bicycle.png")
+    end = '    engine.submit(job, *drawings(janus, "a red bicycle", 4))\n'
+    assert of_engine.endswith(end)
+    # The example goes on as its reader's program does; here it is waited for.
+    exec(of_engine.replace(", slots=16", ", slots=6") + "    engine.close(60)\n", {"janus": janus})
+    assert "Ended" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- many at once

@@ -12,8 +12,8 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 
-from janus_jax.serving.api import chat, images, page
-from janus_jax.serving.api.errors import ApiError, handle_errors, log
+from janus_jax.serving.api import chat, images, page, schema
+from janus_jax.serving.api.errors import ApiError, as_api_error, handle_errors, log
 from janus_jax.serving.api.served import Served
 
 _OPEN = ("/health", "/v1/images/files/")  # without a key: the names of files cannot be guessed
@@ -21,7 +21,7 @@ _OPEN = ("/health", "/v1/images/files/")  # without a key: the names of files ca
 
 def make_app(served: Served) -> FastAPI:
     """The application; the engine is the caller's to start and to close."""
-    app = FastAPI(title="janus_jax", docs_url=None, redoc_url=None)
+    app = FastAPI(title="janus_jax", docs_url=None, redoc_url=None, redirect_slashes=False)
     handle_errors(app, lambda: served.metrics.wait_seconds)
     app.include_router(chat.router(served))
     app.include_router(images.router(served))
@@ -33,23 +33,31 @@ def make_app(served: Served) -> FastAPI:
         about = {"max_model_len": served.engine.context, "root": own, "parent": parent}
         return {"id": name, "object": "model", "created": served.created, "owned_by": "janus_jax", **about}
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", response_model=schema.ModelsReply, responses=schema.answers(401))
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [model(name) for name in served.names]}
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", response_model=schema.ModelReply, responses=schema.answers(401, 404))
     async def one_model(name: str) -> dict[str, Any]:
         return model(served.adapter(name)[0])
 
-    @app.get("/health", response_model=None)
+    stopped: dict[int | str, Any] = {503: {"model": schema.HealthReply, "description": "The engine has stopped"}}
+
+    @app.get("/health", response_model=schema.HealthReply, responses=stopped)
     async def health() -> Response:
         healthy = served.engine.healthy
         return JSONResponse({"status": "ok" if healthy else "the engine has stopped"}, 200 if healthy else 503)
 
-    @app.get("/metrics", response_model=None)
+    figures: dict[int | str, Any] = {
+        200: {"description": "Prometheus's text format", "content": {"text/plain": {"schema": {"type": "string"}}}},
+        **schema.answers(401),
+    }
+
+    @app.get("/metrics", response_class=Response, responses=figures)
     async def metrics() -> Response:
         return Response(served.metrics.text(), media_type="text/plain; version=0.0.4")
 
+    schema.describe(app, served.api_key is not None, _OPEN)
     app.add_middleware(_EveryRequest, served=served)
     return app
 
@@ -67,22 +75,23 @@ class _EveryRequest:
         headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
         given = headers.get("x-request-id", "")
         request_id = given if re.fullmatch(r"[\w.-]{1,64}", given) else uuid.uuid4().hex
-        began, status = time.monotonic(), 500
+        began, begun, status = time.monotonic(), False, 500
 
         async def sending(message: dict[str, Any]):
-            nonlocal status
+            nonlocal begun, status
             if message["type"] == "http.response.start":
-                status = message["status"]
+                begun, status = True, message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
             await send(message)
 
         try:
             self._check_key(scope["path"], headers)
             body = await self._body(receive, headers) if scope["method"] == "POST" else None
-        except ApiError as error:
-            await error.response()(scope, receive, sending)
-        else:
             await self._app(scope, receive if body is None else _replay(body, receive), sending)
+        except Exception as error:
+            if begun:
+                raise
+            await as_api_error(error).response()(scope, receive, sending)
         finally:
             route = getattr(scope.get("route"), "path", "none")
             self._served.metrics.note_request(route, status)
@@ -100,6 +109,8 @@ class _EveryRequest:
 
     async def _body(self, receive: Any, headers: dict[str, str]) -> bytes:
         limits = self._served.limits
+        if headers.get("content-encoding", "identity") != "identity":
+            raise ApiError(415, "the body must not be compressed; send it without Content-Encoding")
         too_large = ApiError(413, f"the body has more than {limits.body >> 20} MiB; send smaller images, or fewer")
         length = headers.get("content-length", "")
         if length.isdigit() and int(length) > limits.body:

@@ -10,57 +10,57 @@ from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, Field
+from pydantic import Field
 
-from janus_jax.io.messages import one_line
 from janus_jax.processing.chat import SYSTEM_PROMPT
 from janus_jax.sampling.sampler import Options
 from janus_jax.serving.api.errors import bad
 from janus_jax.serving.api.events import Running, sse, streamed, unless_gone
 from janus_jax.serving.api.media import picture_of
+from janus_jax.serving.api.schema import OF_BODIES, Body, ChatReply, Int, answers
 from janus_jax.serving.api.served import Served, some_seed
 from janus_jax.serving.api.text import Answer
 from janus_jax.serving.jobs import Ended, Job, Token, question
 
 
-class ImageUrl(BaseModel):
+class ImageUrl(Body):
     url: str
     detail: str | None = None
 
 
-class Part(BaseModel):
+class Part(Body):
     type: str
     text: str | None = None
     image_url: ImageUrl | str | None = None
 
 
-class Message(BaseModel):
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+class Message(Body):
+    role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part] | None = None
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Body):
     include_usage: bool | None = None
 
 
-class ChatRequest(BaseModel):
+class ChatRequest(Body):
     """OpenAI's fields that Janus can honor, and `top_k`; fields that it does not know are ignored, as OpenAI's are."""
 
     messages: list[Message] = Field(min_length=1)
     model: str
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_tokens: Int | None = Field(None, ge=1)
+    max_completion_tokens: Int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=1)
-    n: int | None = Field(None, ge=1)
-    seed: int | None = None
+    top_k: Int | None = Field(None, ge=1)
+    n: Int | None = Field(None, ge=1)
+    seed: Int | None = None
     stop: str | list[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     logprobs: bool | None = None
     # Refused unless they are as good as absent.
-    top_logprobs: int | None = None
+    top_logprobs: Int | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
@@ -74,7 +74,9 @@ _REFUSED = ("top_logprobs", "frequency_penalty", "presence_penalty", "logit_bias
 def router(served: Served) -> APIRouter:
     routes = APIRouter()
 
-    @routes.post("/v1/chat/completions", response_model=None)
+    streaming = "ChatChunk objects, and [DONE] at the end"
+
+    @routes.post("/v1/chat/completions", response_model=ChatReply, responses=answers(*OF_BODIES, stream=streaming))
     async def complete(body: ChatRequest, request: Request) -> Response:
         return await unless_gone(request, _answer(served, body))
 
@@ -127,7 +129,8 @@ def _jobs(served: Served, body: ChatRequest, adapter: str | None) -> list[Job]:
 
 def _conversation(served: Served, messages: list[Message]) -> tuple[list[dict[str, Any]], str]:
     """Messages as `JanusPipeline.chat` takes them, and the system prompt: the reference's, if there is none."""
-    turns, system, pictures = [], None, 0
+    _check_number_of_images(served, messages)
+    turns, system = [], None
     tag = served.janus.processor.tokenizer.image_placeholder
     for index, message in enumerate(messages):
         place = f"messages.{index}"
@@ -138,14 +141,13 @@ def _conversation(served: Served, messages: list[Message]) -> tuple[list[dict[st
             if part.type == "text" and part.text is not None:
                 texts.append(part.text)
             elif part.type == "image_url" and part.image_url is not None and message.role == "user":
-                pictures += 1
-                if pictures > served.limits.images:
-                    raise bad(f"there are more than {served.limits.images} images; leave some out", where)
                 url = part.image_url if isinstance(part.image_url, str) else part.image_url.url
                 images.append(picture_of(url, where, served.limits.image_bytes, served.remote))
                 texts.append(tag)
             else:
-                raise bad(f"{where}: {one_line(part.type)} is not text, or an image_url of the user's", where)
+                raise bad(
+                    f"{where} must be a text with its text, or an image_url with its URL in a user message", where
+                )
         text = "\n".join(texts)
         if len(text) > 64 * served.engine.context:
             raise bad(f"{place}: {len(text)} characters cannot fit the context; shorten it", place)
@@ -153,11 +155,17 @@ def _conversation(served: Served, messages: list[Message]) -> tuple[list[dict[st
             if turns:
                 raise bad(f"{place}: a {message.role} message comes before all others", place)
             system = text if system is None else f"{system}\n{text}"
-        elif message.role in ("user", "assistant"):
-            turns.append({"role": message.role, "content": text} | ({"images": images} if images else {}))
         else:
-            raise bad(f"{place}: {message.role} messages are not supported", place)
+            turns.append({"role": message.role, "content": text} | ({"images": images} if images else {}))
     return turns, SYSTEM_PROMPT if system is None else system
+
+
+def _check_number_of_images(served: Served, messages: list[Message]):
+    """Before any is opened."""
+    parts = [part for message in messages if isinstance(message.content, list) for part in message.content]
+    count, most = sum(part.type == "image_url" for part in parts), served.limits.images
+    if count > most:
+        raise bad(f"there are {count} images, and may be {most}; leave some out", "messages")
 
 
 class _Choice:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -70,24 +70,47 @@ def as_api_error(error: Exception, wait: float = 1.0) -> ApiError:
 
 
 def handle_errors(app: FastAPI, wait_seconds: Callable[[], float]):
-    """Makes every error of `app` one of OpenAI's; `wait_seconds` is how long a client should wait if it is full."""
+    """Makes errors of `app` OpenAI's; `wait_seconds` is how long a client should wait if it is full."""
 
     async def ours(_: Request, error: Exception) -> JSONResponse:
         return as_api_error(error, wait_seconds()).response()
 
-    async def of_http(_: Request, error: Exception) -> JSONResponse:
+    async def of_http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        return ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {})).response()
+        message = str(error.detail)
+        if error.status_code in (404, 405):
+            message = f"there is no {request.method} {request.url.path} here; /openapi.json says what there is"
+        return ApiError(error.status_code, message, headers=dict(error.headers or {})).response()
 
-    async def of_body(_: Request, error: Exception) -> JSONResponse:
+    async def of_body(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]
-        if first["type"] == "json_invalid":
-            return bad(f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}").response()
-        where = ".".join(str(part) for part in first["loc"][1:])
-        return bad(f"{where}: {first['msg']}" if where else f"the body: {first['msg']}", where or None).response()
+        return _of_body(error, request.headers.get("content-type", "")).response()
 
-    for kind in (ApiError, Full, Stopped, ValueError, OSError, Exception):
+    for kind in (ApiError, Full, Stopped, ValueError, OSError):
         app.add_exception_handler(kind, ours)
     app.add_exception_handler(HTTPException, of_http)
     app.add_exception_handler(RequestValidationError, of_body)
+
+
+def _of_body(error: RequestValidationError, kind: str) -> ApiError:
+    # Of a value that may be this or that, the deepest is of what it was meant to be.
+    told = max(error.errors(), key=lambda each: len(each["loc"]))
+    if told["type"] == "json_invalid":
+        return bad(f"the body is not JSON: {told.get('ctx', {}).get('error', told['msg'])}")
+    if where := ".".join(map(str, _place(told, error.body))):
+        return bad(f"{where}: {told['msg']}", where)
+    if "json" not in kind.lower():
+        return bad("the body must be JSON, and come with the header Content-Type: application/json")
+    return bad(f"the body: {told['msg']}")
+
+
+def _place(told: dict[str, Any], body: Any) -> Iterator[str | int]:
+    """Where in the body it is: pydantic also names the type that it tried, which is in no body."""
+    _, *steps = told["loc"]
+    for index, step in enumerate(steps):
+        found = step in body if isinstance(body, dict) else isinstance(body, list) and isinstance(step, int)
+        if found:
+            yield step
+            body = body[step]
+        elif told["type"] == "missing" and index == len(steps) - 1:
+            yield step

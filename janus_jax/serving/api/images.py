@@ -16,12 +16,13 @@ import numpy as np
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from PIL import Image
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from janus_jax.processing.images import generation_pixels
 from janus_jax.sampling.sampler import Options
 from janus_jax.serving.api.errors import ApiError, bad
 from janus_jax.serving.api.events import Running, sse, streamed, unless_gone
+from janus_jax.serving.api.schema import OF_BODIES, Body, ImagesReply, Int, answers
 from janus_jax.serving.api.served import Served, some_seed
 from janus_jax.serving.jobs import Ended, Job, drawings
 
@@ -30,23 +31,23 @@ _LARGEST = 2048
 _GRAY = (127, 127, 127)
 
 
-class ImageRequest(BaseModel):
+class ImageRequest(Body):
     """OpenAI's fields that Janus can honor; `seed`, `guidance`, `temperature`, `top_k` and `top_p` are its own."""
 
     prompt: str
     model: str | None = None
-    n: int | None = Field(None, ge=1)
+    n: Int | None = Field(None, ge=1)
     size: str | None = None
     response_format: Literal["b64_json", "url"] | None = None
     output_format: Literal["png", "jpeg", "webp"] | None = None
-    output_compression: int | None = Field(None, ge=0, le=100)
+    output_compression: Int | None = Field(None, ge=0, le=100)
     stream: bool | None = None
-    partial_images: int | None = Field(None, ge=0, le=3)
-    seed: int | None = None
+    partial_images: Int | None = Field(None, ge=0, le=3)
+    seed: Int | None = None
     guidance: float | None = Field(None, ge=0)
     temperature: float | None = Field(None, ge=0)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=1)
+    top_k: Int | None = Field(None, ge=1)
     # Refused unless they say what Janus does anyway.
     quality: str | None = None
     style: str | None = None
@@ -88,11 +89,18 @@ class Kept:
 def router(served: Served) -> APIRouter:
     routes, kept = APIRouter(), Kept(served.limits.url_seconds, served.limits.url_bytes)
 
-    @routes.post("/v1/images/generations", response_model=None)
+    streaming = "PartialImage objects, and a CompletedImage at the end"
+
+    @routes.post("/v1/images/generations", response_model=ImagesReply, responses=answers(*OF_BODIES, stream=streaming))
     async def generate(body: ImageRequest, request: Request) -> Response:
         return await unless_gone(request, _answer(served, body, kept, str(request.base_url)))
 
-    @routes.get("/v1/images/files/{name}", response_model=None)
+    files: dict[int | str, Any] = {
+        200: {"description": "The file", "content": {f"image/{kind}": {} for kind in _FORMATS}},
+        **answers(404),
+    }
+
+    @routes.get("/v1/images/files/{name}", response_class=Response, responses=files)
     async def file(name: str) -> Response:
         data = kept.get(name)
         if data is None:

@@ -3,6 +3,7 @@
 const $ = (id) => document.getElementById(id);
 const SEEDS = 2 ** 32;
 const AT_ONCE = 5; // a browser opens six connections to a server: one is left for the chat
+const PATIENCE = 300; // seconds for which a full queue is waited for
 const LARGE = 3 << 20, SIDE = 2048; // larger files are sent smaller: the model sees 384 pixels a side
 
 function make(tag, about = {}, ...children) {
@@ -20,25 +21,51 @@ function say(place, message) {
 
 let key = sessionStorage.getItem("key") ?? "";
 
-async function call(path, body, signal) {
+/** An answer; `busy` is told how many seconds a full queue makes it wait, and 0 when it asks again. */
+async function call(path, body, signal, busy) {
   const headers = key ? { Authorization: `Bearer ${key}` } : {};
   const how = { headers, signal };
   if (body) {
     headers["Content-Type"] = "application/json";
     Object.assign(how, { method: "POST", body: JSON.stringify(body) });
   }
-  let answer;
-  try {
-    answer = await fetch(path, how);
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new Error("The server cannot be reached. Is it still running?");
+  const until = performance.now() + 1000 * PATIENCE;
+  for (;;) {
+    let answer;
+    try {
+      answer = await fetch(path, how);
+    } catch (error) {
+      if (error.name === "AbortError") throw error;
+      throw new Error("The server cannot be reached. Is it still running?");
+    }
+    if (answer.ok) return answer;
+    const told = await answer.json().catch(() => null);
+    if (answer.status === 401) askForKey();
+    const seconds = answer.status === 429 && busy ? Number(answer.headers.get("Retry-After")) : 0;
+    if (!(seconds > 0 && performance.now() + 1000 * seconds < until)) {
+      throw new Error(told?.error?.message ?? `The server answered with status ${answer.status}.`);
+    }
+    busy(seconds);
+    await pause(1000 * seconds, signal);
+    busy(0);
   }
-  if (answer.ok) return answer;
-  const told = await answer.json().catch(() => null);
-  if (answer.status === 401) askForKey();
-  throw new Error(told?.error?.message ?? `The server answered with status ${answer.status}.`);
 }
+
+function pause(milliseconds, signal) {
+  return new Promise((resolve, reject) => {
+    const stop = () => {
+      clearTimeout(timer);
+      reject(signal.reason);
+    };
+    const timer = setTimeout(() => {
+      signal.removeEventListener("abort", stop);
+      resolve();
+    }, milliseconds);
+    signal.addEventListener("abort", stop);
+  });
+}
+
+const busyFor = (seconds) => `The server is busy. Asking again in ${seconds} s.`;
 
 /** The data of each server-sent event of an answer; throws the error of one that is an error. */
 async function* events(answer) {
@@ -258,7 +285,9 @@ async function ask(text, images) {
       top_p: Math.max(numberOf("chat-top-p"), 1e-6), // 0 is the most likely token, as in the reference demo
       seed: numberOf("chat-seed"),
       max_tokens: numberOf("chat-tokens"),
-    }, controller.signal);
+    }, controller.signal, (seconds) => {
+      if (own.isConnected) say($("chat-status"), seconds ? busyFor(seconds) : "Answering …");
+    });
     for await (const event of events(answer)) {
       const choice = event.choices?.[0];
       said += choice?.delta.content ?? "";
@@ -356,12 +385,13 @@ function figureOf(prompt, seed) {
   };
 }
 
-async function drawOne(prompt, seed, how, signal) {
+async function drawOne(prompt, seed, how, signal, busy) {
   const shown = figureOf(prompt, seed);
   $("gallery").append(shown.figure);
   try {
     if (!$("model").value) await findModels();
-    const answer = await call("v1/images/generations", { ...how, model: $("model").value, prompt, seed, stream: true, partial_images: 3 }, signal);
+    const asked = { ...how, model: $("model").value, prompt, seed, stream: true, partial_images: 3 };
+    const answer = await call("v1/images/generations", asked, signal, busy);
     for await (const event of events(answer)) {
       const url = `data:image/png;base64,${event.b64_json}`;
       if (event.type.endsWith("partial_image")) shown.grow(url, event.partial_image_index + 1);
@@ -389,12 +419,12 @@ async function draw() {
   say($("draw-error"), "");
   $("gallery").replaceChildren();
   let done = 0, next = 0;
-  const tell = () => say($("draw-status"), `Drawing: ${done} of ${count} done.`);
+  const tell = (seconds = 0) => say($("draw-status"), `Drawing: ${done} of ${count} done. ${seconds ? busyFor(seconds) : ""}`);
   tell();
   // Each image has a seed of its own, by which it alone can be drawn again.
   const worker = async () => {
     while (next < count && !controller.signal.aborted) {
-      await drawOne(prompt, (first + next++) % SEEDS, how, controller.signal);
+      await drawOne(prompt, (first + next++) % SEEDS, how, controller.signal, tell);
       done += 1;
       tell();
     }
