@@ -16,7 +16,7 @@ from PIL import Image
 
 from janus_jax.serving.engine import Engine
 from tests.library.tiny_janus import QUESTION, folder, janus, nearly_equal  # noqa: F401
-from tests.serving.on_loopback import on_loopback
+from tests.serving.api.on_loopback import on_loopback
 
 for name in ("fastapi", "uvicorn", "prometheus_client"):
     pytest.importorskip(name)

@@ -14,7 +14,7 @@ import pytest
 
 from janus_jax.serving.engine import Engine
 from tests.library.tiny_janus import folder, janus  # noqa: F401
-from tests.serving.on_loopback import data_url, on_loopback
+from tests.serving.api.on_loopback import data_url, on_loopback
 
 for name in ("fastapi", "prometheus_client", "uvicorn", "schemathesis"):
     pytest.importorskip(name)

@@ -23,7 +23,7 @@ from PIL import Image
 from janus_jax.__main__ import main
 from tests.library.tiny_janus import OTHER, QUESTION, SHORT, folder, janus, nearly_equal  # noqa: F401
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+ROOT = pathlib.Path(__file__).resolve().parents[3]
 SETTINGS = {"max_tokens": 20, "temperature": 0.8, "top_p": 0.9}
 
 

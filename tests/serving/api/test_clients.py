@@ -17,7 +17,7 @@ from PIL import Image
 
 from janus_jax.serving.engine import Engine, Stopped
 from tests.library.tiny_janus import QUESTION, SHORT, folder, janus, nearly_equal  # noqa: F401
-from tests.serving.on_loopback import data_url, on_loopback
+from tests.serving.api.on_loopback import data_url, on_loopback
 
 openai = pytest.importorskip("openai")
 for name in ("fastapi", "prometheus_client", "uvicorn"):

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.serving.on_loopback import on_loopback
+from tests.serving.api.on_loopback import on_loopback
 
 pytest.importorskip("uvicorn")
 pytest.importorskip("fastapi")
