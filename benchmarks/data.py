@@ -154,15 +154,17 @@ def _text(rng: np.random.Generator, words: int) -> str:
     return " ".join(rng.choice(_WORDS, words))
 
 
-def _lines(path: pathlib.Path, record: Callable[[int, np.random.Generator], dict]) -> pathlib.Path:
+def _lines(
+    path: pathlib.Path, record: Callable[[int, np.random.Generator], dict], samples: int = SAMPLES
+) -> pathlib.Path:
     rng = np.random.default_rng(0)
-    path.write_text("".join(json.dumps(record(i, rng)) + "\n" for i in range(SAMPLES)), encoding="utf-8")
+    path.write_text("".join(json.dumps(record(i, rng)) + "\n" for i in range(samples)), encoding="utf-8")
     return path
 
 
-def _photos(folder: pathlib.Path):
+def _photos(folder: pathlib.Path, samples: int = SAMPLES):
     folder.mkdir(parents=True)
-    for i in range(SAMPLES):
+    for i in range(samples):
         (folder / f"{i}.jpg").write_bytes(_photo(i))
 
 
@@ -177,9 +179,10 @@ def _llava(folder: pathlib.Path) -> pathlib.Path:
     return _lines(folder / "llava.jsonl", record)
 
 
-def _captions(folder: pathlib.Path) -> pathlib.Path:
-    _photos(folder)
-    return _lines(folder / "captions.jsonl", lambda i, rng: {"image": f"{i}.jpg", "caption": _text(rng, 12)})
+def write_captions(folder: pathlib.Path, samples: int = SAMPLES) -> pathlib.Path:
+    """Photographs in `folder`, and the file with their captions, which is returned."""
+    _photos(folder, samples)
+    return _lines(folder / "captions.jsonl", lambda i, rng: {"image": f"{i}.jpg", "caption": _text(rng, 12)}, samples)
 
 
 def _webdataset(folder: pathlib.Path) -> pathlib.Path:
@@ -230,10 +233,10 @@ def _plain(folder: pathlib.Path) -> pathlib.Path:
 
 _FORMATS = (
     ("understanding", "llava", _llava),
-    ("understanding", "captions", _captions),
+    ("understanding", "captions", write_captions),
     ("text", "chat", _chat),
     ("text", "text", _plain),
-    ("generation", "captions", _captions),
+    ("generation", "captions", write_captions),
     ("generation", "webdataset", _webdataset),
     ("generation", "parquet", _parquet),
     ("generation", "folders", _folders),
