@@ -4,33 +4,23 @@ from __future__ import annotations
 
 import collections
 import hashlib
-import http.client
 import json
 import os
 import pathlib
-import random
-import time
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from typing import Any
 
 from evals.asking.store import Lines
 from evals.items import Attempt, JudgeRequest, Task
+from evals.posting import NoReply, address, post
 from evals.progress import Progress
-from janus_jax.io.messages import error_text, one_line, print_note
+from janus_jax.io.messages import one_line, print_note
 
 _TRIES = 5
-_LONGEST = 1 << 20  # bytes of a reply
-_AGAIN = {408, 409, 425, 429}  # and all from 500
 _AT_A_TIME = 8
 _SILENT = 16  # requests without a reply, one after the other, after which no more are sent
-
-
-class NoReply(Exception):
-    """The judge has not answered."""
 
 
 class Judge:
@@ -46,8 +36,8 @@ class Judge:
     """
 
     def __init__(self, url: str, model: str, key: str | None = None, timeout: float = 120, wait: float = 1):
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
+        parts = address(url)
+        if parts is None:
             raise ValueError(f"--judge must be a URL such as http://localhost:8000/v1, got {one_line(url)}")
         path = parts.path.rstrip("/")
         path = path if path.endswith("/chat/completions") else f"{path}/chat/completions"
@@ -64,27 +54,8 @@ class Judge:
             "temperature": attempt.temperature,
             "max_tokens": attempt.max_tokens,
         }
-        headers = {"Content-Type": "application/json"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
-        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
-        wait, reason = self._wait, ""
-        for number in range(_TRIES):
-            if number:
-                time.sleep(wait * random.uniform(0.5, 1))
-                wait *= 2
-            try:
-                with urllib.request.urlopen(request, timeout=self._timeout) as answered:
-                    return _content(answered.read(_LONGEST))
-            except urllib.error.HTTPError as error:
-                reason = f"HTTP {error.code}: {_told(error)}"
-                if error.code < 500 and error.code not in _AGAIN:
-                    break
-                asked = error.headers.get("Retry-After", "")
-                wait = max(wait, min(float(asked), 60)) if asked.isdigit() else wait
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                reason = error_text(error)
-        raise NoReply(reason)
+        how = {"key": self._key, "timeout": self._timeout, "wait": self._wait, "tries": _TRIES}
+        return post(self.url, body, _content, **how)
 
 
 def _content(raw: bytes) -> str:
@@ -94,13 +65,6 @@ def _content(raw: bytes) -> str:
     except (KeyError, IndexError, TypeError, ValueError, RecursionError):
         raise ValueError("the reply is not a chat completion") from None
     return content if isinstance(content, str) else ""
-
-
-def _told(error: urllib.error.HTTPError) -> str:
-    try:
-        return one_line(error.read(2000).decode("utf-8", "replace").strip() or error.reason)
-    except (OSError, http.client.HTTPException):
-        return one_line(error.reason)
 
 
 def judgements(

@@ -56,7 +56,7 @@ FLOORS = (
     "train.tuning.*",
     "train.finetune",
     "evals.items",
-    "evals.intervals evals.prompts",
+    "evals.intervals evals.prompts evals.posting",
     "evals.read.* evals.rules.*",
     "evals.generation.dpg evals.generation.geneval evals.generation.layouts",
     "evals.generation.prompts",

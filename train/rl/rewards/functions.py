@@ -110,6 +110,15 @@ def call(reward: Reward, pictures: np.ndarray, prompts: Sequence[str], metadata:
     return values
 
 
+def needs_torch() -> None:
+    """ValueError in one line without torch or transformers."""
+    try:
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"it needs {error.name}; pip install torch transformers") from None
+
+
 def _said(error: Exception) -> str:
     """The error in one line, with the line of code that raised it unless it is a message for people."""
     said = error_text(error)
