@@ -2,27 +2,33 @@
 
 # ruff: noqa: F811  (fixtures are imported)
 
-import concurrent.futures
+import gc
 import http.client
 import io
 import logging
 import re
 import threading
+import time
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+from janus_jax.serving.engine import Engine
 from janus_jax.serving.jobs import Token, question
 from tests.library.tiny_janus import QUESTION, SHORT, codes, folder, janus, nearly_equal  # noqa: F401
-from tests.serving.api.on_loopback import data_url
+from tests.serving.api.mixed import Mixed, ask_all
+from tests.serving.api.on_loopback import data_url, on_loopback
 from tests.serving.api.tiny_server import (  # noqa: F401
     LIMIT,
     MODEL,
     NO_SYSTEM,
+    Served,
     asking,
     client,
     is_free,
+    make_app,
     openai,
     opened,
     pictures,
@@ -172,22 +178,31 @@ def test_a_client_that_goes_away_frees_its_rows(client, served):
     assert is_free(served) and served.engine.counts.ended["cancelled"] >= 1
 
 
+def on_device() -> int:
+    """Bytes of arrays that are alive."""
+    gc.collect()
+    return sum(x.nbytes for x in jax.live_arrays())
+
+
 @pytest.mark.slow
-def test_many_clients_get_what_is_theirs(client, served, janus, pictures, codes):
-    images = janus.decode_codes(codes)
-    answers = {which: janus.chat(QUESTION, [x], LIMIT, system_prompt="") for which, x in enumerate(pictures)}
-
-    def ask(which: int):
-        if which % 4 == 3:
-            made = client.images.generate(prompt=SHORT, n=2, extra_body={"seed": 0})
-            return [nearly_equal(opened(x.b64_json), image) for x, image in zip(made.data, images, strict=False)]
-        if which % 4 == 2:
-            with pytest.raises(openai.BadRequestError):
-                client.chat.completions.create(**asking(), top_p=0)
-        made = client.chat.completions.create(**asking(pictures[which % 3]), stream=which % 2 == 0)
-        text = made.choices[0].message.content if which % 2 else "".join(c.choices[0].delta.content or "" for c in made)
-        return text == answers[which % 3]
-
-    with concurrent.futures.ThreadPoolExecutor(16) as threads:
-        assert all(np.all(right) for right in threads.map(ask, range(32)))
-    assert is_free(served)
+def test_200_requests_of_32_clients(janus):
+    """Everyone gets what is theirs; afterwards rows and memory are as they were."""
+    mixed = Mixed(janus, MODEL)
+    with Engine(janus, slots=8) as engine:
+        engine.warm_up()
+        with (
+            on_loopback(make_app(Served(engine, {MODEL: None}))) as port,
+            openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client,
+        ):
+            # The features of pictures are kept, as many as there are different ones; so is a gray picture's code.
+            for kind in ("answered", "drawn"):
+                for index in range(20):
+                    mixed.ask(client, index, kind)
+            before, rows = on_device(), engine.running
+            kinds, outcomes, _ = ask_all(mixed, client)
+            assert outcomes == kinds
+            deadline = time.monotonic() + 30
+            while not engine.idle and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert engine.idle and engine.running == rows == 0 and on_device() == before
+            assert engine.counts.ended["cancelled"] > 0 and engine.counts.ended["failed"] == 0

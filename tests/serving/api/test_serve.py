@@ -2,29 +2,20 @@
 
 # ruff: noqa: F811  (fixtures are imported)
 
-import base64
-import concurrent.futures
-import http.client
-import io
-import json
 import os
 import pathlib
-import random
 import signal
 import socket
 import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from janus_jax.__main__ import main
-from tests.library.tiny_janus import OTHER, QUESTION, SHORT, folder, janus, nearly_equal  # noqa: F401
+from tests.library.tiny_janus import QUESTION, folder, janus  # noqa: F401
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
-SETTINGS = {"max_tokens": 20, "temperature": 0.8, "top_p": 0.9}
 
 
 def refusal(capsys, *args: str) -> str:
@@ -72,12 +63,6 @@ class Served:
                 return
         raise AssertionError("".join(self.lines))
 
-    def ask(self, path: str, body: dict) -> tuple[int, dict]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
-        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
-        answer = connection.getresponse()
-        return answer.status, json.loads(answer.read())
-
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
         _, rest = self.process.communicate(timeout=120)
@@ -98,58 +83,21 @@ def serving(folder):
 @pytest.mark.slow
 def test_a_server_that_is_stopped_finishes_what_is_under_way(serving, janus):
     """Right answers, or errors that a client tries again; none mixed up, exit code 0."""
+    from tests.serving.api.mixed import ANSWERED, DRAWN, LEFT, NOT_SERVED, REFUSED, Mixed, ask_all, openai
+
     serving.wait()
-    rng, pictures = np.random.default_rng(4), []
-    for _ in range(2):
-        file, picture = io.BytesIO(), rng.integers(0, 256, (40, 60, 3), np.uint8)
-        Image.fromarray(picture).save(file, "PNG")
-        pictures.append((picture, "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()))
-    said = {
-        (seed, which): janus.chat(
-            QUESTION, [pictures[which][0]], 20, 0.8, top_p=0.9, seed=seed, system_prompt=""
-        )
-        for seed in range(3)
-        for which in range(2)
-    }  # fmt: skip
-    drawn = {prompt: janus.generate_images(prompt, 2) for prompt in (SHORT, OTHER)}
+    mixed = Mixed(janus, "tiny")
 
-    def one(index: int) -> str:
-        dice = random.Random(index)
-        if dice.random() < 0.1:
-            status, answer = serving.ask("/v1/chat/completions", {"model": "tiny", "messages": [], "n": 0})
-            assert status == 400 and answer["error"]["message"]
-            return "refused"
-        if dice.random() < 0.3:
-            prompt = dice.choice([SHORT, OTHER])
-            status, answer = serving.ask("/v1/images/generations", {"prompt": prompt, "n": 2, "seed": 0})
-            assert status == 200
-            made = [np.asarray(Image.open(io.BytesIO(base64.b64decode(x["b64_json"])))) for x in answer["data"]]
-            assert all(map(nearly_equal, made, drawn[prompt]))
-            return "drawn"
-        seed, which = dice.randrange(3), dice.randrange(2)
-        image = {"type": "image_url", "image_url": {"url": pictures[which][1]}}
-        user = {"role": "user", "content": [image, {"type": "text", "text": QUESTION}]}
-        messages = [{"role": "system", "content": ""}, user]
-        status, answer = serving.ask(
-            "/v1/chat/completions", {"model": "tiny", "messages": messages, "seed": seed, **SETTINGS}
-        )
-        assert status == 200 and answer["choices"][0]["message"]["content"] == said[seed, which]
-        return "answered"
-
-    def attempt(index: int) -> str:
-        try:
-            return one(index)
-        except (OSError, http.client.HTTPException):
-            return "not served"  # which clients try again
-
-    with concurrent.futures.ThreadPoolExecutor(32) as threads:
-        futures = [threads.submit(attempt, index) for index in range(200)]
+    def stop(futures: list) -> int:
         while sum(future.done() for future in futures) < 60:
             time.sleep(0.01)
-        code = serving.stop()
-        outcomes = [future.result() for future in futures]
+        return serving.stop()
+
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{serving.port}/v1", api_key="none", max_retries=0) as client:
+        kinds, outcomes, code = ask_all(mixed, client, stop)
     assert code == 0, "".join(serving.lines)
-    assert {"answered", "drawn", "refused", "not served"} == set(outcomes)
+    assert all(outcome in (kind, NOT_SERVED) for kind, outcome in zip(kinds, outcomes, strict=True))
+    assert {ANSWERED, DRAWN, LEFT, REFUSED, NOT_SERVED} == set(outcomes)
     assert QUESTION not in "".join(serving.lines), "prompts are not logged"
     # Those under way were finished: each client had one, and those that came later were not let in.
-    assert sum(outcome != "not served" for outcome in outcomes) >= 60
+    assert sum(outcome != NOT_SERVED for outcome in outcomes) >= 60
