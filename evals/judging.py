@@ -54,8 +54,8 @@ class Judge:
             "temperature": attempt.temperature,
             "max_tokens": attempt.max_tokens,
         }
-        how = {"key": self._key, "timeout": self._timeout, "wait": self._wait, "tries": _TRIES}
-        return post(self.url, body, _content, **how)
+        given = self.url, body, _content
+        return post(*given, key=self._key, timeout=self._timeout, wait=self._wait, tries=_TRIES)
 
 
 def _content(raw: bytes) -> str:

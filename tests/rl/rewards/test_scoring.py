@@ -113,12 +113,10 @@ def test_tried_again(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "why"),
-    [
-        ("die", "its process has ended by signal 9"),
-        pytest.param("sleep", "its process has not answered in 2 seconds", marks=pytest.mark.slow),
-    ],
+    [("die", "its process has ended by signal 9"), ("sleep", "its process has not answered in 2 seconds")],
     ids=["dies", "hangs"],
 )
 def test_after_the_tries_the_pictures_are_lost_and_the_next_are_not(tmp_path, capsys, how, why):

@@ -7,6 +7,7 @@ POST {"images": ["<PNG in base64>", ...], "prompts": ["a cat", ...], "metadata":
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import json
 import os
@@ -40,13 +41,15 @@ class Endpoint:
         if not (timeout > 0 and tries >= 1 and wait >= 0):
             raise ValueError("timeout must be above 0, tries at least 1 and wait at least 0")
         self._url = url
-        self._how = {"key": os.environ.get(key), "timeout": timeout, "wait": wait, "tries": tries}
+        self._post = functools.partial(
+            post, url, key=os.environ.get(key), timeout=timeout, wait=wait, tries=tries
+        )  # fmt: skip
 
     def __call__(self, pictures: np.ndarray, prompts: Sequence[str], metadata: Metadata) -> np.ndarray:
         """See `train.rl.rewards`; float64 [N]. OSError in one line if there is no reply, or none with N scores."""
         body = {"images": [_png(picture) for picture in pictures], "prompts": list(prompts), "metadata": list(metadata)}
         try:
-            return post(self._url, body, lambda raw: _scores(raw, len(pictures)), **self._how)
+            return self._post(body, lambda raw: _scores(raw, len(pictures)))
         except NoReply as error:
             raise OSError(f"{one_line(self._url)}: {error}") from None
 
