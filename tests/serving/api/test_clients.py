@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from janus_jax import load
 from janus_jax.serving.engine import Engine, Stopped
 from tests.library.tiny_janus import QUESTION, SHORT, folder, janus, nearly_equal  # noqa: F401
 from tests.serving.api.on_loopback import data_url, on_loopback
+from tests.weights.adapters.random_adapters import written
 
 openai = pytest.importorskip("openai")
 for name in ("fastapi", "prometheus_client", "uvicorn"):
@@ -128,6 +130,36 @@ def test_openai_waits_for_a_full_queue(client, served, port, monkeypatch):
     assert ENDPOINTS["chat"](client) == expected and time.monotonic() - began >= 1
     for thread in (making_room, waiting):
         thread.join(60)
+
+
+# ---------------------------------------------------------------- adapters
+
+
+def test_an_adapter_is_a_model_of_its_own(folder, tmp_path):
+    """It is listed with the model that it changes, answers and draws; its name is asked for like any other's."""
+    own = load(folder)
+    own.load_adapter(written(tmp_path / "painter", own.config, seed=1, targets=["q_proj", "up_proj"]), name="painter")
+    said, drawn = {}, {}
+    for name in (None, "painter"):
+        own.use_adapter(name)
+        said[name], drawn[name] = own.chat(QUESTION, (), LIMIT), own.generate_images(SHORT, 1)[0]
+    assert said[None] != said["painter"], "the adapter does nothing, which proves nothing"
+    with (
+        Engine(own, slots=4) as engine,
+        on_loopback(make_app(Served(engine, {MODEL: None, "painter": "painter"}))) as port,
+        openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none") as client,
+    ):
+        models = {model.id: model for model in client.models.list()}
+        assert list(models) == [MODEL, "painter"]
+        assert models["painter"].parent == models["painter"].root == MODEL and models[MODEL].parent is None
+        for name, adapter in ((MODEL, None), ("painter", "painter")):
+            made = client.chat.completions.create(**asking(model=name))
+            assert made.choices[0].message.content == said[adapter] and made.model == name
+            image = client.images.generate(model=name, prompt=SHORT, extra_body={"seed": 0}).data[0]
+            picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(image.b64_json))))
+            assert nearly_equal(picture, drawn[adapter])
+        with pytest.raises(openai.NotFoundError, match="did you mean painter"):
+            client.chat.completions.create(**asking(model="paintr"))
 
 
 # ---------------------------------------------------------------- Open WebUI
