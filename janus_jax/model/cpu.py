@@ -1,9 +1,9 @@
 """All workarounds for operations that XLA:CPU is slow at.
 
 Results are the same up to rounding, so readers of the model can ignore every call: `product` is its first argument,
-`attend` is `attention.attend`, `cache_rows` and `as_cached` return their first argument. `Janus.cpu` switches them on,
-and only `janus_jax.loading.layout` sets it, on a single CPU device. For products of few tokens, the compiler picks the
-branch of its platform, whatever the model says.
+`attend` and `attend_rows` are `attention.attend`, `cache_rows` and `as_cached` return their first argument. `Janus.cpu`
+switches them on, and only `janus_jax.loading.layout` sets it, on a single CPU device. For products of few tokens, the
+compiler picks the branch of its platform, whatever the model says.
 
 (Not here, since it is the same on every platform: `vq.GroupNorm` sums over space before it sums over groups.)
 """
@@ -22,6 +22,8 @@ from janus_jax.model.precision import einsum
 # Up to this many tokens XLA:CPU is faster with the kernel on the left (measured: 2.6 times for 2, 1.3 for 128).
 _FEW_TOKENS = 128
 _BLOCK = 128  # rows of an int8 or int4 kernel that are widened at a time
+_SLOTS = 128  # of the cache that are attended to at a time
+_LOOPS = 4  # that run at the same time
 
 
 # ---------------------------------------------------------------- linear layers
@@ -140,6 +142,55 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = No
     flat = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
     y = jax.lax.map(lambda given: one(*given), (*flat, jnp.repeat(jnp.arange(batch), kv_heads)))
     return y.reshape(batch, kv_heads, length, -1, head_dim).transpose(0, 2, 1, 3, 4).reshape(batch, length, heads, -1)
+
+
+def attend_rows(q: jax.Array, k: jax.Array, v: jax.Array, rows: jax.Array | None, seen: jax.Array) -> jax.Array:
+    """`attention.attend` of new tokens q [R, T, N, H] of rows of a cache [B, K, S, H]; see `RowSlots`.
+
+    It reads only slots that are filled, in blocks, with the softmax of those read so far: rows differ in length, and on
+    a CPU nothing hides what is read in vain. One token takes all heads at once, several take them one by one, as in
+    `attend`. Loops that do not depend on each other run at the same time.
+    """
+    batch, tokens, heads, head_dim = q.shape
+    kv_heads, slots = k.shape[1:3]
+    together = kv_heads if tokens == 1 else 1  # heads
+    block = min(_SLOTS, slots)
+    q = q.reshape(batch, tokens, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
+    q = q.reshape(batch * kv_heads // together, together, -1, head_dim)
+    queries = q.shape[2]  # of each head: all tokens, for each of the heads that share these keys
+    least = jnp.finfo(jnp.float32).min
+
+    def one(i: jax.Array, q: jax.Array) -> jax.Array:
+        which, head = i // (kv_heads // together), i % (kv_heads // together) * together
+        row = which if rows is None else rows[which]
+        last = seen[which] + jnp.arange(queries) % tokens
+
+        def some(x: jax.Array, start: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice(x, (row, head, start, 0), (1, together, block, head_dim))[0]
+
+        def step(n: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+            y, most, total = state
+            start = jnp.minimum(n * block, slots - block)
+            slot = start + jnp.arange(block)
+            scores = einsum("KMH,KSH->KMS", q, some(k, start), jnp.float32) * head_dim**-0.5
+            # The last block may begin within the one before.
+            scores = jnp.where((slot <= last[:, None]) & (slot >= n * block), scores, least)
+            new = jnp.maximum(most, scores.max(axis=-1))
+            weights, faded = jnp.exp(scores - new[..., None]), jnp.exp(most - new)
+            values = einsum("KMS,KSH->KMH", weights.astype(v.dtype), some(v, start), jnp.float32)
+            return y * faded[..., None] + values, new, total * faded + weights.sum(axis=-1)
+
+        empty = jnp.full(q.shape[:2], least, jnp.float32)
+        none = jnp.zeros(q.shape, jnp.float32), empty, jnp.zeros_like(empty)
+        y, _, total = jax.lax.fori_loop(0, (seen[which] + tokens - 1) // block + 1, step, none)
+        return (y / total[..., None]).astype(v.dtype)
+
+    numbers = jnp.arange(len(q))
+    each = -(-len(q) // _LOOPS)
+    parts = [slice(start, start + each) for start in range(0, len(q), each)]
+    y = jnp.concatenate([jax.lax.map(lambda given: one(*given), (numbers[part], q[part])) for part in parts])
+    y = y.reshape(batch, kv_heads, -1, tokens, head_dim).transpose(0, 3, 1, 2, 4)
+    return y.reshape(batch, tokens, heads, head_dim)
 
 
 # ---------------------------------------------------------------- the cache

@@ -109,9 +109,16 @@ class Janus(nn.Module):
         """New tokens [B, T, D] after a filled cache; see `Llama.decode`."""
         return self.language_model.decode(x, cache, real)
 
-    def decode_rows(self, x: jax.Array, cache: RowCache, lengths: jax.Array) -> tuple[jax.Array, RowCache]:
-        """One new token [B, 1, D] in every row, each at its own length; see `Llama.decode_rows`."""
-        return self.language_model.decode_rows(x, cache, lengths)
+    def decode_rows(
+        self,
+        x: jax.Array,
+        cache: RowCache,
+        lengths: jax.Array,
+        rows: jax.Array | None = None,
+        wanted: jax.Array | None = None,
+    ) -> tuple[jax.Array, RowCache]:
+        """New tokens [R, T, D] behind the lengths of rows of the cache; see `Llama.decode_rows`."""
+        return self.language_model.decode_rows(x, cache, lengths, rows, wanted)
 
     # ------------------------------------------------------------ out of it
 

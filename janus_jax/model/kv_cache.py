@@ -151,25 +151,38 @@ class RowCache:
         return self.keys[0].shape[-2]
 
 
-def read_row(cache: RowCache, row: jax.Array, length: jax.Array) -> KVCache:
-    """The row's keys and values as a cache of one row, of which `length` slots are filled."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RowSlots:
+    """Where new tokens [R, T] of rows belong in a RowCache, and what they attend to.
 
-    def one(x: jax.Array) -> jax.Array:
-        return _constrain_kv(jax.lax.dynamic_slice_in_dim(x, row, 1, axis=x.ndim - 4))
+    Attributes:
+      rows: [R] int32, the rows of the cache; None for all of them, in order.
+      starts: [R] int32, the slot of each row's first new token.
+      seen: [R] int32, the filled slots that the row's new tokens attend to, beside those among themselves that are not
+        later: as `starts`, but for rows of which nothing is wanted.
+    """
 
-    mask = jnp.arange(cache.slots)[None] < length
-    return KVCache(tuple(map(one, cache.keys)), tuple(map(one, cache.values)), mask, length, length[None])
+    rows: jax.Array | None
+    starts: jax.Array
+    seen: jax.Array
+
+    def mask(self, tokens: int, slots: int) -> jax.Array:
+        """[R, T, S] bool, what each new token attends to."""
+        last = self.seen[:, None] + jnp.arange(tokens)
+        return jnp.arange(slots) <= last[:, :, None]
 
 
-def write_row(cache: RowCache, row: jax.Array, one: KVCache, start: jax.Array, count: int) -> RowCache:
-    """`cache` with `count` slots of a cache of one row, from `start` on, in the same slots of `row`."""
+def copy_slots(cache: RowCache, source: jax.Array, target: jax.Array, count: jax.Array) -> RowCache:
+    """`cache` with the first `count` slots of the row `source` in the row `target` too, and zeros behind them."""
+    kept = (jnp.arange(cache.slots) < count)[:, None]
 
-    def put(x: jax.Array, from_row: jax.Array) -> jax.Array:
-        new = jax.lax.dynamic_slice_in_dim(from_row, start, count, axis=x.ndim - 2)
-        before = (0,) * (x.ndim - 4)
-        return _constrain_kv(jax.lax.dynamic_update_slice(x, new, (*before, row, 0, start, 0)))
+    def copy(x: jax.Array) -> jax.Array:
+        axis = x.ndim - 4
+        one = jnp.where(kept, jax.lax.dynamic_slice_in_dim(x, source, 1, axis=axis), 0)
+        return _constrain_kv(jax.lax.dynamic_update_slice_in_dim(x, _constrain_kv(one), target, axis=axis))
 
-    return RowCache(tuple(map(put, cache.keys, one.keys)), tuple(map(put, cache.values, one.values)))
+    return RowCache(tuple(map(copy, cache.keys)), tuple(map(copy, cache.values)))
 
 
 def grow_rows(cache: RowCache, slots: int) -> RowCache:
@@ -194,11 +207,13 @@ def _constrain_kv(x: jax.Array) -> jax.Array:
 
 
 def store(
-    kv: tuple[jax.Array, jax.Array], k: jax.Array, v: jax.Array, layer: jax.Array | None, slot: jax.Array | int
+    kv: tuple[jax.Array, jax.Array],
+    k: jax.Array,
+    v: jax.Array,
+    layer: jax.Array | None,
+    slot: RowSlots | jax.Array | int,
 ) -> tuple[jax.Array, jax.Array]:
     """`kv` with the new keys and values [B, K, T, H] of one layer written from `slot` on.
-
-    With a slot for each row, [B], T is 1.
 
     Args:
       kv: cached keys and values, of all layers [layers, B, K, S, H] or of this one [B, K, S, H].
@@ -207,33 +222,47 @@ def store(
     return _store(kv[0], k, layer, slot), _store(kv[1], v, layer, slot)
 
 
-def _store(cached: jax.Array, new: jax.Array, layer: jax.Array | None, slot: jax.Array | int) -> jax.Array:
+def _store(cached: jax.Array, new: jax.Array, layer: jax.Array | None, slot: RowSlots | jax.Array | int) -> jax.Array:
+    if isinstance(slot, RowSlots):
+        return _constrain_kv(_store_rows(cached, new.astype(cached.dtype), layer, slot))
     start, new = (0, 0, slot, 0), cpu.as_cached(new, cached.shape[-4]).astype(cached.dtype)
     if layer is not None:
         start, new = (layer, *start), new[None]
-    if jnp.ndim(slot):
-        return _constrain_kv(_store_rows(cached, new, layer, slot))
     return _constrain_kv(jax.lax.dynamic_update_slice(cached, new, start))
 
 
-def _store_rows(cached: jax.Array, new: jax.Array, layer: jax.Array | None, slots: jax.Array) -> jax.Array:
-    """`cached` with the one new key or value of each row at that row's own slot [B].
+def _store_rows(cached: jax.Array, new: jax.Array, layer: jax.Array | None, slots: RowSlots) -> jax.Array:
+    """`cached` with the new keys or values [R, K, T, H] of rows at their own slots.
 
     A loop over rows: a scatter makes TPUs read and write the whole cache.
     """
     own = () if layer is None else (layer,)
 
-    def body(row: jax.Array, cached: jax.Array) -> jax.Array:
-        one = jax.lax.dynamic_slice_in_dim(new, row, 1, axis=new.ndim - 4)
-        return jax.lax.dynamic_update_slice(cached, one, (*own, row, 0, slots[row], 0))
+    def body(i: jax.Array, cached: jax.Array) -> jax.Array:
+        one = jax.lax.dynamic_slice_in_dim(new, i, 1)
+        row = i if slots.rows is None else slots.rows[i]
+        return jax.lax.dynamic_update_slice(cached, one[None] if own else one, (*own, row, 0, slots.starts[i], 0))
 
-    return jax.lax.fori_loop(0, len(slots), body, cached)
+    return jax.lax.fori_loop(0, len(new), body, cached)
 
 
-def attend_cached(q: jax.Array, kv: tuple[jax.Array, jax.Array], layer: jax.Array | None, mask: jax.Array) -> jax.Array:
+def attend_cached(
+    q: jax.Array,
+    kv: tuple[jax.Array, jax.Array],
+    layer: jax.Array | None,
+    mask: jax.Array,
+    slot: RowSlots | jax.Array | int,
+    on_cpu: bool,
+) -> jax.Array:
     """Attention [B, T, N, H] of queries q [B, T, N, H] to one layer's cached keys and values; see `store`.
 
-    `mask` [B or 1, T or 1, S]: see `attention.attend`.
+    `mask` [B or 1, T or 1, S]: see `attention.attend`. `on_cpu`: see `cpu.attend_rows`.
     """
     k, v = kv if layer is None else (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in kv)
-    return attend(cpu.as_cached(q, len(k)), k, v, mask)[: len(q)]
+    if not isinstance(slot, RowSlots):
+        return attend(cpu.as_cached(q, len(k)), k, v, mask)[: len(q)]
+    if on_cpu:
+        return cpu.attend_rows(q, k, v, slot.rows, slot.seen)
+    if slot.rows is not None:
+        k, v = (_constrain_kv(jnp.take(x, slot.rows, axis=0)) for x in (k, v))
+    return attend(q, k, v, mask)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from janus_jax.config import LlamaConfig
 from janus_jax.model.attention import attend_segments, attention_weights, causal_mask, keep
-from janus_jax.model.kv_cache import KVCache, RowCache, attend_cached, store
+from janus_jax.model.kv_cache import KVCache, RowCache, RowSlots, attend_cached, store
 from janus_jax.model.layers import Embed, RMSNorm, apply_rope, gelu, rematerialized, rope
 from janus_jax.model.linear import Linear
 from janus_jax.model.precision import residual_dtype
@@ -49,7 +49,10 @@ class Attention(nn.Module):
             self.sow("intermediates", "weights", attention_weights(q, k, causal_mask(where)))
         if kv is not None:
             kv = store(kv, k, v, layer, 0 if slot is None else slot)
-        y = attend_segments(q, k, v, where, self.attention) if slot is None else attend_cached(q, kv, layer, where)
+        if slot is None:
+            y = attend_segments(q, k, v, where, self.attention)
+        else:
+            y = attend_cached(q, kv, layer, where, slot, self.cpu)
         out = {"out_dtype": residual_dtype(self.dtype), **types}
         return keep(Linear("BTNH,DNH->BTD", (c.width, c.heads, c.head_dim), **out, name="o_proj")(y)), kv
 
@@ -90,8 +93,8 @@ class Block(nn.Module):
           carry: (x [B, T, D], kv, layer): kv is None or (keys, values), of all layers [layers, B, K, S, H] with this
             one at index `layer`, or of this layer alone [B, K, S, H] with `layer` None.
           where: what is attended to: segment ids [B, T] if `slot` is None, else a mask [B, T, keys] of the cache.
-          slot: the slot at which the new keys are written to the cache (or one for each row), which is then attended
-            to; None writes at 0 and attends to the new keys alone.
+          slot: the slot at which the new keys are written to the cache (or RowSlots), which is then attended to; None
+            writes at 0 and attends to the new keys alone.
         Returns: (carry, None), as nn.scan expects.
         """
         x, kv, layer = carry
@@ -199,10 +202,24 @@ class Llama(nn.Module):
             kv, mask=valid, length=cache.length + length, positions=cache.positions + count
         )
 
-    def decode_rows(self, x: jax.Array, cache: RowCache, lengths: jax.Array) -> tuple[jax.Array, RowCache]:
-        """Appends one token, embedded as x [B, 1, D], to every row, each at its own length [B] int32."""
-        mask = jnp.arange(cache.slots) <= lengths[:, None]
-        return self._run(x, lengths[:, None], mask[:, None], cache, lengths)
+    def decode_rows(
+        self,
+        x: jax.Array,
+        cache: RowCache,
+        lengths: jax.Array,
+        rows: jax.Array | None = None,
+        wanted: jax.Array | None = None,
+    ) -> tuple[jax.Array, RowCache]:
+        """Appends T tokens, embedded as x [R, T, D], to rows of the cache, each behind its own length [R] int32.
+
+        Args:
+          rows: [R] int32; None for all rows, in order. The same row may be given several times with the same tokens.
+          wanted: [R] bool, False for rows whose hidden states may be anything finite; None wants all.
+        """
+        seen = lengths if wanted is None else jnp.where(wanted, lengths, 0)
+        slots, tokens = RowSlots(rows, lengths, seen), x.shape[1]
+        positions = lengths[:, None] + jnp.arange(tokens)
+        return self._run(x, positions, slots.mask(tokens, cache.slots), cache, slots)
 
     def _run(self, x, positions, where, cache, slot):
         c = self.config

@@ -73,7 +73,7 @@ class Device:
         params = self.params[adapter]
         picture = isinstance(piece, Picture)
         given = self.features.of(params, adapter, piece) if picture else batches.put(piece, None)
-        self._cache = programs.prefill(self.model, params, self._cache, given, np.int32(row), np.int32(slot))
+        self._cache = programs.prefill(self.model, params, self._cache, given, np.int32([row]), np.int32([slot]))
 
     def copy(self, source: int, row: int, count: int):
         """Begins `row` anew, with the first `count` slots of the row `source`."""

@@ -31,6 +31,8 @@ from janus_jax.serving.device import Device
 from janus_jax.serving.jobs import PIECES, Ended, Failed, Job, Token
 from janus_jax.serving.slots import Slots
 
+_LEAST_PROMPT = 32  # tokens that a context has room for beside an image's
+
 
 class Full(Exception):
     """As many jobs wait as may."""
@@ -66,7 +68,7 @@ class Engine:
         c = janus.config
         positions = c.language.max_positions
         context = min(positions, 4096) if context is None else check_count("context", context)
-        least = c.gen_vision.num_tokens + PIECES[0]
+        least = c.gen_vision.num_tokens + _LEAST_PROMPT
         if not least <= context <= positions:
             raise ValueError(f"context must be from {least}, for an image, to the model's {positions}, got {context}")
         if check_count("slots", slots) < 2:

@@ -19,7 +19,8 @@ from janus_jax.processing.chat import SYSTEM_PROMPT, Processor, normalize_messag
 from janus_jax.sampling.sampler import Options, check_count
 
 # A prompt is prefilled in pieces of these numbers of tokens, each of them one program.
-PIECES = (32, 128, 512)
+PIECES = (16, 32, 128, 512)
+_MOST_PADDING = 1 / 3  # of a piece; with more of it, smaller pieces are faster where computing takes the time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +94,8 @@ class Prompt:
     def _text(self, slot: int, end: int, slots: int) -> Iterator[tuple[int, np.ndarray, int]]:
         while slot < end:
             fitting = [size for size in PIECES if slot + size <= slots]
-            size = next((size for size in fitting if size >= end - slot), fitting[-1])
+            size = next((size for size in fitting if (1 - _MOST_PADDING) * size <= end - slot <= size), None)
+            size = size or max((size for size in fitting if size <= end - slot), default=fitting[0])
             count = min(end - slot, size)
             # The last id stands for padding too.
             yield slot, self.ids[None, np.minimum(slot + np.arange(size), slot + count - 1)], count

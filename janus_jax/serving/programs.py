@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from janus_jax.model.janus import Janus, run
-from janus_jax.model.kv_cache import RowCache, read_row, write_row
+from janus_jax.model.kv_cache import RowCache, copy_slots
 from janus_jax.sampling.cache import empty_cache
 from janus_jax.sampling.images import guide
 from janus_jax.sampling.sampler import RowSamplers
@@ -119,7 +119,7 @@ def step(
         return jnp.where(codes[:, None, None], of_codes.astype(x.dtype), x)
 
     x = jax.lax.cond((codes & active).any(), with_codes, lambda x: x, x)
-    hidden, cache = run(model, params, "decode_rows", x, cache, rows.lengths)
+    hidden, cache = run(model, params, "decode_rows", x, cache, rows.lengths, None, active)
     keys = _keys(rows)
 
     def text(hidden: jax.Array) -> Drawn:
@@ -160,17 +160,16 @@ def _draw(rows: Rows, keys: jax.Array, logits: jax.Array, wanted: jax.Array) -> 
 
 @functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("cache",))
 def prefill(
-    model: Janus, params: Params, cache: RowCache, given: jax.Array, row: jax.Array, start: jax.Array
+    model: Janus, params: Params, cache: RowCache, given: jax.Array, rows: jax.Array, starts: jax.Array
 ) -> RowCache:
-    """Fills slots of `row` from `start` on with a piece of its prompt; what comes before is there already.
+    """Fills slots of `rows` [R] from `starts` [R] on with a piece of each one's prompt; what comes before is there.
 
     Args:
-      given: ids [1, T] int32, or embeddings [1, T, D] of a picture. Tokens behind the piece's own may be anything:
-        their slots are behind the row's length.
+      given: ids [R, T] int32, or embeddings [R, T, D] of pictures. Tokens behind a piece's own may be anything: their
+        slots are behind the row's length.
     """
     x = run(model, params, "embed_text", given) if given.ndim == 2 else given
-    _, one = run(model, params, "decode", x, read_row(cache, row, start))
-    return write_row(cache, row, one, start, x.shape[1])
+    return run(model, params, "decode_rows", x, cache, starts, rows)[1]
 
 
 @functools.partial(jax.jit, donate_argnames=("cache",))
@@ -180,8 +179,4 @@ def copy_row(cache: RowCache, source: jax.Array, target: jax.Array, count: jax.A
     Zeros, and not what was there: whatever is not finite would spoil the row even where it is not attended to. With a
     count of 0 the row is emptied.
     """
-    kept = (jnp.arange(cache.slots) < count)[:, None]
-    one = read_row(cache, source, count)
-    keys, values = (tuple(jnp.where(kept, x, 0) for x in kv) for kv in (one.keys, one.values))
-    one = dataclasses.replace(one, keys=keys, values=values)
-    return write_row(cache, target, one, jnp.int32(0), cache.slots)
+    return copy_slots(cache, source, target, count)
