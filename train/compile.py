@@ -4,6 +4,7 @@
     python -m train.compile --config 7b_stage3 --topology 2xv5e-256
     python -m train.compile --config 7b_stage3 --topology v5e-8 --sampling
     python -m train.compile --config 7b_stage3 --topology h100-1 --sampling --images 16 --weights int8
+    python -m train.compile --config 7b_stage3 --topology v5e-8 --serving 16
     python -m train.compile --config 7b_stage3 --topology v5p-128 --tune
     python -m train.compile --all --table compiled.md
 
@@ -84,7 +85,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--sampling", action="store_true", help="compile the sampling loop and VQ decoder instead of the train step"
     )
     parser.add_argument("--images", type=int, default=1, help="with --sampling: images drawn at once (default 1)")
-    parser.add_argument("--weights", choices=FORMS, help="with --sampling: quantized kernels in the decoder")
+    parser.add_argument(
+        "--serving", type=int, metavar="SLOTS", help="compile the step of a server of so many slots instead"
+    )
+    parser.add_argument(
+        "--weights", choices=FORMS, help="with --sampling or --serving: quantized kernels in the decoder"
+    )
     parser.add_argument("--all", action="store_true", help="compile every config on every topology that it names")
     parser.add_argument(
         "--tune",
@@ -99,15 +105,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError("give --config NAME, or --all")
         if args.images < 1:
             raise ValueError(f"--images must be at least 1, got {args.images}")
-        if (args.images, args.weights) != (1, None) and not args.sampling:
-            raise ValueError("--images and --weights are for --sampling")
-        if args.tune and (args.sampling or not args.config):
+        if args.serving is not None and (args.serving < 2 or args.sampling or args.all):
+            raise ValueError("--serving takes at least 2 slots, and neither --sampling nor --all")
+        sampling = args.sampling or bool(args.serving)
+        if (args.images != 1 and not args.sampling) or (args.weights and not sampling):
+            raise ValueError("--images and --weights are for --sampling, and --weights for --serving")
+        if args.tune and (sampling or not args.config):
             raise ValueError("--tune is for the train step of one --config")
         names = [args.config] if args.config else config_names()
         configs = [load_config(name, args.overrides) for name in names]
         configs = [config for config in configs if isinstance(config, TrainConfig) and (args.config or config.layouts)]
         place = topology(args.topology) if args.topology else None
-        kinds = (False, True) if args.all else (args.sampling,)
+        kinds = (False, True) if args.all else (sampling,)
         todo = [(*job, sample) for sample in kinds for config in configs for job in jobs(config, place, sample)]
         if not todo:
             raise ValueError(f"{args.config} names no topology; give --topology, one of {', '.join(KNOWN)}")
@@ -128,7 +137,7 @@ def _run(todo: Sequence[tuple[TrainConfig, Topology, bool]], args: argparse.Name
         print(f"[{number}/{len(todo)}] {config.name} on {place.name} ...", file=sys.stderr, flush=True)
         try:
             decoder = (config.model.gen_vision, place) not in decoders
-            made = compile_job(config, place, sample, args.images, args.weights, decoder)
+            made = compile_job(config, place, sample, args.images, args.weights, decoder, args.serving or 0)
         except ValueError as error:
             if len(todo) == 1 and not isinstance(error, DoesNotFit):
                 raise

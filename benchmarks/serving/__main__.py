@@ -1,10 +1,11 @@
 """Tokens/s and seconds to the first token of a server with many clients, against one question after the other.
 
-`python -m benchmarks.serving --preset janus_pro_1b` asks the same questions, half of them about a picture each, of a
-server over HTTP, from a process of clients that each wait for their answer before they ask again, and of `janus.chat`
-in a loop; both decode greedily, answers have a fixed length, and weights are random, on sizes of a preset with fewer
-layers. The steps alone are those of the server's own program with all rows busy, without server and clients: what a
-step of the server takes longer is what serving costs.
+`python -m benchmarks.serving --preset janus_pro_1b` asks questions, half of them about a picture each, of a server over
+HTTP, from a process of clients that each wait for their answer before they ask again, and of `janus.chat` in a loop;
+both decode greedily, answers have a fixed length, and weights are random, on sizes of a preset with fewer layers. The
+loop asks the first questions only, in which every length and pictures are as frequent as in all. The steps alone are
+the server's own program with all rows busy in a bare loop, in the same process as its steps for as many questions,
+by turns: what a step of the server takes longer is what serving costs.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ import base64
 import concurrent.futures
 import http.client
 import io
+import itertools
 import json
+import queue
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +34,7 @@ from benchmarks.common import runs as common
 from benchmarks.evals import make_processor, shortened
 
 SERVED, ALONE, STEPS = "served", "janus.chat", "steps alone"
+_ALIKE = 12  # questions after which lengths and pictures repeat
 _CLIENTS = "clients"
 _NOUNS = ("a dog", "a traffic light", "a dining table", "a wine glass", "a person", "a skateboard")
 
@@ -65,22 +68,26 @@ def make_janus(args: argparse.Namespace) -> Any:
 
 
 def time_alone(args: argparse.Namespace) -> common.Run:
-    """Seconds of all questions, one after the other."""
-    janus, asked = make_janus(args), questions(args)
+    """Seconds of the first `args.alone` questions, one after the other."""
+    janus, asked = make_janus(args), questions(args)[: args.alone]
 
-    def ask(some: Sequence[tuple[str, bytes | None]]):
-        for text, picture in some:
-            janus.chat(text, [] if picture is None else [picture], args.tokens)
+    def given(question: tuple[str, bytes | None]) -> tuple[Any, ...]:
+        text, picture = question
+        return text, [] if picture is None else [picture], args.tokens
 
-    ask(asked)  # prompts are padded to several lengths, each of which is compiled
+    for question in asked:  # prompts are padded to several lengths, each of which is compiled
+        for _ in itertools.islice(janus.stream_chat(*given(question)), 3):
+            pass
     began, busy = time.perf_counter(), time.process_time()
-    ask(asked)
+    for question in asked:
+        janus.chat(*given(question))
     seconds, busy = time.perf_counter() - began, time.process_time() - busy
-    return {"seconds": seconds, "processor": busy, "tokens": len(asked) * args.tokens}
+    tokens = len(asked) * args.tokens
+    return {"seconds a token": seconds / tokens, "processor": busy / tokens}
 
 
 def time_served(args: argparse.Namespace) -> common.Run:
-    """The same with a server in this process, and clients in another."""
+    """Seconds of all questions to a server in this process, by clients in another, and of its steps."""
     import uvicorn
 
     from janus_jax.serving.api.app import make_app
@@ -90,6 +97,9 @@ def time_served(args: argparse.Namespace) -> common.Run:
 
     with Engine(make_janus(args), args.slots, args.context) as engine:
         engine.warm_up()
+        alone = _bare_steps(engine, args)
+        full = _full_steps(engine, args) + _full_steps(engine, args)
+        alone += _bare_steps(engine, args)
         listening = listen("127.0.0.1", 0)
         server = uvicorn.Server(uvicorn.Config(make_app(Served(engine, {"janus": None})), log_level="warning"))
         thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])), daemon=True)
@@ -100,58 +110,69 @@ def time_served(args: argparse.Namespace) -> common.Run:
         busy, steps = time.process_time(), engine.counts.steps
         told = subprocess.run([*command, *port], stdout=subprocess.PIPE, text=True, check=True).stdout
         busy, steps = time.process_time() - busy, engine.counts.steps - steps
-        run = json.loads(told.splitlines()[-1]) | {"processor": busy, "steps": steps}
-        run["step"] = _full_steps(engine, args)
         server.should_exit = True
         thread.join()
-    return run
+    run = json.loads(told.splitlines()[-1])
+    tokens = args.questions * args.tokens
+    return run | {"processor": busy / tokens, "rows": tokens / steps, "step": full, STEPS: alone}
 
 
-def _full_steps(engine: Any, args: argparse.Namespace) -> float:
-    """Median seconds of the engine's steps while every row answers a question."""
-    from janus_jax.serving.jobs import Token, question
+def _full_steps(engine: Any, args: argparse.Namespace) -> list[float]:
+    """Seconds of the engine's steps while every row answers a question."""
+    from janus_jax.serving.jobs import Token
 
     told: list[float] = []
-    over = threading.Semaphore(0)
+    over: queue.SimpleQueue[float] = queue.SimpleQueue()
+
+    def end(event: Any):
+        if not isinstance(event, Token):
+            over.put(time.perf_counter())
 
     def note(event: Any):
         if isinstance(event, Token):
             told.append(time.perf_counter())
-        else:
-            over.release()
+        end(event)
 
-    jobs = [question(engine.janus, f"{row}: go on", max_new_tokens=args.steps) for row in range(args.slots)]
-    for job in jobs[:-1]:
-        job.notify = lambda event: over.release() if not isinstance(event, Token) else None
-    jobs[-1].notify = note  # the last to be seated: while it is answered, all rows are busy
+    jobs = _short(engine.janus, args)
+    for job in jobs:
+        job.notify = end
+    jobs[-1].notify = note  # the last to be seated: all rows are busy from then until the first one ends
     engine.submit(*jobs)
-    for _ in jobs:
-        over.acquire()
-    full = told[: args.steps - args.slots]  # the first ones seated end first
-    return statistics.median(np.diff(full))
+    ends = [over.get() for _ in jobs]
+    return np.diff([when for when in told if when < min(ends)]).tolist()
 
 
-def time_steps(args: argparse.Namespace) -> common.Run:
-    """Median seconds of the server's step with every row busy, given one after the other."""
+def _bare_steps(engine: Any, args: argparse.Namespace) -> list[float]:
+    """Seconds of the engine's step in a loop with nothing else, with every row busy; the rows are free afterwards."""
     import jax
 
-    from janus_jax.serving.device import Device
-    from janus_jax.serving.jobs import question
     from janus_jax.serving.slots import Slots
 
-    janus = make_janus(args)
-    device, slots, active = Device(janus, args.slots, args.context), Slots(args.slots), np.ones(args.slots, bool)
-    for row in range(args.slots):
-        job = question(janus, f"{row}: go on", max_new_tokens=args.steps)
-        slots.seat(job)
-        slots.fill(row, job.prompts[0], job.prompt_tokens - 1)
-    seconds = []
-    for _ in range(args.steps):
-        began = time.perf_counter()
-        jax.block_until_ready(device.step(None, slots, active))
-        slots.rows = slots.rows.advanced(active)
-        seconds.append(time.perf_counter() - began)
-    return {"step": statistics.median(seconds[args.steps // 4 :])}
+    def steps() -> Any:
+        slots, active, device = Slots(args.slots), np.ones(args.slots, bool), engine._device
+        for row, job in enumerate(_short(engine.janus, args)):
+            slots.seat(job)
+            slots.fill(row, job.prompts[0], job.prompt_tokens - 1)
+        ends, before = [], None
+        for _ in range(args.steps):
+            drawn = device.step(None, slots, active)
+            slots.rows = slots.rows.advanced(active)
+            jax.block_until_ready(before)  # as the engine does: a step is under way while the one before is read
+            ends.append(time.perf_counter())
+            before = drawn
+        jax.block_until_ready(before)
+        engine._slots.forget()
+        device.renew()
+        return np.diff(ends[2:])
+
+    return engine._errand(steps, np.ndarray.tolist).result()
+
+
+def _short(janus: Any, args: argparse.Namespace) -> list[Any]:
+    """A question for each row, with answers of `args.steps` tokens."""
+    from janus_jax.serving.jobs import question
+
+    return [question(janus, f"{row}: go on", max_new_tokens=args.steps) for row in range(args.slots)]
 
 
 def ask_from_many(args: argparse.Namespace) -> common.Run:
@@ -189,7 +210,7 @@ def ask_from_many(args: argparse.Namespace) -> common.Run:
     began = time.perf_counter()
     with concurrent.futures.ThreadPoolExecutor(args.clients) as clients:
         firsts = list(clients.map(ask, asked))
-    return {"seconds": time.perf_counter() - began, "first": firsts, "tokens": len(asked) * args.tokens}
+    return {"seconds a token": (time.perf_counter() - began) / (len(asked) * args.tokens), "first": firsts}
 
 
 # ---------------------------------------------------------------- the command
@@ -198,22 +219,35 @@ def ask_from_many(args: argparse.Namespace) -> common.Run:
 def table(runs: common.Runs) -> common.Table:
     """A row for each variant; ratios are medians over the rounds."""
     good = common.done(runs)
-    rows = [("", "tokens/s", f"x {ALONE}", "x, processor", "first token, s", "95%", "ms a step", f"x {STEPS}")]
+    alone, served = good.get(ALONE, []), good.get(SERVED, [])
+    heads = (
+        "",
+        "tokens/s",
+        f"x {ALONE}",
+        "x, processor",
+        "first token, s",
+        "95%",
+        "rows a step",
+        "ms a step",
+        f"x {STEPS}",
+    )
+    rows: common.Table = [heads]
     for variant, own in good.items():
-        rate = [run["tokens"] / run["seconds"] for run in own if "seconds" in run]
         firsts = [first for run in own for first in run.get("first", [])]
         cells = [
-            statistics.median(rate) if rate else None,
-            *(
-                common.ratio(good[ALONE], own, key) if rate and ALONE in good else None
-                for key in ("seconds", "processor")
-            ),
+            1 / common.median(own, "seconds a token"),
+            *(common.ratio(alone, own, key) for key in ("seconds a token", "processor")),
             statistics.median(firsts) if firsts else None,
             float(np.quantile(firsts, 0.95)) if firsts else None,
+            common.median(own, "rows"),
             1000 * common.median(own, "step"),
-            1 / common.ratio(good[STEPS], own, "step") if "step" in own[0] and STEPS in good else None,
+            statistics.median(common.median([run], "step") / common.median([run], STEPS) for run in own)
+            if variant == SERVED
+            else None,
         ]
         rows.append((variant, *map(common.cell, cells)))
+    if served:
+        rows.append((STEPS, *[""] * 6, common.cell(1000 * common.median(served, STEPS)), "1"))
     return rows
 
 
@@ -223,27 +257,32 @@ def main(argv: list[str] | None = None) -> int:
 
     print_any_text()
     arguments = sys.argv[1:] if argv is None else argv
-    parser = common.make_parser("serving", __doc__)
+    parser = common.make_parser("serving", __doc__, rounds=1)
     parser.add_argument("--layers", type=common.count, default=4, help="of SigLIP and decoder (default %(default)s)")
     parser.add_argument("--clients", type=common.count, default=16, help="(default %(default)s)")
     parser.add_argument("--slots", type=common.count, default=16, help="rows of the server (default %(default)s)")
     parser.add_argument("--context", type=common.count, default=1024, help="tokens of a row (default %(default)s)")
-    parser.add_argument("--questions", type=common.count, default=48, help="(default %(default)s)")
-    parser.add_argument("--tokens", type=common.count, default=64, help="of an answer (default %(default)s)")
+    parser.add_argument("--questions", type=common.count, default=48, help="of the clients (default %(default)s)")
+    parser.add_argument(
+        "--alone", type=common.count, default=_ALIKE, help="of these, to ask one after the other (default %(default)s)"
+    )
+    parser.add_argument("--tokens", type=common.count, default=128, help="of an answer (default %(default)s)")
     parser.add_argument("--steps", type=common.count, default=96, help="whose time is taken (default %(default)s)")
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
-    if args.steps <= args.slots + 1:
-        parser.error(f"--steps must be above --slots + 1, {args.slots + 1}")
+    if args.alone > args.questions:
+        parser.error(f"--alone must be at most --questions, {args.questions}")
+    if args.steps <= 4 * args.slots:
+        parser.error(f"--steps must be above 4 * --slots, {4 * args.slots}: rows are filled one after the other")
     if args.json:
-        todo = {SERVED: time_served, ALONE: time_alone, STEPS: time_steps, _CLIENTS: ask_from_many}
+        todo = {SERVED: time_served, ALONE: time_alone, _CLIENTS: ask_from_many}
         return _device.answer(todo[args.json](args), "torch" if args.json == _CLIENTS else "jax")
-    variants = common.chosen(parser, args, (SERVED, ALONE, STEPS))
+    variants = common.chosen(parser, args, (SERVED, ALONE))
     runs = common.run_rounds("serving", arguments, variants, args.rounds)
     about = (
-        f"{args.preset} with {args.layers} layers in SigLIP and decoder, {args.questions} questions, half with a "
-        f"picture, answers of {args.tokens} tokens, {args.clients} clients, {args.slots} slots of {args.context}; "
-        f"median of {args.rounds} rounds, ratios are medians over the rounds."
+        f"{args.preset} with {args.layers} layers in SigLIP and decoder, {args.questions} questions, {args.alone} of "
+        f"them to {ALONE}, half with a picture, answers of {args.tokens} tokens, {args.clients} clients, {args.slots} "
+        f"slots of {args.context}; median of {args.rounds} rounds, ratios are medians over the rounds."
     )
     return common.publish("serving", "Serving", about, table(runs), runs, arguments, args.record)
 

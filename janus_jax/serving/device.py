@@ -18,6 +18,7 @@ from janus_jax.serving.features import Features
 from janus_jax.serving.jobs import PIECES, Picture
 from janus_jax.serving.slots import Slots
 
+CONTEXT = 4096  # tokens of a row by default, if the model has as many positions
 _SMALLEST_CACHE = 1024
 
 
@@ -32,7 +33,7 @@ class Device:
     """
 
     def __init__(self, janus: JanusPipeline, rows: int, context: int):
-        self.janus, self.model, self.sizes = janus, janus.model, _cache_sizes(context)
+        self.janus, self.model, self.sizes = janus, janus.model, cache_slots(context)
         taken = cache_bytes(janus.config.language, rows, self.sizes[-1], janus.model.dtype)
         free = least_available_bytes(janus.mesh)
         if free is not None and taken > free * (1 if janus.mesh is None else janus.mesh.size):
@@ -109,7 +110,8 @@ class Device:
         return decode_images(self.model, self.params[None], jnp.zeros((1, c.gen_vision.num_tokens), jnp.int32))
 
 
-def _cache_sizes(context: int) -> list[int]:
+def cache_slots(context: int) -> list[int]:
+    """The cache's numbers of slots for rows of `context` tokens, smallest first."""
     sizes = [min(_SMALLEST_CACHE, context)]
     while sizes[-1] < context:
         sizes.append(min(2 * sizes[-1], context))

@@ -27,7 +27,7 @@ from janus_jax.sampling.images import decode_images, encode_codes
 from janus_jax.sampling.memory import OutOfMemory
 from janus_jax.sampling.sampler import check_count
 from janus_jax.serving import programs
-from janus_jax.serving.device import Device
+from janus_jax.serving.device import CONTEXT, Device
 from janus_jax.serving.jobs import PIECES, Ended, Failed, Job, Token
 from janus_jax.serving.slots import Slots
 
@@ -67,7 +67,7 @@ class Engine:
     def __init__(self, janus: JanusPipeline, slots: int = 16, context: int | None = None, max_queue: int = 256):
         c = janus.config
         positions = c.language.max_positions
-        context = min(positions, 4096) if context is None else check_count("context", context)
+        context = min(positions, CONTEXT) if context is None else check_count("context", context)
         least = c.gen_vision.num_tokens + _LEAST_PROMPT
         if not least <= context <= positions:
             raise ValueError(f"context must be from {least}, for an image, to the model's {positions}, got {context}")

@@ -294,13 +294,13 @@ def _groups(line: str) -> list[list[int]]:
     return []
 
 
-def copies(text: str, at_least: int) -> list[Instruction]:
-    """Copies in loops, from main memory to main memory, of arrays of `at_least` bytes."""
+def copies(text: str, at_least: int, anywhere: bool = False) -> list[Instruction]:
+    """Copies in loops, or `anywhere`, from main memory to main memory, of arrays of `at_least` bytes."""
     return [
         one
         for one in instructions(text)
         if one.opcode == "copy"
-        and one.in_loop
+        and (one.in_loop or anywhere)
         and one.stored
         and one.bytes >= at_least
         and not any(a.fast for a in one.arrays)
@@ -330,6 +330,22 @@ def loop_bytes(text: str) -> int:
     computations, _ = _computations(text)
     bodies = {match[1] for lines in computations.values() for line in lines if (match := _BODY.search(line))}
     return sum(_bytes_of_body(computations[name]) for name in bodies)
+
+
+def program_bytes(text: str) -> int:
+    """Bytes that a run reads from and writes to main memory, counted as in `loop_bytes`, with all branches."""
+    computations, entry = _computations(text)
+
+    def of(name: str) -> int:
+        total = _bytes_of_body(computations[name])
+        for line in computations[name]:
+            match = _INSTRUCTION.match(line)
+            if match and match["opcode"] in ("while", "conditional", "call"):
+                turns = _turns(line, computations) if match["opcode"] == "while" else 1
+                total += turns * sum(of(callee) for callee in _called([line]) if callee in computations)
+        return total
+
+    return of(entry)
 
 
 _BODY = re.compile(r" while\(.*\bbody=%?([\w.\-]+)")

@@ -22,6 +22,8 @@ from janus_jax.processing.images import ImageSettings
 from janus_jax.sampling.cache import cache_sizes
 from janus_jax.sampling.images import continue_image, decode_images, start_image
 from janus_jax.sampling.sampler import Sampler
+from janus_jax.serving import programs as serving
+from janus_jax.serving.device import CONTEXT, cache_slots
 from janus_jax.sharding import make_mesh, param_shardings
 from janus_jax.weights.fuse import fuse
 from janus_jax.weights.quantize import array_bytes, quantized_shapes
@@ -205,20 +207,8 @@ def compile_sampling(
     It computes in bfloat16, or float16 on GPUs without bfloat16 units. `weights`: None, or the form of quantized
     kernels, see `quantize`. A cache that grows is compiled at its largest size.
     """
-    devices = devices_of(place)
-    mesh = make_mesh(dataclasses.asdict(config.mesh), devices)
-    gpu = GPUS.get(place.generation)
-    dtype = jnp.float16 if gpu and gpu.capability < 8 else jnp.bfloat16
-    model = Janus(config.model, dtype=dtype, **layout(config.model, devices[0].platform, on_mesh=True))
+    mesh, model, params = _loaded(config, place, weights)
     g = config.model.gen_vision
-
-    def on(tree: Any, shardings: Any) -> Any:
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
-
-    params = abstract_params(config.model, model.scan_layers, dtype)
-    params = quantized_shapes(params, weights)
-    params = jax.eval_shape(fuse, params) if model.fused else params
-    params = on(params, param_shardings(params, mesh))
     ids = jax.ShapeDtypeStruct((images, 2, _PROMPT), jnp.int32)
     mask = jax.ShapeDtypeStruct(ids.shape, bool)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))
@@ -228,7 +218,7 @@ def compile_sampling(
     with jax.set_mesh(mesh):
         given = (params, ids, mask, keys, scalar, sampler, g.num_tokens, False)
         start = _compile(start_image.lower(model, *given, sizes[0]))
-        state = on(start_image.eval_shape(model, *given, sizes[-1]), start.compiled.output_shardings)
+        state = _on(start_image.eval_shape(model, *given, sizes[-1]), start.compiled.output_shardings)
         loop = _compile(continue_image.lower(model, params, state, keys, scalar, sampler, count, count))
         codes = jax.ShapeDtypeStruct((images, g.num_tokens), jnp.int32)
         vq = {"gen_vision_model": params["gen_vision_model"]}
@@ -236,11 +226,7 @@ def compile_sampling(
     cache = _shard_bytes(state.cache)
     decoder = {k: v for k, v in params.items() if k in ("language_model", "gen_aligner", "gen_embed", "gen_head")}
     read = dict(decoder, language_model={k: v for k, v in decoder["language_model"].items() if k.startswith("layers")})
-    least = min(
-        _shard_bytes(state.cache.keys[0]),
-        _shard_bytes(decoder["language_model"]["layers_0"]["self_attn"]["o_proj"]["kernel"]),
-    )
-    found = tuple(one.line for one in hlo.copies(loop.text, least))
+    found = tuple(one.line for one in hlo.copies(loop.text, _least(params, state.cache)))
     name = f"{config.name} sampling {images}" + (f" {weights}" if weights else "")
     made = [
         _report(f"{name}: prefill", place, mesh, {"parameters": _shard_bytes(params)}, start),
@@ -252,6 +238,52 @@ def compile_sampling(
     if decode:
         made.append(_report(f"{name}: VQ decode", place, mesh, {"parameters": _shard_bytes(vq)}, decode))
     return made
+
+
+def compile_serving(config: TrainConfig, place: Topology, slots: int, weights: str | None = None) -> list[Compiled]:
+    """The step of `janus_jax.serving` with so many rows for `config`'s model on `place`; see `compile_sampling`.
+
+    The cache has its largest size by default, and all of it counts as filled; both heads are read, as in a step of
+    answers and images.
+    """
+    mesh, model, params = _loaded(config, place, weights)
+    with jax.set_mesh(mesh):
+        context = min(config.model.language.max_positions, CONTEXT)
+        empty = _compile(serving.new_cache.lower(model, slots, cache_slots(context)[-1]))
+        cache = serving.new_cache.eval_shape(model, slots, cache_slots(context)[-1])
+        cache = _on(cache, empty.compiled.output_shardings)
+        tokens, active = (jax.ShapeDtypeStruct((slots,), dtype) for dtype in (jnp.int32, bool))
+        made = _compile(serving.step.lower(model, params, cache, tokens, serving.Rows.idle(slots), active))
+    sizes = {"parameters": _shard_bytes(params), "cache": _shard_bytes(cache)}
+    read = {name: params[name] for name in ("language_model", "gen_aligner", "gen_head")}
+    read["language_model"] = {name: x for name, x in read["language_model"].items() if name != "embed_tokens"}
+    name = f"{config.name} serving {slots} slots" + (f" {weights}" if weights else "")
+    found = tuple(one.line for one in hlo.copies(made.text, _least(params, cache), anywhere=True))
+    accessed, floor = hlo.program_bytes(made.text), float(_shard_bytes(read) + sizes["cache"])
+    return [_report(name, place, mesh, sizes, made, copies=found, accessed=accessed, floor=floor)]
+
+
+def _loaded(config: TrainConfig, place: Topology, weights: str | None) -> tuple[Mesh, Janus, Any]:
+    """The mesh, the model and its parameters' shapes as `janus_jax.load` would have them on `place`."""
+    devices = devices_of(place)
+    mesh = make_mesh(dataclasses.asdict(config.mesh), devices)
+    gpu = GPUS.get(place.generation)
+    dtype = jnp.float16 if gpu and gpu.capability < 8 else jnp.bfloat16
+    model = Janus(config.model, dtype=dtype, **layout(config.model, devices[0].platform, on_mesh=True))
+    params = abstract_params(config.model, model.scan_layers, dtype)
+    params = quantized_shapes(params, weights)
+    params = jax.eval_shape(fuse, params) if model.fused else params
+    return mesh, model, _on(params, param_shardings(params, mesh))
+
+
+def _on(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def _least(params: Any, cache: Any) -> int:
+    """Bytes of the smaller one of a layer's keys and a layer's kernel, on one device."""
+    kernel = params["language_model"]["layers_0"]["self_attn"]["o_proj"]["kernel"]
+    return min(_shard_bytes(cache.keys[0]), _shard_bytes(kernel))
 
 
 class DoesNotFit(ValueError):
@@ -314,12 +346,15 @@ def compile_job(
     images: int = 1,
     weights: str | None = None,
     decoder: bool = True,
+    slots: int = 0,
 ) -> list[Compiled]:
-    """Compiles the programs of one job, with or without the VQ decoder.
+    """Compiles the programs of one job, with or without the VQ decoder; with `slots`, the server's step.
 
     Raises: ValueError in one line if a program cannot be compiled, or needs more memory than there is.
     """
     try:
+        if slots:
+            return compile_serving(config, place, slots, weights)
         if sample:
             return compile_sampling(config, place, images, weights, decoder)
         return [compile_training(config, place)]
