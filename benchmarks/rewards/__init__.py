@@ -1,0 +1,1 @@
+"""How far judging pictures is hidden behind drawing them."""
