@@ -28,6 +28,7 @@ from janus_jax.processing.images import contact_sheet, open_image
 from janus_jax.processing.roles import ROLES
 from janus_jax.sampling.memory import OutOfMemory
 from janus_jax.sampling.sampler import Options
+from janus_jax.sampling.speculative import Speculate, check_speculate
 from janus_jax.sharding import MESH_AXES, flatten
 from janus_jax.weights.adapters.peft_files import read_adapter
 from janus_jax.weights.checkpoint import open_checkpoint
@@ -71,6 +72,12 @@ def _parser() -> argparse.ArgumentParser:
         "--guidance", dest="cfg_weight", type=float, default=5.0, help="classifier-free; 1 for none (default 5)"
     )
     generate.add_argument("--batch-size", type=int, help="images at a time (default: as many as fit in memory)")
+    generate.add_argument(
+        "--speculate",
+        type=_speculate,
+        default="auto",
+        help="codes of an image a pass is given, most of them guesses: a number, off, or auto (default); same images",
+    )
     _add_sampling(generate, temperature=1.0)
     generate.set_defaults(run=_generate)
 
@@ -131,6 +138,16 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
     return given
 
 
+def _speculate(text: str) -> Speculate:
+    """The option --speculate, whose largest value is known only with the model."""
+    if text == "off":
+        return False
+    try:
+        return check_speculate(int(text) if text.lstrip("+-").isdigit() else text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be auto, off or a number of codes from 2, got {text!r}") from None
+
+
 def mesh_of(text: str | None) -> dict[str, int] | None:
     """Sizes of a mesh's axes from the option --mesh."""
     if text is None:
@@ -151,7 +168,7 @@ def _load(args: argparse.Namespace, ahead: Callable[[JanusPipeline], Any] | None
 
 
 def _generate(args: argparse.Namespace):
-    how = {"n": args.n, "batch_size": args.batch_size} | _sampling(args)
+    how = {"n": args.n, "batch_size": args.batch_size, "speculate": args.speculate} | _sampling(args)
     out = as_path(args.out)
     with new_folder(out):
         janus = _load(args, ahead=lambda janus: janus.compile_images(args.prompt, **how))

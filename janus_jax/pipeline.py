@@ -32,6 +32,7 @@ from janus_jax.sampling.images import (
 )
 from janus_jax.sampling.memory import OutOfMemory
 from janus_jax.sampling.sampler import Options, check_count, image_keys, seed_key
+from janus_jax.sampling.speculative import Speculate, check_speculate
 from janus_jax.sampling.text import Asked, compile_tokens, embed_prompt, stream_tokens
 from janus_jax.sharding import batch_shards
 from janus_jax.weights.adapters.loaded import Adapters
@@ -76,6 +77,7 @@ class JanusPipeline:
         seed: int | Sequence[int] = 0,
         batch_size: int | None = None,
         progress: bool | None = None,
+        speculate: Speculate = "auto",
     ) -> list[Image.Image]:
         """Draws `n` images for each prompt.
 
@@ -90,13 +92,16 @@ class JanusPipeline:
           seed: one seed for the call, or one for each image (len(prompts) * n of them), each then as with n = 1.
           batch_size: images drawn at a time; default as many as fit in the device's memory.
           progress: show a bar; default in a terminal or a notebook.
+          speculate: codes of an image that a pass of the model is given, most of them guesses: the same images, sooner.
+            "auto" takes what pays on the platform for so many images at a time; False is one code after the other.
         Returns: PIL images, n for each prompt, in order.
         Raises: ValueError for a blank or too long prompt, or a setting out of range; its subclass `finite.NotFinite` if
           the model's outputs are not finite, which ends the whole call.
         """
         options = Options(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, cfg_weight=cfg_weight)
         drawing = self._drawing(prompts, n, options)
-        codes = self.sample_codes(*drawing, options, batch_size=batch_size, progress=progress)
+        how: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "speculate": speculate}
+        codes = self.sample_codes(*drawing, options, **how)
         return [Image.fromarray(image) for image in self.decode_codes(codes)]
 
     def generate_codes(
@@ -111,10 +116,12 @@ class JanusPipeline:
         seed: int | Sequence[int] = 0,
         batch_size: int | None = None,
         progress: bool | None = None,
+        speculate: Speculate = "auto",
     ) -> np.ndarray:
         """Image codes [len(prompts) * n, num_tokens] int32; arguments as for `generate_images`."""
         options = Options(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, cfg_weight=cfg_weight)
-        return self.sample_codes(*self._drawing(prompts, n, options), options, batch_size=batch_size, progress=progress)
+        how: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "speculate": speculate}
+        return self.sample_codes(*self._drawing(prompts, n, options), options, **how)
 
     def compile_images(
         self,
@@ -127,6 +134,7 @@ class JanusPipeline:
         top_p: float = 1.0,
         seed: int | Sequence[int] = 0,
         batch_size: int | None = None,
+        speculate: Speculate = "auto",
     ) -> None:
         """Compiles the programs of `generate_images` for the same arguments; `params` may be shapes, see `load`.
 
@@ -137,18 +145,17 @@ class JanusPipeline:
         ids, mask, keys = self._drawing(prompts, n, options)
         total = len(keys)
         batch = batches.first(total, batches.images_at_a_time(self.model, self.params, None, ids, total, batch_size))
-        given = (*(batch.put_prompts(x) for x in (ids, mask)), batch.put(keys))
+        given = (*map(batch.put_prompts, (ids, mask)), batch.put(keys))
+        how: dict[str, Any] = {"guidance": cfg_weight, "sampler": options.sampler, "speculate": speculate}
         try:
-            compile_codes(self.model, self.params, *given, guidance=cfg_weight, sampler=options.sampler)
+            compile_codes(self.model, self.params, *given, **how)
             size = batches.first(total, batches.pictures_at_a_time(self.model, self.params, self.mesh, total)).size
             compile_decoding(self.model, self.params, size)
         except jax.errors.JaxRuntimeError as error:
             if not OutOfMemory.says(error):  # in which case drawing will use smaller batches
                 raise
 
-    def _drawing(
-        self, prompts: str | Sequence[str], n: int, options: Options
-    ) -> tuple[np.ndarray, np.ndarray, jax.Array]:
+    def _drawing(self, prompts: str | Sequence[str], n: int, options: Options) -> tuple[Any, Any, jax.Array]:
         """Ids, mask and keys for `images.generate_codes`."""
         processor = self._need_processor("draw from a prompt")
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -156,7 +163,6 @@ class JanusPipeline:
             raise ValueError("nothing to draw: the list of prompts is empty")
         check_count("n", n)
         keys = image_keys(options.seed, len(prompts), n)
-
         copies = n if len(prompts) > 1 else 1  # one prompt is prefilled once, for all its images
         return *processor.drawing_batch(prompts, copies, guided=options.cfg_weight != 1), keys
 
@@ -169,24 +175,17 @@ class JanusPipeline:
         *,
         batch_size: int | None = None,
         progress: bool | None = None,
+        speculate: Speculate = "auto",
     ) -> np.ndarray:
         """`images.generate_codes` in batches that fit in memory: ids, mask and keys as there, on the host."""
-        total, sampler = len(keys), options.sampler
+        total, steps = len(keys), self.config.gen_vision.num_tokens
+        check_speculate(speculate, steps)
+        how: dict[str, Any] = {"guidance": options.cfg_weight, "sampler": options.sampler, "speculate": speculate}
 
         def draw(batch: Batch) -> np.ndarray:
-            codes, _ = generate_codes(
-                self.model,
-                self.params,
-                batch.put_prompts(ids),
-                batch.put_prompts(mask),
-                batch.put(keys),
-                guidance=options.cfg_weight,
-                sampler=sampler,
-                progress=batch.progress,
-            )
-            return on_host(codes)
+            given = (*map(batch.put_prompts, (ids, mask)), batch.put(keys))
+            return on_host(generate_codes(self.model, self.params, *given, progress=batch.progress, **how)[0])
 
-        steps = self.config.gen_vision.num_tokens
         size = batches.images_at_a_time(self.model, self.params, self.mesh, ids, total, batch_size)
         return in_batches(draw, total, size, self.mesh, name="drawing", steps=steps, progress=progress)
 

@@ -42,11 +42,18 @@ class DigitsConfig:
         for stage in self.stages:
             if stage.model.gen_vision != self.vq.model:
                 raise ValueError(f"the VQ model of {stage.name} is not that of vq; change both alike")
+        if self.image_size % 8:
+            raise ValueError(f"the VQ model draws {self.image_size} pixels a side; digits need a multiple of their 8")
 
     @property
     def training_splits(self) -> tuple[str, ...]:
         """What models and judge are trained on."""
         return ("train",) if self.split == "validation" else ("train", "validation")
+
+    @property
+    def image_size(self) -> int:
+        """Pixels a side of the digits: as many as the VQ model draws."""
+        return self.vq.model.image_size
 
     # ------------------------------------------------------------ where everything lies
 

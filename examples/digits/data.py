@@ -1,6 +1,7 @@
 """Handwritten digits as training data: files in formats of `train.raw.sources`, and a tokenizer for their texts.
 
-The images are scikit-learn's `load_digits`: 1797 of 8 x 8 pixels in 17 gray levels. Here they are 16 x 16 RGB.
+The images are scikit-learn's `load_digits`: 1797 of 8 x 8 pixels in 17 gray levels. Here they are RGB, and 16 x 16
+unless said otherwise.
 """
 
 from __future__ import annotations
@@ -81,10 +82,9 @@ def shifted(images: np.ndarray, shifts: Iterable[tuple[int, int]] = SHIFTS) -> n
     return np.concatenate([padded[:, 1 - down : 9 - down, 1 - right : 9 - right] for down, right in shifts])
 
 
-def to_rgb(images: np.ndarray) -> np.ndarray:
-    """uint8 images [N, 8, 8] as [N, 16, 16, 3], by Pillow's bicubic filter."""
-    size = (IMAGE_SIZE, IMAGE_SIZE)
-    large = [np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)) for image in images]
+def to_rgb(images: np.ndarray, size: int = IMAGE_SIZE) -> np.ndarray:
+    """uint8 images [N, 8, 8] as [N, size, size, 3], by Pillow's bicubic filter."""
+    large = [np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)) for image in images]
     return np.repeat(np.stack(large)[..., None], 3, axis=-1)
 
 
@@ -94,10 +94,11 @@ def to_float(images: np.ndarray) -> np.ndarray:
 
 
 def _varied(images: np.ndarray, noise: float, rng: np.random.Generator) -> np.ndarray:
-    """uint8 images [N, 16, 16, 3], each moved by up to half a pixel of the 8 x 8, with noise."""
+    """uint8 images [N, size, size, 3], each moved by up to a pixel, with noise."""
+    size = images.shape[1]
     padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
     down, right = rng.integers(0, 3, (2, len(images)))
-    moved = [p[d : d + IMAGE_SIZE, r : r + IMAGE_SIZE] for p, d, r in zip(padded, down, right, strict=True)]
+    moved = [p[d : d + size, r : r + size] for p, d, r in zip(padded, down, right, strict=True)]
     gray = rng.normal(0, noise, (*images.shape[:3], 1))
     return np.clip(np.rint(np.stack(moved) + gray), 0, 255).astype(np.uint8)
 
@@ -143,7 +144,12 @@ def sentences() -> list[str]:
 
 
 def write_sources(
-    folder: pathlib.Path, splits: Sequence[str], seed: int, augment: bool, noise: float = 12.0
+    folder: pathlib.Path,
+    splits: Sequence[str],
+    seed: int,
+    augment: bool,
+    noise: float = 12.0,
+    size: int = IMAGE_SIZE,
 ) -> dict[str, pathlib.Path]:
     """Writes splits as sources for `train.prepare`, in a few seconds.
 
@@ -152,16 +158,18 @@ def write_sources(
 
     Args:
       augment: as many copies of every image as there are `SHIFTS`: those to be drawn at each of them, those to be
-        understood moved half as far at most, with slight noise (they stand in the middle when they are asked about).
+        understood moved by a pixel of theirs at most, with slight noise (they stand in the middle when they are asked
+        about).
       noise: its standard deviation, in 255ths.
+      size: of the pictures, in pixels a side.
     Returns: the three files, by kind.
     """
     rng = np.random.default_rng(seed)
     images, labels = load_split(*splits)
-    drawn, seen = to_rgb(images), to_rgb(images)
+    drawn, seen = to_rgb(images, size), to_rgb(images, size)
     if augment:
         copies = len(SHIFTS)
-        drawn, labels = to_rgb(shifted(images)), np.tile(labels, copies)
+        drawn, labels = to_rgb(shifted(images), size), np.tile(labels, copies)
         seen = _varied(np.tile(seen, (copies, 1, 1, 1)), noise, rng)
     order = rng.permutation(len(labels))
     drawn, seen, labels = drawn[order], seen[order], labels[order]

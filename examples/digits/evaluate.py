@@ -36,9 +36,9 @@ _ZOOM = 4
 
 def evaluate(janus: JanusPipeline, config: DigitsConfig, folder: pathlib.Path) -> dict[str, Any]:
     """Judges a trained model on `config.split` and writes the pictures into `folder`."""
-    judge = Judge(config.training_splits)
+    judge = Judge(config.training_splits, config.image_size)
     images, labels = load_split(config.split)
-    shown = to_rgb(images)
+    shown = to_rgb(images, config.image_size)
     figures: dict[str, Any] = {"split": config.split, "judge": judge.accuracy(config.split)}
 
     codes = janus.encode_images([Image.fromarray(image) for image in shown])

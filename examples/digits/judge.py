@@ -22,18 +22,20 @@ class Judge:
 
     Args:
       splits: what it is fitted on.
+      size: of the images that it judges, in pixels a side: a multiple of 8.
     """
 
-    def __init__(self, splits: Sequence[str] = ("train",)):
+    def __init__(self, splits: Sequence[str] = ("train",), size: int = IMAGE_SIZE):
         from sklearn.svm import SVC
 
         images, labels = load_split(*splits)
+        self._size = size
         self._svm: Any = SVC(C=3, gamma=0.3)
-        self._svm.fit(_features(to_rgb(shifted(images))), np.tile(labels, len(SHIFTS)))
+        self._svm.fit(_features(to_rgb(shifted(images), size), size), np.tile(labels, len(SHIFTS)))
 
     def predict(self, images: np.ndarray) -> np.ndarray:
-        """Labels [N] of uint8 images [N, 16, 16, 3]; ValueError for others."""
-        return self._svm.predict(_features(images))
+        """Labels [N] of uint8 images [N, size, size, 3]; ValueError for others."""
+        return self._svm.predict(_features(images, self._size))
 
     def detect(self, image: Image.Image) -> dict[str, list[Detection]]:
         """As a detector of GenEval: the one digit that it takes `image` for, by name, where there is ink."""
@@ -44,12 +46,12 @@ class Judge:
     def accuracy(self, split: str) -> float:
         """Share of a split's own images that are recognized."""
         images, labels = load_split(split)
-        return float(np.mean(self.predict(to_rgb(images)) == labels))
+        return float(np.mean(self.predict(to_rgb(images, self._size)) == labels))
 
 
-def _features(images: np.ndarray) -> np.ndarray:
+def _features(images: np.ndarray, size: int) -> np.ndarray:
     images = np.asarray(images)
-    if images.dtype != np.uint8 or images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 3):
-        raise ValueError(f"the judge takes uint8 [N, {IMAGE_SIZE}, {IMAGE_SIZE}, 3], not {images.dtype} {images.shape}")
-    pooled = images.astype(np.float64).reshape(len(images), 8, 2, 8, 2, 3).mean((2, 4, 5))
+    if images.dtype != np.uint8 or images.shape[1:] != (size, size, 3):
+        raise ValueError(f"the judge takes uint8 [N, {size}, {size}, 3], not {images.dtype} {images.shape}")
+    pooled = images.astype(np.float64).reshape(len(images), 8, size // 8, 8, size // 8, 3).mean((2, 4, 5))
     return pooled.reshape(len(images), 64) / 255

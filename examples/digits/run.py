@@ -93,7 +93,7 @@ def train_tokenizer(config: DigitsConfig):
     """Trains the VQ tokenizer of images, unless `config.vq_folder` holds it already."""
     if from_first((config.vq_folder / "config.json").exists()):
         return
-    images = to_float(to_rgb(shifted(load_split(*config.training_splits)[0])))
+    images = to_float(to_rgb(shifted(load_split(*config.training_splits)[0]), config.image_size))
     params, history = train_vq(config.run_vq, images)
     save_vq(config.vq_folder, config.vq.model, jax.device_get(params))
     last = {name: float(values[-20:].mean()) for name, values in history.items()}
@@ -113,7 +113,8 @@ def prepare_data(config: DigitsConfig):
     for split in ("train", "validation"):
         if not config.sources.joinpath(split, "done").exists():
             splits = config.training_splits if split == "train" else (split,)
-            write_sources(config.sources / split, splits, config.seed, split == "train", config.noise)
+            folder, augment = config.sources / split, split == "train"
+            write_sources(folder, splits, config.seed, augment, config.noise, config.image_size)
             config.sources.joinpath(split, "done").touch()
         paths = {
             "understanding": "understanding/llava.jsonl",

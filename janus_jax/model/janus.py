@@ -109,6 +109,10 @@ class Janus(nn.Module):
         """New tokens [B, T, D] after a filled cache; see `Llama.decode`."""
         return self.language_model.decode(x, cache, real)
 
+    def decode_window(self, x: jax.Array, cache: KVCache, lengths: jax.Array) -> tuple[jax.Array, KVCache]:
+        """A window of tokens [B, T, D] behind each row's own length; see `Llama.decode_window`."""
+        return self.language_model.decode_window(x, cache, lengths)
+
     def decode_rows(
         self,
         x: jax.Array,

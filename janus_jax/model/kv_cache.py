@@ -161,11 +161,13 @@ class RowSlots:
       starts: [R] int32, the slot of each row's first new token.
       seen: [R] int32, the filled slots that the row's new tokens attend to, beside those among themselves that are not
         later: as `starts`, but for rows of which nothing is wanted.
+      padded: whether some of the filled slots are padding, which only the mask says.
     """
 
     rows: jax.Array | None
     starts: jax.Array
     seen: jax.Array
+    padded: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def mask(self, tokens: int, slots: int) -> jax.Array:
         """[R, T, S] bool, what each new token attends to."""
@@ -259,7 +261,7 @@ def attend_cached(
     `mask` [B or 1, T or 1, S]: see `attention.attend`. `on_cpu`: see `cpu.attend_rows`.
     """
     k, v = kv if layer is None else (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in kv)
-    if not isinstance(slot, RowSlots):
+    if not isinstance(slot, RowSlots) or slot.padded:
         return attend(cpu.as_cached(q, len(k)), k, v, mask)[: len(q)]
     if on_cpu:
         return cpu.attend_rows(q, k, v, slot.rows, slot.seen)

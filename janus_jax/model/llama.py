@@ -202,6 +202,17 @@ class Llama(nn.Module):
             kv, mask=valid, length=cache.length + length, positions=cache.positions + count
         )
 
+    def decode_window(self, x: jax.Array, cache: KVCache, lengths: jax.Array) -> tuple[jax.Array, KVCache]:
+        """T tokens, embedded as x [B, T, D], behind each row's own length [B] int32 in slots, at least the prompts'.
+
+        They attend to each other causally. Of the cache that prefill has left only keys and values change: what stays
+        of the new ones is up to whoever keeps the lengths, and the next tokens overwrite the others.
+        """
+        slots, ends = jnp.arange(cache.mask.shape[1]), lengths[:, None] + jnp.arange(x.shape[1])
+        mask = (cache.mask | (slots >= cache.length))[:, None] & (slots <= ends[..., None])
+        positions = cache.positions[:, None] + ends - cache.length
+        return self._run(x, positions, mask, cache, RowSlots(None, lengths, lengths, padded=True))
+
     def decode_rows(
         self,
         x: jax.Array,

@@ -19,20 +19,14 @@ import numpy as np
 from janus_jax.config import VQConfig
 from janus_jax.model.janus import Janus, run
 from janus_jax.model.kv_cache import KVCache, grow_cache, tile_cache
+from janus_jax.sampling.acceptance import Guesses
 from janus_jax.sampling.cache import cache_sizes, empty_cache, grown_shapes, pieces
 from janus_jax.sampling.finite import note_failure, refuse_failed
-from janus_jax.sampling.sampler import Sampler, check_guidance, make_sampler, step_keys
+from janus_jax.sampling.sampler import Sampler, check_guidance, guide, make_sampler, step_keys
+from janus_jax.sampling.speculative import Speculate, behind_first, continue_windows, draw_windows, slots_of, window_of
 from janus_jax.sharding import constrain
 
 Params = dict[str, Any]
-
-
-def guide(logits: jax.Array, guidance: jax.Array | float) -> jax.Array:
-    """Classifier-free guidance: [B, 2, V] (conditional, unconditional) to [B, V]; [B, 1, V] passes through."""
-    if logits.shape[1] == 1:
-        return logits[:, 0]
-    conditional, unconditional = logits[:, 0], logits[:, 1]
-    return unconditional + guidance * (conditional - unconditional)
 
 
 @jax.tree_util.register_dataclass
@@ -130,6 +124,7 @@ def generate_codes(
     num_tokens: int | None = None,
     keep_logits: bool = False,
     progress: Callable[[int], None] | None = None,
+    speculate: Speculate = False,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Draws image codes (reference: generation_inference.py).
 
@@ -143,21 +138,38 @@ def generate_codes(
       num_tokens: codes to draw; default the whole grid.
       keep_logits: also return the guided logits of every step.
       progress: called with the number of new codes (steps, not codes times images) as they are done.
+      speculate: see `speculative.window_of`; the codes are the same up to the rounding of another order of sums.
     Returns: codes [B, num_tokens] int32, and logits [B, num_tokens, codebook_size] float32 or None.
-    Raises: `finite.NotFinite`, a ValueError, if logits are not finite; ValueError if guidance is out of range.
+    Raises: `finite.NotFinite`, a ValueError, if logits are not finite; ValueError if guidance or `speculate` is out of
+        range.
     """
     check_guidance(guidance)
     sampler = make_sampler() if sampler is None else sampler
     num_tokens = num_tokens or model.config.gen_vision.num_tokens
     weight = jnp.float32(guidance)
     pair, length = ids.shape[1:]
-    slots = cache_sizes(model, params, pair * len(keys), length, num_tokens)
+    window = window_of(speculate, num_tokens, len(keys), pair, keep_logits)
+    if window:
+        slots = [slots_of(length, num_tokens, window)]
+    else:
+        slots = cache_sizes(model, params, pair * len(keys), length, num_tokens)
     state = start_image(model, params, ids, mask, keys, weight, sampler, num_tokens, keep_logits, slots[0])
     refuse = functools.partial(refuse_failed, model, params, unit="image", drawn="code", guidance=guidance)
     if progress is not None:
         refuse(state.failed)  # which waits for the step
         progress(1)
     piece = num_tokens if progress is None else max(1, num_tokens // 24)
+    if window:
+
+        def report(images: Guesses, more: int):
+            if progress is not None:
+                refuse(images.failed)
+                progress(more)
+
+        begun = behind_first(model, state.cache, state.codes[:, 0], state.failed, num_tokens, window)
+        images = draw_windows(model, params, begun, keys, weight, sampler, window, piece=piece, report=report)
+        refuse(images.failed)
+        return images.codes[:, :num_tokens], None
     for size, start, stop in pieces(slots, length, piece, num_tokens):
         state = dataclasses.replace(state, cache=grow_cache(state.cache, size))
         state = continue_image(model, params, state, keys, weight, sampler, jnp.int32(start), jnp.int32(stop))
@@ -169,11 +181,28 @@ def generate_codes(
 
 
 def compile_codes(
-    model: Janus, params: Any, ids: jax.Array, mask: jax.Array, keys: jax.Array, *, guidance: float, sampler: Sampler
+    model: Janus,
+    params: Any,
+    ids: jax.Array,
+    mask: jax.Array,
+    keys: jax.Array,
+    *,
+    guidance: float,
+    sampler: Sampler,
+    speculate: Speculate = False,
 ):
     """Compiles the programs of `generate_codes` for such arguments; `params` may be shapes."""
     num_tokens, one = model.config.gen_vision.num_tokens, jnp.int32(1)
     drawing = (keys, jnp.float32(guidance), sampler)
+    if window := window_of(speculate, num_tokens, len(keys), ids.shape[1], False):
+        room = slots_of(ids.shape[2], num_tokens, window)
+        start_image.lower(model, params, ids, mask, *drawing, num_tokens, False, room).compile()
+        first = start_image.eval_shape(model, params, ids, mask, *drawing, num_tokens, False, room)
+        state = jax.eval_shape(
+            lambda given: behind_first(model, given.cache, given.codes[:, 0], given.failed, num_tokens, window), first
+        )
+        continue_windows.lower(model, params, state, *drawing, one, window=window).compile()
+        return
     slots = cache_sizes(model, params, ids.shape[1] * len(keys), ids.shape[2], num_tokens)
     start_image.lower(model, params, ids, mask, *drawing, num_tokens, False, slots[0]).compile()
     first = start_image.eval_shape(model, params, ids, mask, *drawing, num_tokens, False, slots[0])

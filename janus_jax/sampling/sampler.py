@@ -1,4 +1,4 @@
-"""Draws tokens from logits: temperature, top-k, top-p, and random keys.
+"""Draws tokens from logits: guidance, temperature, top-k, top-p, and random keys.
 
 To add a setting, add a field to `Options`, a check there, and its effect to `Sampler`, and expose it in the pipeline's
 methods.
@@ -51,10 +51,17 @@ class Sampler:
         """Tokens [B] int32 from float32 logits [B, V], each drawn with its own key of keys [B]."""
         if self.greedy:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return jax.vmap(jax.random.categorical)(keys, self.scaled(logits)).astype(jnp.int32)
+
+    def scaled(self, logits: jax.Array) -> jax.Array:
+        """Logits [..., V] whose softmax is what tokens are drawn by, -inf for those that are cut off."""
+        if self.greedy:
+            likeliest = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=bool)
+            return jnp.where(likeliest, 0.0, -jnp.inf)
         logits = logits / self.temperature
         if self.truncated:
             logits = jnp.where(_kept(logits, self.top_k, self.top_p), logits, -jnp.inf)
-        return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+        return logits
 
 
 @jax.tree_util.register_dataclass
@@ -149,6 +156,14 @@ class Options:
 def make_sampler(temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0) -> Sampler:
     """The Sampler for these settings, see `Options`."""
     return Options(temperature=temperature, top_k=top_k, top_p=top_p).sampler
+
+
+def guide(logits: jax.Array, guidance: jax.Array | float) -> jax.Array:
+    """Classifier-free guidance: [B, 2, ...] (conditional, unconditional) to [B, ...]; [B, 1, ...] passes through."""
+    if logits.shape[1] == 1:
+        return logits[:, 0]
+    conditional, unconditional = logits[:, 0], logits[:, 1]
+    return unconditional + guidance * (conditional - unconditional)
 
 
 def step_keys(keys: jax.Array, step: jax.Array | int) -> jax.Array:

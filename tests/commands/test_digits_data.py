@@ -217,6 +217,22 @@ def test_questions_have_one_answer():
 # ---------------------------------------------------------------- judge
 
 
+def test_larger_digits():
+    """Other sizes than 16 x 16, from the pixels to the judge."""
+    config = load_config("digits_large")
+    size = config.image_size
+    assert size == 24 and config.vq.model.num_tokens == 144
+    images, labels = load_split("validation")
+    judge = Judge(("train",), size)
+    assert to_rgb(images[:2], size).shape == (2, size, size, 3)
+    assert np.mean(judge.predict(to_rgb(images, size)) == labels) >= 0.97
+    with pytest.raises(ValueError, match=r"the judge takes uint8 \[N, 24, 24, 3\], not"):
+        judge.predict(to_rgb(images[:2]))
+    odd = dataclasses.replace(config.vq.model, grid=11)
+    with pytest.raises(ValueError, match="draws 22 pixels a side; digits need a multiple of their 8"):
+        dataclasses.replace(config, vq=dataclasses.replace(config.vq, model=odd), stages=())
+
+
 def test_judge():
     judge = Judge()
     assert judge.accuracy("validation") >= 0.97

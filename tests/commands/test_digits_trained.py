@@ -65,6 +65,15 @@ def test_quantized_weights_lose_little(model, tmp_path):
 
 
 @pytest.mark.slow
+def test_speculation_draws_the_same_distribution(model):
+    """Over 20,000 images: the plain loop's own ones, and by the other rules the same codes, pairs and digits."""
+    told = command("benchmarks.speculation", "agreement", "--model", model)
+    found = {name.strip(): float(value) for name, value in (line.rsplit(" ", 1) for line in told.splitlines())}
+    assert found.pop("same: equal images") > 0.999
+    assert len(found) == 8 and min(found.values()) > 0.001
+
+
+@pytest.mark.slow
 def test_an_adapter_learns_to_mirror(model, tmp_path):
     command("examples.digits.tune", "--model", model, "--only", "mirrored", "--out", str(tmp_path))
     figures = json.loads((tmp_path / "results.json").read_text())

@@ -39,15 +39,18 @@ def test_generate(folder, janus, tmp_path, capfd):
 @pytest.mark.parametrize(
     ("arguments", "settings"),
     [
-        ("--guidance 2 --temperature 0 --top-k 3 --top-p 0.5 --batch-size 4", (2.0, 0.0, 3, 0.5, 4)),
-        ("", (5.0, 1.0, None, 1.0, None)),
+        (
+            "--guidance 2 --temperature 0 --top-k 3 --top-p 0.5 --batch-size 4 --speculate off",
+            (2.0, 0.0, 3, 0.5, 4, False),
+        ),
+        ("", (5.0, 1.0, None, 1.0, None, "auto")),
     ],
 )
 def test_settings_arrive(folder, janus, tmp_path, monkeypatch, arguments, settings):
     seen = []
 
-    def generate(self, prompts, n, cfg_weight, temperature, top_k, seed, *, top_p, batch_size):
-        seen.append((cfg_weight, temperature, top_k, top_p, batch_size))
+    def generate(self, prompts, n, cfg_weight, temperature, top_k, seed, *, top_p, batch_size, speculate):
+        seen.append((cfg_weight, temperature, top_k, top_p, batch_size, speculate))
         return [Image.new("RGB", (4, 4))] * n
 
     monkeypatch.setattr(type(janus), "generate_images", generate)

@@ -45,3 +45,23 @@ def test_the_command_line_offers_them(command):
     defaults = {p.name: p.default for p in parameters(method) if p.name in (*SHARED, "cfg_weight")}
     given = {name: getattr(args, name) for name in defaults}
     assert given == defaults | {"top_k": 7, "seed": 3}
+
+
+def test_speculation_is_of_drawing_alone():
+    """Every way to draw takes the window, by the same name and default, the command too."""
+    for name in DRAWING:
+        (given,) = (p for p in parameters(name) if p.name == "speculate")
+        assert given.kind == given.KEYWORD_ONLY and given.default == "auto"
+    assert not any(p.name == "speculate" for name in CHAT for p in parameters(name))
+    generate = ["generate", "--model", "m", "--prompt", "a cat", "--out", "x"]
+    for given, taken in ((), "auto"), (("off",), False), (("auto",), "auto"), (("16",), 16):
+        assert _parser().parse_args([*generate, *(f"--speculate={x}" for x in given)]).speculate == taken
+
+
+@pytest.mark.parametrize("wrong", ["0", "1", "-3", "on", "8.0", ""])
+def test_windows_that_the_command_refuses(wrong, capsys):
+    with pytest.raises(SystemExit) as ended:
+        _parser().parse_args(["generate", "--model", "m", "--prompt", "a cat", "--out", "x", f"--speculate={wrong}"])
+    assert ended.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.endswith(f"argument --speculate: must be auto, off or a number of codes from 2, got {wrong!r}")

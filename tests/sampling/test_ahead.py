@@ -54,6 +54,24 @@ def test_what_was_compiled_is_not_compiled_again(folder, caplog, monkeypatch, lo
     assert len(images) == 2
 
 
+@pytest.mark.slow
+def test_windows_are_compiled_ahead(folder, caplog):
+    def ahead(janus):
+        with jax.log_compiles():
+            janus.compile_images("a red house", speculate=4)
+
+    jax.clear_caches()
+    janus = janus_jax.load(folder, progress=False, ahead=ahead)
+    programs = ("start_image", "continue_windows", "continue_image")
+    with jax.log_compiles():
+        images = janus.generate_images("a red house", speculate=4)
+    assert compiled(caplog, programs) == {"start_image": 1, "continue_windows": 1, "continue_image": 0}
+    plain = janus.generate_images("a red house", speculate=False)
+    assert images[0].tobytes() == plain[0].tobytes()
+    with pytest.raises(ValueError, match="a window from 2 to 16, an image's codes, got 17"):
+        janus.generate_images("a red house", speculate=17)
+
+
 def compiled(caplog, programs=PROGRAMS) -> dict[str, int]:
     """How often each of `programs` was compiled."""
     told = [record.getMessage() for record in caplog.records]

@@ -52,7 +52,7 @@ class Drawing:
     def __init__(self, most: float = math.inf):
         self.most, self.sizes = most, []
 
-    def __call__(self, model, params, ids, mask, keys, *, guidance, sampler, progress):
+    def __call__(self, model, params, ids, mask, keys, *, guidance, sampler, progress, speculate):
         self.sizes.append(len(ids))
         if len(ids) > self.most:
             raise jax.errors.JaxRuntimeError(EXHAUSTED)

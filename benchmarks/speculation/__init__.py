@@ -1,0 +1,1 @@
+"""What it brings to give a pass of the model several guessed codes of an image."""
