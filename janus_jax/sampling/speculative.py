@@ -32,7 +32,7 @@ Params = dict[str, Any]
 Speculate = Literal["auto", False] | int
 
 # What 'auto' takes, by platform: the largest window, and the most tokens of all rows in a pass, up to which it costs
-# little more than a pass over one code. A platform that was not measured is not here, and draws one code after the other.
+# little more than a pass over one code. A platform that is not here was not measured, and draws one code at a time.
 _AUTO: dict[str, tuple[int, int]] = {}
 _SMALLEST_WINDOW, _FEWEST_CODES = 4, 64  # with less there is little to win, and a program more to compile
 
