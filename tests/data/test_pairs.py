@@ -110,7 +110,7 @@ def test_a_stopped_preparation_goes_on(pairs, processor, tmp_path):
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
-def test_pick_a_pic(tmp_path):
+def test_pick_a_pic(processor, tmp_path):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     labels = [(1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (0.7, 0.3), (None, 1.0)]
     rows = [
@@ -140,6 +140,12 @@ def test_pick_a_pic(tmp_path):
     assert bad(source, 2).reason == "no_preference"
     assert bad(source, 3).detail == "label_0 and label_1 must be 1 and 0, got 0.7, 0.3"
     assert bad(source, 4).detail == "no label_0 and label_1, which say which image is preferred"
+
+    report = run(tmp_path / "a.parquet", tmp_path / "out", processor, max_bad_share=0.6)
+    assert (report.kept, report.dropped) == (2, {"no_preference": 1, "ambiguous_sample": 1, "missing_field": 1})
+    for sample, pictures in zip(open_prepared(tmp_path / "out"), (source[0].images, source[1].images), strict=False):
+        expected = encode(np.stack([generation_pixels(picture, SIDE) for picture in pictures]))
+        np.testing.assert_array_equal([sample.codes, sample.rejected], expected)
 
 
 def test_both_pictures_as_the_datasets_library_has_them(tmp_path):

@@ -19,6 +19,7 @@ from janus_jax.processing.chat import Processor
 from tests.fuzz.bounded import given, mutated
 from tests.raw.test_sources import png
 from tests.raw.test_tars import member, pax
+from train.config import PREPARED
 from train.data.tokenize import SampleTokenizer
 from train.raw.folders import read_names
 from train.raw.sources import BadSample, open_source
@@ -33,7 +34,7 @@ def sample_tokenizers() -> list[SampleTokenizer]:
     with tempfile.TemporaryDirectory() as folder:
         write_tokenizer(pathlib.Path(folder), image_size=CONFIG.vision.image_size)
         processor = Processor.from_folder(pathlib.Path(folder), CONFIG)
-    return [SampleTokenizer(processor, kind, 400) for kind in ("understanding", "text", "generation")]
+    return [SampleTokenizer(processor, kind, 400) for kind in PREPARED]
 
 
 def read(path: pathlib.Path, *formats: str | None):
@@ -81,10 +82,13 @@ RECORDS = [
     {"file_name": "a.png", "text": "A cat"},
     {"text": "A text with `<video>` and <b>."},
     {"image": {"bytes": None, "path": "../x"}, "caption": "A", "video": None},
+    {"prompt": "A cat", "chosen": "a.png", "rejected": {"bytes": None, "path": "b.png"}},
+    {"caption": "A cat", "jpg_0": "a.png", "jpg_1": "b.png", "label_0": 0.0, "label_1": 1.0},
 ]  # fmt: skip
 KEYS = st.sampled_from([
     "image", "images", "caption", "text", "messages", "conversations", "from", "value", "role", "content", "system",
     "loss", "weight", "type", "image_url", "url", "video", "file_name", "jpg", "tools", "index", "bytes", "path",
+    "prompt", "chosen", "rejected", "jpg_1", "label_1",
 ])  # fmt: skip
 LEAVES = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
@@ -124,7 +128,7 @@ def read_json(data: bytes, folder: pathlib.Path):
     (folder / "a.png").write_bytes(PICTURE)
     os.mkfifo(folder / "fifo")
     (folder / "x.jsonl").write_bytes(data)
-    read(folder / "x.jsonl", None, "llava", "chat", "text", "captions")
+    read(folder / "x.jsonl", None, "llava", "chat", "text", "captions", "pairs")
 
 
 @given(mutated(_texts(RECORDS) + [text for record in RECORDS for text in _texts([record])]))
@@ -296,7 +300,7 @@ SEEDS = [
 
 def read_parquet(data: bytes, folder: pathlib.Path):
     (folder / "0.parquet").write_bytes(data)
-    read(folder / "0.parquet", None, "captions")
+    read(folder / "0.parquet", None, "captions", "pairs")
 
 
 @given(mutated(SEEDS, edits=3))
