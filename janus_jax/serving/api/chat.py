@@ -17,7 +17,7 @@ from janus_jax.sampling.sampler import Options
 from janus_jax.serving.api.errors import bad
 from janus_jax.serving.api.events import Running, sse, streamed, unless_gone
 from janus_jax.serving.api.media import picture_of
-from janus_jax.serving.api.schema import OF_BODIES, Body, ChatReply, Int, answers
+from janus_jax.serving.api.schema import OF_BODIES, OF_CHAT, Body, ChatReply, Int, answers
 from janus_jax.serving.api.served import Served, some_seed
 from janus_jax.serving.api.text import Answer
 from janus_jax.serving.jobs import Ended, Job, Token, question
@@ -74,9 +74,7 @@ _REFUSED = ("top_logprobs", "frequency_penalty", "presence_penalty", "logit_bias
 def router(served: Served) -> APIRouter:
     routes = APIRouter()
 
-    streaming = "ChatChunk objects, and [DONE] at the end"
-
-    @routes.post("/v1/chat/completions", response_model=ChatReply, responses=answers(*OF_BODIES, stream=streaming))
+    @routes.post("/v1/chat/completions", response_model=ChatReply, responses=answers(*OF_BODIES, events=OF_CHAT))
     async def complete(body: ChatRequest, request: Request) -> Response:
         return await unless_gone(request, _answer(served, body))
 

@@ -22,7 +22,7 @@ from janus_jax.processing.images import generation_pixels
 from janus_jax.sampling.sampler import Options
 from janus_jax.serving.api.errors import ApiError, bad
 from janus_jax.serving.api.events import Running, sse, streamed, unless_gone
-from janus_jax.serving.api.schema import OF_BODIES, Body, ImagesReply, Int, answers
+from janus_jax.serving.api.schema import OF_BODIES, OF_IMAGES, Body, ImagesReply, Int, answers
 from janus_jax.serving.api.served import Served, some_seed
 from janus_jax.serving.jobs import Ended, Job, drawings
 
@@ -89,9 +89,7 @@ class Kept:
 def router(served: Served) -> APIRouter:
     routes, kept = APIRouter(), Kept(served.limits.url_seconds, served.limits.url_bytes)
 
-    streaming = "PartialImage objects, and a CompletedImage at the end"
-
-    @routes.post("/v1/images/generations", response_model=ImagesReply, responses=answers(*OF_BODIES, stream=streaming))
+    @routes.post("/v1/images/generations", response_model=ImagesReply, responses=answers(*OF_BODIES, events=OF_IMAGES))
     async def generate(body: ImageRequest, request: Request) -> Response:
         return await unless_gone(request, _answer(served, body, kept, str(request.base_url)))
 

@@ -179,6 +179,12 @@ class CompletedImage(AboutImages):
     seed: int
 
 
+class FailedEvent(ErrorReply):
+    """The last event of a stream that fails."""
+
+    type: Literal["error"]
+
+
 _MEANINGS = {
     400: "What was asked is not possible; the message says why",
     401: "The API key is missing or wrong",
@@ -195,17 +201,31 @@ _RETRY = {"Retry-After": {"description": "Seconds", "schema": {"type": "integer"
 OF_BODIES = (400, 401, 404, 408, 413, 415, 429, 499, 500, 503)
 
 
-def answers(*statuses: int, stream: str = "") -> dict[int | str, dict[str, Any]]:
-    """FastAPI's `responses`: errors of these statuses, and that the answer may be a `stream` of what it describes."""
+_EVENTS = (ChatChunk, PartialImage, CompletedImage, FailedEvent)
+OF_CHAT = (ChatChunk, ErrorReply, "[DONE]")
+OF_IMAGES = (PartialImage, CompletedImage, FailedEvent)
+
+
+def answers(*statuses: int, events: tuple[type[Reply] | str, ...] = ()) -> dict[int | str, dict[str, Any]]:
+    """FastAPI's `responses`: errors of these statuses, and that an answer may be a stream whose data are of these."""
     found: dict[int | str, dict[str, Any]] = {
         status: {"model": ErrorReply, "description": _MEANINGS[status]}
         | ({"headers": _RETRY} if status in (429, 503) else {})
         for status in statuses
     }
-    if stream:
-        events = {"schema": {"type": "string", "description": stream}}
-        found[200] = {"description": "Whole, or as server-sent events", "content": {"text/event-stream": events}}
+    if events:
+        data = [{"const": each} if isinstance(each, str) else _as_json(each) for each in events]
+        event: dict[str, Any] = {"type": "object", "required": ["data"], "properties": {"event": {"type": "string"}}}
+        event["properties"] |= {"data": {"type": "string", "anyOf": data}}
+        # OpenAPI 3.2's word, which FastAPI uses in its 3.1 too.
+        content = {"text/event-stream": {"itemSchema": event}}
+        found[200] = {"description": "Whole, or as server-sent events", "content": content}
     return found
+
+
+def _as_json(model: type[Reply]) -> dict[str, Any]:
+    reference = {"$ref": f"#/components/schemas/{model.__name__}"}
+    return {"contentMediaType": "application/json", "contentSchema": reference}
 
 
 def describe(app: FastAPI, with_key: bool, open_paths: tuple[str, ...]):
@@ -224,7 +244,7 @@ def describe(app: FastAPI, with_key: bool, open_paths: tuple[str, ...]):
             schemas = made["components"]["schemas"]
             for name in ("HTTPValidationError", "ValidationError"):
                 schemas.pop(name, None)
-            for event in (ChatChunk, PartialImage, CompletedImage):
+            for event in _EVENTS:
                 own = event.model_json_schema(ref_template="#/components/schemas/{model}")
                 schemas |= own.pop("$defs", {}) | {event.__name__: own}
             if with_key:

@@ -2,9 +2,7 @@
 
 # ruff: noqa: F811  (fixtures are imported)
 
-import json
 import os
-import pathlib
 import subprocess
 import sys
 import urllib.request
@@ -27,7 +25,7 @@ MODEL, KEY, REQUESTS = "tiny", "secret", 5000
 # A description in JSON's terms cannot say that a partial image needs a stream, or what fits the context: what it allows
 # may still be refused, so a request that is right by it need not succeed.
 EXCLUDED = "positive_data_acceptance"
-# By the description a model's name is any text and a conversation any turns; ones that there are stand for most.
+# By the description a model is any text, and a conversation any turns: right ones give way to some that there are.
 HOOKS = f"""
 import schemathesis
 
@@ -35,15 +33,15 @@ PICTURE = {{"type": "image_url", "image_url": {{"url": {data_url(np.zeros((8, 8,
 TEXT = {{"type": "text", "text": "What is it?"}}
 
 @schemathesis.hook
-def map_body(context, body):
-    if not isinstance(body, dict):
-        return body
-    body = dict(body)
-    if isinstance(body.get("model"), str) and body["model"]:
-        body["model"] = {MODEL!r}
-    if isinstance(body.get("messages"), list) and len(body["messages"]) != 1:
-        body["messages"] = [{{"role": "user", "content": [TEXT, PICTURE][: 1 + len(body["messages"]) % 2]}}]
-    return body
+def before_call(context, case, kwargs):
+    # What is wrong stays as it is.
+    if case.meta is None or case.meta.generation.mode.value != "positive" or not isinstance(case.body, dict):
+        return
+    if "messages" in case.body:
+        count = len(case.body["messages"])
+        case.body = {{**case.body, "messages": [{{"role": "user", "content": [TEXT, PICTURE][: 1 + count % 2]}}]}}
+    if case.body.get("model"):
+        case.body = {{**case.body, "model": {MODEL!r}}}
 """
 
 
@@ -66,7 +64,7 @@ def test_five_thousand_requests(janus, tmp_path):
             command = [
                 *(sys.executable, "-m", "schemathesis.cli", "run", f"http://127.0.0.1:{port}/openapi.json"),
                 *("-H", f"Authorization: Bearer {KEY}", "--checks", "all", "--exclude-checks", EXCLUDED),
-                *("--phases", "examples,coverage,fuzzing", "--max-examples", "2200", "--workers", "4", "--seed", "1"),
+                *("--phases", "examples,coverage,fuzzing", "--max-examples", "1250", "--workers", "1", "--seed", "1"),
                 *("--continue-on-failure", "--no-shrink", "--suppress-health-check", "all"),
                 *("--generation-database", "none", "--request-timeout", "120", "--no-color"),
             ]
@@ -77,11 +75,9 @@ def test_five_thousand_requests(janus, tmp_path):
     assert ran.returncode == 0, ran.stdout[-20000:] + ran.stderr[-2000:]
     assert sum(counts.values()) >= REQUESTS
     assert not [status for _, status in counts if status.startswith("5")], counts
-    described = {path for path in app.openapi()["paths"]}
+    described = set(app.openapi()["paths"])
     assert described <= {route.replace(":path", "") for route, _ in counts}, counts
     # Right ones were among them, and wrong ones.
     for route in ("/v1/chat/completions", "/v1/images/generations"):
         assert counts[route, "200"] > 100 and counts[route, "400"] > 100, counts
     assert engine.idle
-    print(json.dumps({" ".join(key): count for key, count in sorted(counts.items())}))
-    pathlib.Path(tmp_path / "done").touch()
