@@ -201,7 +201,10 @@ def compile_codes(
         state = jax.eval_shape(
             lambda given: behind_first(model, given.cache, given.codes[:, 0], given.failed, num_tokens, window), first
         )
-        continue_windows.lower(model, params, state, *drawing, one, window=window).compile()
+        # The arguments that `draw_windows` gives, by name: left to their defaults it would be another program.
+        continue_windows.lower(
+            model, params, state, *drawing, one, window=window, coupling="same", fresh="left"
+        ).compile()
         return
     slots = cache_sizes(model, params, ids.shape[1] * len(keys), ids.shape[2], num_tokens)
     start_image.lower(model, params, ids, mask, *drawing, num_tokens, False, slots[0]).compile()
