@@ -1,12 +1,20 @@
-"""GenEval's verdict as a reward, by a detector that knows what is in the pictures."""
+"""GenEval's verdict as a reward: by a detector that knows what is in the pictures, and by random ones of evals."""
+
+# ruff: noqa: F811  (fixtures are imported)
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from evals.generation import detector
-from evals.generation.geneval import Detection
+from evals.generation.detector import ColorClassifier
+from evals.generation.geneval import Detection, verdict
+from evals.tasks.geneval import seen
+from tests.evals.generation.test_detector import clip, mask2former, small  # noqa: F401
 from train.rl.config import RewardConfig
 from train.rl.rewards import Rewards
 from train.rl.rewards.geneval import GenEval
@@ -70,3 +78,29 @@ def test_metadata_that_are_not_genevals(known, metadata, said):
         rewards.result(rewards.start(picture(1, 1)[None], ["a cat"], [metadata]))
     assert str(error.value).startswith("reward GenEval has not scored any picture: the metadata of 'a cat'")
     assert said in str(error.value)
+
+
+@pytest.mark.slow
+def test_as_evals_sees_it(mask2former, clip, small, tmp_path, monkeypatch):
+    """Small random models, from folders: the verdict is that on what `evals` writes down of the same pictures."""
+    mask2former.save_pretrained(tmp_path / "detector")
+    pictures = np.random.default_rng(2).integers(0, 256, (2, 24, 24, 3), np.uint8)
+    # Random weights are never sure: of what they see, everything counts.
+    monkeypatch.setattr("evals.generation.geneval.Thresholds.__init__.__defaults__", (0.0, 0.0, 16, 1.0, 0.1))
+    reward = GenEval(str(tmp_path / "detector"), str(clip))
+    detect, classify = detector.Detector.load(str(tmp_path / "detector")), ColorClassifier.load(str(clip))
+    (name, *_) = detect(Image.fromarray(pictures[0]))
+    clauses = [{"class": name, "count": 1}, {"class": name, "count": 90}]
+    clauses += [{"class": name, "count": 1, "color": color} for color in ("red", "white")]
+    found, expected = [], []
+    for clause in clauses:
+        row = {"tag": "colors", "prompt": "x", "include": [clause]}
+        found.append(reward(pictures, ["x"] * 2, [row] * 2).tolist())
+        expected.append([])
+        for picture in pictures:
+            image = Image.fromarray(picture)
+            told = json.loads(seen(row, detect(image), lambda *asked, image=image: classify(image, *asked)))
+            there = {key: [Detection(tuple(box), score) for *box, score in own] for key, own in told["objects"].items()}
+            right, _ = verdict(there, row, lambda key, own, told=told: told["colors"][key][: len(own)])
+            expected[-1].append(float(right))
+    assert found == expected and found[0][0] == 1 and found[1] == [0, 0]
