@@ -11,6 +11,8 @@ import re
 from typing import ClassVar, Literal, get_args
 
 from janus_jax.config import JanusConfig
+from train.rl.config import DpoConfig, GrpoConfig
+from train.rl.config import RewardConfig as RewardConfig
 
 KINDS = ("understanding", "text", "generation")
 PREFERENCE = "preference"  # prepared like these, for DPO: a prompt with a chosen and a rejected picture
@@ -219,15 +221,17 @@ class TrainConfig:
       model: sizes; checked against those of `init_from`.
       stage: 1, 2 or 3: which parts are trained, see `TRAINED`.
       adapter: a low-rank adapter that is trained instead of those parts, and exported in PEFT's files.
+      grpo, dpo: reinforcement learning, or preferences, instead of the samples of `data`; of that only `context`
+        counts, the most tokens of a prompt and a picture, and `workers`.
       init_from: source of the first parameters: a checkpoint folder that `janus_jax.load` reads or its hub id, or the
         workdir of an earlier run; empty for random parameters.
       language_from: another source for `language_model`: a Janus checkpoint folder, or a LLaMA's own file or folder.
       vision_from: another source for `vision_model`: a Janus checkpoint folder, or timm's SigLIP in its own file.
       vq_from: another source for `gen_vision_model`: a Janus checkpoint folder, or LlamaGen's VQ-16 in its own file.
       tokenizer: folder with tokenizer.json, or hub id; empty for that of `init_from`.
-      steps: number of optimizer updates.
-      batch_size: packed rows per step, over all hosts.
-      accumulate: number of micro-batches into which a step's rows are split.
+      steps: number of optimizer updates. With grpo, of rounds of drawing, each with its updates.
+      batch_size: packed rows per step, over all hosts; pictures with grpo, pairs with dpo.
+      accumulate: number of micro-batches into which an update's rows are split.
       seed: seed of initialization, data order and dropout.
       compute_dtype: dtype of activations and of the parameters' copies in products; trained parameters are float32.
         float16 is for adapters on GPUs without bfloat16 units.
@@ -265,6 +269,8 @@ class TrainConfig:
     data: DataConfig
     optimizer: OptimizerConfig
     adapter: AdapterConfig | None = None
+    grpo: GrpoConfig | None = None
+    dpo: DpoConfig | None = None
     init_from: str = ""
     language_from: str = ""
     vision_from: str = ""
@@ -294,6 +300,11 @@ class TrainConfig:
     watchdog: float = 1800.0
     profile_start: int = 0
     profile_steps: int = 0
+
+    @property
+    def updates(self) -> int:
+        """Optimizer updates of a step."""
+        return self.grpo.epochs * self.grpo.updates if self.grpo else 1
 
 
 def options_of(given: tuple[str, ...] | None) -> dict[str, str | bool]:

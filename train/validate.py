@@ -16,6 +16,7 @@ from janus_jax.io.stores import as_path, local_only
 from janus_jax.model.attention import takes
 from janus_jax.sharding import RULES, axes_by_hand, batch_shards
 from train.config import KINDS, TRAINED, TrainConfig
+from train.rl.checks import check_rl
 from train.step.leaves import abstract_leaves
 from train.watch.writers import JSONL, WRITERS
 
@@ -88,7 +89,11 @@ def _check_counts(config: TrainConfig):
         c.batch_size % c.accumulate == 0,
         f"batch_size={c.batch_size} must be a multiple of accumulate={c.accumulate}, the micro-batches of a step",
     )
-    _require(d.context % c.loss_chunk == 0, f"loss_chunk={c.loss_chunk} does not divide data.context={d.context}")
+    whole = c.grpo is None and c.dpo is None
+    _require(
+        not whole or d.context % c.loss_chunk == 0,
+        f"loss_chunk={c.loss_chunk} does not divide data.context={d.context}",
+    )
 
 
 def _check_attention(config: TrainConfig):
@@ -164,10 +169,12 @@ def _check_adapter(config: TrainConfig):
 def check_mesh(config: TrainConfig, mesh: Mesh):
     """ValueError in one line if `mesh` does not fit the rest of `config`."""
     shards, axes = batch_shards(mesh), " x ".join(RULES["batch"])
-    if config.batch_size % (config.accumulate * shards):
+    parts = config.accumulate * (config.grpo.updates if config.grpo else 1)
+    if config.batch_size % (parts * shards):
+        of_updates = f" of each of grpo.updates={config.grpo.updates}" if config.grpo else ""
         raise ValueError(
-            f"batch_size={config.batch_size} does not divide into accumulate={config.accumulate} micro-batches over "
-            f"{shards} {axes} shards of the mesh; make it a multiple of {config.accumulate * shards}"
+            f"batch_size={config.batch_size} does not divide into accumulate={config.accumulate} micro-batches"
+            f"{of_updates} over {shards} {axes} shards of the mesh; make it a multiple of {parts * shards}"
         )
     manual = axes_by_hand(mesh)
     automatic = [axis for axis in mesh.axis_names if axis not in manual and mesh.shape[axis] > 1]
@@ -193,6 +200,11 @@ def _require(condition: object, message: str):
 
 def _check_data(config: TrainConfig) -> list[str]:
     d, remarks = config.data, []
+    _require(d.workers >= 0, f"data.workers must be at least 0 (0 for threads), got {d.workers}")
+    most = config.model.language.max_positions
+    _require(1 <= d.context <= most, f"data.context must be from 1 to the model's {most} positions, got {d.context}")
+    if config.grpo or config.dpo:
+        return check_rl(config)
     _require(
         len(d.ratio) == 3 and all(type(share) is int and share >= 0 for share in d.ratio) and sum(d.ratio) > 0,
         f"data.ratio must be three integers of at least 0 ({' : '.join(KINDS)}), not all 0, got {_commas(d.ratio)}",
@@ -223,7 +235,6 @@ def _check_data(config: TrainConfig) -> list[str]:
             raise ValueError(f"data.cache: {error}") from None
         if not any(is_store(folder) for kind in (*KINDS, "early_generation") for folder in getattr(d, kind)):
             remarks.append(f"data.cache={d.cache} is not used: no folder of data is in a store")
-    _require(d.workers >= 0, f"data.workers must be at least 0 (0 for threads), got {d.workers}")
     _require(d.early_steps >= 0, f"data.early_steps must be at least 0, got {d.early_steps}")
     _require(
         bool(d.early_steps) == bool(d.early_generation),
@@ -234,8 +245,6 @@ def _check_data(config: TrainConfig) -> list[str]:
         not d.early_generation or d.ratio[2],
         f"data.early_generation is set, but data.ratio={_commas(d.ratio)} asks for no generation samples",
     )
-    most = config.model.language.max_positions
-    _require(1 <= d.context <= most, f"data.context must be from 1 to the model's {most} positions, got {d.context}")
     codes = config.model.gen_vision.num_tokens
     _require(
         not d.ratio[2] or codes < d.context, f"data.context must exceed the {codes} codes of an image, got {d.context}"

@@ -60,7 +60,8 @@ class Sampler:
             return jnp.where(likeliest, 0.0, -jnp.inf)
         logits = logits / self.temperature
         if self.truncated:
-            logits = jnp.where(_kept(logits, self.top_k, self.top_p), logits, -jnp.inf)
+            kept = _kept(jax.lax.stop_gradient(logits), self.top_k, self.top_p)
+            logits = jnp.where(kept, logits, -jnp.inf)
         return logits
 
 
@@ -209,4 +210,8 @@ def _kept(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     # `before` rounds to 1 where less than 6e-8 is left, which top_p=1 keeps too.
     inside = ((before < top_p) | (top_p >= 1)) & (ordered >= kth)
-    return logits >= jnp.min(jnp.where(inside, ordered, jnp.inf), axis=-1, keepdims=True)
+    last = jnp.min(jnp.where(inside, ordered, jnp.inf), axis=-1, keepdims=True)
+    next = jnp.max(jnp.where(ordered < last, ordered, -jnp.inf), axis=-1, keepdims=True)
+    # A compiler may compute `logits` once for the sort and again, in another rounding, for the comparison; without the
+    # second term it would then lose the last token.
+    return (logits >= last) | (logits > (last + next) / 2)

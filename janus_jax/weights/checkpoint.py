@@ -201,11 +201,13 @@ def has_arrays(folder: pathlib.Path) -> bool:
     return orbax_layouts.find(folder) is not None
 
 
-def array_leaves(folder: pathlib.Path, wanted: Mapping[str, Any], weights: str | None = None) -> LazyParams:
+def array_leaves(
+    folder: pathlib.Path, wanted: Mapping[str, Any], weights: str | None = None, beside: str = ""
+) -> LazyParams:
     """The arrays of the orbax checkpoint `folder` that `wanted` asks for: nested dicts of objects with a `shape`.
 
     Any of orbax's savers may have written it; decoder layers may be unstacked, and everything may be under `params`.
-    With `weights`, the kernels are quantized, and `wanted` has their dtypes.
+    With `weights`, the kernels are quantized, and `wanted` has their dtypes. What is under `beside` is left alone.
 
     Raises ValueError if the arrays do not match, with all mismatches in one message.
     """
@@ -232,7 +234,8 @@ def array_leaves(folder: pathlib.Path, wanted: Mapping[str, Any], weights: str |
         if weights and is_quantized("/".join(path)) for name in stored[path]
     }  # fmt: skip
     problems = compare(found, expected, {}, lambda name: False, exact)
-    problems += [Problem("unexpected", name) for name in sorted(store.drivers.keys() - expected.keys())]
+    others = [name for name in store.drivers if not beside or not name.startswith(f"{beside}.")]
+    problems += [Problem("unexpected", name) for name in sorted(set(others) - expected.keys())]
     if problems:
         raise ValueError(f"{one_line(folder)}: the arrays do not match config.json: {summary(problems)}")
     return {path: _leaf(folder, leaf.shape, [opened[name] for name in stored[path]]) for path, leaf in wanted.items()}

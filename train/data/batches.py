@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import grain
 import numpy as np
@@ -16,6 +16,7 @@ from janus_jax.processing.images import ImageSettings, understanding_pixels_uint
 from train.children import outlive_the_notice
 from train.config import TASKS
 from train.data.mixture import Item, Mixture
+from train.data.prepared import Prepared
 from train.data.samples import Sample
 from train.raw.storage import patiently
 
@@ -51,6 +52,11 @@ class Assembler:
     settings: ImageSettings
     pad_id: int
     placeholder_id: int
+
+    @property
+    def folders(self) -> Sequence[Prepared]:
+        """The folders that it reads."""
+        return self.mixture.folders
 
     def __call__(self, step: int, rows: Sequence[int] | None = None) -> tuple[Batch, dict[str, Any]]:
         """The arrays of `rows` (default: all) of `step`, and a report.
@@ -149,11 +155,20 @@ class Assembler:
         }
 
 
+class Assembles(Protocol):
+    """Makes the arrays of any rows of any step, and a report, as `Assembler` does."""
+
+    @property
+    def folders(self) -> Sequence[Prepared]: ...
+
+    def __call__(self, step: int, rows: Sequence[int] | None = None) -> tuple[Batch, dict[str, Any]]: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class _Assemble:
-    """`Assembler` for given rows, in a form that can be pickled for worker processes."""
+    """An assembler for given rows, in a form that can be pickled for worker processes."""
 
-    assembler: Assembler
+    assembler: Assembles
     rows: tuple[int, ...]
 
     def __call__(self, step: int):
@@ -161,7 +176,7 @@ class _Assemble:
 
 
 def load_batches(
-    assembler: Assembler, rows: Sequence[int], first: int, last: int, workers: int
+    assembler: Assembles, rows: Sequence[int], first: int, last: int, workers: int
 ) -> Iterator[tuple[int, Batch, dict[str, Any]]]:
     """(step, arrays, report) of `rows` for the steps from `first` to before `last`, in order, with prefetching.
 
@@ -172,7 +187,7 @@ def load_batches(
     steps = grain.MapDataset.range(first, last).map(_Assemble(assembler, tuple(rows)))
     if not workers:
         # A store answers late, and many requests at once.
-        ahead = 8 if any(is_store(folder.folder) for folder in assembler.mixture.folders) else 2
+        ahead = 8 if any(is_store(folder.folder) for folder in assembler.folders) else 2
         return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=2 * ahead)))
     _parse_absl_flags()
     made = steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))

@@ -14,11 +14,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from janus_jax.io.messages import one_line
 from janus_jax.processing.chat import Processor
 from janus_jax.sharding import flatten
-from train.config import ENCODED
+from train.config import ENCODED, PREFERENCE
 from train.data.prepared import Prepared
 from train.data.tokenize import resized_by, tokenizer_fingerprint
 
 VQ = "gen_vision_model"
+_DRAWN = ("generation", PREFERENCE)  # the kinds that have codes
 CODES_PRECISION = "float32"  # in which codes are decided, on every platform
 _COMPARED_FROM = 2  # the first format version that hashes parameters as `params_fingerprint` does
 

@@ -10,7 +10,7 @@ import re
 
 from train.config import TrainConfig
 from train.plan import hlo
-from train.plan.flops import step_flops
+from train.plan.flops import step_flops, updates_flops
 
 # Products of queries with keys, or of as large operands, in each kernel of splash attention (jax's
 # splash_attention_kernel.py): forward, gradient of the queries, and those of keys and values.
@@ -63,6 +63,8 @@ def least_flops(config: TrainConfig) -> float:
 
     As the program does it: both heads may be asked for every token, and attention covers the whole row.
     """
+    if config.grpo or config.dpo:
+        return updates_flops(config)
     tokens = config.batch_size * config.data.context
     images = config.batch_size * config.data.images_per_row if config.data.ratio[0] else 0
     return step_flops(config, tokens, images, tokens, tokens)

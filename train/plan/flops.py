@@ -117,7 +117,12 @@ _ANSWERS = 0.5
 
 
 def typical_flops(config: TrainConfig) -> float:
-    """`step_flops` of a full step of typical samples: 900 tokens with an image, 600 of text, 64 of a prompt to draw."""
+    """`step_flops` of a full step of typical samples: 900 tokens with an image, 600 of text, 64 of a prompt to draw.
+
+    Of reinforcement learning and preferences, those of `updates_flops`.
+    """
+    if config.grpo or config.dpo:
+        return updates_flops(config)
     model = config.model
     ratio = dict(zip(_TYPICAL, config.data.ratio, strict=True))
     group = sum(_TYPICAL[kind] * share for kind, share in ratio.items())
@@ -129,6 +134,18 @@ def typical_flops(config: TrainConfig) -> float:
     drawn = samples["generation"] * model.gen_vision.num_tokens
     squares = sum(_TYPICAL[kind] ** 2 * share for kind, share in ratio.items())
     return step_flops(config, tokens, samples["understanding"], text_targets, drawn, squares / group)
+
+
+def updates_flops(config: TrainConfig) -> float:
+    """Of all updates of a step of GRPO, or of one of DPO, with prompts that fill their places; drawing is not counted.
+
+    What has no gradient, the unconditional rows, is a third of what has one.
+    """
+    g, length = config.grpo, config.data.context
+    pictures = config.batch_size * (g.epochs if g else 2)
+    tokens, codes = pictures * length, pictures * config.model.gen_vision.num_tokens
+    rows = (4 / 3 if g.detach else 2) if g and g.guided and g.loss == "guided" else 1
+    return rows * step_flops(config, tokens, 0, 0, codes)
 
 
 @dataclasses.dataclass

@@ -33,6 +33,7 @@ from train.plan import hlo
 from train.plan.executed import executed_flops, least_flops
 from train.plan.flops import peak_flops, typical_flops
 from train.plan.topologies import GIB, GPUS, Topology
+from train.rl.update import abstract_rows, make_dpo_step, make_updates
 from train.step.state import abstract_batch, abstract_state
 from train.step.step import make_train_step
 from train.validate import check_mesh
@@ -172,11 +173,16 @@ def _bounds(place: Topology) -> dict[str, Any]:
 
 
 def lower_step(config: TrainConfig, mesh: Mesh, settings: ImageSettings) -> tuple[Any, dict[str, int]]:
-    """The train step of `config` on `mesh`, lowered, and the bytes of its arguments on a device, by name."""
+    """The train step of `config` on `mesh`, lowered, and the bytes of its arguments on a device, by name.
+
+    Of reinforcement learning, that are the updates after the drawing.
+    """
     state, frozen = abstract_state(config, mesh)
-    batch = abstract_batch(config, mesh)
     # Made outside the mesh: the optimizer's initial state is computed, and devices of a topology compute nothing.
-    step = make_train_step(config, mesh, settings)
+    if config.grpo or config.dpo:
+        step, batch = (make_updates if config.grpo else make_dpo_step)(config, mesh), abstract_rows(config, mesh)
+    else:
+        step, batch = make_train_step(config, mesh, settings), abstract_batch(config, mesh)
     with jax.set_mesh(mesh):
         lowered = step.lower(state, frozen, batch)
     return lowered, {

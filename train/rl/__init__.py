@@ -1,1 +1,1 @@
-"""Reinforcement learning and preferences for drawing."""
+"""Reinforcement learning and preferences for drawing: GRPO and DPO as steps of the one trainer."""

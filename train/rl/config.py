@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,3 +30,67 @@ class RewardConfig:
     batch_size: int = 8
     tries: int = 3
     timeout: float = 600.0
+
+
+@dataclasses.dataclass(frozen=True)
+class GrpoConfig:
+    """Group relative policy optimization of drawing (arXiv 2402.03300), trained instead of on data.
+
+    In each step the model draws `batch_size` pictures, `group` of each prompt; a picture's advantage is its reward
+    compared with its group's. The updates then follow the clipped objective, with the log-probabilities of the model
+    that drew as the old ones.
+
+    Attributes:
+      prompts: files of prompts: text, one a line, or JSON lines with `prompt` and whatever rewards ask for.
+      rewards: what judges the pictures.
+      group: pictures of a prompt.
+      loss: the distribution whose log-probabilities are trained. 'guided' is the one that is drawn from: guidance,
+        temperature, top-k and top-p included. 'conditional' draws with guidance and trains the conditional
+        distribution at the same temperature. 'none' draws and trains without guidance.
+      detach: whether the unconditional rows of 'guided' have no gradient.
+      guidance, temperature, top_k, top_p: as pictures are drawn; top_k=0 and top_p=1 keep all codes.
+      draw_batch: pictures drawn at a time, while rewards of earlier ones are computed; 0 for as many as fit.
+      epochs: passes of the updates over the pictures of a step.
+      updates: optimizer updates of a pass, each on its share of the pictures.
+      clip: how far the ratio of new to old probability counts, below and above 1.
+      kl: weight of the divergence from the first parameters (k3, arXiv 2402.03300, equation 4); 0 needs no copy of
+        them. It is of the distributions before top-k and top-p, which would make it infinite.
+      scale: divide advantages by the standard deviation of the group's rewards; otherwise only their mean is taken off.
+    """
+
+    prompts: tuple[str, ...] = ()
+    rewards: tuple[RewardConfig, ...] = ()
+    group: int = 8
+    loss: Literal["guided", "conditional", "none"] = "guided"
+    detach: bool = True
+    guidance: float = 5.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    draw_batch: int = 0
+    epochs: int = 1
+    updates: int = 1
+    clip: float = 0.2
+    kl: float = 0.01
+    scale: bool = True
+
+    @property
+    def guided(self) -> bool:
+        """Whether pictures are drawn with an unconditional row."""
+        return self.loss != "none" and self.guidance != 1
+
+
+@dataclasses.dataclass(frozen=True)
+class DpoConfig:
+    """Direct preference optimization of drawing (arXiv 2305.18290), trained instead of on data.
+
+    Attributes:
+      pairs: prepared folders of the kind preference (see `train.prepare`).
+      weights: relative weights with which the folders are drawn; empty for equal weights.
+      beta: how far the model may move from the first parameters: the loss is -log sigmoid(beta * margin), the margin
+        being how much further the chosen picture's log-probability has risen than the rejected one's.
+    """
+
+    pairs: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+    beta: float = 0.1

@@ -7,7 +7,6 @@ crashed one had not finished.
 from __future__ import annotations
 
 import abc
-import dataclasses
 import io
 import pathlib
 from collections.abc import Sequence
@@ -17,20 +16,19 @@ import jax
 from jax.sharding import Mesh
 
 from janus_jax.io.whole.files import write_file
-from janus_jax.pipeline import JanusPipeline
 from janus_jax.processes import from_first
 from janus_jax.processing.chat import Processor
 from janus_jax.processing.images import ImageSettings, contact_sheet
-from janus_jax.sharding import cast
 from train.config import KINDS, DataConfig, TrainConfig
 from train.data.batches import Assembler
 from train.data.mixture import Mixture
+from train.data.work import assembler_of
 from train.run.callbacks import Callback, Moment, Run
 from train.run.distributed import say, together
 from train.run.failures import Tries
-from train.step.leaves import joined
 from train.step.loss import combined
-from train.step.state import Params, TrainState, make_model, put_rows
+from train.step.pipeline import pipeline_of
+from train.step.state import Params, TrainState, put_rows
 from train.step.step import make_eval_step
 
 _TRIES = 2  # how often an evaluation or a sample grid may kill the process before it is skipped
@@ -161,7 +159,7 @@ class Export(Aside):
 # ---------------------------------------------------------------- evaluations
 
 
-def get_held_out(config: TrainConfig, assembler: Assembler) -> Assembler | None:
+def get_held_out(config: TrainConfig, processor: Processor) -> Assembler | None:
     """An assembler for the evaluation's folders: all kinds in equal shares, with nothing dropped or cut."""
     folders = {kind: getattr(config.evaluation, kind) for kind in KINDS}
     if not any(folders.values()) or not config.evaluation.every:
@@ -174,8 +172,7 @@ def get_held_out(config: TrainConfig, assembler: Assembler) -> Assembler | None:
         guidance_dropout=0.0,
         text_loss=config.data.text_loss,
     )
-    mixture = Mixture(data, config.batch_size, seed=0)
-    return dataclasses.replace(assembler, mixture=mixture)
+    return assembler_of(processor, Mixture(data, config.batch_size, seed=0))
 
 
 class Evaluator:
@@ -204,20 +201,6 @@ class Evaluator:
         for problem in (problem for _, report in made for problem in report["problems"]):
             say(f"evaluation: left out {problem}")
         self._batches = [batch for batch, _ in made]
-
-
-# ---------------------------------------------------------------- the model of the moment
-
-
-def pipeline_of(
-    config: TrainConfig, processor: Processor, mesh: Mesh, state: TrainState, frozen: Params
-) -> JanusPipeline:
-    """The model with the parameters of `state` in the compute dtype, split as they are; an adapter's are not merged."""
-    model = make_model(config)
-    return JanusPipeline(config.model, _cast(joined(state.trained, frozen), model.dtype), model, processor, mesh)
-
-
-_cast = jax.jit(cast, static_argnums=1)
 
 
 # ---------------------------------------------------------------- sample grids

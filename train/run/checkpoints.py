@@ -57,12 +57,12 @@ _SEEN_WITHIN = 30  # seconds within which a new file in a shared folder must be 
 _FREE = (
     "workdir", "steps", "accumulate", "remat", "loss_chunk", "mesh.", "evaluation.", "samples.", "evals.", "log_every",
     "save_every", "keep", "export_every", "profile_start", "profile_steps", "max_skipped", "watchdog",
-    "attention", "reduce_dtype", "compiler_options", "layouts.", "sampling_layouts.", "writers",
+    "attention", "reduce_dtype", "grpo.draw_batch", "compiler_options", "layouts.", "sampling_layouts.", "writers",
     "data.workers", "data.max_bad_share", "data.cache",
     "init_from", "language_from", "vision_from", "vq_from",
 )  # fmt: skip
 
-_WITHOUT_ADAPTER = {"adapter": None}  # a run from before there were adapters
+_AS_BEFORE = {"adapter": None, "grpo": None, "dpo": None}  # what a run from before there were these had
 
 
 def check_claim(config: TrainConfig, run: dict[str, Any]):
@@ -72,7 +72,7 @@ def check_claim(config: TrainConfig, run: dict[str, Any]):
     if path.exists():
         try:
             earlier = read_json_object(path)
-            settings = _WITHOUT_ADAPTER | earlier["config"]
+            settings = _AS_BEFORE | earlier["config"]
             free = tuple(key for key in _FREE if key != "steps" or config.optimizer.schedule != "cosine")
             differing = [key for key in diff(settings, run["config"]) if not key.startswith(free)]
             changed = sorted(name for name in data if earlier["data"].get(name) != data[name])

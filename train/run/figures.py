@@ -111,6 +111,31 @@ def benchmark_curves(
     return _saved(figure, out_png)
 
 
+def curves_of(
+    metrics: str | pathlib.Path, out_png: str | pathlib.Path, names: Sequence[str], title: str = ""
+) -> pathlib.Path:
+    """Draws metrics of a run, each in a panel of its own over the steps, raw and smoothed.
+
+    Args:
+      names: of the metrics, with their prefix; those that a run does not have are left out.
+    Returns: `out_png`. Raises: FileNotFoundError, or ValueError if it has none of them or matplotlib is missing.
+    """
+    run = read_metrics(metrics)
+    there = {name: found for name in names if (found := _series(run, name))[0]}
+    if not there:
+        raise ValueError(f"{_listed(metrics)}: none of {', '.join(names)} to draw")
+    figure, axes = _new_figure((3.6 * len(there), 3.2), len(there))
+    for axis, (name, (steps, values)) in zip(axes, there.items(), strict=True):
+        axis.plot(steps, values, color=_COLORS["understanding"], alpha=0.3, linewidth=0.8)
+        axis.plot(steps, smooth(values), color=_COLORS["understanding"], linewidth=1.8)
+        axis.set_title(name.rpartition("/")[2].replace("_", " "), fontsize=10)
+        axis.set_xlabel("step")
+        _plain(axis)
+    if title:
+        figure.suptitle(title)
+    return _saved(figure, out_png)
+
+
 def smooth(values: Sequence[float]) -> list[float]:
     """Exponential moving average over about a thirtieth of `values`, unbiased at its start."""
     keep = 1 - 1 / max(len(values) / 30, 1)

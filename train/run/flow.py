@@ -108,7 +108,7 @@ class Health:
             self._skipped = 0
             return
         self._skipped += 1
-        kinds = [kind for kind in TASKS if not np.isfinite(values[f"loss_{kind}"])]
+        kinds = [kind for kind in TASKS if not np.isfinite(values.get(f"loss_{kind}", 0))]
         what = ", ".join(kinds) or "a gradient"
         if self._config.compute_dtype == "float16":
             what += " in float16"

@@ -23,7 +23,10 @@ from train.watch.writers import JSONL, WRITERS, Opening
 
 FILE = "metrics.jsonl"
 # The metrics in a console line, in this order, if present.
-_SHOWN = ("loss", "loss_understanding", "loss_text", "loss_generation", "grad_norm", "learning_rate", "mfu")
+_SHOWN = (
+    "loss", "loss_understanding", "loss_text", "loss_generation", "reward", "kl", "entropy", "distinct", "dpo_loss",
+    "preferred", "grad_norm", "learning_rate", "mfu",
+)  # fmt: skip
 
 
 class Metrics:

@@ -65,7 +65,7 @@ class Window:
             "left_out_groups": sum(report["left_out"] for report in reports),
             "skipped_updates": sum(not one["finite"] for one in metrics),
         }
-        if self._peak:
+        if self._peak and "tokens_generation" in metrics[0]:
             flops = sum(map(self._flops, metrics, reports))
             values["mfu"] = flops / (self._elapsed * self._devices * self._peak)
         self._reset()

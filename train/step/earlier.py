@@ -13,6 +13,7 @@ from janus_jax.weights.torch_weights import LazyParams, abstract_params
 from train.step.leaves import split
 
 RUN, FROZEN, CHECKPOINTS = "run.json", "frozen", "checkpoints"  # see `train.run.checkpoints` for what each holds
+REFERENCE = "reference"  # what reinforcement learning keeps of the first state, with the frozen parameters
 COMPLETE = "complete.json"  # see `train.workdir.in_store`
 
 
@@ -38,7 +39,9 @@ def open_run(folder: pathlib.Path) -> tuple[JanusConfig, LazyParams] | None:
     if not steps:
         raise ValueError(f"{folder} has a run without a complete checkpoint; let it save one first")
     leaves = checkpoint.array_leaves(whole(folder / CHECKPOINTS / str(max(steps))) / "trained", trained)
-    return config, leaves | (checkpoint.array_leaves(whole(folder / FROZEN), frozen) if frozen else {})
+    return config, leaves | (
+        checkpoint.array_leaves(whole(folder / FROZEN), frozen, beside=REFERENCE) if frozen else {}
+    )
 
 
 def complete_steps(folder: pathlib.Path) -> list[int]:

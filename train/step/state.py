@@ -96,7 +96,7 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     o = config.optimizer
     # Norms and biases do not decay, as is usual; the reports do not say.
     decays = functools.partial(jax.tree_util.tree_map_with_path, lambda path, _: path[-1].key in _DECAYING)
-    rate = learning_rate(o, config.steps)
+    rate = learning_rate(o, config.steps * config.updates)
     adamw = optax.adamw(rate, o.b1, o.b2, o.eps, weight_decay=o.weight_decay, mask=decays)
     return optax.chain(optax.clip_by_global_norm(o.clip), adamw)
 

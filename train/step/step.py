@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
+from janus_jax.model.janus import Janus
 from janus_jax.processing.images import ImageSettings
 from janus_jax.sharding import RULES, axes_by_hand, cast, gather_but_layers
 from train.config import TrainConfig, options_of
@@ -32,7 +34,34 @@ from train.step.state import (
 _SCALES = (2.0**8, 1.0, 2.0**-8)
 
 Batch = dict[str, jax.Array]
+Sums = dict[str, jax.Array]
 Step = Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, jax.Array]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What a run minimizes: a sum over the rows of a batch, divided by a count of what is in them.
+
+    Attributes:
+      sums: (model, parameters, batch) to sums over a device's rows, float32 scalars: 'loss', the count, and others.
+      count: name of the count.
+      metrics: from these sums over all rows to the step's metrics.
+      often_empty: whether a batch may well have nothing that counts; then no update is made.
+    """
+
+    sums: Callable[[Janus, Params, Batch], Sums]
+    count: str = "tokens"
+    metrics: Callable[[Sums], Sums] = dict
+    often_empty: bool = False
+
+
+def supervised(config: TrainConfig, settings: ImageSettings) -> Objective:
+    """The cross entropy of packed rows."""
+
+    def sums(model: Janus, params: Params, batch: Batch) -> Sums:
+        return token_sums(token_values(model, params, batch, settings, config.loss_chunk), batch["tasks"])
+
+    return Objective(sums)
 
 
 def make_train_step(config: TrainConfig, mesh: Mesh, settings: ImageSettings) -> Step:
@@ -60,7 +89,7 @@ def make_train_step(config: TrainConfig, mesh: Mesh, settings: ImageSettings) ->
 def make_eval_step(config: TrainConfig, mesh: Mesh, settings: ImageSettings) -> Callable[[Params, Params, Batch], Any]:
     """The compiled function from (trained parameters, frozen parameters, batch) to the sums of `loss.token_sums`."""
     shardings, frozen = state_shardings(config, mesh)
-    evaluate = _make_sums(config, mesh, settings)
+    evaluate = _make_sums(config, mesh, supervised(config, settings))
     return jax.jit(evaluate, in_shardings=(shardings.trained, frozen, batch_sharding(mesh)))
 
 
@@ -68,30 +97,45 @@ def train_step(
     config: TrainConfig, mesh: Mesh, settings: ImageSettings, state: TrainState, frozen: Params, batch: Batch
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """`make_train_step`'s function, before compilation."""
-    grads, sums = gradients(config, mesh, settings, state.trained, frozen, batch)
+    return objective_step(config, mesh, supervised(config, settings), state, frozen, batch)
+
+
+def objective_step(
+    config: TrainConfig, mesh: Mesh, objective: Objective, state: TrainState, frozen: Params, batch: Batch
+) -> tuple[TrainState, Sums]:
+    """The step of any objective, of one update; before compilation."""
+    state, metrics = update(config, mesh, objective, state, frozen, batch, state.step - state.skipped)
+    return dataclasses.replace(state, step=state.step + 1), metrics
+
+
+def update(
+    config: TrainConfig, mesh: Mesh, objective: Objective, state: TrainState, frozen: Params, batch: Batch, done: Any
+) -> tuple[TrainState, Sums]:
+    """One update, which leaves `state.step` as it is; `done` are the updates before it, which the schedule counts."""
+    grads, sums = _gradients(config, mesh, objective, state.trained, frozen, batch)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(grad_norm)
+    taken = finite & (sums[objective.count] > 0) if objective.often_empty else finite
 
     optimizer = make_optimizer(config)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
     trained = optax.apply_updates(state.trained, updates)
     trained, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old), (trained, opt_state), (state.trained, state.opt_state)
+        lambda new, old: jnp.where(taken, new, old), (trained, opt_state), (state.trained, state.opt_state)
     )
-    done = state.step - state.skipped  # the updates, which the schedule counts
-    metrics = sums | {
+    metrics = objective.metrics(sums) | {
         "damaged": batch["damaged"].sum(dtype=jnp.float32),
         "grad_norm": grad_norm,
-        "learning_rate": jnp.asarray(learning_rate(config.optimizer, config.steps)(done), jnp.float32),
+        "learning_rate": jnp.asarray(learning_rate(config.optimizer, config.steps * config.updates)(done), jnp.float32),
         "finite": finite.astype(jnp.float32),
     }
-    skipped = state.skipped + jnp.where(finite, 0, 1)
-    return TrainState(state.step + 1, trained, opt_state, skipped), metrics
+    skipped = state.skipped + jnp.where(taken, 0, 1)
+    return TrainState(state.step, trained, opt_state, skipped), metrics
 
 
 def gradients(
     config: TrainConfig, mesh: Mesh, settings: ImageSettings, trained: Params, frozen: Params, batch: Batch
-) -> tuple[Params, dict[str, jax.Array]]:
+) -> tuple[Params, Sums]:
     """Gradients of the mean loss per target token with respect to `trained`, and the batch's `token_sums`.
 
     The batch is split into `config.accumulate` micro-batches, whose sums are added in float32 and divided once. Each
@@ -101,12 +145,18 @@ def gradients(
     bytes are sent. A float32 run always sums in float32, and so does one in float16, where losses are scaled too. The
     returned gradients are float32 either way.
     """
-    gradients_of_sums = _make_gradients(config, mesh, settings, trained, frozen, batch)
+    return _gradients(config, mesh, supervised(config, settings), trained, frozen, batch)
+
+
+def _gradients(
+    config: TrainConfig, mesh: Mesh, objective: Objective, trained: Params, frozen: Params, batch: Batch
+) -> tuple[Params, Sums]:
+    gradients_of_sums = _make_gradients(config, mesh, objective, trained, frozen, batch)
     if config.compute_dtype == "float16":
         grads, sums = _scaled(gradients_of_sums)
     else:
         grads, sums = gradients_of_sums(np.float32(1))
-    count = jnp.maximum(sums["tokens"], 1)
+    count = jnp.maximum(sums[objective.count], 1)
     return jax.tree.map(lambda g: g.astype(jnp.float32) / count, grads), sums
 
 
@@ -130,14 +180,14 @@ def _scaled(gradients_of_sums: Callable[[jax.Array], Any]) -> Any:
 
 
 def _make_gradients(
-    config: TrainConfig, mesh: Mesh, settings: ImageSettings, trained: Params, frozen: Params, batch: Batch
+    config: TrainConfig, mesh: Mesh, objective: Objective, trained: Params, frozen: Params, batch: Batch
 ) -> Callable[[Any], tuple[Params, dict[str, jax.Array]]]:
     """From a scale to the gradients of the scaled sum of losses, and the sums themselves."""
     manual, rows = axes_by_hand(mesh), PartitionSpec(RULES["batch"])
     specs, frozen_specs = _specs(config, mesh, manual)
     # How the compiler splits what each device adds up.
     left = jax.tree.map(lambda spec: _only(spec, set(mesh.axis_names) - manual), _specs(config, mesh)[0])
-    sums_of = _sums_of_device(config, mesh, settings)
+    sums_of = _sums_of_device(config, mesh, objective)
 
     def local(trained: Params, frozen: Params, batch: Batch, scale: Any):
         def loss(trained: Params, micro_batch: Batch):
@@ -148,7 +198,7 @@ def _make_gradients(
         if config.accumulate == 1:
             grads, sums = objective(trained, batch)
         else:
-            micro_batches = jax.tree.map(lambda x: _micro_batches(x, config.accumulate), batch)
+            micro_batches = jax.tree.map(lambda x: micro_batches(x, config.accumulate), batch)
             abstract = jax.eval_shape(objective, trained, jax.tree.map(lambda x: x[0], micro_batches))
             zeros, no_sums = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), abstract)
             if manual != set(mesh.axis_names):
@@ -190,15 +240,15 @@ def _summed_in_float32(config: TrainConfig) -> bool:
     return config.reduce_dtype == "float32" or config.compute_dtype == "float16"
 
 
-def _micro_batches(x: jax.Array, count: int) -> jax.Array:
+def micro_batches(x: jax.Array, count: int) -> jax.Array:
     """[B, ...] as [count, B / count, ...], with each device keeping its rows."""
     return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
 
 
-def _make_sums(config: TrainConfig, mesh: Mesh, settings: ImageSettings) -> Callable[[Params, Params, Batch], Any]:
+def _make_sums(config: TrainConfig, mesh: Mesh, objective: Objective) -> Callable[[Params, Params, Batch], Any]:
     """(trained parameters, frozen parameters, batch) to `token_sums`."""
     manual, rows = axes_by_hand(mesh), PartitionSpec(RULES["batch"])
-    sums_of = _sums_of_device(config, mesh, settings)
+    sums_of = _sums_of_device(config, mesh, objective)
     of_devices = jax.shard_map(
         lambda *args: jax.tree.map(lambda x: x[None], sums_of(*args)),
         mesh=mesh,
@@ -210,24 +260,49 @@ def _make_sums(config: TrainConfig, mesh: Mesh, settings: ImageSettings) -> Call
     return lambda *args: jax.tree.map(lambda x: x.sum(0), of_devices(*args))
 
 
-def _sums_of_device(
-    config: TrainConfig, mesh: Mesh, settings: ImageSettings
-) -> Callable[[Params, Params, Batch], dict[str, jax.Array]]:
-    """(trained parameters, frozen parameters, batch) to `token_sums` of one device's rows, inside `jax.shard_map`.
+def _sums_of_device(config: TrainConfig, mesh: Mesh, objective: Objective) -> Callable[[Params, Params, Batch], Sums]:
+    """(trained parameters, frozen parameters, batch) to the objective's sums of one device's rows."""
+    model, params_of = make_model(config, mesh), _params_of_device(config)
+    return lambda trained, frozen, batch: objective.sums(model, params_of(trained, frozen), batch)
+
+
+def _params_of_device(config: TrainConfig) -> Callable[[Params, Params], Params]:
+    """(trained parameters, frozen parameters) to all that a device computes with, inside `jax.shard_map`.
 
     The device gathers over `fsdp` the parameters that it needs, layer by layer. This is written out, since the compiler
     would reduce the gradients of the heads again for every chunk of a row, and all others as if each device needed them
     whole.
     """
-    model = make_model(config, mesh)
 
-    def sums_of(trained: Params, frozen: Params, batch: Batch):
+    def params_of(trained: Params, frozen: Params) -> Params:
         if not _summed_in_float32(config):
             trained = cast(trained, config.compute_dtype)
-        params = gather_but_layers(joined(trained, cast(frozen, config.compute_dtype)), config.compute_dtype)
-        return token_sums(token_values(model, params, batch, settings, config.loss_chunk), batch["tasks"])
+        return gather_but_layers(joined(trained, cast(frozen, config.compute_dtype)), config.compute_dtype)
 
-    return sums_of
+    return params_of
+
+
+def make_row_values(
+    config: TrainConfig, mesh: Mesh, values: Callable[[Janus, Params, Batch], Any]
+) -> Callable[[Params, Params, Batch], Any]:
+    """The compiled function from (trained parameters, frozen parameters, batch) to `values`, arrays with a row for each
+    of the batch, which are computed in as many micro-batches as an update's."""
+    manual, rows = axes_by_hand(mesh), PartitionSpec(RULES["batch"])
+    model, params_of = make_model(config, mesh), _params_of_device(config)
+
+    def local(trained: Params, frozen: Params, batch: Batch):
+        params = params_of(trained, frozen)
+        if config.accumulate == 1:
+            return values(model, params, batch)
+        micro_batches = jax.tree.map(lambda x: micro_batches(x, config.accumulate), batch)
+        found = jax.lax.map(functools.partial(values, model, params), micro_batches)
+        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), found)
+
+    of_devices = jax.shard_map(
+        local, mesh=mesh, in_specs=(*_specs(config, mesh, manual), rows), out_specs=rows, axis_names=manual,
+        check_vma=False,
+    )  # fmt: skip
+    return jax.jit(of_devices)
 
 
 def _specs(config: TrainConfig, mesh: Mesh, axes: set[str] | None = None) -> tuple[Params, Params]:

@@ -31,10 +31,11 @@ from janus_jax.io.stores import local_only
 from janus_jax.io.whole.files import write_file
 from janus_jax.sampling.finite import on_host
 from train.config import EvalsConfig, TrainConfig
-from train.run.aside import Look, pipeline_of
+from train.run.aside import Look
 from train.run.callbacks import Moment, Run
 from train.run.distributed import say, together
 from train.run.figures import HIGH, LOW
+from train.step.pipeline import pipeline_of
 from train.step.state import Params
 
 MODEL = "model.json"  # as `evals.main` calls it

@@ -31,17 +31,19 @@ from janus_jax.sampling.memory import OutOfMemory, available_bytes
 from janus_jax.sharding import make_mesh
 from janus_jax.weights.torch_weights import abstract_params
 from train.config import KINDS, TrainConfig
-from train.data.batches import Assembler
 from train.data.fingerprints import check_folders
 from train.data.mixture import Mixture, open_kind
 from train.data.prepared import Prepared
+from train.data.work import assembler_of
 from train.overrides import flat, to_json
 from train.plan.programs import SPARE, lower_step, memory_of
 from train.plan.topologies import GIB, choose_layout
+from train.rl.rewards import Rewards
 from train.run.aside import get_held_out
 from train.run.checkpoints import check_claim, check_steps, lease_of
 from train.run.distributed import check_same, gather, say
 from train.run.faults import BAD_INPUT
+from train.run.loop import work_of
 from train.step.earlier import RUN, complete_steps
 from train.step.init import folder_of, open_sources
 from train.step.leaves import abstract_leaves
@@ -94,13 +96,17 @@ def dry_run(config: TrainConfig, steal: bool = False) -> int:
     folder, latest = as_path(config.workdir) if not any(line.startswith("workdir") for line in wrong) else None, None
     with found.problem():
         latest = max(complete_steps(folder), default=None) if folder else None
-    mixture, folders = _data(found, config, mesh, processor, latest or 0)
+    data = prints = {}
+    if config.grpo or config.dpo:
+        data = prints = _drawing(found, config, mesh, processor, latest or 0)
+    else:
+        mixture, folders = _data(found, config, mesh, processor, latest or 0)
+        prints = {str(folder.folder): folder.fingerprint for folder in folders}
+        data = {str(opened.folder): opened.fingerprint for opened in mixture.folders} if mixture else {}
     asked = _evals(found, config)
     _sources(found, config, latest)
-    prints = {str(folder.folder): folder.fingerprint for folder in folders} | fingerprints(asked)
     with found.problem():
-        check_same(flat(config), prints)
-    data = {str(opened.folder): opened.fingerprint for opened in mixture.folders} if mixture else {}
+        check_same(flat(config), prints | fingerprints(asked))
     _same_folder(found, folder, latest)
     if folder is not None:
         _workdir(found, config, folder, data, latest, steal)
@@ -158,9 +164,8 @@ def _data(
         return None, list(opened.values())
     with found.problem():
         mixture = Mixture(config.data, config.batch_size, config.seed)
-        tokenizer = processor.tokenizer
-        assembler = Assembler(mixture, processor.settings, tokenizer.pad_id, tokenizer.image_placeholder_id)
-        get_held_out(config, assembler)
+        assembler = assembler_of(processor, mixture)
+        get_held_out(config, processor)
         rows = local_rows(batch_sharding(mesh), config.batch_size)
         started = time.monotonic()
         batch, report = assembler(min(step, config.steps - 1), rows)
@@ -174,6 +179,23 @@ def _data(
             found.notes.append(f"{len(more)} more samples of this batch are damaged")
         return mixture, mixture.folders
     return None, list(opened.values())
+
+
+def _drawing(
+    found: Findings, config: TrainConfig, mesh: Mesh | None, processor: Processor | None, step: int
+) -> dict[str, str]:
+    """Reads the prompts and calls up the rewards of GRPO, or opens the pairs of DPO; returns their fingerprints."""
+    if mesh is None or processor is None:
+        return {}
+    with found.problem():
+        work = work_of(config, mesh, processor)
+        check_folders(work.folders, processor)
+        found.rows.append(("data", work.about(step)))
+        if config.grpo:
+            Rewards(config.grpo.rewards).close()
+            found.rows.append(("rewards", ", ".join(reward.function for reward in config.grpo.rewards)))
+        return work.fingerprints
+    return {}
 
 
 def _evals(found: Findings, config: TrainConfig) -> list[Asked]:

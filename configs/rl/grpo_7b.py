@@ -1,0 +1,14 @@
+"""GRPO of Janus-Pro 7B, all parameters that draw: on a TPU v5p-64, or on eight H100."""
+
+from __future__ import annotations
+
+from configs.rl._shared import grpo_run
+from train.config import Layout, MeshConfig, TrainConfig
+
+
+def get_config() -> TrainConfig:
+    layouts = (
+        Layout("v5p-64", MeshConfig(data=-1, fsdp=32), accumulate=1, remat="dots"),
+        Layout("h100-8", MeshConfig(data=1, fsdp=8), accumulate=4, remat="full"),
+    )
+    return grpo_run("7B", 128, layouts, accumulate=1)

@@ -1,0 +1,1 @@
+"""Reinforcement learning and preferences for the trained digits, judged by classifiers."""
