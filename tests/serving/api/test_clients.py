@@ -10,6 +10,7 @@ import json
 import re
 import threading
 import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -99,6 +100,13 @@ def test_openai_gives_up_in_the_end(client, served, monkeypatch):
     assert len(made) == 3 and "its log says why" in raised.value.body["message"]
 
 
+def wait_until(true: Callable[[], object]):
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 def refused(port: int) -> int:
     """How many chat requests met a full queue."""
     text = send(port, "GET", "/metrics")[2].decode()
@@ -109,20 +117,22 @@ def refused(port: int) -> int:
 def test_openai_waits_for_a_full_queue(client, served, port, monkeypatch):
     """As long as Retry-After says; the queue is truly full, of jobs under way."""
     expected = ENDPOINTS["chat"](client)
+    turn, hurry = served.engine._turn, threading.Event()
+    # Steps take their time, so that the rows are taken as long as they must be.
+    monkeypatch.setattr(served.engine, "_turn", lambda: (hurry.wait(0.1), turn()))
     stream = client.chat.completions.create(**asking(stream=True, max_tokens=400, n=5, temperature=1.0))
     next(stream)
     monkeypatch.setattr(served.engine, "max_queue", 1)
     waiting = threading.Thread(target=ENDPOINTS["chat"], args=(client,))
     waiting.start()
-    while not served.engine.waiting:
-        time.sleep(0.001)
+    wait_until(lambda: served.engine.waiting)
     with pytest.raises(openai.RateLimitError) as raised:
         client.with_options(max_retries=0).chat.completions.create(**asking())
     assert int(raised.value.response.headers["retry-after"]) >= 1 and raised.value.body["code"] == "queue_full"
 
     def room():
-        while refused(port) < 2:
-            time.sleep(0.001)
+        wait_until(lambda: refused(port) >= 2)
+        hurry.set()
         stream.close()
 
     making_room, began = threading.Thread(target=room), time.monotonic()
