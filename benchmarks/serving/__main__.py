@@ -57,7 +57,7 @@ def make_janus(args: argparse.Namespace) -> Any:
     from janus_jax.pipeline import JanusPipeline
 
     config = shortened(args)
-    model, params = _device.random_model(config, "float32")
+    model, params = _device.random_model(config, _device.default_dtype())
     with tempfile.TemporaryDirectory() as folder:
         janus = JanusPipeline(config, params, model, make_processor(config, folder))
     janus.processor.tokenizer.eos_id = -1
