@@ -1,6 +1,6 @@
 """Continuous batching: many answers and images under way in one cache, whose rows begin and end at any step.
 
-One thread owns the model. In each turn of its loop it seats jobs that wait, prefills one piece of a prompt, gives the
+One thread owns the model. In each turn of its loop it seats jobs that wait, prefills some of their prompts, gives the
 device a step of all rows whose prompts are complete, and reads what the step before has drawn: the host works while the
 device does. What a job draws depends on its own prompt and options alone.
 """
@@ -32,6 +32,7 @@ from janus_jax.serving.jobs import PIECES, Ended, Failed, Job, Token
 from janus_jax.serving.slots import Slots
 
 _LEAST_PROMPT = 32  # tokens that a context has room for beside an image's
+_FILLED_IN_A_TURN = 128  # tokens of prompts: a step for each small piece would take longer than the pieces
 
 
 class Full(Exception):
@@ -79,7 +80,7 @@ class Engine:
         self._device = Device(janus, slots, context)
         self._waiting: collections.deque[Job] = collections.deque()
         self._errands: collections.deque[tuple[Callable[[], Any], Callable[[Any], None], Future]] = collections.deque()
-        self._filling: tuple[Job, Iterator[None]] | None = None
+        self._filling: tuple[Job, Iterator[int]] | None = None
         self._pending: collections.deque[tuple[Any, Callable[[Any], None], Future | None]] = collections.deque()
         self._changed = threading.Condition()
         self._stopping = self._ended = False
@@ -221,7 +222,7 @@ class Engine:
         self._drop_cancelled()
         while self._errands:
             self._run_errand(*self._errands.popleft())
-        self._fill_one_piece()
+        self._fill_some()
         before = len(self._pending)
         self._dispatch_steps()
         for _ in range(before):  # what was dispatched just now is read in the next turn
@@ -245,29 +246,28 @@ class Engine:
 
     # ---------------------------------------- prompts
 
-    def _fill_one_piece(self):
-        """Goes on with the prompt that is being filled, or begins the next; all of it if no row waits for steps."""
-        while True:
+    def _fill_some(self):
+        """Goes on with prompts: a few tokens or one piece in a turn, but as many as it takes until a row is active."""
+        filled = 0
+        while filled < _FILLED_IN_A_TURN or not self._slots.active.any():
             if self._filling is None:
                 self._filling = self._next()
             if self._filling is None:
                 return
             job, pieces = self._filling
             try:
-                over = job.over or next(pieces, True)
+                count = None if job.over else next(pieces, None)
             except Exception as error:
-                over = True
+                count = None
                 self._end(job, Failed(_told(error)))
                 if self._device.is_lost:
                     raise
-            if over:
+            if count is None:
                 self._filling = None
-                if not job.over:
-                    self._slots.begin(job)
-            if self._slots.active.any():
-                return
+            else:
+                filled += count
 
-    def _next(self) -> tuple[Job, Iterator[None]] | None:
+    def _next(self) -> tuple[Job, Iterator[int]] | None:
         with self._changed:
             if not self._waiting or len(self._slots.free) < len(self._waiting[0].prompts):
                 return None
@@ -275,7 +275,8 @@ class Engine:
         job.seated = time.monotonic()
         return job, self._fill(job)
 
-    def _fill(self, job: Job) -> Iterator[None]:
+    def _fill(self, job: Job) -> Iterator[int]:
+        """Prefills the job's prompts, piece by piece; yields the tokens of each."""
         need, smallest = job.prompt_tokens + PIECES[0], self._device.sizes[0]
         if not self._slots.busy and need <= smallest < self._device.slots:
             held = max(self._slots.held(prompt, job.adapter)[1] for prompt in job.prompts)
@@ -283,15 +284,20 @@ class Engine:
                 self._device.renew()
                 self._slots.forget()
         self._device.make_room(need)
+        filled = 0
         for prompt, row, source, common in self._slots.seat(job):
             self._device.copy(source, row, common)
             job.reused += common
             for slot, piece, count in prompt.pieces(common, self._device.slots):
+                if filled:
+                    yield filled
                 self._device.prefill(job.adapter, piece, row, slot)
                 self._slots.fill(row, prompt, slot + count)
-                yield
+                filled = count
         self.counts.prompt_tokens += job.prompt_tokens
         self.counts.reused_tokens += job.reused
+        self._slots.begin(job)  # in the turn of its last piece
+        yield filled
 
     # ---------------------------------------- steps
 
