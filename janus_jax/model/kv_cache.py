@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from janus_jax.config import LlamaConfig
 from janus_jax.model import cpu
 from janus_jax.model.attention import attend
+from janus_jax.model.precision import einsum
 from janus_jax.sharding import constrain
 
 
@@ -268,3 +269,28 @@ def attend_cached(
     if slot.rows is not None:
         k, v = (_constrain_kv(jnp.take(x, slot.rows, axis=0)) for x in (k, v))
     return attend(q, k, v, mask)
+
+
+def attend_rows(
+    q: jax.Array, kv: tuple[jax.Array, jax.Array], k: jax.Array, v: jax.Array, layer: jax.Array | None, slots: RowSlots
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """`attend_cached` for one new token of every row, and `kv` with its keys and values k, v [B, K, 1, H] stored.
+
+    They are stored after what is cached was read: TPU's compiler would otherwise carry caches that fit there through
+    the chip's fast memory, and write all of them back.
+    """
+    batch, head_dim = len(q), q.shape[-1]
+    old_k, old_v = kv if layer is None else (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in kv)
+    k, v = k.astype(old_k.dtype), v.astype(old_v.dtype)
+    grouped = q.reshape(batch, 1, k.shape[1], -1, head_dim)
+    old = einsum("BTKGH,BKSH->BKGTS", grouped, old_k, jnp.float32) * head_dim**-0.5
+    own = einsum("BTKGH,BKSH->BKGTS", grouped, k, jnp.float32) * head_dim**-0.5
+    filled = jnp.arange(old_k.shape[2]) < slots.seen[:, None]
+    old = jnp.where(filled[:, None, None, None], old, jnp.finfo(jnp.float32).min)
+    most = jnp.maximum(old.max(axis=-1, keepdims=True), own)
+    old, own = jnp.exp(old - most), jnp.exp(own - most)
+    total = old.sum(axis=-1, keepdims=True) + own
+    y = einsum("BKGTS,BKSH->BTKGH", (old / total).astype(v.dtype), old_v)
+    y = y + einsum("BKGTS,BKSH->BTKGH", (own / total).astype(v.dtype), v)
+    y, k, v = jax.lax.optimization_barrier((y.reshape(q.shape), k, v))
+    return y, store(kv, k, v, layer, slots)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from janus_jax.config import LlamaConfig
 from janus_jax.model.attention import attend_segments, attention_weights, causal_mask, keep
-from janus_jax.model.kv_cache import KVCache, RowCache, RowSlots, attend_cached, store
+from janus_jax.model.kv_cache import KVCache, RowCache, RowSlots, attend_cached, attend_rows, store
 from janus_jax.model.layers import Embed, RMSNorm, apply_rope, gelu, rematerialized, rope
 from janus_jax.model.linear import Linear
 from janus_jax.model.precision import residual_dtype
@@ -47,12 +47,15 @@ class Attention(nn.Module):
         k, v = apply_rope(k, cos_sin).swapaxes(1, 2), v.swapaxes(1, 2)
         if slot is None and self.is_mutable_collection("intermediates"):  # only for who asks, see `inside.py`
             self.sow("intermediates", "weights", attention_weights(q, k, causal_mask(where)))
-        if kv is not None:
-            kv = store(kv, k, v, layer, 0 if slot is None else slot)
-        if slot is None:
-            y = attend_segments(q, k, v, where, self.attention)
+        if isinstance(slot, RowSlots) and slot.rows is None and not self.cpu:
+            y, kv = attend_rows(q, kv, k, v, layer, slot)
         else:
-            y = attend_cached(q, kv, layer, where, slot, self.cpu)
+            if kv is not None:
+                kv = store(kv, k, v, layer, 0 if slot is None else slot)
+            if slot is None:
+                y = attend_segments(q, k, v, where, self.attention)
+            else:
+                y = attend_cached(q, kv, layer, where, slot, self.cpu)
         out = {"out_dtype": residual_dtype(self.dtype), **types}
         return keep(Linear("BTNH,DNH->BTD", (c.width, c.heads, c.head_dim), **out, name="o_proj")(y)), kv
 
