@@ -290,7 +290,7 @@ def attend_rows(
     most = jnp.maximum(old.max(axis=-1, keepdims=True), own)
     old, own = jnp.exp(old - most), jnp.exp(own - most)
     total = old.sum(axis=-1, keepdims=True) + own
-    y = einsum("BKGTS,BKSH->BTKGH", (old / total).astype(v.dtype), old_v)
-    y = y + einsum("BKGTS,BKSH->BTKGH", (own / total).astype(v.dtype), v)
-    y, k, v = jax.lax.optimization_barrier((y.reshape(q.shape), k, v))
+    y = einsum("BKGTS,BKSH->BTKGH", (old / total).astype(v.dtype), old_v, jnp.float32)
+    y = y + einsum("BKGTS,BKSH->BTKGH", (own / total).astype(v.dtype), v, jnp.float32)
+    y, k, v = jax.lax.optimization_barrier((y.astype(v.dtype).reshape(q.shape), k, v))
     return y, store(kv, k, v, layer, slots)
