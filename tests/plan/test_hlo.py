@@ -207,3 +207,36 @@ ENTRY %main (a: s8[64,128]) -> s8[64,128] {
 }
 """
     assert [one.line.split(" = ")[0] for one in hlo.copies(text, 64 * 128)] == ["%copy.stored", "ROOT %copy.inner"]
+
+
+# Rows of a table are looked up in a branch, and in the other one it is read whole.
+LOOKED_UP = """HloModule jit_step, is_scheduled=true
+
+%rows (table: bf16[512,128], ids: s32[16,1]) -> bf16[16,128] {
+  %table = bf16[512,128]{1,0} parameter(0)
+  %ids = s32[16,1]{1,0} parameter(1)
+  ROOT %gather.1 = bf16[16,128]{1,0} gather(%table, %ids), offset_dims={1}, slice_sizes={1,128}
+}
+
+%looks (a: bf16[512,128]) -> bf16[16,128] {
+  %a = bf16[512,128]{1,0} parameter(0)
+  %some = s32[16,1]{1,0:S(1)} constant({...})
+  ROOT %found = bf16[16,128]{1,0:S(1)} fusion(%a, %some), kind=kLoop, calls=%rows
+}
+
+%reads (b: bf16[512,128]) -> bf16[16,128] {
+  %b = bf16[512,128]{1,0} parameter(0)
+  ROOT %sums = bf16[16,128]{1,0:S(1)} reduce(%b), dimensions={0}
+}
+
+ENTRY %main (c: bf16[512,128], p: s32[]) -> bf16[16,128] {
+  %c = bf16[512,128]{1,0} parameter(0)
+  %p = s32[] parameter(1)
+  ROOT %either = bf16[16,128]{1,0:S(1)} conditional(%p, %c, %c), branch_computations={%looks, %reads}
+}
+"""
+
+
+def test_of_a_table_only_what_is_looked_up_counts():
+    assert hlo.program_bytes(LOOKED_UP) == 16 * 128 * 2 + 512 * 128 * 2
+    assert hlo.program_bytes(TPU) == 7 * hlo.loop_bytes(TPU)

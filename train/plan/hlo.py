@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -333,16 +333,19 @@ def loop_bytes(text: str) -> int:
 
 
 def program_bytes(text: str) -> int:
-    """Bytes that a run reads from and writes to main memory, counted as in `loop_bytes`, with all branches."""
+    """Bytes that a run reads from and writes to main memory, counted as in `loop_bytes`, with all branches.
+
+    Of a table in which rows are looked up, only these rows count.
+    """
     computations, entry = _computations(text)
 
     def of(name: str) -> int:
-        total = _bytes_of_body(computations[name])
+        total = _bytes_of_body(computations[name], computations)
         for line in computations[name]:
-            match = _INSTRUCTION.match(line)
-            if match and match["opcode"] in ("while", "conditional", "call"):
-                turns = _turns(line, computations) if match["opcode"] == "while" else 1
-                total += turns * sum(of(callee) for callee in _called([line]) if callee in computations)
+            if body := _BODY.search(line):
+                total += _turns(line, computations) * of(body[1])
+            elif (match := _INSTRUCTION.match(line)) and match["opcode"] in ("conditional", "call"):
+                total += sum(of(callee) for callee in _called([line]) if callee in computations)
         return total
 
     return of(entry)
@@ -351,7 +354,25 @@ def program_bytes(text: str) -> int:
 _BODY = re.compile(r" while\(.*\bbody=%?([\w.\-]+)")
 
 
-def _bytes_of_body(lines: list[str]) -> int:
+def _looked_up(rest: str, computations: Mapping[str, list[str]]) -> dict[int, int]:
+    """For each parameter of a fusion in which rows are looked up and nothing else is read: the bytes that are found."""
+    matches = [
+        match for name in _called([rest]) for match in map(_INSTRUCTION.match, computations.get(name, ())) if match
+    ]
+    numbers = {match["name"]: int(match["rest"].split(")")[0]) for match in matches if match["opcode"] == "parameter"}
+    found: dict[int, int] = {}
+    read: set[int] = set()
+    for match in matches:
+        for place, name in enumerate(re.findall(r"%([\w.\-]+)", match["rest"].split(")")[0])):
+            if name in numbers and match["opcode"] == "gather" and place == 0:
+                found[numbers[name]] = sum(array.bytes for array in _arrays(match["type"]))
+            elif name in numbers:
+                read.add(numbers[name])
+    return {number: size for number, size in found.items() if number not in read}
+
+
+def _bytes_of_body(lines: list[str], computations: Mapping[str, list[str]] | None = None) -> int:
+    """Bytes that these lines move; with all `computations`, what fusions look up counts by what they find."""
     matches = [match for match in map(_INSTRUCTION.match, lines) if match]
     types = {match["name"]: match["type"] for match in matches}
     total = 0
@@ -366,6 +387,9 @@ def _bytes_of_body(lines: list[str]) -> int:
             continue
         operands = [types.get(name, "") for name in re.findall(r"%([\w.\-]+)", match["rest"].split("), ")[0])]
         changed = opcode != "copy" and match["type"] in operands
+        found = {} if computations is None or opcode != "fusion" else _looked_up(match["rest"], computations)
+        total += sum(found.values())
+        operands = [kind for number, kind in enumerate(operands) if number not in found]
         read = [array for kind in operands if not (changed and kind == match["type"]) for array in _arrays(kind)]
         written = () if changed else results
         total += sum(array.bytes for array in (*read, *written) if not array.fast)
