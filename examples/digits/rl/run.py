@@ -146,8 +146,10 @@ def measure(
     prompts = [captions(digit)[wordings[i % len(wordings)]] for digit in range(10) for i in range(count)]
     digits = np.repeat(np.arange(10), count)
     drawn = draw(janus, prompts, config, 1_000_000 * config.seed)
-    shown = [drawn[digit * count + i].repeat(4, 0).repeat(4, 1) for digit in range(10) for i in range(_SHOWN)]
-    contact_sheet([Image.fromarray(image) for image in shown], columns=_SHOWN, gap=2).save(picture)
+    shown = [
+        drawn[digit * count + i].repeat(4, 0).repeat(4, 1) for digit in range(10) for i in range(min(count, _SHOWN))
+    ]
+    contact_sheet([Image.fromarray(image) for image in shown], columns=min(count, _SHOWN), gap=2).save(picture)
     return {
         "recognized": float(judges[0].right(drawn, digits).mean()),
         "other_judge": float(judges[1].right(drawn, digits).mean()),
