@@ -194,21 +194,21 @@ def _make_gradients(
             sums = sums_of(trained, frozen, micro_batch)
             return sums["loss"] * scale, sums
 
-        objective = jax.grad(loss, has_aux=True)
+        gradient = jax.grad(loss, has_aux=True)
         if config.accumulate == 1:
-            grads, sums = objective(trained, batch)
+            grads, sums = gradient(trained, batch)
         else:
-            micro_batches = jax.tree.map(lambda x: micro_batches(x, config.accumulate), batch)
-            abstract = jax.eval_shape(objective, trained, jax.tree.map(lambda x: x[0], micro_batches))
+            parts = jax.tree.map(lambda x: micro_batches(x, config.accumulate), batch)
+            abstract = jax.eval_shape(gradient, trained, jax.tree.map(lambda x: x[0], parts))
             zeros, no_sums = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), abstract)
             if manual != set(mesh.axis_names):
                 zeros = jax.tree.map(jax.lax.with_sharding_constraint, zeros, left)
 
             def add(total, micro_batch: Batch):
-                new = objective(trained, micro_batch)
+                new = gradient(trained, micro_batch)
                 return jax.tree.map(lambda t, n: t + n.astype(t.dtype), total, new), None
 
-            grads, sums = jax.lax.scan(add, (zeros, no_sums), micro_batches)[0]
+            grads, sums = jax.lax.scan(add, (zeros, no_sums), parts)[0]
         grads = jax.tree.map(lambda g, x, spec: _over_devices(g, x.dtype, spec, mesh), grads, trained, specs)
         return grads, jax.tree.map(lambda x: x[None], sums)
 
@@ -294,8 +294,8 @@ def make_row_values(
         params = params_of(trained, frozen)
         if config.accumulate == 1:
             return values(model, params, batch)
-        micro_batches = jax.tree.map(lambda x: micro_batches(x, config.accumulate), batch)
-        found = jax.lax.map(functools.partial(values, model, params), micro_batches)
+        parts = jax.tree.map(lambda x: micro_batches(x, config.accumulate), batch)
+        found = jax.lax.map(functools.partial(values, model, params), parts)
         return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), found)
 
     of_devices = jax.shard_map(
