@@ -41,6 +41,13 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "float32")
 
+if importlib.util.find_spec("hypothesis"):
+    import hypothesis
+
+    # An example that takes long says that the machine is busy.
+    hypothesis.settings.register_profile("without deadlines", deadline=None)
+    hypothesis.settings.load_profile("without deadlines")
+
 # After the settings above, which hold only if no backend has started.
 from janus_jax.config import PRESETS, JanusConfig, LlamaConfig, SiglipConfig, VQConfig  # noqa: E402
 from janus_jax.model.janus import Janus  # noqa: E402
