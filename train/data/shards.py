@@ -77,6 +77,7 @@ class ShardWriter:
     def __init__(self, source, out, tokenize: SampleTokenizer, encode, batch_size: int, tally: Tally, mark: str = ""):
         self.source, self.out, self.tokenize, self.encode = source, out, tokenize, encode
         self.batch_size, self.tally, self.mark = batch_size, tally, mark
+        self._images = 2 if tokenize.kind == PREFERENCE else 1  # of a sample that are encoded
 
     def make(self, item: int) -> tuple[list[Sample], np.ndarray | None] | BadSample:
         """Raises OSError if the machine cannot read the item or has no memory for it, even after several tries."""
@@ -150,7 +151,7 @@ class ShardWriter:
                     put(one[0])
                 else:
                     waiting.append((one[0][0], one[1]))
-                    if len(waiting) * len(one[1]) + len(one[1]) > self.batch_size:
+                    if self._images * (len(waiting) + 1) > self.batch_size:
                         before, encoding = encoding, self._start(waiting)
                         waiting = []
                         put(self._with_codes(before))
@@ -166,7 +167,7 @@ class ShardWriter:
 
     def _start(self, waiting: list[tuple[Sample, np.ndarray]]) -> tuple[list[Sample], Any]:
         """The samples of a batch, and their codes, which a device may still be computing."""
-        given = np.concatenate([pixels for _, pixels in waiting])
+        given = np.concatenate([pixels.reshape(self._images, *pixels.shape[-3:]) for _, pixels in waiting])
         # Always the same shape, so that it is compiled once.
         images = np.zeros((max(self.batch_size, len(given)), *given.shape[1:]), np.float32)
         images[: len(given)] = given
@@ -176,7 +177,7 @@ class ShardWriter:
         if encoding is None:
             return ()
         samples, codes = encoding[0], np.asarray(encoding[1])
-        each = 2 if self.tokenize.kind == PREFERENCE else 1
+        each = self._images
         expected = (max(self.batch_size, each), self.tokenize.processor.config.gen_vision.num_tokens)
         if codes.shape != expected or not np.issubdtype(codes.dtype, np.integer):
             raise ValueError(f"encode gave {codes.dtype} {list(codes.shape)}, expected integers {list(expected)}")

@@ -81,14 +81,14 @@ class SampleTokenizer:
         self._image = [tokenizer.begin_of_image_id, *slots, tokenizer.end_of_image_id]
 
     def __call__(self, raw: RawSample) -> tuple[list[Sample], np.ndarray | None]:
-        """The samples of `raw`, and the pixels of images to be encoded, float32 [images, h, w, 3] in [-1, 1].
+        """The samples of `raw`, and the pixels of images to be encoded, float32 in [-1, 1].
 
-        These are one for a generation sample, and for a preference the chosen one and the rejected one; else None.
+        These are [h, w, 3] of a generation sample, and [2, h, w, 3] of a preference, the chosen image first; else None.
         Raises BadSample.
         """
         if self.kind == "generation" and raw.caption is not None:
             samples = [self._prompt(raw.caption, raw, cut=True)]
-            return samples, self._pixels(raw, "")
+            return samples, self._pixels(raw, "")[0]
         if self.kind == PREFERENCE and raw.prompt is not None:
             samples = [self._prompt(raw.prompt, raw)]
             pixels = self._pixels(raw, "chosen", "rejected")
