@@ -170,6 +170,10 @@ class RowSlots:
     seen: jax.Array
     padded: bool = dataclasses.field(default=False, metadata={"static": True})
 
+    def of_one_token(self, tokens: int) -> bool:
+        """Whether this is the next token of every row, with nothing but filled slots before it; see `attend_rows`."""
+        return self.rows is None and not self.padded and tokens == 1
+
     def mask(self, tokens: int, slots: int) -> jax.Array:
         """[R, T, S] bool, what each new token attends to."""
         last = self.seen[:, None] + jnp.arange(tokens)

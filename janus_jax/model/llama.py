@@ -47,7 +47,7 @@ class Attention(nn.Module):
         k, v = apply_rope(k, cos_sin).swapaxes(1, 2), v.swapaxes(1, 2)
         if slot is None and self.is_mutable_collection("intermediates"):  # only for who asks, see `inside.py`
             self.sow("intermediates", "weights", attention_weights(q, k, causal_mask(where)))
-        if isinstance(slot, RowSlots) and slot.rows is None and not self.cpu:
+        if isinstance(slot, RowSlots) and slot.of_one_token(x.shape[1]) and not self.cpu:
             y, kv = attend_rows(q, kv, k, v, layer, slot)
         else:
             if kv is not None:
