@@ -28,6 +28,7 @@ for name in ("fastapi", "prometheus_client", "uvicorn"):
 
 from janus_jax.serving.api.app import make_app  # noqa: E402
 from janus_jax.serving.api.served import Served  # noqa: E402
+from tests.serving.api.tiny_server import port  # noqa: E402, F401
 
 MODEL, LIMIT = "janus-tiny", 10
 pytestmark = pytest.mark.slow
@@ -38,12 +39,6 @@ def served(janus):
     with Engine(janus, slots=5, max_queue=40) as engine:
         # Clients with a fixed list of image models find one of its names.
         yield Served(engine, {MODEL: None, "gpt-image-1": None}, api_key="secret")
-
-
-@pytest.fixture(scope="module")
-def port(served):
-    with on_loopback(make_app(served)) as port:
-        yield port
 
 
 @pytest.fixture(scope="module")
