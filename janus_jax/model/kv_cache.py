@@ -241,16 +241,28 @@ def _store(cached: jax.Array, new: jax.Array, layer: jax.Array | None, slot: Row
 def _store_rows(cached: jax.Array, new: jax.Array, layer: jax.Array | None, slots: RowSlots) -> jax.Array:
     """`cached` with the new keys or values [R, K, T, H] of rows at their own slots.
 
-    A loop over rows: a scatter makes TPUs read and write the whole cache.
+    A loop over rows: a scatter makes TPUs read and write the whole cache. On GPUs it writes in place, where every turn of
+    a loop would be a kernel of its own.
     """
     own = () if layer is None else (layer,)
 
-    def body(i: jax.Array, cached: jax.Array) -> jax.Array:
-        one = jax.lax.dynamic_slice_in_dim(new, i, 1)
-        row = i if slots.rows is None else slots.rows[i]
-        return jax.lax.dynamic_update_slice(cached, one[None] if own else one, (*own, row, 0, slots.starts[i], 0))
+    def in_turn(cached: jax.Array, new: jax.Array, slots: RowSlots) -> jax.Array:
+        def body(i: jax.Array, cached: jax.Array) -> jax.Array:
+            one = jax.lax.dynamic_slice_in_dim(new, i, 1)
+            row = i if slots.rows is None else slots.rows[i]
+            return jax.lax.dynamic_update_slice(cached, one[None] if own else one, (*own, row, 0, slots.starts[i], 0))
 
-    return jax.lax.fori_loop(0, len(new), body, cached)
+        return jax.lax.fori_loop(0, len(new), body, cached)
+
+    def at_once(cached: jax.Array, new: jax.Array, slots: RowSlots) -> jax.Array:
+        def one(cached: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice(cached, new[None] if own else new, (*own, 0, start, 0))
+
+        return jax.vmap(one, (len(own), 0, 0), len(own))(cached, new, slots.starts)
+
+    if slots.rows is not None:  # a prompt's piece
+        return in_turn(cached, new, slots)
+    return jax.lax.platform_dependent(cached, new, slots, cuda=at_once, rocm=at_once, default=in_turn)
 
 
 def attend_cached(
