@@ -20,7 +20,7 @@ MODEL = dataclasses.replace(
     vision=SiglipConfig(image_size=VQ.image_size, patch_size=8, width=96, layers=2, heads=4),
     gen_vision=VQ,
 )
-_STEPS = 2000
+_STEPS = 4000
 
 
 def get_config() -> DigitsConfig:

@@ -242,7 +242,7 @@ def _store_rows(cached: jax.Array, new: jax.Array, layer: jax.Array | None, slot
     """`cached` with the new keys or values [R, K, T, H] of rows at their own slots.
 
     A loop over rows: a scatter makes TPUs read and write the whole cache. On GPUs it writes in place, where every turn of
-    a loop would be a kernel of its own.
+    the loop would be a kernel.
     """
     own = () if layer is None else (layer,)
 
