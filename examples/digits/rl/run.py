@@ -19,7 +19,7 @@ from PIL import Image
 import janus_jax
 from examples.digits.data import CAPTIONS, captions, png
 from examples.digits.rl.config import DigitsRlConfig
-from examples.digits.rl.judges import Neighbors, Recognized
+from examples.digits.rl.judges import Network, Recognized
 from examples.digits.trained import trained
 from janus_jax.hub import resolve
 from janus_jax.io.stores import local_only
@@ -52,7 +52,7 @@ def run(config: DigitsRlConfig, steal: bool = False) -> dict[str, Any]:
     folder = pathlib.Path(config.workdir)
     folder.mkdir(parents=True, exist_ok=True)
     model = resolve(config.model) if config.model else trained()
-    judges = Recognized(), Neighbors()
+    judges = Recognized(), Network()
     figures: dict[str, Any] = {"model": str(model), "seed": config.seed, "images": config.images}
     figures["base"] = measure(config, model, judges, folder / "before.png")
     write_prompts(config)
@@ -137,7 +137,7 @@ def draw(janus: JanusPipeline, prompts: Sequence[str], config: DigitsRlConfig, s
 
 
 def measure(
-    config: DigitsRlConfig, model: pathlib.Path, judges: tuple[Recognized, Neighbors], picture: pathlib.Path
+    config: DigitsRlConfig, model: pathlib.Path, judges: tuple[Recognized, Network], picture: pathlib.Path
 ) -> dict[str, Any]:
     """Shares of pictures of wordings that are not rewarded: recognized by either judge, and distinct."""
     janus = janus_jax.load(model, dtype="float32", progress=False)
