@@ -260,7 +260,7 @@ def _store_rows(cached: jax.Array, new: jax.Array, layer: jax.Array | None, slot
 
         return jax.vmap(one, (len(own), 0, 0), len(own))(cached, new, slots.starts)
 
-    if slots.rows is not None:  # a prompt's piece
+    if slots.rows is not None or len(new) != cached.shape[len(own)]:  # a prompt's piece, or see `cpu.cache_rows`
         return in_turn(cached, new, slots)
     return jax.lax.platform_dependent(cached, new, slots, cuda=at_once, rocm=at_once, default=in_turn)
 
