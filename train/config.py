@@ -222,7 +222,8 @@ class TrainConfig:
       stage: 1, 2 or 3: which parts are trained, see `TRAINED`.
       adapter: a low-rank adapter that is trained instead of those parts, and exported in PEFT's files.
       grpo, dpo: reinforcement learning, or preferences, instead of the samples of `data`; of that only `context`
-        counts, the most tokens of a prompt and a picture, and `workers`.
+        counts, the most tokens of a prompt and a picture or an answer, `workers`, and for answers `images_per_row`, the
+        most pictures of a prompt.
       init_from: source of the first parameters: a checkpoint folder that `janus_jax.load` reads or its hub id, or the
         workdir of an earlier run; empty for random parameters.
       language_from: another source for `language_model`: a Janus checkpoint folder, or a LLaMA's own file or folder.
@@ -230,7 +231,7 @@ class TrainConfig:
       vq_from: another source for `gen_vision_model`: a Janus checkpoint folder, or LlamaGen's VQ-16 in its own file.
       tokenizer: folder with tokenizer.json, or hub id; empty for that of `init_from`.
       steps: number of optimizer updates. With grpo, of rounds of drawing, each with its updates.
-      batch_size: packed rows per step, over all hosts; pictures with grpo, pairs with dpo.
+      batch_size: packed rows per step, over all hosts; pictures or answers with grpo, pairs with dpo.
       accumulate: number of micro-batches into which an update's rows are split.
       seed: seed of initialization, data order and dropout.
       compute_dtype: dtype of activations and of the parameters' copies in products; trained parameters are float32.
@@ -305,6 +306,16 @@ class TrainConfig:
     def updates(self) -> int:
         """Optimizer updates of a step."""
         return self.grpo.epochs * self.grpo.updates if self.grpo else 1
+
+    @property
+    def answers(self) -> bool:
+        """Whether reinforcement learning is of answers."""
+        return self.grpo is not None and self.grpo.rollouts == "answers"
+
+    @property
+    def drawn(self) -> int:
+        """Tokens that reinforcement learning or preferences are of: a picture's codes, or the most of an answer."""
+        return self.grpo.max_new_tokens if self.answers else self.model.gen_vision.num_tokens
 
 
 def options_of(given: tuple[str, ...] | None) -> dict[str, str | bool]:

@@ -1,6 +1,5 @@
 """The losses of GRPO and DPO and their gradients, against torch in float64, where every distribution is written out."""
 
-import copy
 import dataclasses
 import functools
 
@@ -9,12 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from examples.tiny import run as tiny_run
 from janus_jax.model.janus import Janus
 from janus_jax.sampling.images import generate_codes
 from janus_jax.sampling.sampler import make_sampler
 from janus_jax.sharding import flatten, make_mesh
-from janus_jax.weights.torch_weights import read_params
+from tests.rl.conftest import MODEL
 from train.config import TRAINED, DataConfig, DpoConfig, GrpoConfig, OptimizerConfig, TrainConfig
 from train.rl.loss import (
     dpo_metrics,
@@ -27,8 +25,6 @@ from train.rl.loss import (
 from train.step import step
 from train.step.leaves import split
 
-# transformers' port wants the head as wide as the decoder.
-MODEL = dataclasses.replace(tiny_run.MODEL, gen_head_width=tiny_run.MODEL.language.width)
 CODES, VOCABULARY = MODEL.gen_vision.num_tokens, MODEL.gen_vision.codebook_size
 PROMPT, PICTURES = 12, 4
 SHARP = {"guidance": 2.0, "temperature": 0.8, "top_k": 24, "top_p": 0.95}
@@ -42,32 +38,6 @@ def config_of(**changes) -> TrainConfig:
         frozen_dtype="float32", remat="none", loss_chunk=8,
     )  # fmt: skip
     return dataclasses.replace(made, **changes)
-
-
-@pytest.fixture(scope="module")
-def models(oracle, tmp_path_factory):
-    """The policy, an earlier one and a reference, in float64 torch; and the parameters of the first two as ours."""
-    import torch
-
-    policy = oracle.build(MODEL)
-    generator = torch.Generator().manual_seed(1)
-
-    def moved(scale: float):
-        other = copy.deepcopy(policy)
-        with torch.no_grad():
-            for name, parameter in other.named_parameters():
-                if "generation" in name or "layers" in name:
-                    noise = torch.randn(parameter.shape, generator=generator) * parameter.std()
-                    parameter.add_(torch.nan_to_num(noise) * scale)
-        return other
-
-    earlier, reference = moved(0.04), moved(0.08)
-    params = []
-    for name, model in (("policy", policy), ("earlier", earlier)):
-        folder = tmp_path_factory.mktemp(name)
-        model.save_pretrained(folder)
-        params.append(read_params(folder, MODEL, dtype="float32")[0])
-    return [copy.deepcopy(model).double() for model in (policy, earlier, reference)], params
 
 
 @pytest.fixture(scope="module")
@@ -110,17 +80,17 @@ def torch_log_probabilities(model, prompts, codes, how: GrpoConfig | None, trunc
         if how is not None:
             logits = logits / how.temperature
         if how is not None and truncate:
-            logits = torch.stack([_truncated(row, how) for row in logits])
+            logits = torch.stack([truncated(row, how) for row in logits])
         found.append(logits.log_softmax(-1)[torch.arange(CODES), torch.tensor(own, dtype=torch.int64)])
     return torch.stack(found)
 
 
-def _truncated(row, how: GrpoConfig):
+def truncated(row, how: GrpoConfig):
     """Of one distribution, -inf for what top-k and then top-p drop."""
-    order = np.argsort(-row.detach().numpy(), kind="stable")[: how.top_k or VOCABULARY]
+    order = np.argsort(-row.detach().numpy(), kind="stable")[: how.top_k or len(row)]
     p = np.exp(row.detach().numpy()[order] - row.detach().numpy()[order].max())
     before = np.cumsum(p / p.sum()) - p / p.sum()
-    mask = np.full(VOCABULARY, -np.inf)
+    mask = np.full(len(row), -np.inf)
     mask[order[(before < how.top_p) | (how.top_p >= 1)]] = 0
     return row + row.new_tensor(mask)
 
@@ -131,7 +101,9 @@ def assert_close(ours, wanted, tolerance: float = 1e-5):
     largest = max(np.abs(x).max() for x in wanted.values())
     assert largest > 0
     for path, x in wanted.items():
-        scale = max(np.abs(x).max(), 1e-6 * largest)
+        # The gradient of keys' biases is nothing but rounding: softmax does not see what all scores share.
+        like = wanted[path.replace("attn/k/bias", "attn/k/kernel")]
+        scale = max(np.abs(like).max(), 1e-6 * largest)
         error = np.abs(np.asarray(ours[path], np.float64) - x).max()
         assert error <= tolerance * scale, f"{path} is off by {error:.1e} of {scale:.1e}"
 

@@ -137,15 +137,18 @@ def typical_flops(config: TrainConfig) -> float:
 
 
 def updates_flops(config: TrainConfig) -> float:
-    """Of all updates of a step of GRPO, or of one of DPO, with prompts that fill their places; drawing is not counted.
+    """Of all updates of a step of GRPO, or of one of DPO, with prompts (and answers) that fill their places; drawing is
+    not counted.
 
     What has no gradient, the unconditional rows, is a third of what has one.
     """
     g, length = config.grpo, config.data.context
     pictures = config.batch_size * (g.epochs if g else 2)
-    tokens, codes = pictures * length, pictures * config.model.gen_vision.num_tokens
+    tokens, drawn = pictures * length, pictures * config.drawn
+    if config.answers:
+        return step_flops(config, tokens, pictures * config.data.images_per_row, drawn, 0)
     rows = (4 / 3 if g.detach else 2) if g and g.guided and g.loss == "guided" else 1
-    return rows * step_flops(config, tokens, 0, 0, codes)
+    return rows * step_flops(config, tokens, 0, 0, drawn)
 
 
 @dataclasses.dataclass

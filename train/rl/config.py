@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
+
+# What is drawn and judged. A reward's first argument has the name of what it judges.
+Rollouts = Literal["pictures", "answers"]
+ROLLOUTS: tuple[str, ...] = get_args(Rollouts)
 
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
-    """What judges drawn pictures, see `train.rl.rewards`.
+    """What judges drawn pictures, or answers, see `train.rl.rewards`.
 
     Attributes:
       function: `package.module:name` of a function (pictures uint8 [N, h, w, 3], prompts, metadata) -> N numbers, or of
-        a class whose objects are called so; the class is made once, with the options.
+        a class whose objects are called so; the class is made once, with the options. What judges answers takes these,
+        a list of N texts, as its first argument, `answers`.
       weight: the rewards of a run are summed with these.
       name: of its metrics; empty for its function's.
       options: further arguments of the function, or the class's, as key=value; a value is JSON, or else text.
       workers: processes in which it is called, on a CPU as far as JAX is concerned; 0 calls it in a thread of the run.
-      batch_size: pictures in one call. What a call does not score is lost together: a group's size is a good choice.
-      tries: calls for the same pictures before they go without a score.
+      batch_size: pictures or answers in one call. What a call does not score is lost together: a group's size is a
+        good choice.
+      tries: calls for the same ones before they go without a score.
       timeout: seconds after which a worker process that has not answered is ended and started again.
     """
 
@@ -34,21 +40,25 @@ class RewardConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GrpoConfig:
-    """Group relative policy optimization of drawing (arXiv 2402.03300), trained instead of on data.
+    """Group relative policy optimization (arXiv 2402.03300) of drawing or answering, trained instead of on data.
 
-    In each step the model draws `batch_size` pictures, `group` of each prompt; a picture's advantage is its reward
-    compared with its group's. The updates then follow the clipped objective, with the log-probabilities of the model
-    that drew as the old ones.
+    In each step the model draws `batch_size` pictures (or as many answers), `group` of each prompt; a picture's
+    advantage is its reward compared with its group's. The updates then follow the clipped objective, with the
+    log-probabilities of the model that drew as the old ones.
 
     Attributes:
-      prompts: files of prompts: text, one a line, or JSON lines with `prompt` and whatever rewards ask for.
-      rewards: what judges the pictures.
-      group: pictures of a prompt.
+      prompts: files of prompts: text, one a line, or JSON lines with `prompt` and whatever rewards ask for; those of
+        answers may have `images`, paths of pictures that the prompt is about.
+      rewards: what judges the pictures, or the answers.
+      rollouts: what is drawn: 'pictures' of prompts, or 'answers' to prompts, which may have pictures.
+      max_new_tokens: the most tokens of an answer, with its end.
+      group: pictures, or answers, of a prompt.
       loss: the distribution whose log-probabilities are trained. 'guided' is the one that is drawn from: guidance,
         temperature, top-k and top-p included. 'conditional' draws with guidance and trains the conditional
-        distribution at the same temperature. 'none' draws and trains without guidance.
+        distribution at the same temperature. 'none' draws and trains without guidance. Answers have no guidance: what
+        they are drawn from is what is trained, temperature, top-k and top-p included.
       detach: whether the unconditional rows of 'guided' have no gradient.
-      guidance, temperature, top_k, top_p: as pictures are drawn; top_k=0 and top_p=1 keep all codes.
+      guidance, temperature, top_k, top_p: as pictures or answers are drawn; top_k=0 and top_p=1 keep all tokens.
       draw_batch: pictures drawn at a time, while rewards of earlier ones are computed; 0 for as many as fit.
       epochs: passes of the updates over the pictures of a step.
       updates: optimizer updates of a pass, each on its share of the pictures.
@@ -60,6 +70,8 @@ class GrpoConfig:
 
     prompts: tuple[str, ...] = ()
     rewards: tuple[RewardConfig, ...] = ()
+    rollouts: Rollouts = "pictures"
+    max_new_tokens: int = 256
     group: int = 8
     loss: Literal["guided", "conditional", "none"] = "guided"
     detach: bool = True
@@ -77,7 +89,7 @@ class GrpoConfig:
     @property
     def guided(self) -> bool:
         """Whether pictures are drawn with an unconditional row."""
-        return self.loss != "none" and self.guidance != 1
+        return self.rollouts == "pictures" and self.loss != "none" and self.guidance != 1
 
 
 @dataclasses.dataclass(frozen=True)

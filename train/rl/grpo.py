@@ -1,4 +1,4 @@
-"""A step of GRPO: pictures are drawn, judged and compared with those of the same prompt, and the model is updated."""
+"""A step of GRPO: pictures, or answers, are drawn, judged and compared in groups, and the model is updated."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ from janus_jax.processes import gather
 from janus_jax.processing.chat import Processor
 from janus_jax.sampling.batches import even_batches
 from janus_jax.sampling.finite import NotFinite
-from janus_jax.sampling.sampler import Options
 from janus_jax.sharding import batch_shards, computing_dtype, flatten, unflatten
 from train.config import TrainConfig
 from train.data.work import Batches, Work
 from train.rl.advantages import advantages
-from train.rl.config import GrpoConfig
 from train.rl.loss import grpo_log_probabilities
-from train.rl.prompts import Prompt, padded, read_prompts
+from train.rl.prompts import Prompt
 from train.rl.rewards import Rewards, Scores
+from train.rl.rollouts import Arrays, rollouts_of
 from train.rl.update import make_updates
 from train.run.distributed import together
 from train.run.faults import STOPPED, Stopped
@@ -35,15 +34,14 @@ from train.step.step import make_row_values
 
 
 class Grpo(Work):
-    """Pictures of prompts, and the updates that follow from their rewards."""
+    """Pictures of prompts or answers to them, and the updates that follow from their rewards."""
 
     curves = tuple(f"train/{name}" for name in ("reward", "reward_spread", "kl", "entropy", "clip_share", "distinct"))
 
     def __init__(self, config: TrainConfig, mesh: Mesh, processor: Processor):
         super().__init__(config, mesh, processor)
-        self._grpo, self._codes = config.grpo, config.model.gen_vision.num_tokens
-        self._longest = config.data.context - self._codes
-        self._prompts = read_prompts(config.grpo.prompts, processor, self._longest, config.seed)
+        self._grpo, self._rollouts = config.grpo, rollouts_of(config, processor)
+        self._prompts = self._rollouts.prompts
         self._rewards: Rewards | None = None
         self._reference: Params | None = None
 
@@ -54,7 +52,8 @@ class Grpo(Work):
     def about(self, first: int) -> str:
         g, count = self._grpo, self.config.batch_size
         updates = f"{self.config.updates} update{'s' if self.config.updates > 1 else ''}"
-        return f"{g.group} pictures of each of {count // g.group} of {len(self._prompts.prompts)} prompts, {updates}"
+        of = f"{count // g.group} of {len(self._prompts.prompts)} prompts"
+        return f"{g.group} {g.rollouts} of each of {of}, {updates}"
 
     # ------------------------------------------------------------ the reference
 
@@ -85,26 +84,26 @@ class Grpo(Work):
     def begin(self, kept: Params) -> None:
         self._reference = kept.get(REFERENCE)
         with together():
-            self._rewards = Rewards(self._grpo.rewards)
-        self._options = drawing_options(self._grpo)
+            self._rewards = Rewards(self._grpo.rewards, self._grpo.rollouts)
         self._values = make_row_values(self.config, self.mesh, functools.partial(grpo_log_probabilities, self.config))
         self._update = make_updates(self.config, self.mesh)
 
     def batches(self, first: int) -> Batches:
-        count, tokens = self.config.batch_size, self.config.batch_size * self._codes
-        report = {"tokens": tokens, "samples": count, "images": 0, "left_out": 0, "problems": []}
+        count, tokens = self.config.batch_size, self.config.batch_size * self.config.drawn
+        report = {"tokens": tokens, "samples": count, "images": 0, "left_out": 0}
         for step in range(first, self.config.steps):
             prompts = self._prompts.of_step(step, count // self._grpo.group)
-            yield step, (step, prompts), report | {"sample_length": float(self.config.data.context)}
+            given, problems = self._rollouts.given(prompts)
+            told = {"problems": list(problems.values()), "sample_length": float(self.config.data.context)}
+            yield step, (step, prompts, given, list(problems)), report | told
 
     def step(self, state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, dict[str, Any]]:
-        step, prompts = batch
+        step, prompts, given, damaged = batch
         g = self._grpo
-        drawn = [prompt for prompt in prompts for _ in range(g.group)]
-        given = padded([prompt.ids for prompt in drawn], self.processor, self._longest, g.guided)
-        codes, scored = self._roll_out(state, frozen, step, given, drawn)
+        given = {name: np.repeat(x, g.group, axis=0) for name, x in given.items()}
+        drawn, scored = self._roll_out(state, frozen, step, given, [each for each in prompts for _ in range(g.group)])
 
-        whole = given | {"codes": codes}
+        whole = given | drawn
         arrays = self.put({name: x[self.rows] for name, x in whole.items()})
         old, _ = self._values(state.trained, frozen, arrays)
         reference = jnp.zeros_like(old)
@@ -113,50 +112,52 @@ class Grpo(Work):
 
         with together():
             scores = [self._rewards.result(handle) for _, handle in scored]
-        total, figures = self._gathered([rows for rows, _ in scored], scores)
+        total, figures, damaged = self._gathered([rows for rows, _ in scored], scores, damaged)
+        total.reshape(-1, g.group)[damaged] = np.nan
         found = advantages(total, g.group, g.scale)
         judged = self.put({"advantage": found.values[self.rows], "live": found.live[self.rows]})
         state, metrics = self._update(state, frozen, arrays | judged | {"old": old, "reference": reference})
-        return state, metrics | figures | {
+        return state, metrics | figures | self._rollouts.figures(drawn) | {
             "reward_spread": found.spread,
             "failed_groups": found.failed,
             "equal_groups": found.equal,
-            "distinct": len(np.unique(codes, axis=0)) / len(codes),
+            "damaged": len(damaged),
         }  # fmt: skip
 
     def _roll_out(
-        self, state: TrainState, frozen: Params, step: int, given: dict[str, np.ndarray], drawn: Sequence[Prompt]
-    ) -> tuple[np.ndarray, list[tuple[list[int], Any]]]:
-        """Codes [N, C] of a step's pictures, and for each part of them the rows that this process has judged, and what
+        self, state: TrainState, frozen: Params, step: int, given: Arrays, prompts: Sequence[Prompt]
+    ) -> tuple[Arrays, list[tuple[list[int], Any]]]:
+        """What is drawn in a step, N rows, and for each part of them the rows that this process has judged, and what
         they are asked for with. A part is judged while the next one is drawn."""
         pipeline = pipeline_of(self.config, self.processor, self.mesh, state, frozen, fast=True)
-        keys = rollout_keys(self.config.seed, step, len(drawn))
-        cut, _ = even_batches(len(drawn), self._grpo.draw_batch or len(drawn), batch_shards(self.mesh))
-        mine, codes, scored = set(self.rows), [], []
+        keys, size = rollout_keys(self.config.seed, step, len(prompts)), self._grpo.draw_batch or None
+        cut, _ = even_batches(len(prompts), size or len(prompts), batch_shards(self.mesh))
+        mine, parts, scored = set(self.rows), [], []
         for part in cut:
+            rows = [row for row in range(part.start, part.stop) if row in mine]
+            own = [prompts[row] for row in rows]
+            asked = {name: x[part] for name, x in given.items()}
             try:
-                size = self._grpo.draw_batch or None
-                one = pipeline.sample_codes(
-                    given["ids"][part], given["mask"][part], keys[part], self._options, batch_size=size,
-                    progress=False, speculate=False,
-                )  # fmt: skip
-                pictures = pipeline.decode_codes(one)
+                drawn = self._rollouts.draw(pipeline, asked, keys[part], size)
+                judged = self._rollouts.judged(pipeline, drawn)
             except NotFinite as error:
                 raise Stopped(f"step {step + 1} cannot draw: {error}", STOPPED) from None
-            rows = [row for row in range(part.start, part.stop) if row in mine]
-            own = [drawn[row] for row in rows]
+            here = [row - part.start for row in rows]
             handle = self._rewards.start(
-                pictures[[row - part.start for row in rows]],
+                judged[here] if isinstance(judged, np.ndarray) else [judged[row] for row in here],
                 [prompt.text for prompt in own],
                 [prompt.metadata for prompt in own],
             )
-            codes.append(one)
+            parts.append(drawn)
             scored.append((rows, handle))
-        return np.concatenate(codes), scored
+        return {name: np.concatenate([drawn[name] for drawn in parts]) for name in parts[0]}, scored
 
-    def _gathered(self, rows: Sequence[list[int]], scores: Sequence[Scores]) -> tuple[np.ndarray, dict[str, Any]]:
-        """Rewards [N] of all processes' pictures, and metrics of them."""
-        own = [
+    def _gathered(
+        self, rows: Sequence[list[int]], scores: Sequence[Scores], damaged: Sequence[int]
+    ) -> tuple[np.ndarray, dict[str, Any], list[int]]:
+        """Rewards [N] of what all processes have judged, metrics of them, and the prompts that some process could not
+        read."""
+        parts = [
             {
                 "rows": part,
                 "total": one.total.tolist(),
@@ -166,7 +167,8 @@ class Grpo(Work):
             for part, one in zip(rows, scores, strict=True)
         ]
         # JSON keeps every bit of a float, and NaN.
-        everywhere = [part for told in gather(json.dumps(own)) for part in json.loads(told)]
+        told = [json.loads(each) for each in gather(json.dumps({"parts": parts, "damaged": list(damaged)}))]
+        everywhere = [part for each in told for part in each["parts"]]
         count = self.config.batch_size
         total, columns = np.full(count, np.nan), {}
         for part in reversed(everywhere):  # rows that several processes hold are the first one's
@@ -176,7 +178,7 @@ class Grpo(Work):
         figures = {"reward": _mean(total), "retried": sum(part["retried"] for part in everywhere)}
         if len(columns) > 1:
             figures |= {f"reward_{name}": _mean(column) for name, column in columns.items()}
-        return total, figures
+        return total, figures, sorted({row for each in told for row in each["damaged"]})
 
     def close(self) -> None:
         if self._rewards is not None:
@@ -188,13 +190,7 @@ def _mean(values: np.ndarray) -> float:
     return float(there.mean()) if len(there) else float("nan")
 
 
-def drawing_options(grpo: GrpoConfig) -> Options:
-    """The settings with which pictures are drawn."""
-    weight = grpo.guidance if grpo.guided else 1.0
-    return Options(temperature=grpo.temperature, top_k=grpo.top_k or None, top_p=grpo.top_p, cfg_weight=weight)
-
-
 def rollout_keys(seed: int, step: int, count: int) -> jax.Array:
-    """The random keys [count] of a step's pictures."""
+    """The random keys [count] of what a step draws."""
     key = jax.random.fold_in(jax.random.key(seed), step)
     return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(count))

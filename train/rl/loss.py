@@ -1,6 +1,7 @@
-"""What reinforcement learning and preferences minimize: log-probabilities of drawn codes, GRPO's loss and DPO's.
+"""What reinforcement learning and preferences minimize: log-probabilities of what was drawn, GRPO's loss and DPO's.
 
-Axes: B pictures, C codes of each, P tokens of a prompt, which is padded on the left, and T = P + C.
+Axes: B pictures or answers, C codes or tokens of each, P tokens of a prompt, which is padded on the left, and
+T = P + C. What is said of codes holds of an answer's tokens too.
 
 A batch of GRPO has
 
@@ -11,6 +12,13 @@ A batch of GRPO has
     reference  float32 [B, C]      those under the first parameters, before top-k and top-p; 0 if they are not needed
     advantage  float32 [B]
     live       float32 [B]         1 for pictures that count, and 0 for those of groups that are left out
+
+with answers one row of `ids` and `mask` each, and instead of `codes`
+
+    tokens     int32 [B, C]        what was drawn
+    said       bool  [B, C]        True up to EOS, which counts, and False behind it
+    where      bool  [B, P]        the placeholders of pictures in `ids`
+    pixels     float32 [B, Q, S, S, 3]  these pictures in order, normalized, then zeros; absent where Q is 0
 
 and one of DPO `ids` and `mask` [B, 1, P], `chosen` and `rejected` [B, C], `reference` [B, 2], the sums of both
 pictures' log-probabilities under the first parameters, and `live` [B], 0 for damaged pairs.
@@ -24,7 +32,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from janus_jax.model.janus import Janus
+from janus_jax.model.janus import Janus, place_images
 from janus_jax.sampling.images import guide
 from janus_jax.sampling.sampler import Sampler
 from train.config import TrainConfig
@@ -77,6 +85,30 @@ def log_probabilities(
         return -cross_entropy(logits, own, jnp.concatenate(hidden, -1), codes, wanted, chunk)["loss"]
 
 
+def answer_log_probabilities(model: Janus, params: Params, batch: Batch, sampler: Sampler, chunk: int) -> jax.Array:
+    """log p [B, C] of the batch's `tokens` where they are `said`, each after its prompt with its pictures and the
+    tokens before it; -inf for what `sampler` drops, and 0 for what is not said."""
+    ids, tokens, said = batch["ids"][:, 0], batch["tokens"], batch["said"]
+    apply = functools.partial(model.apply, {"params": params})
+    x = apply(jnp.concatenate([ids, tokens], axis=1), method="embed_text")
+    if "pixels" in batch:
+        pixels = batch["pixels"]
+        features = apply(pixels.reshape(-1, *pixels.shape[2:]), method="embed_images")
+        # A placeholder that the model says itself is a token like others.
+        where = jnp.pad(batch["where"], ((0, 0), (0, tokens.shape[1])))
+        x = place_images(x, where, features.reshape(len(ids), -1, features.shape[-1]))
+    real = jnp.concatenate([batch["mask"][:, 0], said], axis=1).astype(jnp.int32)
+    positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
+    hidden = apply(x, positions, real, method="hidden")
+
+    def logits(own: Params, hidden: jax.Array) -> jax.Array:
+        return sampler.scaled(model.apply({"params": own}, hidden, method="text_logits"))
+
+    with jax.named_scope("text_logits"):
+        own = {"language_model": {"lm_head": params["language_model"]["lm_head"]}}
+        return -cross_entropy(logits, own, hidden[:, ids.shape[1] - 1 : -1], tokens, said, chunk)["loss"]
+
+
 def _hidden(model: Janus, params: Params, ids: jax.Array, mask: jax.Array, codes: jax.Array) -> jax.Array:
     """Hidden states [B, C, D] from which `codes` [B, C] are predicted."""
     apply = functools.partial(model.apply, {"params": params})
@@ -90,30 +122,35 @@ def _hidden(model: Janus, params: Params, ids: jax.Array, mask: jax.Array, codes
 def grpo_log_probabilities(config: TrainConfig, model: Janus, params: Params, batch: Batch) -> tuple[jax.Array, ...]:
     """log p [B, C] of the batch's codes under the distribution that is trained, and under it before top-k and top-p."""
     g = config.grpo
-    of = functools.partial(log_probabilities, model, params, batch, batch["codes"], chunk=config.loss_chunk)
-    plain = Sampler(temperature=g.temperature)
+    if config.answers:
+        of = functools.partial(answer_log_probabilities, model, params, batch, chunk=config.loss_chunk)
+    else:
+        guided = {"guidance": g.guidance, "detach": g.detach} if g.guided and g.loss == "guided" else {}
+        of = functools.partial(
+            log_probabilities, model, params, batch, batch["codes"], chunk=config.loss_chunk, **guided
+        )
+    plain, sampler = Sampler(temperature=g.temperature), sampler_of(g)
     if g.loss == "conditional":
         # What the guided distribution keeps, another one might drop.
-        own = of(plain)
-        return own, own
-    guidance = g.guidance if g.guided else 1.0
-    sampler = sampler_of(g)
-    own = of(sampler, guidance=guidance, detach=g.detach)
+        sampler = plain
+    own = of(sampler=sampler)
     if not sampler.truncated or not g.kl:
         return own, own
-    return own, of(plain, guidance=guidance, detach=g.detach)
+    return own, of(sampler=plain)
 
 
 def grpo_sums(config: TrainConfig, model: Janus, params: Params, batch: Batch) -> Sums:
-    """Sums over the codes of live pictures, to be divided by their number, 'codes'.
+    """Sums over the codes of live pictures, to be divided by their number, 'codes'. So a long answer weighs more.
 
     'loss' is -min(ratio A, clip(ratio) A) + kl * k3, where ratio = p / p_old, A is the advantage, and k3 estimates the
     divergence from the reference as r - 1 - log r, r = p_reference / p. A code that top-k or top-p would drop by now
     has the ratio 0 and no gradient, and counts as 'dropped'.
     """
     g = config.grpo
-    live = jnp.broadcast_to(batch["live"][:, None] > 0, batch["codes"].shape)
     own, whole = grpo_log_probabilities(config, model, params, batch)
+    live = jnp.broadcast_to(batch["live"][:, None] > 0, own.shape)
+    if config.answers:
+        live &= batch["said"]
     there = live & jnp.isfinite(own) & jnp.isfinite(batch["old"])
     change = jnp.where(there, own - batch["old"], 0)
     ratio = jnp.where(there, jnp.exp(change), 0)

@@ -1,4 +1,4 @@
-"""Prompts that pictures are drawn of: read from text and JSON lines, and chosen for each step."""
+"""Prompts of pictures and of answers: read from text and JSON lines, and chosen for each step."""
 
 from __future__ import annotations
 
@@ -6,27 +6,38 @@ import dataclasses
 import functools
 import hashlib
 import json
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
+from janus_jax.io.fields import shown
 from janus_jax.io.files import parse_json, read_text
 from janus_jax.io.messages import one_line
+from janus_jax.io.store_access import is_store
 from janus_jax.io.stores import as_path
-from janus_jax.processing.chat import Processor
+from janus_jax.processing.chat import Processor, normalize_messages
+from train.raw.fields import Root
+from train.raw.readers import BadSample
 
 _MOST_BYTES = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A prompt, its ids, which end in begin_of_image, and what else its line says, for rewards."""
+    """A prompt and what else its line says, for rewards.
+
+    Attributes:
+      ids: what the model goes on from; for a picture they end in begin_of_image.
+      images: the pictures that an answer is about, for `open_image`.
+    """
 
     text: str
     ids: tuple[int, ...]
     metadata: dict[str, Any]
+    images: tuple[Any, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,36 +61,72 @@ class Prompts:
         return grain.MapDataset.range(len(self.prompts)).seed(self.seed).shuffle().repeat()
 
 
-def read_prompts(paths: Sequence[str], processor: Processor, longest: int, seed: int) -> Prompts:
+def read_prompts(paths: Sequence[str], processor: Processor, longest: int, seed: int, images: int = -1) -> Prompts:
     """The prompts of text files, one a line, and of `.jsonl` files, whose records have a `prompt`.
 
     Args:
       longest: the most ids of a prompt.
+      images: for answers the most pictures of a prompt, which a record names as `images`: one path from the file's
+        folder, or a list of them, which may not lead out of it. -1 for prompts of pictures.
     Raises: FileNotFoundError or ValueError, in one line, with the place, for a file that is missing or has no prompts,
-      and for a prompt that is empty or too long.
+      for a prompt that is empty or too long, and for a picture that is missing or has no place in the prompt. (In
+      stores it is not looked for pictures, each of which would take a request.)
     """
     found: list[Prompt] = []
     fingerprints: dict[str, str] = {}
     for path in paths:
         own = []
-        digest = hashlib.sha256()
+        digest, root = hashlib.sha256(), Root(as_path(path).parent)
         for place, text, metadata in _records(path):
+            pictures: tuple[Any, ...] = ()
+            if images >= 0:
+                pictures = _pictures(metadata, root, place, images)
             try:
-                ids = processor.text_to_image_prompt(text)
+                ids = processor.text_to_image_prompt(text) if images < 0 else _question(processor, text, pictures)
             except ValueError as error:
                 raise ValueError(f"{place}: {error}") from None
             if len(ids) > longest:
+                beside = "a picture" if images < 0 else "an answer of grpo.max_new_tokens"
                 raise ValueError(
                     f"{place}: the prompt of {len(ids)} tokens is longer than the {longest} that data.context leaves "
-                    "beside a picture; shorten it, or raise data.context"
+                    f"beside {beside}; shorten it, or raise data.context"
                 )
-            own.append(Prompt(text, tuple(ids), metadata))
+            own.append(Prompt(text, tuple(ids), metadata, pictures))
             digest.update(f"{json.dumps([text, metadata], sort_keys=True)}\n".encode())
         if not own:
             raise ValueError(f"grpo.prompts: {one_line(path)} has no prompts")
         found += own
         fingerprints[path] = digest.hexdigest()[:16]
     return Prompts(tuple(found), fingerprints, seed)
+
+
+def _question(processor: Processor, text: Any, pictures: Sequence[Any]) -> list[int]:
+    """Ids of the conversation that `JanusPipeline.chat` would answer."""
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"the prompt must be text that asks something, got {shown(text)}")
+    turns, found = normalize_messages(text, list(pictures), processor.tokenizer.image_placeholder)
+    return processor.understanding_prompt(turns, len(found))
+
+
+def _pictures(metadata: dict[str, Any], root: Root, place: str, most: int) -> tuple[Any, ...]:
+    given = metadata.get("images", [])
+    try:
+        found = tuple(root.image(each, place) for each in (given if isinstance(given, list) else [given]))
+    except BadSample as error:
+        detail = error.detail
+        if error.reason == "outside_folder":
+            detail = "a picture is outside the folder of the file of prompts; put the file above its pictures"
+        raise ValueError(f"{error.place}: {detail}") from None
+    if len(found) > most:
+        raise ValueError(
+            f"{place}: pictures of the prompt: {len(found)}, more than data.images_per_row={most}; raise it"
+        )
+    for each in found:
+        if isinstance(each, pathlib.Path) and not is_store(each) and not each.is_file():
+            raise FileNotFoundError(
+                f"{place}: the picture {one_line(each)} is missing; copy it there, or drop the line"
+            )
+    return found
 
 
 def _records(path: str) -> list[tuple[str, Any, dict[str, Any]]]:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from janus_jax.config import IMAGE_CHANNELS
 from train.config import TrainConfig, options_of
 from train.rl.loss import dpo_metrics, dpo_sums, grpo_metrics, grpo_sums
 from train.step.state import Params, TrainState, batch_sharding, state_shardings
@@ -65,12 +66,19 @@ def updates(
 
 def abstract_rows(config: TrainConfig, mesh: Mesh) -> Batch:
     """`jax.ShapeDtypeStruct`s with shardings of a batch of `train.rl.loss`, as its compiled step takes them."""
-    count, codes = config.batch_size, config.model.gen_vision.num_tokens
+    count, codes = config.batch_size, config.drawn
     rows = 2 if config.grpo and config.grpo.guided else 1
     prompt = (count, rows, config.data.context - codes)
     shapes: dict[str, tuple[tuple[int, ...], Any]] = {"ids": (prompt, jnp.int32), "mask": (prompt, bool)}
+    if config.answers:
+        most, size = config.data.images_per_row, config.model.vision.image_size
+        shapes |= {"tokens": ((count, codes), jnp.int32), "said": ((count, codes), bool)}
+        shapes |= {"where": ((count, prompt[-1]), bool)}
+        shapes |= {"pixels": ((count, most, size, size, IMAGE_CHANNELS), jnp.float32)} if most else {}
+    elif config.grpo:
+        shapes |= {"codes": ((count, codes), jnp.int32)}
     if config.grpo:
-        shapes |= {"codes": ((count, codes), jnp.int32), "advantage": ((count,), jnp.float32)}
+        shapes |= {"advantage": ((count,), jnp.float32)}
         shapes |= {name: ((count, codes), jnp.float32) for name in ("old", "reference")}
     else:
         shapes |= {name: ((count, codes), jnp.int32) for name in ("chosen", "rejected")}

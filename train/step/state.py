@@ -52,7 +52,7 @@ def activation_bytes(config: TrainConfig, devices: int) -> int:
     """About how much the backward pass keeps on each of `devices` with remat=none; more rather than less."""
     c, v, itemsize = config.model.language, config.model.vision, jnp.dtype(config.compute_dtype).itemsize
     rows = -(-config.batch_size // (config.accumulate * devices))
-    images = rows * config.data.images_per_row if config.data.understanding else 0
+    images = rows * config.data.images_per_row if config.data.understanding or config.answers else 0
 
     def of_layers(layers: int, rows: int, length: int, heads: int, width: int, mlp: int) -> int:
         return layers * rows * length * ((16 * width + 6 * mlp) * itemsize + heads * length * (itemsize + 4))

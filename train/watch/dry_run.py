@@ -192,7 +192,7 @@ def _drawing(
         check_folders(work.folders, processor)
         found.rows.append(("data", work.about(step)))
         if config.grpo:
-            Rewards(config.grpo.rewards).close()
+            Rewards(config.grpo.rewards, config.grpo.rollouts).close()
             found.rows.append(("rewards", ", ".join(reward.function for reward in config.grpo.rewards)))
         return work.fingerprints
     return {}

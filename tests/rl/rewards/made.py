@@ -73,3 +73,8 @@ class NoModel:
 
 
 not_called = 3
+
+
+def answer_lengths(answers, prompts, metadata):
+    """Of answers, in letters."""
+    return [float(len(answer)) for answer in answers]

@@ -1,6 +1,7 @@
-"""Scores by anybody's HTTP endpoint: pictures, prompts and metadata are posted, and numbers come back.
+"""Scores by anybody's HTTP endpoint: pictures or answers, prompts and metadata are posted, and numbers come back.
 
 POST {"images": ["<PNG in base64>", ...], "prompts": ["a cat", ...], "metadata": [{}, ...]}
+POST {"answers": ["It is a cat.", ...], "prompts": ["What is it?", ...], "metadata": [{}, ...]}
 200  {"scores": [0.5, ...]}
 """
 
@@ -18,16 +19,16 @@ from PIL import Image
 
 from evals.posting import NoReply, address, post
 from janus_jax.io.messages import one_line
-from train.rl.rewards.functions import Metadata
+from train.rl.rewards.functions import Judged, Metadata
 
 
 class Endpoint:
-    """Asks an endpoint; a null among its scores is a picture that it cannot score.
+    """Asks an endpoint; a null among its scores is for what it cannot score.
 
     Args:
       url: its address.
       timeout: seconds for one request.
-      tries: requests for the same pictures, where trying again can help: not for 400, 401, 403 and the like.
+      tries: requests for the same ones, where trying again can help: not for 400, 401, 403 and the like.
       wait: seconds before the second one; each next one waits twice as long.
       key: name of the environment's variable with the key for the header Authorization, if it is set.
     Raises: ValueError for an address that is none.
@@ -45,11 +46,16 @@ class Endpoint:
             post, url, key=os.environ.get(key), timeout=timeout, wait=wait, tries=tries
         )  # fmt: skip
 
-    def __call__(self, pictures: np.ndarray, prompts: Sequence[str], metadata: Metadata) -> np.ndarray:
+    def __call__(self, judged: Judged, prompts: Sequence[str], metadata: Metadata) -> np.ndarray:
         """See `train.rl.rewards`; float64 [N]. OSError in one line if there is no reply, or none with N scores."""
-        body = {"images": [_png(picture) for picture in pictures], "prompts": list(prompts), "metadata": list(metadata)}
+        pictures = isinstance(judged, np.ndarray)
+        given = {"images": [_png(picture) for picture in judged]} if pictures else {"answers": list(judged)}
+        what = f"{len(judged)} {'pictures' if pictures else 'answers'}"
         try:
-            return self._post(body, lambda raw: _scores(raw, len(pictures)))
+            return self._post(
+                given | {"prompts": list(prompts), "metadata": list(metadata)},
+                lambda raw: _scores(raw, len(judged), what),
+            )
         except NoReply as error:
             raise OSError(f"{one_line(self._url)}: {error}") from None
 
@@ -60,12 +66,12 @@ def _png(picture: np.ndarray) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def _scores(raw: bytes, count: int) -> np.ndarray:
+def _scores(raw: bytes, count: int, what: str) -> np.ndarray:
     try:
         found = json.loads(raw)["scores"]
         scores = np.array([np.nan if each is None else each for each in found], np.float64)
     except (ValueError, TypeError, KeyError, RecursionError):
         raise ValueError('the reply is not {"scores": [numbers]}') from None
     if scores.shape != (count,):
-        raise ValueError(f"the reply has {len(found)} scores for {count} pictures")
+        raise ValueError(f"the reply has {len(found)} scores for {what}")
     return scores

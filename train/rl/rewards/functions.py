@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 
 from janus_jax.io.messages import did_you_mean, error_text, one_line
-from train.rl.config import RewardConfig
+from train.rl.config import ROLLOUTS, RewardConfig
 
 Metadata = Sequence[Mapping[str, Any]]
-# Pictures uint8 [N, h, w, 3], their prompts, and what else is known of each; N numbers, in any form of an array.
-Reward = Callable[[np.ndarray, Sequence[str], Metadata], Any]
+# What is judged, N of it: pictures uint8 [N, h, w, 3], or the texts of answers.
+Judged = np.ndarray | Sequence[str]
+# What is judged, its prompts, and what else is known of each; N numbers, in any form of an array.
+Reward = Callable[[Any, Sequence[str], Metadata], Any]
 _ERROR = 300  # characters
 
 
@@ -63,10 +65,12 @@ def options_of(config: RewardConfig) -> dict[str, Any]:
     return found
 
 
-def reward_of(config: RewardConfig) -> Reward:
+def reward_of(config: RewardConfig, rollouts: str = "pictures") -> Reward:
     """What is called, with the options; a class is made here, and may load a model.
 
-    Raises: ValueError in one line for a name, an option or a model that is not there.
+    Args:
+      rollouts: one of `ROLLOUTS`: what it has to judge.
+    Raises: ValueError in one line for a name, an option or a model that is not there, or a reward of something else.
     """
     check_config(config)
     told, options = f"reward {name_of(config)}", options_of(config)
@@ -80,10 +84,15 @@ def reward_of(config: RewardConfig) -> Reward:
         public = [each for each in vars(module) if not each.startswith("_")]
         raise ValueError(f"{told}: {module_name} has no function {name}{did_you_mean(name, public)}")
     made = inspect.isclass(found)
+    judges = _judges(found)
+    if judges in ROLLOUTS and judges != rollouts:
+        raise ValueError(
+            f"{told}: {config.function} judges {judges}, but grpo.rollouts is {rollouts}; name a reward of {rollouts}"
+        )
     try:
         inspect.signature(found).bind(*([] if made else [None] * 3), **options)
     except TypeError as error:
-        takes = "" if made else " pictures, prompts, metadata and its options"
+        takes = "" if made else f" {rollouts}, prompts, metadata and its options"
         raise ValueError(f"{told}: {config.function} is not called with{takes or ' its options'} ({error})") from None
     except ValueError:
         pass  # a function of C, which does not say what it takes
@@ -95,18 +104,28 @@ def reward_of(config: RewardConfig) -> Reward:
         raise ValueError(f"{told}: {_said(error)}") from None
 
 
-def call(reward: Reward, pictures: np.ndarray, prompts: Sequence[str], metadata: Metadata) -> np.ndarray:
-    """The reward's numbers, float64 [N]; some may not be finite. RewardFailed if it has not given N numbers."""
+def _judges(found: Any) -> str:
+    """The name of the first argument with which a function, or an object of a class, is called; '' if it has none."""
     try:
-        given = reward(pictures, prompts, metadata)
+        called = list(inspect.signature(found.__call__ if inspect.isclass(found) else found).parameters)
+    except (TypeError, ValueError):
+        return ""
+    return next(iter(called[1:] if inspect.isclass(found) else called), "")
+
+
+def call(reward: Reward, judged: Judged, prompts: Sequence[str], metadata: Metadata) -> np.ndarray:
+    """The reward's numbers, float64 [N]; some may not be finite. RewardFailed if it has not given N numbers."""
+    count = len(judged)
+    try:
+        given = reward(judged, prompts, metadata)
     except Exception as error:  # it may be anybody's
         raise RewardFailed(_said(error)) from None
     try:
         values = np.asarray(given, np.float64)
     except Exception:
-        raise RewardFailed(f"it must return {len(pictures)} numbers, got {one_line(type(given).__name__)}") from None
-    if values.shape != (len(pictures),):
-        raise RewardFailed(f"it must return {len(pictures)} numbers, got an array of shape {list(values.shape)}")
+        raise RewardFailed(f"it must return {count} numbers, got {one_line(type(given).__name__)}") from None
+    if values.shape != (count,):
+        raise RewardFailed(f"it must return {count} numbers, got an array of shape {list(values.shape)}")
     return values
 
 

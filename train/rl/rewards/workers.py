@@ -15,7 +15,7 @@ import numpy as np
 
 from train.children import outlive_the_notice
 from train.rl.config import RewardConfig
-from train.rl.rewards.functions import Metadata, Reward, RewardFailed, call, name_of, reward_of
+from train.rl.rewards.functions import Judged, Metadata, Reward, RewardFailed, call, name_of, reward_of
 
 _CLOSED = "it has been closed"
 _STARTS_WITHIN = 3600  # seconds; a model may have to be downloaded
@@ -24,16 +24,16 @@ _STARTS_WITHIN = 3600  # seconds; a model may have to be downloaded
 class Here:
     """A reward in this process; it is called in whatever thread asks."""
 
-    def __init__(self, config: RewardConfig):
+    def __init__(self, config: RewardConfig, rollouts: str):
         """ValueError in one line if there is no such reward."""
-        self._reward = reward_of(config)
+        self._reward = reward_of(config, rollouts)
 
     def ready(self) -> None:
         """It is since it was made."""
 
-    def __call__(self, pictures: np.ndarray, prompts: Sequence[str], metadata: Metadata) -> np.ndarray:
+    def __call__(self, judged: Judged, prompts: Sequence[str], metadata: Metadata) -> np.ndarray:
         """See `call`."""
-        return call(self._reward, pictures, prompts, metadata)
+        return call(self._reward, judged, prompts, metadata)
 
     def close(self) -> None:
         """Leaves nothing behind: a call that is not over ends by itself."""
@@ -42,8 +42,8 @@ class Here:
 class Worker:
     """A reward in a process of its own, which starts at once; used by one thread, and closed by any."""
 
-    def __init__(self, config: RewardConfig):
-        self._config = config
+    def __init__(self, config: RewardConfig, rollouts: str):
+        self._config, self._rollouts = config, rollouts
         self._lock = threading.Lock()  # over which process there is
         self._closed = self._ready = False
         self._process: Any = None
@@ -62,14 +62,14 @@ class Worker:
         except RewardFailed as error:
             raise ValueError(f"reward {name_of(self._config)}: {error}") from None
 
-    def __call__(self, pictures: np.ndarray, prompts: Sequence[str], metadata: Metadata) -> np.ndarray:
+    def __call__(self, judged: Judged, prompts: Sequence[str], metadata: Metadata) -> np.ndarray:
         """See `call`. RewardFailed also if the process ends or does not answer in time; the next call has another."""
         self._start()
         try:
             self._wait_until_ready()
         except ValueError as error:
             raise RewardFailed(str(error)) from None
-        kind, told = self._exchange((pictures, list(prompts), list(metadata)), self._config.timeout)
+        kind, told = self._exchange((judged, list(prompts), list(metadata)), self._config.timeout)
         if kind == "failed":
             raise RewardFailed(told)
         return told
@@ -91,7 +91,7 @@ class Worker:
         # Not forked: the threads of JAX would be lost on the way.
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(self._config, theirs), daemon=True)
+        process = context.Process(target=_serve, args=(self._config, self._rollouts, theirs), daemon=True)
         process.start()
         theirs.close()
         with self._lock:
@@ -138,7 +138,7 @@ class Worker:
             connection.close()
 
 
-def _serve(config: RewardConfig, connection: Connection) -> None:
+def _serve(config: RewardConfig, rollouts: str, connection: Connection) -> None:
     """The life of a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     outlive_the_notice()
@@ -149,17 +149,17 @@ def _serve(config: RewardConfig, connection: Connection) -> None:
 
         jax.config.update("jax_platforms", "cpu")
     try:
-        reward: Reward = reward_of(config)
+        reward: Reward = reward_of(config, rollouts)
     except ValueError as error:
         connection.send(("unusable", str(error)))
         return
     connection.send(("ready", None))
     while True:
         try:
-            pictures, prompts, metadata = connection.recv()
+            judged, prompts, metadata = connection.recv()
         except EOFError:
             return
         try:
-            connection.send(("scored", call(reward, pictures, prompts, metadata)))
+            connection.send(("scored", call(reward, judged, prompts, metadata)))
         except RewardFailed as error:
             connection.send(("failed", str(error)))
