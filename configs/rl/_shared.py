@@ -77,3 +77,29 @@ def dpo_run(size: str, layouts: tuple[Layout, ...]) -> TrainConfig:
         layouts=layouts,
         save_every=500,
     )
+
+
+def answers_run(size: str, batch_size: int, layouts: tuple[Layout, ...], accumulate: int) -> TrainConfig:
+    """GRPO of the answers of Janus-Pro of `size` to a file of questions about pictures, of which it has the answers."""
+    reward = RewardConfig("train.rl.rewards.answers:Match", workers=0, batch_size=batch_size)
+    return TrainConfig(
+        name=f"grpo_answers_{size.lower()}",
+        workdir=f"runs/grpo_answers_{size.lower()}",
+        model=PRESETS[f"janus_pro_{size.lower()}"],
+        stage=2,
+        grpo=GrpoConfig(
+            prompts=("data/questions.jsonl",), rewards=(reward,), rollouts="answers", max_new_tokens=256, group=8,
+            updates=2, kl=0.01,
+        ),
+        init_from=f"deepseek-ai/Janus-Pro-{size}",
+        steps=1000,
+        batch_size=batch_size,
+        accumulate=accumulate,
+        # The tokens of one picture, 192 of a question with the system prompt, and the answer.
+        data=DataConfig(context=1024, images_per_row=1, workers=0),
+        optimizer=OptimizerConfig(learning_rate=1e-6, warmup_steps=20, b2=0.99),
+        loss_chunk=128,
+        layouts=layouts,
+        log_every=1,
+        save_every=100,
+    )  # fmt: skip
