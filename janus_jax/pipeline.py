@@ -330,8 +330,7 @@ class JanusPipeline:
         return Asked((*given, keys), max_new_tokens, options.sampler)
 
     def _answers(self, asked: Asked) -> list[str]:
-        tokenizer = self._tokenizer
-        return [tokenizer.answer(row) for row in self.sample_tokens(asked).tolist()]
+        return [self._tokenizer.answer(row) for row in self.sample_tokens(asked).tolist()]
 
     def sample_tokens(self, asked: Asked, batch_size: int | None = None) -> np.ndarray:
         """Tokens [B, max_new_tokens] int32 of answers, EOS from their ends on, in batches that fit in memory."""
@@ -339,14 +338,12 @@ class JanusPipeline:
 
         def answer(batch: Batch) -> np.ndarray:
             tokens = np.concatenate(list(self._stream(asked, batch, piece=64)), axis=1)
-            rest = ((0, 0), (0, asked.max_new_tokens - tokens.shape[1]))
-            return np.pad(tokens, rest, constant_values=eos_id)
+            return np.pad(tokens, ((0, 0), (0, asked.max_new_tokens - tokens.shape[1])), constant_values=eos_id)
 
         total, images = len(ids), 0 if pixels is None else pixels.shape[1]
         per_row = batches.bytes_to_answer(self.model, ids.shape[1], images, bucket(asked.max_new_tokens))
         size = batch_size or fitting(total, per_row, self.mesh, coming=self.params)
-        # Fewer rows than shards are not split.
-        multiple = 1 if total < batch_shards(self.mesh) else None
+        multiple = 1 if total < batch_shards(self.mesh) else None  # fewer rows than shards are not split
         return in_batches(answer, total, size, self.mesh, name="answering", unit="conversation", multiple=multiple)
 
     def _stream(self, asked: Asked, batch: Batch, piece: int) -> Iterator[np.ndarray]:
