@@ -40,7 +40,7 @@ class DigitsRlConfig:
     parts: tuple[str, ...] = ("grpo",)
     rewarded: int = 4
     images: int = 1000
-    pairs: int = 1200
+    pairs: int = 4000
     temperature: float = 1.0
     seed: int = 0
 

@@ -36,6 +36,7 @@ from train.run.metrics import FILE, read_metrics
 
 _PAIRS = "pairs.jsonl"
 _DRAWN_AT_ONCE = 200
+_MOST_DRAWS = 24  # of all prompts, for pairs
 _SHOWN = 8  # pictures of each digit in a grid
 _TOLD = ("reward", "kl", "entropy", "preferred")
 
@@ -106,7 +107,7 @@ def write_pairs(config: DigitsRlConfig, model: pathlib.Path, judge: Recognized, 
     janus = janus_jax.load(model, dtype="float32", progress=False)
     lines, draws = [], 0
     prompts = [(digit, caption) for digit in range(10) for caption in captions(digit)[: config.rewarded]]
-    while len(lines) < config.pairs and draws < 8:
+    while len(lines) < config.pairs and draws < _MOST_DRAWS:
         # Seeds that nothing else is drawn with.
         drawn = draw(janus, [text for _, text in prompts for _ in range(40)], config, 10_000_000 * (draws + 1))
         draws += 1
