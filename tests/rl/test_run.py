@@ -91,6 +91,21 @@ def test_two_and_two_steps_are_four(folders, tmp_path, one_device):
 
 
 @pytest.mark.slow
+def test_guessed_codes_draw_the_same_pictures(folders, tmp_path, one_device):
+    """Rewards, and what is learned from them, are those of one code after the other."""
+    told = {}
+    for window in (1, 4):
+        grpo = dataclasses.replace(GRPO, speculate=window)
+        config = grpo_config(folders, tmp_path / str(window), grpo, steps=2)
+        loop.train(config)
+        told[window] = [line for line in read_metrics(config.workdir) if "train/reward" in line]
+    for plain, guessed in zip(*told.values(), strict=True):
+        for name in ("reward", "reward_spread", "distinct", "kl", "entropy"):
+            assert guessed[f"train/{name}"] == pytest.approx(plain[f"train/{name}"], rel=1e-6), name
+        assert plain["train/drawing_seconds"] > 0 and plain["train/waiting_seconds"] >= 0
+
+
+@pytest.mark.slow
 def test_dpo_two_and_two_steps_are_four(folders, tmp_path, one_device):
     """The reference is what the run started from: at first no margin; it is computed once, for later runs too."""
     processor = Processor.from_folder(folders["start"], tiny_config(folders, "run").model)
@@ -212,6 +227,10 @@ def test_bad_configs_are_named(folders, tmp_path):
         ({"rewards": ()}, "grpo.rewards is empty"),
         ({"prompts": ()}, "grpo.prompts names no file"),
         ({"group": 1}, "grpo.group must be at least 2, got 1"),
+        (
+            {"speculate": 17},
+            r"grpo.speculate must be 0 \(auto\), 1 \(off\) or a window of up to 16 codes, got 17",
+        ),
         ({"group": 3}, "batch_size=8 must be a multiple of grpo.group=3"),
         ({"updates": 3}, "batch_size=8 must be a multiple of grpo.updates=3"),
         ({"temperature": 0.0}, "grpo.temperature must be above 0"),

@@ -38,6 +38,10 @@ def _check_grpo(config: TrainConfig) -> list[str]:
     _require(
         count % g.group == 0, f"batch_size={count} must be a multiple of grpo.group={g.group}, a prompt's {g.rollouts}"
     )
+    _require(
+        0 <= g.speculate <= (1 if config.answers else config.drawn),
+        f"grpo.speculate must be 0 (auto), 1 (off) or a window of up to {config.drawn} codes, got {g.speculate}",
+    )
     parts = g.updates * config.accumulate
     _require(
         count % parts == 0,

@@ -60,6 +60,8 @@ class GrpoConfig:
       detach: whether the unconditional rows of 'guided' have no gradient.
       guidance, temperature, top_k, top_p: as pictures or answers are drawn; top_k=0 and top_p=1 keep all tokens.
       draw_batch: pictures drawn at a time, while rewards of earlier ones are computed; 0 for as many as fit.
+      speculate: codes of a picture that a pass is given, all but one of them guessed, which draws the same pictures in
+        fewer passes, see `JanusPipeline.generate_images`; 0 where it pays, 1 for one code after the other.
       epochs: passes of the updates over the pictures of a step.
       updates: optimizer updates of a pass, each on its share of the pictures.
       clip: how far the ratio of new to old probability counts, below and above 1.
@@ -80,6 +82,7 @@ class GrpoConfig:
     top_k: int = 0
     top_p: float = 1.0
     draw_batch: int = 0
+    speculate: int = 0
     epochs: int = 1
     updates: int = 1
     clip: float = 0.2

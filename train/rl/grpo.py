@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -101,7 +102,9 @@ class Grpo(Work):
         step, prompts, given, damaged = batch
         g = self._grpo
         given = {name: np.repeat(x, g.group, axis=0) for name, x in given.items()}
+        began = time.monotonic()
         drawn, scored = self._roll_out(state, frozen, step, given, [each for each in prompts for _ in range(g.group)])
+        drawing = time.monotonic() - began
 
         whole = given | drawn
         arrays = self.put({name: x[self.rows] for name, x in whole.items()})
@@ -110,8 +113,11 @@ class Grpo(Work):
         if self._reference is not None:
             reference = self._values(self._reference, frozen, arrays)[1]
 
+        jax.block_until_ready(reference)
+        began = time.monotonic()
         with together():
             scores = [self._rewards.result(handle) for _, handle in scored]
+        waiting = time.monotonic() - began
         total, figures, damaged = self._gathered([rows for rows, _ in scored], scores, damaged)
         total.reshape(-1, g.group)[damaged] = np.nan
         found = advantages(total, g.group, g.scale)
@@ -122,6 +128,8 @@ class Grpo(Work):
             "failed_groups": found.failed,
             "equal_groups": found.equal,
             "damaged": len(damaged),
+            "drawing_seconds": drawing,
+            "waiting_seconds": waiting,
         }  # fmt: skip
 
     def _roll_out(

@@ -59,9 +59,11 @@ class Pictures(Rollouts):
         return padded([each.ids for each in prompts], self.processor, self.longest, self.config.grpo.guided), {}
 
     def draw(self, pipeline: JanusPipeline, given: Arrays, keys: jax.Array, batch_size: int | None) -> Arrays:
+        window = self.config.grpo.speculate
         codes = pipeline.sample_codes(
-            given["ids"], given["mask"], keys, self.options, batch_size=batch_size, progress=False, speculate=False
-        )
+            given["ids"], given["mask"], keys, self.options, batch_size=batch_size, progress=False,
+            speculate="auto" if window == 0 else window > 1 and window,
+        )  # fmt: skip
         return {"codes": codes}
 
     def judged(self, pipeline: JanusPipeline, drawn: Arrays) -> Judged:
