@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from examples.digits.config import DigitsConfig
 from examples.digits.data import (
@@ -27,6 +28,8 @@ from examples.digits.data import (
     write_tokenizer,
 )
 from examples.digits.judge import Judge
+from examples.digits.rl.answers import write_questions
+from examples.digits.rl.run import table
 from examples.digits.spread import main as spread
 from janus_jax.config import get_preset
 from janus_jax.processing.chat import SYSTEM_PROMPT, Processor
@@ -292,6 +295,23 @@ FIGURES = {
     "seconds": {"data": 60.0, "stage1": 120.0},
     "cpu_seconds": 300.0,
 }
+
+
+def test_questions_about_dark_pictures(tmp_path):
+    """One for each training picture, in a rewarded wording, with the right answer to it; and as prompts of answers."""
+    config = load_config("grpo_digits", [f"workdir={tmp_path}", "parts=answers"])
+    write_questions(config)
+    lines = [json.loads(line) for line in (config.questions / "questions.jsonl").read_text().splitlines()]
+    images, labels = load_split("train")
+    assert len(lines) == len(labels) and len({line["prompt"] for line in lines}) == 3
+    for line, image, label in list(zip(lines, to_rgb(images), labels, strict=True))[::200]:
+        assert (line["prompt"], line["answer"]) in questions(int(label))[:3]
+        np.testing.assert_array_equal(np.asarray(Image.open(config.questions / line["images"])), image // 2)
+    (run,) = config.runs("model").values()
+    assert run.answers and run.init_from == "model" and run.grpo.prompts == (str(config.questions / "questions.jsonl"),)
+    share = {"rewarded": 0.7, "other_wording": 0.6, "bright": 1.0}
+    told = table({"answers": {"before": share, "after": share | {"rewarded": 0.9}, "kl": 0.1, "seconds": 9.0}})
+    assert told.splitlines()[2].split() == ["after", "90.0%", "60.0%", "100.0%"]
 
 
 def write_runs(folder, *changes):

@@ -124,3 +124,14 @@ def test_no_model(module, tmp_path, capsys):
 def test_a_number_of_images(tmp_path, capsys):
     assert evaluate.main(["--model", "any", "--images", "0", "--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err == "error: --images must be at least 1, got 0\n"
+
+
+@pytest.mark.slow
+def test_rewarded_answers_become_right(model, tmp_path):
+    """About dark pictures that nothing was trained on, in the rewarded wordings and in another one."""
+    told = command("train.main", "--config", "grpo_digits", "parts=answers", f"model={model}", f"workdir={tmp_path}")
+    assert "right answers about dark pictures" in told
+    found = json.loads((tmp_path / "results.json").read_text())["answers"]
+    before, after = found["before"], found["after"]
+    assert before["rewarded"] < 0.8 < 0.85 < after["rewarded"]
+    assert after["other_wording"] > before["other_wording"] + 0.05 and after["bright"] > 0.85

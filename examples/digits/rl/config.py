@@ -1,4 +1,4 @@
-"""What `python -m train.main --config grpo_digits` does: GRPO, DPO and a bad reward, on the trained digits."""
+"""What `python -m train.main --config grpo_digits` does: GRPO, DPO, a bad reward, and answers, on trained digits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import ClassVar
 
 from train.config import RewardConfig, TrainConfig
 
-PARTS = ("grpo", "dpo", "brightness")
+QUESTIONS = "questions.jsonl"
+PARTS = ("grpo", "dpo", "brightness", "answers")
 BRIGHTNESS = RewardConfig("train.rl.rewards.brightness:brightness", workers=0, batch_size=1024)
 
 
@@ -22,6 +23,8 @@ class DigitsRlConfig:
       grpo: the run with the judge's verdict as the reward; `run` fills in where it finds what it reads.
       dpo: the run on pairs that the judge has made of the model's own pictures.
       brightness: the run of `grpo` with the mean brightness as the reward instead, for so many steps.
+      answers: the run on questions about dark pictures, with right answers as the reward.
+      dark: how bright these are, as a share of those that the model was trained on.
       parts: which of `PARTS` are run.
       rewarded: how many of the wordings of a prompt are rewarded; pictures of the others are what is judged.
       images: pictures that are judged before and after.
@@ -35,8 +38,10 @@ class DigitsRlConfig:
     workdir: str
     grpo: TrainConfig
     dpo: TrainConfig
+    answers: TrainConfig
     model: str = ""
     brightness: int = 60
+    dark: float = 0.5
     parts: tuple[str, ...] = ("grpo",)
     rewarded: int = 4
     images: int = 1000
@@ -57,6 +62,11 @@ class DigitsRlConfig:
         return pathlib.Path(self.workdir) / "prompts.jsonl"
 
     @property
+    def questions(self) -> pathlib.Path:
+        """The folder of the questions, and the pictures that they are about."""
+        return self.folder("answers") / "questions"
+
+    @property
     def pairs_folder(self) -> pathlib.Path:
         """The prepared pairs."""
         return self.folder("dpo") / "pairs"
@@ -68,12 +78,14 @@ class DigitsRlConfig:
         """The run of each of `parts`, which starts from `model`."""
         grpo = dataclasses.replace(self.grpo.grpo, prompts=(str(self.prompts),))
         bright = dataclasses.replace(grpo, rewards=(BRIGHTNESS,))
+        asked = dataclasses.replace(self.answers.grpo, prompts=(str(self.questions / QUESTIONS),))
         runs = {
             "grpo": dataclasses.replace(self.grpo, grpo=grpo),
             "dpo": dataclasses.replace(
                 self.dpo, dpo=dataclasses.replace(self.dpo.dpo, pairs=(str(self.pairs_folder),))
             ),
             "brightness": dataclasses.replace(self.grpo, name="brightness", steps=self.brightness, grpo=bright),
+            "answers": dataclasses.replace(self.answers, grpo=asked),
         }
         return {
             part: dataclasses.replace(

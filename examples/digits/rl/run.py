@@ -1,6 +1,7 @@
 """Reinforcement learning on handwritten digits: a judge's verdict as the reward, pairs that it made, and a bad reward.
 
-Pictures are drawn without guidance, of wordings that were not rewarded. A part that is finished is not done again.
+Pictures are drawn without guidance, of wordings that were not rewarded. And questions about dark pictures, with right
+answers as the reward. A part that is finished is not done again.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from PIL import Image
 
 import janus_jax
 from examples.digits.data import CAPTIONS, captions, png
+from examples.digits.rl.answers import right_answers, write_questions
 from examples.digits.rl.config import DigitsRlConfig
 from examples.digits.rl.judges import Network, Recognized
 from examples.digits.trained import trained
@@ -55,14 +57,21 @@ def run(config: DigitsRlConfig, steal: bool = False) -> dict[str, Any]:
     model = resolve(config.model) if config.model else trained()
     judges = Recognized(), Network()
     figures: dict[str, Any] = {"model": str(model), "seed": config.seed, "images": config.images}
-    figures["base"] = measure(config, model, judges, folder / "before.png")
-    write_prompts(config)
+    if set(config.parts) - {"answers"}:
+        figures["base"] = measure(config, model, judges, folder / "before.png")
+        write_prompts(config)
     for part, run_config in config.runs(str(model)).items():
         began = time.monotonic()
         if part == "dpo":
             prepare_pairs(config, model, judges[0])
-        exported = train(run_config, steal)
-        figures[part] = measure(config, exported, judges, folder / f"after_{part}.png")
+        if part == "answers":
+            write_questions(config)
+            before = right_answers(model, config.dark)
+            exported = train(run_config, steal)
+            figures[part] = {"before": before, "after": right_answers(exported, config.dark)}
+        else:
+            exported = train(run_config, steal)
+            figures[part] = measure(config, exported, judges, folder / f"after_{part}.png")
         figures[part]["seconds"] = round(time.monotonic() - began, 1)
         metrics = pathlib.Path(run_config.workdir) / FILE
         last = [line for line in read_metrics(metrics) if "train/finite" in line][-1]
@@ -161,6 +170,19 @@ def measure(
 
 def table(figures: dict[str, Any]) -> str:
     """The figures of `run` for a reader."""
+    lines = _of_answers(figures["answers"]) if "answers" in figures else []
+    return "\n".join((_of_drawing(figures) if "base" in figures else []) + lines)
+
+
+def _of_answers(f: dict[str, Any]) -> list[str]:
+    lines = [f"right answers about dark pictures{'rewarded wordings':>20}{'another':>9}{'bright':>8}"]
+    for name in ("before", "after"):
+        g = f[name]
+        lines.append(f"{name:33}{g['rewarded']:>20.1%}{g['other_wording']:>9.1%}{g['bright']:>8.1%}")
+    return [*lines, f"kl {f['kl']:.3f}, {f['seconds']:.0f} seconds"]
+
+
+def _of_drawing(figures: dict[str, Any]) -> list[str]:
     rows = [name for name in ("base", "grpo", "dpo", "brightness") if name in figures]
     lines = [
         f"{figures['images']} digits of wordings not rewarded, drawn without guidance, seed {figures['seed']}",
@@ -173,4 +195,4 @@ def table(figures: dict[str, Any]) -> str:
             f"{name:12}{f['recognized']:>12.1%}{f['other_judge']:>13.1%}{f['distinct']:>10.1%}"
             f"{f['brightness']:>12.3f}{kl:>8}{seconds.partition('.')[0]:>9}"
         )
-    return "\n".join(lines)
+    return lines
