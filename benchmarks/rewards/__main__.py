@@ -5,6 +5,7 @@
 Pictures are drawn in parts by a model of random weights with few layers. Each part is judged for `share` of the time
 that drawing it takes, by a reward that waits (an endpoint, or a GPU beside) and by one that computes on a core. One
 after the other, drawing and judging take their sum; where judging is hidden, drawing alone and the last part's judging.
+`--steps 3` runs so many steps of GRPO instead, with a reward that waits, and tells where their time goes.
 """
 
 from __future__ import annotations
@@ -106,7 +107,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--parts", type=common.count, default=4, help="(default %(default)s)")
     parser.add_argument("--share", type=float, default=0.8, help="judging / drawing (default %(default)s)")
     parser.add_argument("--rounds", type=common.count, default=3, help="of all, by turns (default %(default)s)")
+    parser.add_argument("--steps", type=common.count, help="of GRPO, instead of drawing and judging alone")
     args = parser.parse_args(argv)
+    if args.steps:
+        from benchmarks.rewards.steps import step_table
+
+        draw = drawer(args)
+        began = time.monotonic()
+        draw(1)
+        each = args.share * (time.monotonic() - began) / args.pictures
+        del draw
+        print(f"on {_device.device()}; {common.versions()}; judging takes {each:.3g} s a picture\n")
+        print(common.markdown(step_table(args, each)))
+        return 0
     rows = measure(args)
     most = (args.parts - 1) / args.parts
     print(f"on {_device.device()}; {common.versions()}; at most {most:.0%} of judging can be hidden\n")

@@ -21,6 +21,15 @@ def test_the_command(capsys):
     assert "at most 50% of judging can be hidden" in out
 
 
+@pytest.mark.slow
+def test_steps_of_a_run(capsys):
+    assert benchmark.main(["--preset", "janus_tiny", "--pictures", "8", "--parts", "2", "--steps", "2"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines]
+    assert [row[0] for row in rows[2:]] == ["1", "2"]
+    assert all(float(row[1]) > 0 and float(row[3]) > 0 and float(row[4]) > 0 for row in rows[2:])
+
+
 def test_judging_that_waits_is_hidden():
     """Drawing by a clock: five parts of 0.2 seconds, each judged for 0.15."""
 
