@@ -6,6 +6,7 @@
     python -m train.compile --config 7b_stage3 --topology h100-1 --sampling --images 16 --weights int8
     python -m train.compile --config 7b_stage3 --topology v5e-8 --serving 16
     python -m train.compile --config 7b_stage3 --topology v5p-128 --tune
+    python -m train.compile --config grpo_7b --topology v5p-64
     python -m train.compile --all --table compiled.md
 
 It uses TPU's own compiler (libtpu, extra `tpu`), which needs no TPU, or XLA's for GPUs (extra `cuda`), without a GPU.
@@ -18,7 +19,7 @@ import argparse
 import os
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,8 +28,10 @@ from janus_jax.io.messages import print_any_text, print_error
 from janus_jax.weights.quantize import FORMS
 from train.config import MeshConfig, TrainConfig
 from train.overrides import config_names, load_config
+from train.plan.drawing import compile_sampling, compile_serving
 from train.plan.hlo import Traffic
-from train.plan.programs import Compiled, DoesNotFit, compile_job
+from train.plan.programs import Compiled, DoesNotFit, compile_training
+from train.plan.reinforcement import compile_reinforcement, step_table
 from train.plan.topologies import GIB, KNOWN, Topology, laid_out, topology
 from train.plan.tune import near, report, tune
 
@@ -61,7 +64,7 @@ def table(compiled: Sequence[Compiled]) -> str:
             one.name, one.place.name, "x".join(str(n) for n in one.mesh.values()), str(one.accumulate),
             *(f"{size / GIB:.2f}" for size in (*sizes, one.temporaries, one.peak)), f"{one.peak / one.place.hbm:.0%}",
             _traffic(one.collectives), _traffic(one.between),
-            f"{one.overlap:.0%}", f"{one.recomputation:.3f}" if one.executed else "",
+            f"{one.overlap:.0%}", f"{one.recomputation:.3f}" if one.needed else "",
             f"{one.step_seconds()[0.5]:.2f}" if one.flops else "", f"{one.seconds:.0f} s",
         ))  # fmt: skip
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -135,16 +138,19 @@ def _run(todo: Sequence[tuple[TrainConfig, Topology, bool]], args: argparse.Name
     failed = 0
     for number, (config, place, sample) in enumerate(todo, 1):
         print(f"[{number}/{len(todo)}] {config.name} on {place.name} ...", file=sys.stderr, flush=True)
+        made: list[Compiled] = []
         try:
             decoder = (config.model.gen_vision, place) not in decoders
-            made = compile_job(config, place, sample, args.images, args.weights, decoder, args.serving or 0)
+            for one in _compiled(config, place, sample, args, decoder):
+                print("\n".join(one.lines()), flush=True)
+                made.append(one)
+            if made[0].part:
+                print("\n".join(step_table(config, made)), flush=True)
         except ValueError as error:
             if len(todo) == 1 and not isinstance(error, DoesNotFit):
                 raise
             print_error(error)
             failed += 1
-            continue
-        print("\n".join(line for one in made for line in one.lines()), flush=True)
         failed += sum(not one.fits for one in made)
         done += made
         decoders |= {(config.model.gen_vision, place)} if sample else set()
@@ -157,6 +163,18 @@ def _run(todo: Sequence[tuple[TrainConfig, Topology, bool]], args: argparse.Name
             else f"{len(done)} programs compiled; all fit"
         )
     return int(failed > 0)
+
+
+def _compiled(
+    config: TrainConfig, place: Topology, sample: bool, args: argparse.Namespace, decoder: bool
+) -> Iterable[Compiled]:
+    if args.serving:
+        return compile_serving(config, place, args.serving, args.weights)
+    if sample:
+        return compile_sampling(config, place, args.images, args.weights, decoder)
+    if config.grpo or config.dpo:
+        return compile_reinforcement(config, place)
+    return [compile_training(config, place)]
 
 
 def _tune(todo: Sequence[tuple[TrainConfig, Topology, bool]], args: argparse.Namespace) -> int:

@@ -41,7 +41,7 @@ def grpo_run(
         stage=2 if adapter is None else 3,
         adapter=adapter,
         grpo=GrpoConfig(
-            prompts=("data/prompts.jsonl",), rewards=(reward,), group=8, guidance=5.0, draw_batch=batch_size // 2,
+            prompts=("data/prompts.jsonl",), rewards=(reward,), group=8, guidance=5.0, draw_batch=batch_size,
             updates=2, kl=0.01,
         ),
         init_from=f"deepseek-ai/Janus-Pro-{size}",

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from configs.rl._shared import grpo_run
 from train.config import Layout, MeshConfig, TrainConfig
+from train.plan.topologies import COMPILER_OPTIONS
 
 
 def get_config() -> TrainConfig:
     layouts = (
-        Layout("v5p-64", MeshConfig(data=-1, fsdp=32), accumulate=1, remat="dots"),
-        Layout("h100-8", MeshConfig(data=1, fsdp=8), accumulate=4, remat="full"),
+        Layout(
+            "v5p-64", MeshConfig(data=-1, fsdp=32), accumulate=1, remat="dots", compiler_options=COMPILER_OPTIONS["v5p"]
+        ),
+        Layout("h100-8", MeshConfig(data=1, fsdp=8), accumulate=1, remat="dots"),
     )
     return grpo_run("7B", 128, layouts, accumulate=1)

@@ -1,5 +1,7 @@
 """FLOPs of compiled programs, counted from their HLO text."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -88,3 +90,25 @@ def test_splash_attention(kernel, products):
         what='custom-call(%q, %k), custom_call_target="tpu_custom_call"',
     ).replace("%it", f"%splash_mha_{kernel}_segmented_residuals.9")  # fmt: skip
     assert executed_flops(text) == products * 2 * 2 * 3 * 256 * 256 * 128 / 2
+
+
+@pytest.mark.parametrize(("opcode", "target"), [("convolution", ""), ("custom-call", "__cudnn$convForward")])
+@pytest.mark.parametrize(("stride", "result"), [("", "2,32,32,16"), (" stride=2x2", "2,16,16,16")])
+def test_windows_that_overlap(opcode, target, stride, result):
+    """Each value of the result is a product of a window of 3 x 3 x 8 values."""
+    text = _FORMS.format(
+        left="2,32,32,8", right="3,3,8,16", result=result,
+        what=f"{opcode}(%q, %k), window={{size=3x3{stride} pad=1_1x1_1}}, dim_labels=b01f_01io->b01f"
+        f', custom_call_target="{target}"',
+    )  # fmt: skip
+    assert executed_flops(text) == 2 * math.prod(map(int, result.split(","))) * 3 * 3 * 8
+
+
+@pytest.mark.parametrize(("target", "products"), [
+    ("__cudnn$fmhaScaleBiasSoftmax", 2), ("__cudnn$fmhaSoftmax", 2), ("__cudnn$fmhaScaleBiasSoftmaxBackward", 5),
+])  # fmt: skip
+def test_attention_of_cudnn(target, products):
+    what = f'custom-call(%q, %k), custom_call_target="{target}", backend_config={{"mask_type": "MASK"}}'
+    for mask, seen in (("CAUSAL", 0.5), ("NO_MASK", 1)):
+        text = _FORMS.format(left="2,256,3,128", right="2,64,3,128", result="2,256,3,128", what=what)
+        assert executed_flops(text.replace("MASK", mask, 1)) == products * 2 * 2 * 3 * 256 * 64 * 128 * seen

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from janus_jax.sharding import make_mesh
 from train.plan import hlo
+from train.plan.moved import loop_bytes, program_bytes
 
 LENGTH, TURNS = 256, 5
 
@@ -83,7 +84,7 @@ def test_tpu_programs():
     assert [one.line.split(" ")[0] for one in hlo.copies(TPU, small)] == ["%copy.1"]
     assert hlo.copies(TPU, small + 1) == []
     # The weights come over once, the cache is read, then copied: read and written. Its update in place is free.
-    assert hlo.loop_bytes(TPU) == large + small + 2 * small + large
+    assert loop_bytes(TPU) == large + small + 2 * small + large
 
 
 # On a SparseCore, as TPU's compiler writes it, and on a GPU.
@@ -238,5 +239,27 @@ ENTRY %main (c: bf16[512,128], p: s32[]) -> bf16[16,128] {
 
 
 def test_of_a_table_only_what_is_looked_up_counts():
-    assert hlo.program_bytes(LOOKED_UP) == 16 * 128 * 2 + 512 * 128 * 2
-    assert hlo.program_bytes(TPU) == 7 * hlo.loop_bytes(TPU)
+    assert program_bytes(LOOKED_UP) == 16 * 128 * 2 + 512 * 128 * 2
+    assert program_bytes(TPU) == 7 * loop_bytes(TPU)
+    # As the compiler for GPUs writes a branch; and a layer that is cut out of stacked ones.
+    either = LOOKED_UP.replace(
+        "branch_computations={%looks, %reads}", "true_computation=%looks, false_computation=%reads"
+    )
+    assert program_bytes(either) == program_bytes(LOOKED_UP)
+    assert [one.opcode for one in hlo.instructions(either)].count("reduce") == 1
+    layer = LOOKED_UP.replace("gather(%table, %ids), offset_dims={1}, slice_sizes={1,128}", "dynamic-slice(%table, %i)")
+    assert program_bytes(layer) == program_bytes(LOOKED_UP)
+
+
+@pytest.mark.parametrize(("written", "kind", "size"), [
+    ("(f32[64]{0}, f32[32]{0}) all-reduce(%a, %b)", "all-reduce", 4 * 96),
+    ("(f32[64]{0}, f32[32]{0}) all-reduce-start(%a, %b)", "all-reduce", 4 * 96),
+    ("((f32[64]{0}, f32[32]{0}), (f32[256]{0}, f32[128]{0})) all-gather-start(%a, %b)", "all-gather", 16 * 96),
+    ("(f32[16]{0}, f32[8]{0}) reduce-scatter(%a, %b)", "reduce-scatter", 4 * 96),
+])  # fmt: skip
+def test_a_collective_of_several_arrays_counts_all(written, kind, size):
+    text = (
+        "ENTRY %main (a: f32[64], b: f32[32]) -> f32[64] {\n  %a = f32[64]{0} parameter(0)\n"
+        f"  %b = f32[32]{{0}} parameter(1)\n  %c = {written}, replica_groups={{{{0,1,2,3}}}}, to_apply=%add\n}}\n"
+    )
+    assert hlo.collectives(text) == {kind: hlo.Traffic(1, size, size)}

@@ -46,7 +46,7 @@ def test_what_could_only_be_slower_is_not_compiled(compiler):
     # Nothing recomputed takes 8 micro-batches; then fewer of them, until one is enough.
     assert first == [("none", 1), ("none", 2), ("none", 4), ("none", 8), ("dots", 1), ("dots", 2), ("attention", 1)]
     assert [made.peak for _, made in found] and all(made.fits for _, made in found)
-    seconds = [tuning.least_seconds(made) for _, made in found]
+    seconds = [made.least_seconds for _, made in found]
     assert seconds == sorted(seconds)
     # One micro-batch with the MLP computed twice moves least: 1e9 bytes on the smaller mesh.
     assert (found[0][0].mesh.fsdp, found[0][0].remat, found[0][0].accumulate) == (2, "attention", 1)
@@ -93,10 +93,15 @@ def test_meshes_nearby(mesh, sizes):
     assert all((one.data, one.tensor) == (-1, mesh.tensor) and 4 % (one.fsdp * one.tensor) == 0 for one in found)
 
 
-def test_a_gpu_without_links_known_is_ordered_by_flops():
-    collectives = {"all-reduce": Traffic(1, 10**12, 10**12)}
-    made = Compiled("x", topology("h100-8"), {}, {}, 0, 0, 1.0, collectives, executed=989e12, needed=1.0)
-    assert tuning.least_seconds(made) == pytest.approx(1)
+def test_seconds_at_least():
+    """The longer of products and memory, and what is waited for; links between hosts of GPUs are not known."""
+    collectives = {"all-reduce": Traffic(1, 45 * 10**10, 45 * 10**10)}
+    for place, accessed, seconds in (
+        ("h100-8", None, 2), ("h100-8", 3.352e12 / 2, 2), ("h100-8", 3 * 3.352e12, 4), ("h100-16", None, 1),
+    ):  # fmt: skip
+        more = {"executed": 989e12, "needed": 1.0, "accessed": accessed}
+        made = Compiled("x", topology(place), {}, {}, 0, 0, 1.0, collectives, **more)
+        assert made.least_seconds == pytest.approx(seconds), (place, accessed)
     assert math.isnan(Compiled("x", V5E, {}, {}, 0, 0, 1.0, {}).recomputation)
 
 

@@ -11,12 +11,15 @@ import jax
 import numpy as np
 import pytest
 
+import janus_jax
 from examples.tiny.run import encode, params_of, tiny_config, write_checkpoint, write_data
 from janus_jax.processing.chat import Processor
-from janus_jax.sharding import make_mesh
+from janus_jax.sharding import flatten, make_mesh
+from janus_jax.weights.adapters.peft_files import CONFIG, WEIGHTS
 from tests.library.tiny_janus import raises_one_line
 from tests.raw.test_sources import png
 from train.config import (
+    AdapterConfig,
     DataConfig,
     DpoConfig,
     EvalConfig,
@@ -28,7 +31,7 @@ from train.prepare import prepare
 from train.raw.sources import RawSample
 from train.rl.advantages import advantages
 from train.rl.dpo import Dpo
-from train.rl.grpo import rollout_keys
+from train.rl.grpo import Grpo, rollout_keys
 from train.rl.prompts import read_prompts
 from train.run import loop
 from train.run.metrics import read_metrics
@@ -135,6 +138,42 @@ def test_dpo_two_and_two_steps_are_four(folders, tmp_path, one_device):
         shutil.copy(path, other)
     with raises_one_line("has log-probabilities of another reference"):
         loop.train(dataclasses.replace(config, workdir=str(tmp_path / "new"), init_from=str(other)))
+
+
+@pytest.mark.slow
+def test_an_adapter_learns_and_the_reference_is_the_base_below_it(folders, tmp_path, one_device, monkeypatch):
+    """And nothing else changes; two and two steps are four, bit for bit."""
+    adapter = AdapterConfig(rank=2, targets=("decoder",))
+    config = grpo_config(folders, tmp_path / "whole", stage=3, adapter=adapter)
+    ends = []
+
+    def step(self, state, frozen, batch, own=Grpo.step):
+        state, metrics = own(self, state, frozen, batch)
+        ends.append([flatten(tree) for tree in (state.trained, frozen, self._reference)])
+        return state, metrics
+
+    monkeypatch.setattr(Grpo, "step", step)
+    whole = loop.train(config)
+    trained, frozen, reference = ends[-1]
+    assert len(ends) == 4 and {path.rpartition("/")[2] for path in trained} == {"lora_a", "lora_b"}
+    assert all(np.asarray(x).any() for path, x in trained.items() if path.endswith("lora_b"))
+    # With its second factors at 0 an adapter changes nothing: what is left is the base.
+    assert set(reference) == set(trained)
+    assert not any(np.asarray(x).any() for path, x in reference.items() if path.endswith("lora_b"))
+    base = flatten(janus_jax.load(config.init_from, fused=False, scan_layers=True, progress=False).params)
+    assert set(base) == set(frozen)
+    for path, x in frozen.items():
+        np.testing.assert_array_equal(x, base[path], err_msg=path)
+    lines = [line for line in read_metrics(config.workdir) if "train/reward" in line]
+    assert 0 < lines[0]["train/kl"] < lines[-1]["train/kl"] and lines[0]["train/finite"] == 1
+
+    half = dataclasses.replace(config, workdir=str(tmp_path / "half"), steps=2)
+    first = loop.train(half)
+    resumed = loop.train(dataclasses.replace(half, steps=4))
+    for name in (CONFIG, WEIGHTS):
+        assert (whole / name).read_bytes() == (resumed / name).read_bytes(), name
+    assert (first / WEIGHTS).read_bytes() != (whole / WEIGHTS).read_bytes()
+    assert not any(np.asarray(x).any() for path, x in ends[-1][2].items() if path.endswith("lora_b"))
 
 
 # ---------------------------------------------------------------- what a step computes

@@ -16,7 +16,7 @@ COMPILE = f"""
 import dataclasses, json
 from train.compile import _environment
 from train.overrides import load_config
-from train.plan.programs import compile_serving
+from train.plan.drawing import compile_serving
 from train.plan.topologies import topology
 _environment()
 config = load_config("1b_stage3")

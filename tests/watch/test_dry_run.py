@@ -10,14 +10,18 @@ import re
 import jax
 import pytest
 
-from examples.tiny.run import tiny_config, write_checkpoint, write_data
+from examples.tiny.run import encode, tiny_config, write_checkpoint, write_data
+from janus_jax.processing.chat import Processor
 from janus_jax.sharding import make_mesh
 from janus_jax.weights import checkpoint
+from tests.raw.test_sources import png
 from tests.several import environment, launch, ours, outcome
-from train.config import EvalConfig, MeshConfig, TrainConfig
+from train.config import DataConfig, DpoConfig, EvalConfig, GrpoConfig, MeshConfig, RewardConfig, TrainConfig
 from train.data.prepared import open_prepared
 from train.main import main
 from train.overrides import to_json
+from train.prepare import prepare
+from train.raw.sources import RawSample
 from train.run.lease import FILE, Lease
 from train.watch import dry_run as module
 from train.watch.dry_run import dry_run
@@ -128,6 +132,64 @@ def started(config: TrainConfig, step: int) -> pathlib.Path:
     prints = {name: open_prepared(name).fingerprint for name in kinds}
     checkpoint.write_json(folder / "run.json", {"config": to_json(config), "data": prints})
     return folder
+
+
+@pytest.fixture
+def stands_for_the_step(monkeypatch):
+    program = jax.jit(lambda x: (x @ x).sum()).lower(jax.ShapeDtypeStruct((8, 8), "float32"))
+    monkeypatch.setattr(module, "lower_step", lambda *args: (program, {"parameters": 1 << 20}))
+
+
+def drawing_config(config: TrainConfig, folders, tmp_path, **changes) -> TrainConfig:
+    """A run of GRPO from the same checkpoint."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red house\na tall tree\n")
+    reward = RewardConfig("train.rl.rewards.brightness:brightness", workers=0)
+    grpo = GrpoConfig(prompts=(str(prompts),), rewards=(reward,), group=4, guidance=2.0)
+    usual = {"stage": 2, "data": DataConfig(context=64, workers=0), "evaluation": EvalConfig(), "loss_chunk": 16}
+    return dataclasses.replace(config, grpo=dataclasses.replace(grpo, **changes), **usual)
+
+
+def test_grpo_is_looked_at_with_its_prompts_and_rewards(config, folders, tmp_path, stands_for_the_step, capsys):
+    config = drawing_config(config, folders, tmp_path)
+    before = listing(tmp_path)
+    assert dry_run(config) == 0
+    found = rows(capsys.readouterr().out)
+    assert found["data"] == "4 pictures of each of 2 of 2 prompts, 1 update"
+    assert found["rewards"] == "train.rl.rewards.brightness:brightness" and "GiB per device" in found["memory"]
+    assert listing(tmp_path) == before and not (tmp_path / "run").exists()
+
+    for changes, told in (
+        ({"prompts": ("nowhere.txt",)}, "nowhere.txt"),
+        ({"rewards": (RewardConfig("train.rl.rewards.brightness:brightnes", workers=0),)}, "brightnes"),
+        ({"group": 3}, "batch_size=8 must be a multiple of grpo.group=3"),
+    ):
+        assert dry_run(drawing_config(config, folders, tmp_path, **changes)) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and told in line
+
+
+def test_dpo_is_looked_at_with_its_pairs(config, folders, tmp_path, stands_for_the_step, capsys):
+    processor = Processor.from_folder(folders["tokenizer"], config.model)
+    pictures = tuple(png(color) for color in ((250, 0, 0), (0, 0, 250)))
+    samples = [RawSample(str(i), prompt=f"a tree {i}", images=pictures) for i in range(3)]
+    how = {"batch_size": 4, "context": 96, "encode": encode, "progress": False}
+    prepare(samples, tmp_path / "pairs", "preference", processor, **how)
+    made = drawing_config(config, folders, tmp_path)
+    good = dataclasses.replace(made, grpo=None, dpo=DpoConfig(pairs=(str(tmp_path / "pairs"),)))
+    assert dry_run(good) == 0
+    found = rows(capsys.readouterr().out)
+    assert found["data"] == "8 of 3 pairs" and "rewards" not in found
+    wrong = dataclasses.replace(good, dpo=DpoConfig(pairs=(folders["generation"],)))
+    assert dry_run(wrong) == 2
+    assert "has generation samples; prepare pairs with train.prepare" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kl", [0.1, 0.0])
+def test_the_updates_of_grpo_are_compiled_with_the_reference_beside_them(config, folders, tmp_path, kl, capsys):
+    assert dry_run(drawing_config(config, folders, tmp_path, kl=kl)) == 0
+    assert ("reference 0.00" in rows(capsys.readouterr().out)["memory"]) == (kl > 0)
 
 
 def test_the_run_in_the_workdir(config, monkeypatch, capsys):

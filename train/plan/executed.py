@@ -16,6 +16,9 @@ from train.plan.flops import step_flops, updates_flops
 # splash_attention_kernel.py): forward, gradient of the queries, and those of keys and values.
 _KERNELS = {"fwd": 2, "dq": 3, "dkv": 4}
 _KERNEL = re.compile(r"%?splash_m[hq]a_(fwd|dq|dkv)")
+# Likewise cuDNN's attention, whose first operand is the queries [batch, length, heads, head_dim].
+_CUDNN_CONVOLUTION = 'custom_call_target="__cudnn$conv'
+_CUDNN = re.compile(r'custom_call_target="__cudnn\$fmha\w*?(Backward)?"')
 
 
 def executed_flops(text: str) -> float:
@@ -27,6 +30,8 @@ def executed_flops(text: str) -> float:
 
 
 def _flops(one: hlo.Instruction) -> float:
+    if (one.opcode == "convolution" or _CUDNN_CONVOLUTION in one.line) and (products := _overlapping(one)):
+        return 2 * products
     if one.opcode in ("dot", "convolution") and len(one.operands) >= 2:
         left, right = (math.prod(array.shape) for array in one.operands[:2])
         result = math.prod(one.arrays[0].shape)
@@ -37,7 +42,29 @@ def _flops(one: hlo.Instruction) -> float:
         # Its largest 16-bit or 32-bit array of [..., length, head_dim] is that of the queries.
         queries = max((array for array in one.operands if len(array.shape) >= 3), key=lambda a: math.prod(a.shape))
         return _KERNELS[kernel[1]] * 2 * math.prod(queries.shape) * queries.shape[-2] / 2
+    if one.opcode == "custom-call" and (kernel := _CUDNN.search(one.line)):
+        queries, keys = one.operands[:2]
+        seen = 0.5 if "CAUSAL" in one.line else 1
+        return (5 if kernel[1] else 2) * 2 * math.prod(queries.shape) * keys.shape[1] * seen
     return 0.0
+
+
+def _overlapping(one: hlo.Instruction) -> int:
+    """Multiply-adds of a convolution whose windows overlap, borders as if they were inside; 0 for others."""
+    window = dict(re.findall(r"(\w+)=(\S+)", found[1])) if (found := re.search(r"window=\{([^}]*)\}", one.line)) else {}
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->", one.line)
+    if not labels or not {"size"} <= set(window) or {"lhs_dilate", "rhs_dilate"} & set(window):
+        return 0
+    sizes = [int(n) for n in window["size"].split("x")]
+    strides = [int(n) for n in window.get("stride", "x".join("1" * len(sizes))).split("x")]
+    left, right = one.operands[:2]
+    extents = [left.shape[labels[1].index(str(axis))] for axis in range(len(sizes))]
+    if all(size <= stride for size, stride in zip(sizes, strides, strict=True)):
+        return 0
+    # A product that is written as a convolution slides over fewer values than its window has.
+    if any(extent < size for extent, size in zip(extents, sizes, strict=True)):
+        return 0
+    return math.prod(one.arrays[0].shape) * math.prod(right.shape) // right.shape[labels[2].index("o")]
 
 
 def _batch(one: hlo.Instruction) -> int:

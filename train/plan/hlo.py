@@ -5,18 +5,19 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 _ASYNC = 'custom_call_target="AsyncCollectiveStart"'
 _BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0}
-_INSTRUCTION = re.compile(
+INSTRUCTION = re.compile(
     r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>.*?) (?P<opcode>[a-z][a-z0-9\-]*)\((?P<rest>.*)$"
 )
 _CALLED = re.compile(
-    r"\b(?:calls|body|condition|to_apply|branch_computations|called_computations)=\{?([^,}]*(?:, ?%[^,}]*)*)"
+    r"\b(?:calls|body|condition|to_apply|(?:true|false)_computation|branch_computations|called_computations)"
+    r"=\{?([^,}]*(?:, ?%[^,}]*)*)"
 )
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[([0-9,]*)\](?:\{([^}]*)\})?")
 
@@ -69,7 +70,7 @@ class Instruction:
         return max((array.bytes for array in self.arrays), default=0)
 
 
-def _arrays(text: str) -> tuple[Array, ...]:
+def arrays_in(text: str) -> tuple[Array, ...]:
     """The arrays of a type, which may be a tuple."""
     return tuple(
         Array(dtype, tuple(int(n) for n in shape.split(",") if n), "S(" in layout)
@@ -84,7 +85,7 @@ def instructions(text: str, during_collectives: bool = False) -> Iterator[Instru
       during_collectives: also those of fusions that run while an asynchronous collective is under way; the collective
         itself then appears in each of them.
     """
-    computations, entry = _computations(text)
+    computations, entry = computations_of(text)
     types_of: dict[str, dict[str, str]] = {}
     # As TPU's compiler writes what has a -start elsewhere.
     asynchronous = {name for name, lines in computations.items() if any(_ASYNC in line for line in lines)}
@@ -96,20 +97,20 @@ def instructions(text: str, during_collectives: bool = False) -> Iterator[Instru
         if name not in multiplying:
             multiplying[name] = False
             lines = computations.get(name, ())
-            multiplying[name] = any(map(_MULTIPLIES.search, lines)) or any(map(multiplies, _called(lines)))
+            multiplying[name] = any(map(_MULTIPLIES.search, lines)) or any(map(multiplies, called_by(lines)))
         return multiplying[name]
 
     def walk(name: str, times: int, in_loop: bool, fusions: int, overlapped: bool = False) -> Iterator[Instruction]:
         lines = computations.get(name, ())
         meanwhile = {
             start for start, between in _under_way(lines)
-            if any(_MULTIPLIES.search(line) for line in between) or any(map(multiplies, _called(between)))
+            if any(_MULTIPLIES.search(line) for line in between) or any(map(multiplies, called_by(between)))
         }  # fmt: skip
         results = _results(lines) if fusions == 1 else set()
         if name not in types_of:
-            types_of[name] = {match["name"]: match["type"] for match in map(_INSTRUCTION.match, lines) if match}
+            types_of[name] = {match["name"]: match["type"] for match in map(INSTRUCTION.match, lines) if match}
         for line in lines:
-            match = _INSTRUCTION.match(line)
+            match = INSTRUCTION.match(line)
             if not match or match["opcode"].endswith(("-done", "-update")):
                 continue
             # An asynchronous collective appears in every fusion that runs meanwhile; counting its start is enough.
@@ -117,7 +118,7 @@ def instructions(text: str, during_collectives: bool = False) -> Iterator[Instru
                 continue
             opcode = match["opcode"]
             loops = opcode == "while"
-            inside = times * _turns(line, computations) if loops else times
+            inside = times * turns_of(line, computations) if loops else times
             for called in _CALLED.findall(line):
                 for callee in called.replace("%", "").split(","):
                     if during_collectives or not callee.strip().startswith("async_collective_fusion"):
@@ -126,9 +127,9 @@ def instructions(text: str, during_collectives: bool = False) -> Iterator[Instru
                         yield from walk(callee.strip(), inside, in_loop or loops, within, beside)
             read = re.findall(r"%([\w.\-]+)", match["rest"].split(")")[0])
             yield Instruction(
-                opcode.removesuffix("-start"), _arrays(match["type"]), line.strip(), name, times, in_loop,
+                opcode.removesuffix("-start"), arrays_in(match["type"]), line.strip(), name, times, in_loop,
                 stored=not fusions or match["name"] in results,
-                operands=tuple(array for one in read for array in _arrays(types_of[name].get(one, ""))),
+                operands=tuple(array for one in read for array in arrays_in(types_of[name].get(one, ""))),
                 overlapped=opcode.removesuffix("-start") in _COLLECTIVES
                 and (overlapped or name in asynchronous or match["name"] in meanwhile),
             )  # fmt: skip
@@ -139,7 +140,7 @@ def instructions(text: str, during_collectives: bool = False) -> Iterator[Instru
 _MULTIPLIES = re.compile(r" (?:dot|convolution)\(|custom_call_target=\"tpu_custom_call\"|custom-call\(.*__cu")
 
 
-def _called(lines: Iterable[str]) -> Iterator[str]:
+def called_by(lines: Iterable[str]) -> Iterator[str]:
     """The computations that these lines call; an asynchronous one's only where it starts."""
     for line in lines:
         for called in _CALLED.findall(line):
@@ -153,7 +154,7 @@ def _under_way(lines: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
     """
     begun: dict[str, tuple[str, int]] = {}  # name of the last instruction -> name of the first, where it began
     for number, line in enumerate(lines):
-        if not (match := _INSTRUCTION.match(line)):
+        if not (match := INSTRUCTION.match(line)):
             continue
         if match["opcode"].endswith("-start"):
             begun[match["name"]] = match["name"], number
@@ -174,13 +175,13 @@ _ASYNCHRONOUS = re.compile(r" [a-z\-]+-(?:start|update|done)\(")
 def _results(lines: Sequence[str]) -> set[str]:
     """The names of what a computation returns: its root, or the parts of a tuple."""
     for line in lines:
-        if (match := _INSTRUCTION.match(line)) and line.lstrip().startswith("ROOT "):
+        if (match := INSTRUCTION.match(line)) and line.lstrip().startswith("ROOT "):
             parts = match["rest"].split(")")[0] if match["opcode"] == "tuple" else ""
             return {match["name"], *re.findall(r"%([\w.\-]+)", parts)}
     return set()
 
 
-def _turns(line: str, computations: dict[str, list[str]]) -> int:
+def turns_of(line: str, computations: dict[str, list[str]]) -> int:
     """How often the loop of this line runs: the compiler's own count, or the constant up to which it counts from 0."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', line):
         return int(known[1])
@@ -193,7 +194,7 @@ def _turns(line: str, computations: dict[str, list[str]]) -> int:
     return 1
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+def computations_of(text: str) -> tuple[dict[str, list[str]], str]:
     found: dict[str, list[str]] = {}
     entry = name = ""
     for line in text.splitlines():
@@ -257,8 +258,10 @@ def _by_kind(found: Iterable[Instruction]) -> dict[str, Traffic]:
             kind = transfer[1].lower().replace("_", "-")
         elif kind not in _COLLECTIVES:
             continue
-        elif kind == "reduce-scatter":
-            size *= _group_size(one.line)  # its result is the share of one device
+        else:
+            size = _larger_side(one)
+        if kind == "reduce-scatter":
+            size = max(size, one.bytes * _group_size(one.line))  # its result is the share of one device
         elif one.computation.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"  # as TPU's compiler writes it: an all-reduce of which each device keeps a slice
         so_far, moved = by_kind.get(kind, Traffic()), one.times * size
@@ -269,6 +272,14 @@ def _by_kind(found: Iterable[Instruction]) -> dict[str, Traffic]:
             so_far.overlapped + (moved if one.overlapped else 0),
         )
     return dict(sorted(by_kind.items()))
+
+
+def _larger_side(one: Instruction) -> int:
+    """Bytes of the larger side of a collective, of which the compiler may have made one of several."""
+    result, operands = (sum(array.bytes for array in arrays) for arrays in (one.arrays, one.operands))
+    if f" {one.opcode}-start(" in one.line and one.opcode != "all-reduce":
+        result -= operands  # whose result repeats what it is given
+    return max(result, operands)
 
 
 def _group_size(line: str) -> int:
@@ -305,92 +316,3 @@ def copies(text: str, at_least: int, anywhere: bool = False) -> list[Instruction
         and one.bytes >= at_least
         and not any(a.fast for a in one.arrays)
     ]
-
-
-# Instructions that move no data by themselves.
-_FREE = {
-    "parameter",
-    "get-tuple-element",
-    "tuple",
-    "bitcast",
-    "constant",
-    "while",
-    "conditional",
-    "call",
-    "partition-id",
-}
-
-
-def loop_bytes(text: str) -> int:
-    """Bytes that the bodies of loops read from and write to main memory in one iteration each.
-
-    Layouts show which arrays are in a chip's fast memory; a transfer between the two counts once, by the bytes that
-    arrive; an array that is updated in place does not count.
-    """
-    computations, _ = _computations(text)
-    bodies = {match[1] for lines in computations.values() for line in lines if (match := _BODY.search(line))}
-    return sum(_bytes_of_body(computations[name]) for name in bodies)
-
-
-def program_bytes(text: str) -> int:
-    """Bytes that a run reads from and writes to main memory, counted as in `loop_bytes`, with all branches.
-
-    Of a table in which rows are looked up, only these rows count.
-    """
-    computations, entry = _computations(text)
-
-    def of(name: str) -> int:
-        total = _bytes_of_body(computations[name], computations)
-        for line in computations[name]:
-            if body := _BODY.search(line):
-                total += _turns(line, computations) * of(body[1])
-            elif (match := _INSTRUCTION.match(line)) and match["opcode"] in ("conditional", "call"):
-                total += sum(of(callee) for callee in _called([line]) if callee in computations)
-        return total
-
-    return of(entry)
-
-
-_BODY = re.compile(r" while\(.*\bbody=%?([\w.\-]+)")
-
-
-def _looked_up(rest: str, computations: Mapping[str, list[str]]) -> dict[int, int]:
-    """For each parameter of a fusion in which rows are looked up and nothing else is read: the bytes that are found."""
-    matches = [
-        match for name in _called([rest]) for match in map(_INSTRUCTION.match, computations.get(name, ())) if match
-    ]
-    numbers = {match["name"]: int(match["rest"].split(")")[0]) for match in matches if match["opcode"] == "parameter"}
-    found: dict[int, int] = {}
-    read: set[int] = set()
-    for match in matches:
-        for place, name in enumerate(re.findall(r"%([\w.\-]+)", match["rest"].split(")")[0])):
-            if name in numbers and match["opcode"] == "gather" and place == 0:
-                found[numbers[name]] = sum(array.bytes for array in _arrays(match["type"]))
-            elif name in numbers:
-                read.add(numbers[name])
-    return {number: size for number, size in found.items() if number not in read}
-
-
-def _bytes_of_body(lines: list[str], computations: Mapping[str, list[str]] | None = None) -> int:
-    """Bytes that these lines move; with all `computations`, what fusions look up counts by what they find."""
-    matches = [match for match in map(_INSTRUCTION.match, lines) if match]
-    types = {match["name"]: match["type"] for match in matches}
-    total = 0
-    for match in matches:
-        opcode = match["opcode"]
-        if opcode in _FREE or opcode.endswith(("-done", "-update")):
-            continue
-        results = _arrays(match["type"])
-        if opcode.endswith("-start"):
-            arrived = [array.bytes for array in results[1:] if array.bytes > 4]
-            total += max(arrived, default=0)
-            continue
-        operands = [types.get(name, "") for name in re.findall(r"%([\w.\-]+)", match["rest"].split("), ")[0])]
-        changed = opcode != "copy" and match["type"] in operands
-        found = {} if computations is None or opcode != "fusion" else _looked_up(match["rest"], computations)
-        total += sum(found.values())
-        operands = [kind for number, kind in enumerate(operands) if number not in found]
-        read = [array for kind in operands if not (changed and kind == match["type"]) for array in _arrays(kind)]
-        written = () if changed else results
-        total += sum(array.bytes for array in (*read, *written) if not array.fast)
-    return total

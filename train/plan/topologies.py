@@ -23,6 +23,8 @@ GENERATIONS: dict[str, tuple[float, str]] = {
 }
 # Bytes/s of a chip's links to its neighbors, all together (Cloud TPU's pages on system architecture).
 LINKS = {"v4": 300e9, "v5e": 200e9, "v5p": 600e9, "v6e": 448e9}
+# Bytes/s of a chip's main memory (the same pages).
+_BANDWIDTHS = {"v4": 1228e9, "v5e": 819e9, "v5p": 2765e9, "v6e": 1640e9}
 # Options with which collectives run on a chip's SparseCores while its TensorCores compute, instead of before and after;
 # v5e, which has none, overlaps gathers by itself. So says libtpu 0.0.52, which refuses v5e's way on v5p.
 _SPARSE_CORE = tuple(
@@ -49,7 +51,7 @@ class Gpu:
     Attributes:
       device_kind: `jax.Device.device_kind`.
       memory, cache: bytes of its memory, of which programs may use `SHARE`, and of its L2 cache.
-      bandwidth: bytes/s of HBM.
+      bandwidth, links: bytes/s of HBM, and of what connects it with the other GPUs of a host, in one direction.
       cores, clock: streaming multiprocessors, and their GHz.
       units: float32 units per multiprocessor.
       capability: the compute capability, 7.5 for instance.
@@ -59,6 +61,7 @@ class Gpu:
     device_kind: str
     memory: int
     bandwidth: float
+    links: float
     cores: int
     clock: float
     units: int
@@ -100,10 +103,14 @@ class Gpu:
 
 _KIB = 1 << 10
 GPUS = {
-    "t4": Gpu("Tesla T4", 15843721216, 0.32e12, 40, 1.59, 64, 4 << 20, 7.5, 64 * _KIB, 64 * _KIB),
-    "a100": Gpu("NVIDIA A100-SXM4-80GB", 85100068864, 2.039e12, 108, 1.41, 64, 40 << 20, 8, 164 * _KIB, 163 * _KIB),
-    "h100": Gpu("NVIDIA H100 80GB HBM3", 84942979072, 3.352e12, 132, 1.98, 128, 50 << 20, 9, 228 * _KIB, 227 * _KIB),
-    "h200": Gpu("NVIDIA H200", 151397597184, 4.8e12, 132, 1.98, 128, 50 << 20, 9, 228 * _KIB, 227 * _KIB),
+    "t4": Gpu("Tesla T4", 15843721216, 0.32e12, 16e9, 40, 1.59, 64, 4 << 20, 7.5, 64 * _KIB, 64 * _KIB),
+    "a100": Gpu(
+        "NVIDIA A100-SXM4-80GB", 85100068864, 2.039e12, 300e9, 108, 1.41, 64, 40 << 20, 8, 164 * _KIB, 163 * _KIB
+    ),
+    "h100": Gpu(
+        "NVIDIA H100 80GB HBM3", 84942979072, 3.352e12, 450e9, 132, 1.98, 128, 50 << 20, 9, 228 * _KIB, 227 * _KIB
+    ),
+    "h200": Gpu("NVIDIA H200", 151397597184, 4.8e12, 450e9, 132, 1.98, 128, 50 << 20, 9, 228 * _KIB, 227 * _KIB),
 }
 
 
@@ -134,6 +141,19 @@ class Topology:
     def device_kind(self) -> str:
         """JAX's name for its devices."""
         return GPUS[self.generation].device_kind if self.generation in GPUS else GENERATIONS[self.generation][1]
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes/s of a chip's main memory."""
+        gpu = GPUS.get(self.generation)
+        return gpu.bandwidth if gpu else _BANDWIDTHS[self.generation]
+
+    @property
+    def links(self) -> float:
+        """Bytes/s of a chip's links to the others; infinite for GPUs of several hosts, whose network is not known."""
+        if gpu := GPUS.get(self.generation):
+            return gpu.links if self.chips <= _HOST else math.inf
+        return LINKS[self.generation]
 
 
 def _known() -> dict[str, Topology]:

@@ -1,7 +1,7 @@
 """Layouts for a topology: meshes, micro-batches and what is recomputed, compiled and compared.
 
-The compiler says what each needs and does; none of it is run. They are ordered by `least_seconds`: a step of that
-layout cannot be faster, so that the order is a reason to measure the first ones, and no forecast.
+The compiler says what each needs and does; none of it is run. They are ordered by `Compiled.least_seconds`: a step of
+that layout cannot be faster, so that the order is a reason to measure the first ones, and no forecast.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from janus_jax.sharding import RULES
 from train.config import REMATS, MeshConfig, TrainConfig
-from train.plan.flops import peak_flops
 from train.plan.programs import Compiled, DoesNotFit, compile_training
-from train.plan.topologies import COMPILER_OPTIONS, LINKS, Topology
+from train.plan.topologies import COMPILER_OPTIONS, Topology
 
 
 def tune(
@@ -53,10 +52,10 @@ def tune(
                     break
             if not counts:
                 break
-    found.sort(key=lambda pair: least_seconds(pair[1]))
+    found.sort(key=lambda pair: pair[1].least_seconds)
     if found and not config.compiler_options and (options := COMPILER_OPTIONS.get(place.generation)):
         fits(dataclasses.replace(found[0][0], compiler_options=options))
-        found.sort(key=lambda pair: least_seconds(pair[1]))
+        found.sort(key=lambda pair: pair[1].least_seconds)
     return found
 
 
@@ -79,12 +78,6 @@ def _to_a_row(mesh: MeshConfig) -> int:
     return math.prod(size for axis, size in dataclasses.asdict(mesh).items() if axis not in RULES["batch"])
 
 
-def least_seconds(made: Compiled) -> float:
-    """The FLOPs that a chip executes at its peak, and then what nothing is computed beside, at its links' speed."""
-    peak, links = peak_flops(made.place.device_kind), LINKS.get(made.place.generation, math.inf)
-    return (made.executed or 0) / (peak or math.inf) + made.waited_for / links
-
-
 def layout_words(config: TrainConfig) -> str:
     """The layout as overrides of the command line."""
     mesh = [f"mesh.{axis}={size}" for axis, size in dataclasses.asdict(config.mesh).items()]
@@ -97,7 +90,7 @@ def summary(made: Compiled) -> str:
     verdict = "" if made.fits else ", too little to spare"
     return (
         f"{made.peak / made.place.hbm:.0%} of the memory{verdict}; {made.recomputation:.3f} times the FLOPs that the "
-        f"step needs; at least {least_seconds(made):.3f} s a step"
+        f"step needs; at least {made.least_seconds:.3f} s a step"
     )
 
 

@@ -17,7 +17,7 @@ from janus_jax.processes import gather
 from janus_jax.processing.chat import Processor
 from janus_jax.sampling.batches import even_batches
 from janus_jax.sampling.finite import NotFinite
-from janus_jax.sharding import batch_shards, computing_dtype, flatten, unflatten
+from janus_jax.sharding import batch_shards
 from train.config import TrainConfig
 from train.data.work import Batches, Work
 from train.rl.advantages import advantages
@@ -25,7 +25,7 @@ from train.rl.loss import grpo_log_probabilities
 from train.rl.prompts import Prompt
 from train.rl.rewards import Rewards, Scores
 from train.rl.rollouts import Arrays, rollouts_of
-from train.rl.update import make_updates
+from train.rl.update import make_updates, reference_shapes
 from train.run.distributed import together
 from train.run.faults import STOPPED, Stopped
 from train.step.earlier import REFERENCE
@@ -73,12 +73,7 @@ class Grpo(Work):
     def kept_shapes(self, state: TrainState) -> Params:
         if not self._grpo.kl:
             return {}
-        dtype = self.config.compute_dtype
-        shapes = {
-            path: jax.ShapeDtypeStruct(x.shape, computing_dtype(path, x.dtype, dtype), sharding=x.sharding)
-            for path, x in flatten(state.trained).items()
-        }
-        return {REFERENCE: unflatten(shapes)}
+        return {REFERENCE: reference_shapes(self.config, state.trained)}
 
     # ------------------------------------------------------------ a step
 

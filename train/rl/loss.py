@@ -76,7 +76,8 @@ def log_probabilities(
     def logits(own: Params, hidden: jax.Array) -> jax.Array:
         scores = []
         for row, x in enumerate(jnp.split(hidden, rows, axis=-1)):
-            used = jax.lax.stop_gradient(own) if row and detach else own
+            # Of its hidden states too, whose gradients would be computed, and dropped only afterwards.
+            used, x = jax.lax.stop_gradient((own, x)) if row and detach else (own, x)
             scores.append(model.apply({"params": used}, x, method="image_logits"))
         return sampler.scaled(guide(jnp.stack(scores, 1), guidance))
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from janus_jax.config import IMAGE_CHANNELS
+from janus_jax.sharding import computing_dtype, flatten, unflatten
 from train.config import TrainConfig, options_of
 from train.rl.loss import dpo_metrics, dpo_sums, grpo_metrics, grpo_sums
 from train.step.state import Params, TrainState, batch_sharding, state_shardings
@@ -86,3 +87,12 @@ def abstract_rows(config: TrainConfig, mesh: Mesh) -> Batch:
     shapes["live"] = ((count,), jnp.float32)
     sharding = batch_sharding(mesh)
     return {name: jax.ShapeDtypeStruct(*shape, sharding=sharding) for name, shape in shapes.items()}
+
+
+def reference_shapes(config: TrainConfig, trained: Params) -> Params:
+    """The reference's `jax.ShapeDtypeStruct`s: leaves of `trained`, split so, in the dtypes of computation."""
+    shapes = {
+        path: jax.ShapeDtypeStruct(x.shape, computing_dtype(path, x.dtype, config.compute_dtype), sharding=x.sharding)
+        for path, x in flatten(trained).items()
+    }
+    return unflatten(shapes)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from janus_jax.model.janus import Janus
 from janus_jax.pipeline import JanusPipeline
 from janus_jax.processing.chat import Processor
 from janus_jax.sharding import RULES, cast, flatten, param_shardings, unflatten
@@ -30,18 +30,25 @@ def pipeline_of(
       fast: for drawing much: with the decoder's layers apart, which takes longer to compile, and whole on every shard
         of the batch, where each code would otherwise gather them again.
     """
-    model, params = make_model(config), joined(state.trained, frozen)
+    params = joined(state.trained, frozen)
     if not fast:
+        model = make_model(config)
         return JanusPipeline(config.model, _cast(params, model.dtype), model, processor, mesh)
-    model = dataclasses.replace(model, scan_layers=False, remat="none")
-    return JanusPipeline(config.model, _for_drawing(config, mesh)(params), model, processor, mesh)
+    made = params_for_drawing(config, mesh)(params)
+    return JanusPipeline(config.model, made, model_for_drawing(config), processor, mesh)
 
 
 _cast = jax.jit(cast, static_argnums=1)
 
 
+def model_for_drawing(config: TrainConfig) -> Janus:
+    """The model of a fast `pipeline_of`."""
+    return dataclasses.replace(make_model(config), scan_layers=False, remat="none")
+
+
 @functools.lru_cache(maxsize=4)
-def _for_drawing(config: TrainConfig, mesh: Mesh) -> Callable[[Params], Params]:
+def params_for_drawing(config: TrainConfig, mesh: Mesh) -> Any:
+    """The compiled function from all parameters of a run to those of a fast `pipeline_of`."""
     made = functools.partial(_apart, jnp.dtype(config.compute_dtype))
     shapes = jax.eval_shape(made, joined(*abstract_leaves(config)))
     rows = set(RULES["batch"])

@@ -302,7 +302,7 @@ def make_row_values(
         local, mesh=mesh, in_specs=(*_specs(config, mesh, manual), rows), out_specs=rows, axis_names=manual,
         check_vma=False,
     )  # fmt: skip
-    return jax.jit(of_devices)
+    return jax.jit(of_devices, compiler_options=options_of(config.compiler_options) or None)
 
 
 def _specs(config: TrainConfig, mesh: Mesh, axes: set[str] | None = None) -> tuple[Params, Params]:
