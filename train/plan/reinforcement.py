@@ -52,8 +52,8 @@ _DECODED = 16  # pictures that a device decodes at a time at most, see `janus_ja
 def compile_reinforcement(config: TrainConfig, place: Topology) -> Iterator[Compiled]:
     """All programs of a step of `config.grpo` or `config.dpo` on `place`, in the order in which they run.
 
-    Rewards are no part of it, and neither is the rollout of answers, which takes as long as they are. `draw_batch=0`, as
-    many as fit, is compiled as all pictures of a step.
+    Rewards are no part of it, and neither is the rollout of answers, which takes as long as they are.
+    `draw_batch=0`, as many as fit, is compiled as all pictures of a step.
     """
     mesh = make_mesh(dataclasses.asdict(config.mesh), devices_of(place))
     check_mesh(config, mesh)
