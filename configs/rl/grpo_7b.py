@@ -9,9 +9,11 @@ from train.plan.topologies import COMPILER_OPTIONS
 
 def get_config() -> TrainConfig:
     layouts = (
+        # Drawing reads all weights for each code, so that four chips share them.
         Layout(
-            "v5p-64", MeshConfig(data=-1, fsdp=32), accumulate=1, remat="dots", compiler_options=COMPILER_OPTIONS["v5p"]
+            "v5p-64", MeshConfig(data=1, fsdp=8, tensor=4), accumulate=1, remat="dots",
+            compiler_options=COMPILER_OPTIONS["v5p"],
         ),
         Layout("h100-8", MeshConfig(data=1, fsdp=8), accumulate=1, remat="dots"),
-    )
+    )  # fmt: skip
     return grpo_run("7B", 128, layouts, accumulate=1)

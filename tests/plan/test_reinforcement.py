@@ -1,6 +1,7 @@
 """The programs of a step of GRPO and of DPO, compiled ahead, and the table of what each part takes."""
 
 import dataclasses
+import math
 import re
 
 import jax
@@ -12,7 +13,7 @@ from train.overrides import load_config
 from train.plan import reinforcement
 from train.plan.programs import Compiled
 from train.plan.reinforcement import ROLLOUT, SCORING, UPDATE, compile_reinforcement, step_table
-from train.plan.topologies import topology
+from train.plan.topologies import GPUS, topology
 
 V5P = topology("v5p-64")
 
@@ -39,6 +40,20 @@ def test_the_table_of_a_step():
     assert last.startswith("at most 360 steps of 16 groups of 8 an hour, 46,080 pictures (predicted;")
     programs[1] = dataclasses.replace(programs[1], peak=94 << 30)
     assert "does not fit with 5% to spare" in next(step_table(config, programs))
+
+
+@pytest.mark.parametrize("name", ["grpo_7b", "grpo_1b", "grpo_answers_1b", "dpo_1b"])
+def test_layouts_divide_their_homes(name):
+    config = load_config(name)
+    assert config.layouts
+    for layout in config.layouts:
+        place, mesh = topology(layout.topology), layout.mesh
+        assert math.prod(dataclasses.astuple(mesh)) == place.chips
+        parts = layout.accumulate * (config.grpo.updates if config.grpo else 1)
+        assert config.batch_size % (parts * place.chips // mesh.tensor) == 0
+        language = config.model.language
+        assert language.width % mesh.fsdp == 0 and language.kv_heads % mesh.tensor == 0
+        assert place.generation in GPUS or language.width % (128 * mesh.fsdp) == 0
 
 
 def small(**changes):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -243,16 +244,17 @@ def test_micro_batches_and_shards_change_nothing(models, prompts):
     }  # fmt: skip
     trained, frozen = split(params[0], 3)
     found = []
-    for accumulate, shape in ((1, {"fsdp": 1}), (2, {"fsdp": 2})):
+    for accumulate, shape in ((1, {"fsdp": 1}), (2, {"fsdp": 2}), (1, {"fsdp": 2, "tensor": 2})):
         config = config_of(grpo=dataclasses.replace(GRPO, top_k=0, top_p=1.0), accumulate=accumulate)
-        mesh = make_mesh(shape, jax.devices()[: shape["fsdp"]])
+        mesh = make_mesh(shape, jax.devices()[: math.prod(shape.values())])
         objective = step.Objective(functools.partial(grpo_sums, config), "codes", grpo_metrics, True)
         values = step.make_row_values(config, mesh, functools.partial(grpo_log_probabilities, config))
         with jax.set_mesh(mesh):
             grads, sums = jax.jit(functools.partial(step._gradients, config, mesh, objective))(trained, frozen, batch)
             own, _ = values(trained, frozen, {name: batch[name] for name in ("ids", "mask", "codes")})
         found.append(jax.device_get((grads, sums, own)))
-    (grads, sums, own), (other, other_sums, other_own) = found
-    np.testing.assert_allclose(own, other_own, rtol=1e-5)
-    np.testing.assert_allclose(sums["loss"], other_sums["loss"], rtol=1e-5)
-    assert_close(other, jax.tree.map(lambda x: np.asarray(x, np.float64), grads), 2e-5)
+    (grads, sums, own), *others = found
+    for other, other_sums, other_own in others:
+        np.testing.assert_allclose(own, other_own, rtol=1e-5)
+        np.testing.assert_allclose(sums["loss"], other_sums["loss"], rtol=1e-5)
+        assert_close(other, jax.tree.map(lambda x: np.asarray(x, np.float64), grads), 2e-5)

@@ -1,7 +1,7 @@
 """The programs of a step of reinforcement learning, compiled for devices that need not be present, and what they cost.
 
-Their seconds are predictions: what a chip must compute and move, at its data sheet's speeds (`Compiled.least_seconds`).
-No step takes less; which part takes most, and which layout is better, is what they are good for.
+Their seconds are predictions: what a chip computes and moves, at its data sheet's speeds (`Compiled.least_seconds`).
+A step takes longer; which part takes most, and which layout is better, is what they are good for.
 """
 
 from __future__ import annotations
@@ -52,8 +52,9 @@ _DECODED = 16  # pictures that a device decodes at a time at most, see `janus_ja
 def compile_reinforcement(config: TrainConfig, place: Topology) -> Iterator[Compiled]:
     """All programs of a step of `config.grpo` or `config.dpo` on `place`, in the order in which they run.
 
-    Rewards are no part of it, and neither is the rollout of answers, which takes as long as they are.
-    `draw_batch=0`, as many as fit, is compiled as all pictures of a step.
+    Rewards are no part of it, and neither is the rollout of answers, which takes as long as they are. Codes are drawn
+    one after the other, which is the default where a mesh splits the pictures; `draw_batch=0`, as many as fit, is
+    compiled as all pictures of a step.
     """
     mesh = make_mesh(dataclasses.asdict(config.mesh), devices_of(place))
     check_mesh(config, mesh)
@@ -112,7 +113,7 @@ class _Step:
     def reference(self) -> Iterator[Compiled]:
         """DPO's, which is computed once for all pairs and in no step."""
         names = ("ids", "mask", "chosen", "rejected")
-        name = "log-probabilities of the reference, once"
+        name = "of the reference, once"
         yield self._values(SCORING, name, pair_log_probabilities, self._state.trained, names, runs=0)
 
     def update(self) -> Compiled:
