@@ -8,7 +8,7 @@ from train.config import Layout, MeshConfig, TrainConfig
 
 def get_config() -> TrainConfig:
     layouts = (
-        Layout("v5e-8", MeshConfig(data=1, fsdp=8), accumulate=4, remat="dots"),
+        Layout("v5e-8", MeshConfig(data=1, fsdp=8), accumulate=2, remat="dots"),
         Layout("h100-8", MeshConfig(data=1, fsdp=8), accumulate=1, remat="dots"),
     )
     return grpo_run("1B", 64, layouts, accumulate=1)
