@@ -18,7 +18,7 @@ from examples.tiny.tokenizer import write_tokenizer
 from janus_jax.processing.chat import SYSTEM_PROMPT, Processor
 from janus_jax.sharding import make_mesh
 from tests.library.tiny_janus import raises_one_line
-from train.config import DataConfig, EvalConfig, GrpoConfig, RewardConfig, TrainConfig
+from train.config import AdapterConfig, DataConfig, EvalConfig, GrpoConfig, RewardConfig, TrainConfig
 from train.plan.flops import updates_flops
 from train.rl.grpo import rollout_keys
 from train.rl.prompts import read_prompts
@@ -75,9 +75,9 @@ def one_device(monkeypatch):
 def config_of(folder, workdir="run", grpo: GrpoConfig = GRPO, **changes) -> TrainConfig:
     nothing = dict.fromkeys(("understanding", "text", "generation"), "")
     made = tiny_config(
-        nothing | {"tokenizer": ""}, workdir, init_from=str(folder / "start"), batch_size=8, evaluation=EvalConfig(),
+        nothing | {"tokenizer": ""}, workdir, init_from=f"{folder}/start", batch_size=8, evaluation=EvalConfig(),
         data=DataConfig(context=160, images_per_row=2, workers=0), loss_chunk=MOST,
-        grpo=dataclasses.replace(grpo, prompts=(str(folder / "questions.jsonl"),)),
+        grpo=dataclasses.replace(grpo, prompts=(f"{folder}/questions.jsonl",)),
     )  # fmt: skip
     return dataclasses.replace(made, **changes)
 
@@ -127,6 +127,21 @@ def expected_reward(folder) -> float:
     given = {name: np.repeat(x, GRPO.group, axis=0) for name, x in rollouts.given(prompts)[0].items()}
     drawn = rollouts.draw(janus, given, rollout_keys(config.seed, 0, 8), None)
     return float(np.mean(vowels(rollouts.judged(janus, drawn), [""] * 8, [{}] * 8)))
+
+
+@pytest.mark.slow
+def test_an_adapter_learns_from_questions_without_pictures(folder, tmp_path, one_device):
+    """Over frozen parameters, from a file of text, with what fits in memory drawn at a time."""
+    (tmp_path / "questions.txt").write_text("What is a river?\n\nWho counts the boats?\n")
+    grpo = dataclasses.replace(GRPO, group=4)
+    config = config_of(folder, tmp_path / "run", grpo, stage=3, adapter=AdapterConfig(rank=4), steps=2)
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, context=128, images_per_row=0),
+        grpo=dataclasses.replace(grpo, prompts=(str(tmp_path / "questions.txt"),)),
+    )  # fmt: skip
+    assert (loop.train(config) / "adapter_config.json").exists()
+    first, last = read_metrics(config.workdir)
+    assert first["train/finite"] == 1 and first["train/grad_norm"] > 0 and last["train/kl"] > first["train/kl"] > 0
 
 
 @pytest.mark.slow

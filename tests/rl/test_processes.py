@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from examples.tiny.run import params_of
-from tests.rl.test_run import GRPO, folders, grpo_config  # noqa: F401  (a fixture)
+from tests.rl.test_answers import config_of, folder  # noqa: F401  (a fixture)
+from tests.rl.test_run import folders, grpo_config  # noqa: F401  (a fixture)
 from tests.several import environment, launch, outcome
 from train.config import MeshConfig
 from train.run import loop
@@ -18,22 +19,27 @@ MESH = MeshConfig(data=2, fsdp=2, tensor=2)
 TOLD = ("reward", "reward_spread", "distinct", "kl", "entropy", "clip_share")
 
 
-def write_config(path: pathlib.Path, folders: dict[str, str]) -> pathlib.Path:  # noqa: F811
+def write_config(path: pathlib.Path, made: str) -> pathlib.Path:
     path.write_text(
+        "from tests.rl.test_answers import config_of\n"
         "from tests.rl.test_run import grpo_config\n"
         "from train.config import MeshConfig\n"
         "def get_config():\n"
-        f"    return grpo_config({folders!r}, 'run', mesh={MESH!r}, steps=3)\n"
+        f"    return {made}, mesh={MESH!r}, steps=3)\n"
     )
     return path
 
 
 @pytest.mark.slow
-def test_two_processes_of_four_devices_are_one_of_eight(folders, tmp_path):  # noqa: F811
-    """They draw the same pictures, judge half of them each, and update the same parameters."""
-    one = grpo_config(folders, tmp_path / "one", mesh=MESH, steps=3)
+@pytest.mark.parametrize("drawn", ["pictures", "answers"])
+def test_two_processes_of_four_devices_are_one_of_eight(drawn, folders, folder, tmp_path):  # noqa: F811
+    """They draw the same pictures or answers, judge half of them each, and update the same parameters."""
+    if drawn == "pictures":
+        one, made = grpo_config(folders, tmp_path / "one", mesh=MESH, steps=3), f"grpo_config({folders!r}, 'run'"
+    else:
+        one, made = config_of(folder, str(tmp_path / "one"), mesh=MESH, steps=3), f"config_of({str(folder)!r}, 'run'"
     loop.train(one)
-    config = write_config(tmp_path / "two.py", folders)
+    config = write_config(tmp_path / "two.py", made)
     env = environment(4, JAX_DEFAULT_MATMUL_PRECISION="float32")
     told = outcome(launch(config, env, [tmp_path, tmp_path]))
     assert [code for code, _, _ in told] == [0, 0], told
@@ -46,4 +52,6 @@ def test_two_processes_of_four_devices_are_one_of_eight(folders, tmp_path):  # n
             assert theirs[f"train/{name}"] == pytest.approx(ours[f"train/{name}"], rel=1e-5, abs=1e-7), name
     both = params_of(tmp_path / "run")
     for path, x in params_of(one.workdir).items():
-        np.testing.assert_allclose(both[path], x, atol=1e-6, rtol=1e-5, err_msg=path)
+        # The gradient of keys' biases is nothing but rounding, which Adam makes large.
+        atol = 1e-4 if path.endswith("attn/k/bias") else 1e-6
+        np.testing.assert_allclose(both[path], x, atol=atol, rtol=1e-5, err_msg=path)

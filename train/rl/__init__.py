@@ -1,1 +1,1 @@
-"""Reinforcement learning and preferences for drawing: GRPO and DPO as steps of the one trainer."""
+"""Reinforcement learning of drawing and answering (GRPO), and preferences (DPO), as steps of the one trainer."""
