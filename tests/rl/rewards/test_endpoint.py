@@ -65,6 +65,15 @@ def test_what_is_posted(server, pictures, monkeypatch):
         np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(text)))), picture)
 
 
+def test_answers_are_posted_as_texts(server):
+    config = RewardConfig("train.rl.rewards.endpoint:Endpoint", options=(f"url={server.url}",), workers=0)
+    answers = ["7", "ünï 🙂", "", "no"]
+    with Rewards([config], "answers") as rewards:
+        found = rewards.result(rewards.start(answers, PROMPTS, METADATA))
+    np.testing.assert_array_equal(found.total, [5, 5, 1, 0])
+    assert server.bodies == [{"answers": answers, "prompts": PROMPTS, "metadata": METADATA}]
+
+
 @pytest.mark.parametrize("bad", [(500, b"oops"), (429, {}), (200, b"no json"), (200, {"scores": [1]}), (200, [])])
 def test_what_may_pass_is_tried_again(server, pictures, bad):
     server.reply = lambda body, number: bad if number < 3 else (200, {"scores": [1, 2, 3, 4]})
