@@ -9,6 +9,6 @@ from train.config import Layout, MeshConfig, TrainConfig
 def get_config() -> TrainConfig:
     layouts = tuple(
         Layout(name, MeshConfig(data=1, fsdp=8), accumulate=count, remat="dots")
-        for name, count in (("v5e-8", 4), ("h100-8", 1))
+        for name, count in (("v5e-8", 2), ("h100-8", 1))
     )
     return dpo_run("1B", layouts)
