@@ -141,7 +141,10 @@ def plot(found: Sequence[tuple[Setting, Measured]], path: pathlib.Path) -> None:
             if how.window and dataclasses.replace(how, window=fixed.window) == fixed
         )
         axis.plot(*zip(*points, strict=True), marker="o", label=f"temperature {temperature:g}")
-    axis.set(xlabel="window", ylabel="passes an image", xscale="log")
+    windows = sorted({how.window for how, _ in found if how.window})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(windows, [str(window) for window in windows])
+    axis.set(xlabel="window", ylabel="passes an image", ylim=(0, None))
     axis.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=100)
