@@ -228,8 +228,9 @@ def test_local_copies_follow_the_object(store, tmp_path):
     path = store[0] / "x.npy"
     path.write_bytes(b"first")
     copy = local_copy(path)
-    before = store[1].about(store[0])
-    assert local_copy(path) == copy and copy.read_bytes() == b"first" and store[1].about(store[0]) - before <= 2
+    before = copy.stat()  # not the number of requests: on a busy machine some are made twice
+    assert local_copy(path) == copy and copy.read_bytes() == b"first"
+    assert (copy.stat().st_ino, copy.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     path.write_bytes(b"other")
     assert local_copy(path).read_bytes() == b"other" and not copy.exists()
 
