@@ -53,15 +53,17 @@ def check_speculate(speculate: Any, num_tokens: int | None = None) -> Speculate:
 def window_of(speculate: Speculate, num_tokens: int, images: int, pair: int, keep_logits: bool) -> int:
     """The window to draw `images` with, each of `pair` rows, on the current platform and mesh; 0 is the plain loop.
 
-    "auto" takes the plain loop where a window does not pay, with `keep_logits`, and where a mesh splits the rows.
+    "auto" takes the plain loop where a window does not pay or was not measured (on meshes), and with `keep_logits`.
     Raises: ValueError for a window that is out of range, with `keep_logits`, or where the mesh would split a pair.
     """
     speculate = check_speculate(speculate, num_tokens)
-    shards = math.prod(size for axis, size in automatic_axes().items() if axis in RULES["batch"])
+    axes = automatic_axes()
+    shards = math.prod(size for axis, size in axes.items() if axis in RULES["batch"])
     if speculate == "auto":
         largest, tokens = _AUTO.get(jax.default_backend(), (0, 0))
         window = min(largest, tokens // (images * pair))
-        plain = keep_logits or shards > 1 or num_tokens < _FEWEST_CODES or window < _SMALLEST_WINDOW
+        on_mesh = math.prod(axes.values()) > 1
+        plain = keep_logits or on_mesh or num_tokens < _FEWEST_CODES or window < _SMALLEST_WINDOW
         return 0 if plain else window
     if speculate and keep_logits:
         raise ValueError("speculate does not go with keep_logits: a pass has no logits of guesses that fell; set False")

@@ -145,5 +145,9 @@ def test_auto(monkeypatch):
     windows = [window_of("auto", 144, images, 2, False) for images in (1, 4, 8, 1000)]
     assert windows == [16, 8, 4, 0]
     assert window_of("auto", 16, 1, 2, False) == window_of(False, 144, 1, 2, False) == 0
+    with jax.set_mesh(make_mesh({"tensor": 8})):
+        assert window_of("auto", 144, 1, 2, False) == 0
+    with jax.set_mesh(make_mesh({}, jax.devices()[:1])):
+        assert window_of("auto", 144, 1, 2, False) == 16
     monkeypatch.setattr(jax, "default_backend", lambda: "unheard of")
     assert window_of("auto", 144, 1, 2, False) == 0
