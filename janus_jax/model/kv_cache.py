@@ -241,8 +241,8 @@ def _store(cached: jax.Array, new: jax.Array, layer: jax.Array | None, slot: Row
 def _store_rows(cached: jax.Array, new: jax.Array, layer: jax.Array | None, slots: RowSlots) -> jax.Array:
     """`cached` with the new keys or values [R, K, T, H] of rows at their own slots.
 
-    A loop over rows: a scatter makes TPUs read and write the whole cache. On GPUs it writes in place, and a turn of
-    a loop is a kernel.
+    A loop over rows: a scatter makes TPUs read and write the whole cache. On GPUs a scatter writes in place, while
+    each turn of a loop would be a kernel.
     """
     own = () if layer is None else (layer,)
 
