@@ -108,7 +108,7 @@ class Grpo(Work):
         if self._reference is not None:
             reference = self._values(self._reference, frozen, arrays)[1]
 
-        jax.block_until_ready(reference)
+        jax.block_until_ready((old, reference))
         began = time.monotonic()
         with together():
             scores = [self._rewards.result(handle) for _, handle in scored]
