@@ -72,12 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         "--guidance", dest="cfg_weight", type=float, default=5.0, help="classifier-free; 1 for none (default 5)"
     )
     generate.add_argument("--batch-size", type=int, help="images at a time (default: as many as fit in memory)")
-    generate.add_argument(
-        "--speculate",
-        type=_speculate,
-        default="auto",
-        help="codes of an image a pass is given, most of them guesses: a number, off, or auto (default); same images",
-    )
+    _add_speculate(generate)
     _add_sampling(generate, temperature=1.0)
     generate.set_defaults(run=_generate)
 
@@ -99,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--slots", type=int, default=16, help="answers at a time; an image takes two (default 16)")
     serve.add_argument("--context", type=int, help="most tokens of a prompt and its answer (default: up to 4096)")
     serve.add_argument("--max-queue", type=int, default=256, help="how many may wait (default %(default)s)")
+    _add_speculate(serve)
     serve.add_argument("--api-key", help=f"what clients must send (default: the environment's {_API_KEY}, if set)")
     serve.add_argument("--allow-image-host", action="append", default=[], metavar="HOST", help="fetch images from here")
     serve.add_argument("--grace", type=float, default=30, help="seconds to finish in at SIGTERM (default %(default)g)")
@@ -136,6 +132,15 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Options) if field.name in args}
     Options(**given)
     return given
+
+
+def _add_speculate(parser: argparse.ArgumentParser):
+    parser.add_argument(
+        "--speculate",
+        type=_speculate,
+        default="auto",
+        help="codes of an image a pass is given, most of them guesses: a number, off, or auto (default); same images",
+    )
 
 
 def _speculate(text: str) -> Speculate:
@@ -221,7 +226,7 @@ def _serve(args: argparse.Namespace):
         for name, folder in adapters.items():
             janus.load_adapter(folder, name=name)
         janus.use_adapter(None)
-        how = {name: getattr(args, name) for name in ("slots", "context", "max_queue", "grace")}
+        how = {name: getattr(args, name) for name in ("slots", "context", "max_queue", "speculate", "grace")}
         key = args.api_key or os.environ.get(_API_KEY)
         command.serve(janus, listening, names, api_key=key, hosts=args.allow_image_host, **how)
 

@@ -156,7 +156,7 @@ def _bare_steps(engine: Any, args: argparse.Namespace) -> list[float]:
         ends, before = [], None
         for _ in range(args.steps):
             drawn = device.step(None, slots, active)
-            slots.rows = slots.rows.advanced(active)
+            slots.rows = slots.rows.advanced(active.astype(np.int32))
             jax.block_until_ready(before)  # as the engine does: a step is under way while the one before is read
             ends.append(time.perf_counter())
             before = drawn

@@ -57,14 +57,9 @@ def window_of(speculate: Speculate, num_tokens: int, images: int, pair: int, kee
     Raises: ValueError for a window that is out of range, with `keep_logits`, or where the mesh would split a pair.
     """
     speculate = check_speculate(speculate, num_tokens)
-    axes = automatic_axes()
-    shards = math.prod(size for axis, size in axes.items() if axis in RULES["batch"])
+    shards = math.prod(size for axis, size in automatic_axes().items() if axis in RULES["batch"])
     if speculate == "auto":
-        largest, tokens = _AUTO.get(jax.default_backend(), (0, 0))
-        window = min(largest, tokens // (images * pair))
-        on_mesh = math.prod(axes.values()) > 1
-        plain = keep_logits or on_mesh or num_tokens < _FEWEST_CODES or window < _SMALLEST_WINDOW
-        return 0 if plain else window
+        return 0 if keep_logits else _measured(num_tokens, images * pair)
     if speculate and keep_logits:
         raise ValueError("speculate does not go with keep_logits: a pass has no logits of guesses that fell; set False")
     if speculate and images % shards:
@@ -73,6 +68,23 @@ def window_of(speculate: Speculate, num_tokens: int, images: int, pair: int, kee
             "two rows of an image would lie on different devices; set speculate=False"
         )
     return int(speculate)
+
+
+def shared_window(speculate: Speculate, num_tokens: int, rows: int) -> int:
+    """The window of a server's images, whose steps all of its `rows` share; 1 is one code after the other.
+
+    Raises: ValueError for a window that is out of range.
+    """
+    speculate = check_speculate(speculate, num_tokens)
+    return max(1, _measured(num_tokens, rows) if speculate == "auto" else int(speculate))
+
+
+def _measured(num_tokens: int, rows: int) -> int:
+    """The window that "auto" takes for `rows` rows; 0 where none pays or was measured."""
+    largest, tokens = _AUTO.get(jax.default_backend(), (0, 0))
+    window = min(largest, tokens // rows)
+    on_mesh = math.prod(automatic_axes().values()) > 1
+    return 0 if on_mesh or num_tokens < _FEWEST_CODES or window < _SMALLEST_WINDOW else window
 
 
 def slots_of(length: int, num_tokens: int, window: int) -> int:

@@ -26,14 +26,16 @@ class Device:
     """The cache of `rows` rows for `context` tokens, and everything that is done to it.
 
     Attributes:
+      window: codes of an image that a step is given, see `programs.step`.
       params: the model's parameters with each adapter, and under None those without any.
       sizes: the cache's numbers of slots, smallest first: a step reads all of it, so it starts small.
       features: of the pictures in prompts.
     Raises: ValueError if the largest cache does not fit in memory.
     """
 
-    def __init__(self, janus: JanusPipeline, rows: int, context: int):
-        self.janus, self.model, self.sizes = janus, janus.model, cache_slots(context)
+    def __init__(self, janus: JanusPipeline, rows: int, context: int, window: int = 1):
+        self.janus, self.model, self.window = janus, janus.model, window
+        self.sizes = cache_slots(context, window)
         taken = cache_bytes(janus.config.language, rows, self.sizes[-1], janus.model.dtype)
         free = least_available_bytes(janus.mesh)
         if free is not None and taken > free * (1 if janus.mesh is None else janus.mesh.size):
@@ -62,7 +64,7 @@ class Device:
         self._cache = None  # before the new one is made, for which its memory may be needed
         with batches.using(self.janus.mesh):
             self._cache = programs.new_cache(self.model, self._count, size or self.sizes[0])
-            self._tokens = batches.put(np.zeros(self._count, np.int32), None)
+            self._tokens = batches.put(np.zeros((self._count, self.window), np.int32), None)
 
     def make_room(self, slots: int):
         """Grows the cache to the next of its sizes if it has fewer than `slots`."""
@@ -82,12 +84,15 @@ class Device:
 
     def step(self, adapter: str | None, slots: Slots, active: np.ndarray) -> programs.Drawn:
         """Gives the device a step of the `active` rows [B]; returns what it will have drawn."""
+        return self._step(adapter, slots, active, self.window if slots.draws_images(active) else 1)
+
+    def _step(self, adapter: str | None, slots: Slots, active: np.ndarray, window: int) -> programs.Drawn:
         if slots.changed:
             # Copied, since the host's are changed in place.
             self._rows = jax.device_put(jax.tree.map(np.copy, slots.rows))
             slots.changed = False
         given = self._tokens, self._rows, active.copy()
-        made = programs.step(self.model, self.params[adapter], self._cache, *given)
+        made = programs.step(self.model, self.params[adapter], self._cache, *given, window=window)
         self._cache, self._tokens, self._rows, drawn = made
         return drawn
 
@@ -101,7 +106,8 @@ class Device:
                 fitting = [tokens for tokens in PIECES if tokens <= self.slots]
                 for piece in (*(np.zeros((1, tokens), np.int32) for tokens in fitting), picture):
                     self.prefill(adapter, piece, 0, 0)
-                self.step(adapter, slots, np.zeros(self._count, bool))
+                for window in dict.fromkeys((1, self.window)):
+                    self._step(adapter, slots, np.zeros(self._count, bool), window)
             self.copy(0, 1, 0)
         for size, larger in zip(self.sizes, self.sizes[1:], strict=False):
             self.renew(size)
@@ -110,13 +116,13 @@ class Device:
         return decode_images(self.model, self.params[None], jnp.zeros((1, c.gen_vision.num_tokens), jnp.int32))
 
 
-def cache_slots(context: int) -> list[int]:
+def cache_slots(context: int, window: int = 1) -> list[int]:
     """The cache's numbers of slots for rows of `context` tokens, smallest first."""
     sizes = [min(_SMALLEST_CACHE, context)]
     while sizes[-1] < context:
         sizes.append(min(2 * sizes[-1], context))
-    # A prompt's last piece is padded; multiples of 128 suit TPUs.
-    return [-(-(size + PIECES[0]) // 128) * 128 for size in sizes]
+    # A prompt's last piece is padded, a window reaches beyond an image's end; multiples of 128 suit TPUs.
+    return [-(-(size + max(PIECES[0], window)) // 128) * 128 for size in sizes]
 
 
 def _with_adapters(janus: JanusPipeline) -> dict[str | None, Any]:

@@ -8,7 +8,6 @@ device does. What a job draws depends on its own prompt and options alone.
 from __future__ import annotations
 
 import collections
-import dataclasses
 import threading
 import time
 import traceback
@@ -26,10 +25,11 @@ from janus_jax.sampling.finite import NotFinite, on_host
 from janus_jax.sampling.images import decode_images, encode_codes
 from janus_jax.sampling.memory import OutOfMemory
 from janus_jax.sampling.sampler import check_count
-from janus_jax.serving import programs
+from janus_jax.sampling.speculative import Speculate, shared_window
 from janus_jax.serving.device import CONTEXT, Device
-from janus_jax.serving.jobs import PIECES, Ended, Failed, Job, Token
+from janus_jax.serving.jobs import PIECES, Ended, Failed, Job
 from janus_jax.serving.slots import Slots
+from janus_jax.serving.steps import Counts, Steps
 
 _LEAST_PROMPT = 32  # tokens that a context has room for beside an image's
 _FILLED_IN_A_TURN = 128  # tokens of prompts: a step for each small piece would take longer than the pieces
@@ -43,17 +43,6 @@ class Stopped(Exception):
     """The engine takes no more jobs, or ended before this one was done."""
 
 
-@dataclasses.dataclass
-class Counts:
-    """What the engine has done since it started: tokens, and jobs by how they ended."""
-
-    prompt_tokens: int = 0
-    reused_tokens: int = 0
-    drawn_tokens: int = 0
-    steps: int = 0
-    ended: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-
-
 class Engine:
     """Answers and draws for many at once; `submit` takes jobs from any thread.
 
@@ -62,10 +51,19 @@ class Engine:
       slots: rows of the cache: an answer takes one, an image two (with guidance).
       context: the most tokens of a prompt and what is drawn; default the model's positions, at most 4096.
       max_queue: how many jobs may wait for rows.
+      speculate: codes of an image that a step is given, as in `JanusPipeline.generate_images`: the same images, sooner.
+        Answers are drawn token by token; those under way beside images wait for longer steps.
     Raises: ValueError for sizes that are not possible, or do not fit in the device's memory.
     """
 
-    def __init__(self, janus: JanusPipeline, slots: int = 16, context: int | None = None, max_queue: int = 256):
+    def __init__(
+        self,
+        janus: JanusPipeline,
+        slots: int = 16,
+        context: int | None = None,
+        max_queue: int = 256,
+        speculate: Speculate = "auto",
+    ):
         c = janus.config
         positions = c.language.max_positions
         context = min(positions, CONTEXT) if context is None else check_count("context", context)
@@ -77,7 +75,10 @@ class Engine:
         self.janus, self.context, self.max_queue = janus, context, check_count("max_queue", max_queue)
         self.counts = Counts()
         self._slots = Slots(slots)
-        self._device = Device(janus, slots, context)
+        with batches.using(janus.mesh):
+            window = shared_window(speculate, c.gen_vision.num_tokens, slots)
+        self._device = Device(janus, slots, context, window)
+        self._steps = Steps(self._device, self._slots, self.counts, self._end)
         self._waiting: collections.deque[Job] = collections.deque()
         self._errands: collections.deque[tuple[Callable[[], Any], Callable[[Any], None], Future]] = collections.deque()
         self._filling: tuple[Job, Iterator[int]] | None = None
@@ -223,8 +224,11 @@ class Engine:
         while self._errands:
             self._run_errand(*self._errands.popleft())
         self._fill_some()
+        while self._pending and self._steps.must_be_read:
+            self._read()
         before = len(self._pending)
-        self._dispatch_steps()
+        for drawn, deliver in self._steps.dispatch(before):
+            self._pending.append((drawn, deliver, None))
         for _ in range(before):  # what was dispatched just now is read in the next turn
             self._read()
 
@@ -301,42 +305,8 @@ class Engine:
 
     # ---------------------------------------- steps
 
-    def _dispatch_steps(self):
-        """One step of all active rows, for each adapter that any of them uses."""
-        active = self._slots.active
-        if not active.any():
-            return
-        self._device.make_room(int(self._slots.rows.lengths[active].max()) + 1)
-        adapters = [None if job is None else job.adapter for job in self._slots.jobs]
-        for adapter in dict.fromkeys(adapters[row] for row in np.flatnonzero(active)):
-            own = active & np.array([other == adapter for other in adapters])
-            jobs = list(dict.fromkeys(self._slots.jobs[row] for row in np.flatnonzero(own)))
-            seats = [(job, job.rows[0], job.dispatched) for job in jobs]
-            drawn = self._device.step(adapter, self._slots, own)
-            self._slots.advance(own)
-            self.counts.steps += 1
-            for x in jax.tree.leaves(drawn):
-                x.copy_to_host_async()
-            self._pending.append((drawn, lambda drawn, seats=seats: self._deliver(drawn, seats), None))
-
-    def _deliver(self, drawn: programs.Drawn, seats: list[tuple[Job, int, int]]):
-        for job, row, step in seats:
-            if job.over:
-                continue
-            token = int(drawn.tokens[row])
-            if not drawn.finite[row]:
-                unit, what = ("image", "code") if job.image else ("conversation", "token")
-                where = f"after {what} {step - 1}" if step else "after the prompt"
-                self._end(job, Failed(NotFinite(unit, [0], f"the logits are not finite {where}")))
-            elif token == job.end_id:
-                self._end(job, Ended("stop"))
-            else:
-                job.tell(Token(token, float(drawn.logprobs[row])))
-                self.counts.drawn_tokens += 1
-                if len(job.tokens) == job.limit:
-                    self._end(job, Ended("stop" if job.image else "length"))
-
     def _read(self):
+        """Reads what the device was given first of all, and delivers it."""
         arrays, deliver, _ = self._pending[0]
         deliver(jax.tree.map(on_host, arrays))
         self._pending.popleft()

@@ -93,11 +93,15 @@ class Slots:
         """The job's prompts are there: it takes part in the steps."""
         self.active[list(job.rows)] = True
 
-    def advance(self, active: np.ndarray):
-        """A step of the `active` rows was given to the device, which does the same to its own copy."""
-        self.rows = self.rows.advanced(active)
-        for job in {self.jobs[row] for row in np.flatnonzero(active)}:
-            job.dispatched += 1
+    def draws_images(self, active: np.ndarray) -> bool:
+        """Whether any of the `active` rows [B] draws codes."""
+        return bool((self.rows.image & active).any())
+
+    def advance(self, counts: np.ndarray):
+        """The device goes on by so many tokens [B] int32 of each row, and has them in its own copy of `rows`."""
+        self.rows = self.rows.advanced(counts)
+        for job in {self.jobs[row] for row in np.flatnonzero(counts)}:
+            job.dispatched += int(counts[job.rows[0]])
             if job.dispatched == job.limit:
                 self.active[list(job.rows)] = False
 

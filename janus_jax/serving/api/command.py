@@ -16,6 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from janus_jax.io.messages import one_line
 from janus_jax.pipeline import JanusPipeline
+from janus_jax.sampling.speculative import Speculate
 from janus_jax.serving.api.app import make_app
 from janus_jax.serving.api.errors import ApiError
 from janus_jax.serving.api.media import Remote
@@ -113,6 +114,7 @@ def serve(
     slots: int = 16,
     context: int | None = None,
     max_queue: int = 256,
+    speculate: Speculate = "auto",
     api_key: str | None = None,
     hosts: Sequence[str] = (),
     grace: float = 30.0,
@@ -125,7 +127,7 @@ def serve(
     Raises: ValueError as `Engine` does.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-    with Engine(janus, slots, context, max_queue) as engine:
+    with Engine(janus, slots, context, max_queue, speculate) as engine:
         print("compiling", file=sys.stderr, flush=True)
         engine.warm_up()
         of_models = dict.fromkeys(names) | {name: name for name in janus.adapters.names}
