@@ -14,6 +14,7 @@ from janus_jax.model.janus import Janus
 from janus_jax.sampling.cache import cache_sizes
 from janus_jax.sampling.images import continue_image, decode_images, start_image
 from janus_jax.sampling.sampler import Sampler
+from janus_jax.sampling.speculative import shared_window
 from janus_jax.serving import programs as serving
 from janus_jax.serving.device import CONTEXT, cache_slots
 from janus_jax.sharding import activation_spec, make_mesh, param_shardings
@@ -119,24 +120,33 @@ def _over_rows(mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtype
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
 
-def compile_serving(config: TrainConfig, place: Topology, slots: int, weights: str | None = None) -> list[Compiled]:
+def compile_serving(
+    config: TrainConfig, place: Topology, slots: int, weights: str | None = None, speculate: int | None = None
+) -> list[Compiled]:
     """The step of `janus_jax.serving` with so many rows for `config`'s model on `place`; see `compile_sampling`.
 
     The cache has its largest size by default, and all of it counts as filled; both heads are read, as in a step of
     answers and images.
+
+    Args:
+      speculate: codes that images are given, most of them guesses; None for the last one alone.
+    Raises: ValueError for a number that is out of range.
     """
+    window = shared_window(False if speculate is None else speculate, config.model.gen_vision.num_tokens, slots)
     mesh, model, params = _loaded(config, place, weights)
     with jax.set_mesh(mesh), fitting(config, place):
         context = min(config.model.language.max_positions, CONTEXT)
-        empty = compile_lowered(serving.new_cache.lower(model, slots, cache_slots(context)[-1]))
-        cache = serving.new_cache.eval_shape(model, slots, cache_slots(context)[-1])
-        cache = placed(cache, empty.compiled.output_shardings)
-        tokens, active = (jax.ShapeDtypeStruct((slots,), dtype) for dtype in (jnp.int32, bool))
-        made = compile_lowered(serving.step.lower(model, params, cache, tokens, serving.Rows.idle(slots), active))
+        size = cache_slots(context, window)[-1]
+        empty = compile_lowered(serving.new_cache.lower(model, slots, size))
+        cache = placed(serving.new_cache.eval_shape(model, slots, size), empty.compiled.output_shardings)
+        tokens, active = jax.ShapeDtypeStruct((slots, window), jnp.int32), jax.ShapeDtypeStruct((slots,), bool)
+        given = model, params, cache, tokens, serving.Rows.idle(slots), active
+        made = compile_lowered(serving.step.lower(*given, window=window))
     sizes = {"parameters": shard_bytes(params), "cache": shard_bytes(cache)}
     read = {name: params[name] for name in ("language_model", "gen_aligner", "gen_head")}
     read["language_model"] = {name: x for name, x in read["language_model"].items() if name != "embed_tokens"}
     name = f"{config.name} serving {slots} slots" + (f" {weights}" if weights else "")
+    name += f", {window} codes of an image" if window > 1 else ""
     found = tuple(one.line for one in hlo.copies(made.text, _least(params, cache), anywhere=True))
     accessed, floor = program_bytes(made.text), float(shard_bytes(read) + sizes["cache"])
     return [report(name, place, mesh, sizes, made, copies=found, accessed=accessed, floor=floor)]
