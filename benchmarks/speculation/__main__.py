@@ -1,12 +1,14 @@
 """What speculative drawing brings, and what its passes cost.
 
     python -m benchmarks.speculation drawing --model runs/digits_large/stage3/export/2000 --plot passes.png
+    python -m benchmarks.speculation served --model runs/digits_large/stage3/export/2000
     python -m benchmarks.speculation agreement --model runs/digits/stage3/export/850
     python -m benchmarks.speculation passes --preset janus_pro_1b --layers 4 --images 1 4 16
     python -m benchmarks.speculation predicted --topology h100-1 v5e-8 v6e-1
 
-The first two draw the images of a trained model of digits with and without guessed codes, for how fast and whether they
-have one distribution; the third times passes with random weights; the last predicts seconds from bytes and FLOPs.
+The first three draw the images of a trained model of digits with and without guessed codes: how fast, alone and in a
+server's engine, and whether they have one distribution. `passes` times passes with random weights, and `predicted`
+predicts seconds from bytes and FLOPs.
 """
 
 from __future__ import annotations
@@ -38,6 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     drawing.add_argument("--repeats", type=count, default=3)
     drawing.add_argument("--short", action="store_true", help="windows and temperatures alone")
     drawing.add_argument("--plot", type=pathlib.Path, metavar="FILE")
+    served = add("served", (4, 8, 16), (16,), "steps and seconds of a trained model's images in a server's engine")
+    served.add_argument("--model", required=True, help="the export of a run of digits_large")
+    served.add_argument("--slots", type=count, default=16)
+    served.add_argument("--temperature", type=float, default=1.0)
+    served.add_argument("--guidance", type=float, default=3.0)
     agreement = add("agreement", (8,), (20_000,), "whether a trained model's images have the plain loop's distribution")
     agreement.add_argument("--model", required=True, help="the export of a run of digits or digits_large")
     agreement.add_argument("--batch-size", type=count, default=500)
@@ -68,6 +75,10 @@ def _measured(args: argparse.Namespace) -> str:
         from benchmarks.speculation.drawing import drawing_table
 
         return drawing_table(args)
+    if args.what == "served":
+        from benchmarks.speculation.served import served_table
+
+        return served_table(args)
     if args.what == "agreement":
         from benchmarks.speculation.agreement import agreement_table
 
