@@ -56,8 +56,8 @@ def load(
     Args:
       path_or_hub_id: a folder in the original, the transformers or our converted layout; or `owner/name` on the
         Hugging Face hub, from which only the needed files are downloaded.
-      dtype: dtype of parameters and computation; default bfloat16, but float32 on CPU, where bfloat16 is emulated
-        slowly, and float16 on GPUs without bfloat16 units.
+      dtype: dtype of parameters and computation; default bfloat16, but float32 on CPU, where bfloat16 draws
+        no faster, and float16 on GPUs without bfloat16 units.
       mesh: a mesh of `sharding.make_mesh` (or the sizes of its axes, as for it): each shard is read directly onto its
         device. Default: one device.
       weights: 'int8' or 'int4' stores the decoder's and the heads' kernels in that form, see `quantize`; default
@@ -160,7 +160,7 @@ def first_device(mesh: Mesh | None) -> jax.Device:
 def default_dtype(device: jax.Device) -> str:
     """`load`'s default dtype on `device`: the narrowest that it computes in fast and with little loss."""
     if device.platform == "cpu":
-        return "float32"  # bfloat16 is emulated slowly there
+        return "float32"  # bfloat16 is emulated slowly there, or draws no faster (processors with units for it)
     # NVIDIA's GPUs have bfloat16 units from compute capability 8.0 on; elsewhere XLA widens whole kernels in each call.
     capability = str(getattr(device, "compute_capability", "")) if device.platform in ("gpu", "cuda") else ""
     return "float16" if re.fullmatch(r"[1-7]\.\d+", capability) else "bfloat16"

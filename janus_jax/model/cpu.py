@@ -1,9 +1,9 @@
 """All workarounds for operations that XLA:CPU is slow at.
 
 Results are the same up to rounding, so readers of the model can ignore every call: `product` is its first argument,
-`attend` and `attend_rows` are `attention.attend`, `cache_rows` and `as_cached` return their first argument. `Janus.cpu`
-switches them on, and only `janus_jax.loading.layout` sets it, on a single CPU device. For products of few tokens, the
-compiler picks the branch of its platform, whatever the model says.
+`attend` and `attend_rows` are `attention.attend`, `cache_dtype`, `cache_rows` and `as_cached` return their first
+argument. `Janus.cpu` switches them on, and only `janus_jax.loading.layout` sets it, on a single CPU device. For
+products of few tokens, the compiler picks the branch of its platform, whatever the model says.
 
 (Not here, since it is the same on every platform: `vq.GroupNorm` sums over space before it sums over groups.)
 """
@@ -21,6 +21,8 @@ from janus_jax.model.precision import einsum
 
 # Up to this many tokens XLA:CPU is faster with the kernel on the left (measured: 2.6 times for 2, 1.3 for 128).
 _FEW_TOKENS = 128
+# In bfloat16 that holds from this many tokens on (with AVX512-BF16: 0.7 times as fast for 2, 1.4 for 64).
+_FEW_NARROW_TOKENS = 16
 _BLOCK = 128  # rows of an int8 or int4 kernel that are widened at a time
 _SLOTS = 128  # of the cache that are attended to at a time
 _LOOPS = 4  # that run at the same time
@@ -54,11 +56,15 @@ def product(
 
     def kernel_right(x: jax.Array, kernel: jax.Array) -> jax.Array:
         rows, matrix = matrices(x, kernel)
-        y = einsum("TD,FD->TF", rows, matrix.astype(rows.dtype), out_dtype)
-        return y.reshape(*leading, *outputs)
+        if len(rows) == 1 and _is_narrow(rows):  # a matrix by a vector takes ten times as long
+            rows = jnp.repeat(rows, 2, axis=0)
+        y = _einsum("TD,FD->TF", rows, matrix.astype(rows.dtype), out_dtype)
+        return y[: math.prod(leading)].reshape(*leading, *outputs)
 
     def kernel_left(x: jax.Array, kernel: jax.Array) -> jax.Array:
         rows, matrix = matrices(x, kernel)
+        if _is_narrow(rows) and matrix.dtype == rows.dtype and len(rows) < _FEW_NARROW_TOKENS:
+            return kernel_right(x, kernel)
         in_blocks = matrix.dtype == jnp.int8 and len(matrix) % _BLOCK == 0
         multiply = _multiply_in_blocks if in_blocks else _multiply
         return multiply(matrix, rows, out_dtype).T.reshape(*leading, *outputs)
@@ -73,8 +79,20 @@ def _multiply(matrix: jax.Array, rows: jax.Array, out_dtype: Any) -> jax.Array:
 
     XLA:CPU repacks the right operand of a product, however large; the barrier keeps it from swapping the two.
     """
-    y = einsum("FD,TD->FT", matrix.astype(rows.dtype), rows, out_dtype)
+    y = _einsum("FD,TD->FT", matrix.astype(rows.dtype), rows, out_dtype)
     return jax.lax.optimization_barrier(y)
+
+
+def _is_narrow(x: jax.Array) -> bool:
+    return jnp.finfo(x.dtype).bits < 32
+
+
+def _einsum(spec: str, x: jax.Array, y: jax.Array, out_dtype: Any = None) -> jax.Array:
+    """`precision.einsum`, accumulated in float32 and narrowed afterwards.
+
+    XLA:CPU takes two to four times as long where a product of narrow operands is to return them narrow.
+    """
+    return einsum(spec, x, y, jnp.float32).astype(out_dtype or x.dtype)
 
 
 def _multiply_in_blocks(matrix: jax.Array, rows: jax.Array, out_dtype: Any) -> jax.Array:
@@ -137,7 +155,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = No
             own = mask[row % len(mask)]
             scores = jnp.where(own[:, None], scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        return einsum("TS,SH->TH", weights.reshape(-1, slots), v).reshape(q.shape)
+        return _einsum("TS,SH->TH", weights.reshape(-1, slots), v).reshape(q.shape)
 
     flat = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
     y = jax.lax.map(lambda given: one(*given), (*flat, jnp.repeat(jnp.arange(batch), kv_heads)))
@@ -194,6 +212,14 @@ def attend_rows(q: jax.Array, k: jax.Array, v: jax.Array, rows: jax.Array | None
 
 
 # ---------------------------------------------------------------- the cache
+
+
+def cache_dtype(dtype: Any) -> Any:
+    """float32 for a model of any `dtype`: XLA:CPU would widen a narrow cache in every step.
+
+    That is seven times as slow for 16 rows of 640 tokens.
+    """
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def cache_rows(batch: int) -> int:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from janus_jax.config import IMAGE_CHANNELS, JanusConfig
+from janus_jax.model import cpu
 from janus_jax.model.kv_cache import KVCache, RowCache
 from janus_jax.model.layers import Embed, MlpProjector, gelu
 from janus_jax.model.linear import Linear
@@ -76,6 +77,11 @@ class Janus(nn.Module):
         self.gen_aligner = MlpProjector(g.codebook_dim, width, c.gen_aligner_depth, **types)
         self.gen_head = GenHead(width, c.gen_head_width, g.codebook_size, **types)
         self.language_model = Llama(c.language, scan_layers=self.scan_layers, fused=self.fused, **how)
+
+    @property
+    def cache_dtype(self) -> Any:
+        """The dtype of keys and values in a cache."""
+        return cpu.cache_dtype(self.dtype) if self.cpu else self.dtype
 
     # ------------------------------------------------------------ into the decoder
 

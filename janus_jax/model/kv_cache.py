@@ -275,16 +275,20 @@ def attend_cached(
 ) -> jax.Array:
     """Attention [B, T, N, H] of queries q [B, T, N, H] to one layer's cached keys and values; see `store`.
 
-    `mask` [B or 1, T or 1, S]: see `attention.attend`. `on_cpu`: see `cpu.attend_rows`.
+    `mask` [B or 1, T or 1, S]: see `attention.attend`. `on_cpu`: see `cpu.attend_rows`. It is computed in the cache's
+    dtype and returned in q's.
     """
     k, v = kv if layer is None else (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in kv)
+    dtype, q = q.dtype, q.astype(k.dtype)
     if not isinstance(slot, RowSlots) or slot.padded:
-        return attend(cpu.as_cached(q, len(k)), k, v, mask)[: len(q)]
-    if on_cpu:
-        return cpu.attend_rows(q, k, v, slot.rows, slot.seen)
-    if slot.rows is not None:
-        k, v = (_constrain_kv(jnp.take(x, slot.rows, axis=0)) for x in (k, v))
-    return attend(q, k, v, mask)
+        y = attend(cpu.as_cached(q, len(k)), k, v, mask)[: len(q)]
+    elif on_cpu:
+        y = cpu.attend_rows(q, k, v, slot.rows, slot.seen)
+    else:
+        if slot.rows is not None:
+            k, v = (_constrain_kv(jnp.take(x, slot.rows, axis=0)) for x in (k, v))
+        y = attend(q, k, v, mask)
+    return y.astype(dtype)
 
 
 def attend_rows(

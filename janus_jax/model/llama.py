@@ -65,10 +65,11 @@ class Mlp(nn.Module):
     dtype: Any
     param_dtype: Any
     fused: bool
+    cpu: bool
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        c, types = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        c, types = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype, "cpu": self.cpu}
         if self.fused:
             both = Linear("BTD,CFD->BTCF", (2, c.mlp_dim, c.width), **types, name="gate_up_proj")(x)
             gate, up = both[:, :, 0], both[:, :, 1]
@@ -110,7 +111,7 @@ class Block(nn.Module):
         x = constrain(x + h, "batch", "length", None)
         with jax.named_scope("mlp"):
             h = RMSNorm(c.norm_eps, **types, name="post_attention_layernorm")(x)
-            h = Mlp(c, **how, name="mlp")(h)
+            h = Mlp(c, cpu=self.cpu, **how, name="mlp")(h)
         return (constrain(x + h, "batch", "length", None), kv, None if layer is None else layer + 1), None
 
 

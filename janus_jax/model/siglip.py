@@ -50,10 +50,12 @@ class Mlp(nn.Module):
     config: SiglipConfig
     dtype: Any
     param_dtype: Any
+    cpu: bool
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        c, types = self.config, {"use_bias": True, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        c = self.config
+        types = {"use_bias": True, "dtype": self.dtype, "param_dtype": self.param_dtype, "cpu": self.cpu}
         h = Linear("BTD,FD->BTF", (c.mlp_dim, c.width), **types, name="fc1")(x)
         h = gelu(constrain(h, "batch", "length", "mlp"))
         out = {"out_dtype": residual_dtype(self.dtype), **types}
@@ -73,7 +75,7 @@ class Block(nn.Module):
         h = _layer_norm(self, "norm1")(x)
         x = x + Attention(c, **types, attention=self.attention, cpu=self.cpu, name="attn")(h)
         h = _layer_norm(self, "norm2")(x)
-        x = x + Mlp(c, **types, name="mlp")(h)
+        x = x + Mlp(c, **types, cpu=self.cpu, name="mlp")(h)
         return constrain(x, "batch", "length", None), None
 
 

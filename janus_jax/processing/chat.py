@@ -142,12 +142,20 @@ def normalize_messages(
     return turns, images or found
 
 
-def bucket(length: int, smallest: int = 32) -> int:
-    """The next of 32, 48, 64, 96, 128, 192, ...: lengths are padded to these, so that few programs are compiled.
+_FINE = 512
 
-    >>> [bucket(length) for length in (1, 33, 49, 576)]
-    [32, 48, 64, 768]
+
+def bucket(length: int, smallest: int = 32) -> int:
+    """The next of 32, 48, 64, 96, ..., 512, 576, 640, ...: lengths are padded to these, for few programs to compile.
+
+    From 512 on, where padding costs more than a program now and then, there are eight of them up to twice the length.
+
+    >>> [bucket(length) for length in (1, 33, 49, 576, 642, 1025)]
+    [32, 48, 64, 576, 704, 1152]
     """
+    if length > _FINE:
+        step = 2 ** ((length - 1).bit_length() - 1) // 8
+        return -(-length // step) * step
     size = smallest
     while size < length:
         size = size * 3 // 2 if size & (size - 1) == 0 else size // 3 * 4

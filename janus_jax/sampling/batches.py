@@ -190,21 +190,21 @@ def usable_bytes(mesh: Mesh | None, coming: Any) -> int | None:
 def bytes_to_draw(model: Janus, pair: int, length: int) -> int:
     """Bytes of memory per image while the codes for prompts [pair, length] are drawn."""
     c = model.config
-    cache = cache_bytes(c.language, pair, length + c.gen_vision.num_tokens, model.dtype)
+    cache = cache_bytes(c.language, pair, length + c.gen_vision.num_tokens, model.cache_dtype)
     return cache + _prefill_bytes(c.language, pair, length)
 
 
 def bytes_to_answer(model: Janus, length: int, images: int, new_tokens: int) -> int:
     """Bytes of memory for a conversation of `length` tokens with `images` images while `new_tokens` are drawn."""
     c = model.config
-    cache = cache_bytes(c.language, 1, length + new_tokens, model.dtype)
+    cache = cache_bytes(c.language, 1, length + new_tokens, model.cache_dtype)
     return cache + max(_prefill_bytes(c.language, 1, length), images * _image_bytes(c.vision))
 
 
 def bytes_to_go_on(model: Janus, prefix: int, length: int, new_tokens: int) -> int:
     """Bytes of memory for `length` tokens after a cached prefix, with a cache of its own, and `new_tokens` drawn."""
     c = model.config.language
-    cache = cache_bytes(c, 1, prefix + length + new_tokens, model.dtype)
+    cache = cache_bytes(c, 1, prefix + length + new_tokens, model.cache_dtype)
     return cache + length * (4 * c.heads * (prefix + length) + (3 * c.mlp_dim + 6 * c.width) * 4)
 
 

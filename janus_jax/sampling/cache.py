@@ -20,7 +20,7 @@ _CACHE_SIZES = 4
 
 def empty_cache(model: Janus, rows: int, slots: int) -> KVCache:
     """The cache that the sampling loops use for `model`, empty."""
-    return init_cache(model.config.language, rows, slots, model.dtype, model.scan_layers, model.cpu)
+    return init_cache(model.config.language, rows, slots, model.cache_dtype, model.scan_layers, model.cpu)
 
 
 def _is_large(cache: int, weights: int) -> bool:
@@ -31,7 +31,7 @@ def cache_sizes(model: Janus, params: Any, rows: int, length: int, new_tokens: i
     """Sizes of the cache in slots, smallest first, for `rows` prompts of `length` tokens and the tokens drawn."""
     most = length + new_tokens - 1
     weights = sum(array_bytes(x.shape, x.dtype) for x in jax.tree.leaves(params["language_model"]))
-    sizes = _CACHE_SIZES if _is_large(cache_bytes(model.config.language, rows, most, model.dtype), weights) else 1
+    sizes = _CACHE_SIZES if _is_large(cache_bytes(model.config.language, rows, most, model.cache_dtype), weights) else 1
     return [most - new_tokens * smaller // sizes for smaller in reversed(range(sizes))]
 
 

@@ -36,7 +36,7 @@ class Device:
     def __init__(self, janus: JanusPipeline, rows: int, context: int, window: int = 1):
         self.janus, self.model, self.window = janus, janus.model, window
         self.sizes = cache_slots(context, window)
-        taken = cache_bytes(janus.config.language, rows, self.sizes[-1], janus.model.dtype)
+        taken = cache_bytes(janus.config.language, rows, self.sizes[-1], janus.model.cache_dtype)
         free = least_available_bytes(janus.mesh)
         if free is not None and taken > free * (1 if janus.mesh is None else janus.mesh.size):
             raise ValueError(
