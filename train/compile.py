@@ -5,7 +5,7 @@
     python -m train.compile --config 7b_stage3 --topology v5e-8 --sampling
     python -m train.compile --config 7b_stage3 --topology h100-1 --sampling --images 16 --weights int8
     python -m train.compile --config 7b_stage3 --topology v5e-8 --serving 16
-    python -m train.compile --config 7b_stage3 --topology h100-1 --serving 16 --speculate 8
+    python -m train.compile --config 7b_stage3 --topology h100-1 --sampling --images 4 --speculate 16
     python -m train.compile --config 7b_stage3 --topology v5p-128 --tune
     python -m train.compile --config grpo_7b --topology v5p-64
     python -m train.compile --all --table compiled.md
@@ -93,7 +93,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--serving", type=int, metavar="SLOTS", help="compile the step of a server of so many slots instead"
     )
     parser.add_argument(
-        "--speculate", type=int, metavar="CODES", help="with --serving: the step that gives images so many codes"
+        "--speculate",
+        type=int,
+        metavar="CODES",
+        help="with --sampling or --serving: a pass that gives each image so many codes",
     )
     parser.add_argument(
         "--weights", choices=FORMS, help="with --sampling or --serving: quantized kernels in the decoder"
@@ -117,8 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sampling = args.sampling or bool(args.serving)
         if (args.images != 1 and not args.sampling) or (args.weights and not sampling):
             raise ValueError("--images and --weights are for --sampling, and --weights for --serving")
-        if args.speculate is not None and not args.serving:
-            raise ValueError("--speculate is for --serving")
+        if args.speculate is not None and not sampling:
+            raise ValueError("--speculate is for --sampling and --serving")
         if args.tune and (sampling or not args.config):
             raise ValueError("--tune is for the train step of one --config")
         names = [args.config] if args.config else config_names()
@@ -177,7 +180,7 @@ def _compiled(
     if args.serving:
         return compile_serving(config, place, args.serving, args.weights, args.speculate)
     if sample:
-        return compile_sampling(config, place, args.images, args.weights, decoder)
+        return compile_sampling(config, place, args.images, args.weights, decoder, args.speculate)
     if config.grpo or config.dpo:
         return compile_reinforcement(config, place)
     return [compile_training(config, place)]

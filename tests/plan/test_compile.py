@@ -132,6 +132,7 @@ def test_a_mesh_that_is_given_stays():
         (["--config", "debug"], "debug names no topology; give --topology"),
         (["--config", "debug", "--weights", "int8"], "--images and --weights are for --sampling"),
         (["--config", "debug", "--sampling", "--images", "0"], "--images must be at least 1, got 0"),
+        (["--config", "debug", "--speculate", "8"], "--speculate is for --sampling and --serving"),
     ],
 )
 def test_bad_input_is_one_line(arguments, told, capsys):
@@ -222,11 +223,15 @@ def test_between_slices_go_gradients_once_a_step():
     assert 1 < int(count) <= len(trained) + 1 and kind == "all-reduce"
 
 
+MOVED = re.compile(r"a step moves (\S+) GiB and computes \S+ TFLOP; parameters and cache are (\S+) GiB")
+
+
 @needs_cuda
 @pytest.mark.parametrize(
     ("place", "more", "most"),
     [
         ("h100-1", (), 1.3),
+        ("h100-1", ("--images", "4", "--speculate", "8"), 2.5),
         ("h100-1", ("--images", "4", "--weights", "int8"), 1.3),
         ("h100-1", ("--weights", "int4"), 1.3),
         ("t4-1", ("--weights", "int8"), 1.1),
@@ -239,9 +244,7 @@ def test_sampling_on_a_gpu_reads_weights_and_cache_once(place, more, most):
     heads = ["model.language.heads=8", "model.language.kv_heads=8", "model.language.head_dim=128"]
     done = _command("--config", "debug", "--topology", place, "--sampling", *more, *fitting, *heads)
     assert done.returncode == 0, done.stderr
-    moved, least = map(
-        float, re.search(r"a step moves (\S+) GiB; parameters and cache are (\S+) GiB", done.stdout).groups()
-    )
+    moved, least = map(float, MOVED.search(done.stdout).groups())
     assert least <= moved < most * least
     assert "copies of cache or weights in the loop: 0" in done.stdout
 
@@ -254,9 +257,7 @@ def test_sampling_with_int4_on_a_tpu_reads_weights_and_cache_once():
     overrides = [f"model.language.{key}={value}" for key, value in sizes.items()]
     done = _command("--config", "debug", "--topology", "v5e-1", "--sampling", "--weights", "int4", *overrides)
     assert done.returncode == 0, done.stderr
-    moved, least = map(
-        float, re.search(r"a step moves (\S+) GiB; parameters and cache are (\S+) GiB", done.stdout).groups()
-    )
+    moved, least = map(float, MOVED.search(done.stdout).groups())
     # Some of four layers stays in fast memory from step to step.
     assert 0.5 * least < moved < 1.1 * least
     assert "copies of cache or weights in the loop: 0" in done.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -12,9 +13,16 @@ from jax.sharding import Mesh, NamedSharding
 from janus_jax.loading import layout
 from janus_jax.model.janus import Janus
 from janus_jax.sampling.cache import cache_sizes
-from janus_jax.sampling.images import continue_image, decode_images, start_image
+from janus_jax.sampling.images import ImageState, continue_image, decode_images, start_image
 from janus_jax.sampling.sampler import Sampler
-from janus_jax.sampling.speculative import shared_window
+from janus_jax.sampling.speculative import (
+    Speculation,
+    behind_first,
+    continue_windows,
+    shared_window,
+    slots_of,
+    window_of,
+)
 from janus_jax.serving import programs as serving
 from janus_jax.serving.device import CONTEXT, cache_slots
 from janus_jax.sharding import activation_spec, make_mesh, param_shardings
@@ -23,6 +31,7 @@ from janus_jax.weights.quantize import quantized_shapes
 from janus_jax.weights.torch_weights import abstract_params
 from train.config import TrainConfig
 from train.plan import hlo
+from train.plan.executed import executed_flops
 from train.plan.moved import loop_bytes, program_bytes
 from train.plan.programs import Compiled, Made, compile_lowered, devices_of, fitting, placed, report, shard_bytes
 from train.plan.topologies import GPUS, Topology
@@ -31,24 +40,38 @@ _PROMPT = 64  # tokens of a sampled prompt
 
 
 def compile_sampling(
-    config: TrainConfig, place: Topology, images: int = 1, weights: str | None = None, decoder: bool = True
+    config: TrainConfig,
+    place: Topology,
+    images: int = 1,
+    weights: str | None = None,
+    decoder: bool = True,
+    speculate: int | None = None,
 ) -> list[Compiled]:
     """`config`'s model for `place`: the image loop with guidance and, with `decoder`, the VQ decoder.
 
-    It computes in bfloat16, or float16 on GPUs without bfloat16 units. `weights`: None, or the form of quantized
-    kernels, see `quantize`. A cache that grows is compiled at its largest size.
+    It computes in bfloat16, or float16 on GPUs without bfloat16 units. A cache that grows is compiled at its largest
+    size.
+
+    Args:
+      weights: the form of quantized kernels, see `quantize`; None for plain ones.
+      speculate: codes that a pass is given of each image, see `sampling.speculative`; None for the plain loop.
+    Raises: ValueError for `speculate` that is out of range, or where the mesh would split an image's two rows.
     """
     mesh, model, params = _loaded(config, place, weights)
-    with fitting(config, place):
-        made = drawing(mesh, model, params, images, _PROMPT)
+    with fitting(config, place), jax.set_mesh(mesh):
+        window = window_of(
+            False if speculate is None else speculate, config.model.gen_vision.num_tokens, images, 2, False
+        )
+        made = drawing(mesh, model, params, images, _PROMPT, window=window)
         decode = compile_decoding(mesh, model, params, images) if decoder else None
     name = f"{config.name} sampling {images}" + (f" {weights}" if weights else "")
+    name += f", {window} codes a pass" if window else ""
     sizes = {"parameters": shard_bytes(params)}
     done = [
         report(f"{name}: prefill", place, mesh, sizes, made.prefill),
         report(
             name, place, mesh, sizes | {"cache": made.cache}, made.loop, copies=made.copies,
-            accessed=loop_bytes(made.loop.text), floor=made.floor,
+            accessed=loop_bytes(made.loop.text), floor=made.floor, executed=executed_flops(made.loop.text),
         ),
     ]  # fmt: skip
     if decode:
@@ -79,7 +102,14 @@ class Drawing:
 
 
 def drawing(
-    mesh: Mesh, model: Janus, params: Any, images: int, prompt: int, rows: int = 2, truncated: bool = False
+    mesh: Mesh,
+    model: Janus,
+    params: Any,
+    images: int,
+    prompt: int,
+    rows: int = 2,
+    truncated: bool = False,
+    window: int = 0,
 ) -> Drawing:
     """Compiles what draws so many `images` at a time, of prompts of `prompt` tokens.
 
@@ -87,23 +117,35 @@ def drawing(
       params: `jax.ShapeDtypeStruct`s with shardings.
       rows: of a prompt: 2 with guidance.
       truncated: whether top-k or top-p are in use.
+      window: codes of each image that a pass is given; 0 for the plain loop.
     """
     codes = model.config.gen_vision.num_tokens
     ids, mask = (_over_rows(mesh, (images, rows, prompt), dtype) for dtype in (jnp.int32, bool))
     keys = _over_rows(mesh, (images,), jax.eval_shape(lambda: jax.random.key(0)).dtype)
     scalar, count = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
     sampler = Sampler(temperature=scalar, top_k=count, top_p=scalar, truncated=truncated)
-    slots = cache_sizes(model, params, rows * images, prompt, codes)
+    grown = cache_sizes(model, params, rows * images, prompt, codes)
+    slots = [slots_of(prompt, codes, window)] if window else grown
     with jax.set_mesh(mesh):
         given = (params, ids, mask, keys, scalar, sampler, codes, False)
         start = compile_lowered(start_image.lower(model, *given, slots[0]))
         state = placed(start_image.eval_shape(model, *given, slots[-1]), start.compiled.output_shardings)
-        loop = compile_lowered(continue_image.lower(model, params, state, keys, scalar, sampler, count, count))
+        if window:
+            begun = jax.eval_shape(functools.partial(_begun, model, codes, window), state)
+            begun = dataclasses.replace(begun, cache=state.cache)
+            lowered = continue_windows.lower(model, params, begun, keys, scalar, sampler, count, window=window)
+        else:
+            lowered = continue_image.lower(model, params, state, keys, scalar, sampler, count, count)
+        loop = compile_lowered(lowered)
     cache = shard_bytes(state.cache)
     decoder = {k: v for k, v in params.items() if k in ("language_model", "gen_aligner", "gen_embed", "gen_head")}
     read = dict(decoder, language_model={k: v for k, v in decoder["language_model"].items() if k.startswith("layers")})
     copies = tuple(one.line for one in hlo.copies(loop.text, _least(params, state.cache)))
     return Drawing(start, loop, slots, cache, float(shard_bytes(read) + cache), copies)
+
+
+def _begun(model: Janus, codes: int, window: int, state: ImageState) -> Speculation:
+    return behind_first(model, state.cache, state.codes[:, 0], state.failed, codes, window)
 
 
 def compile_decoding(mesh: Mesh, model: Janus, params: Any, images: int) -> Made:
@@ -149,7 +191,8 @@ def compile_serving(
     name += f", {window} codes of an image" if window > 1 else ""
     found = tuple(one.line for one in hlo.copies(made.text, _least(params, cache), anywhere=True))
     accessed, floor = program_bytes(made.text), float(shard_bytes(read) + sizes["cache"])
-    return [report(name, place, mesh, sizes, made, copies=found, accessed=accessed, floor=floor)]
+    more = {"copies": found, "accessed": accessed, "floor": floor, "executed": executed_flops(made.text)}
+    return [report(name, place, mesh, sizes, made, **more)]
 
 
 def _loaded(config: TrainConfig, place: Topology, weights: str | None) -> tuple[Mesh, Janus, Any]:

@@ -144,7 +144,11 @@ class Compiled:
                 "bytes of collectives move while a chip computes"
             )
         if self.accessed is not None and self.floor is not None:
-            yield f"  a step moves {self.accessed / GIB:.3f} GiB; parameters and cache are {self.floor / GIB:.3f} GiB"
+            products = f" and computes {self.executed / 1e12:.3f} TFLOP" if self.executed is not None else ""
+            yield (
+                f"  a step moves {self.accessed / GIB:.3f} GiB{products}; parameters and cache are "
+                f"{self.floor / GIB:.3f} GiB"
+            )
             yield f"  copies of cache or weights in the loop: {len(self.copies)}"
             yield from (f"    {line[:160]}" for line in self.copies)
         yield f"  compiled in {self.seconds:.0f} s"
