@@ -226,6 +226,7 @@ def test_bad_configs_are_named(folder):
     for changes, told in (
         ({"rewards": ()}, "grpo.rewards is empty; name what judges the answers"),
         ({"temperature": 0.0}, "at 0, all answers of a group are the same"),
+        ({"speculate": 4}, "grpo.speculate=4 is of pictures' codes; with grpo.rollouts=answers leave it at 0"),
         ({"loss": "conditional"}, "grpo.loss=conditional is of guidance, which answers lack"),
         ({"max_new_tokens": 0}, "grpo.max_new_tokens must be at least 1, got 0"),
         ({"max_new_tokens": 158}, "has no room for a prompt beside the 158 tokens of an answer"),

@@ -39,7 +39,11 @@ def _check_grpo(config: TrainConfig) -> list[str]:
         count % g.group == 0, f"batch_size={count} must be a multiple of grpo.group={g.group}, a prompt's {g.rollouts}"
     )
     _require(
-        0 <= g.speculate <= (1 if config.answers else config.drawn),
+        not config.answers or 0 <= g.speculate <= 1,
+        f"grpo.speculate={g.speculate} is of pictures' codes; with grpo.rollouts=answers leave it at 0",
+    )
+    _require(
+        0 <= g.speculate <= config.drawn,
         f"grpo.speculate must be 0 (auto), 1 (off) or a window of up to {config.drawn} codes, got {g.speculate}",
     )
     parts = g.updates * config.accumulate
