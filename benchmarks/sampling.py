@@ -58,7 +58,7 @@ def step_bytes(model: Any, params: Any, rows: int, context: int) -> int:
     language = {k: v for k, v in params["language_model"].items() if k not in ("embed_tokens", "lm_head")}
     weights = jax.tree.leaves((language, params["gen_head"], params["gen_aligner"]))
     read = sum(array_bytes(leaf.shape, leaf.dtype) for leaf in weights)
-    return read + cache_bytes(model.config.language, rows, context, model.dtype)
+    return read + cache_bytes(model.config.language, rows, context, model.cache_dtype)
 
 
 def time_jax(args: argparse.Namespace, dtype: str, how: str) -> common.Run:

@@ -279,7 +279,7 @@ def attend_cached(
     dtype and returned in q's.
     """
     k, v = kv if layer is None else (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in kv)
-    dtype, q = q.dtype, q.astype(k.dtype)
+    dtype, q = q.dtype, q.astype(k.dtype)  # which differ on CPUs alone
     if not isinstance(slot, RowSlots) or slot.padded:
         y = attend(cpu.as_cached(q, len(k)), k, v, mask)[: len(q)]
     elif on_cpu:

@@ -142,13 +142,13 @@ def normalize_messages(
     return turns, images or found
 
 
-_FINE = 512
+_FINE = 512  # lengths above are padded by an eighth at most
 
 
 def bucket(length: int, smallest: int = 32) -> int:
     """The next of 32, 48, 64, 96, ..., 512, 576, 640, ...: lengths are padded to these, for few programs to compile.
 
-    From 512 on, where padding costs more than a program now and then, there are eight of them up to twice the length.
+    From 512 on, where padding costs more than a program now and then, there are eight of them up to twice that.
 
     >>> [bucket(length) for length in (1, 33, 49, 576, 642, 1025)]
     [32, 48, 64, 576, 704, 1152]

@@ -6,7 +6,8 @@ what the others become: the next window's guesses. Both rows of guidance are in 
 its own count.
 
 With the coupling 'same', which is what everyone gets who does not ask for another, the images are those of the plain
-loop, so that the window is a matter of speed alone.
+loop, so that the window is a matter of speed alone. (Where values are not finite, as with damaged parameters, a guess
+spoils its pass though it is not drawn in the end, and the image fails where the plain loop might not.)
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ class Device:
 
     def step(self, adapter: str | None, slots: Slots, active: np.ndarray) -> programs.Drawn:
         """Gives the device a step of the `active` rows [B]; returns what it will have drawn."""
-        return self._step(adapter, slots, active, self.window if slots.draws_images(active) else 1)
+        return self._step(adapter, slots, active, self.window if (slots.rows.image & active).any() else 1)
 
     def _step(self, adapter: str | None, slots: Slots, active: np.ndarray, window: int) -> programs.Drawn:
         if slots.changed:

@@ -224,10 +224,10 @@ class Engine:
         while self._errands:
             self._run_errand(*self._errands.popleft())
         self._fill_some()
-        while self._pending and self._steps.must_be_read:
+        while self._steps.must_be_read:
             self._read()
         before = len(self._pending)
-        for drawn, deliver in self._steps.dispatch(before):
+        for drawn, deliver in self._steps.dispatch():
             self._pending.append((drawn, deliver, None))
         for _ in range(before):  # what was dispatched just now is read in the next turn
             self._read()
@@ -340,6 +340,7 @@ class Engine:
             if future is not None:
                 future.set_exception(error)
         self._pending.clear()
+        self._steps.forget()
 
     def _fail_all(self, error: Exception):
         self._fail([*self._slots.busy, *self._waiting], error)

@@ -116,7 +116,8 @@ class Job:
       notify: called with every Event, from the engine's thread; it must be quick, and must not raise.
       sampler: the fields of the options' Sampler, on the host.
     The engine's own:
-      rows: the rows that it has; tokens: those drawn so far; dispatched: how many steps the device was given.
+      rows: the rows that it has; tokens: those drawn so far; dispatched: how many tokens it will have when all steps
+        are read whose outcome is known: of images that are guessed, those that were read.
       reused: tokens of its prompts that were there already. over: whether Ended or Failed was told.
       submitted, seated, first, ended: when, by the monotonic clock.
     """

@@ -18,11 +18,12 @@ class Slots:
     a conversation or another image of the same prompt, goes on from there.
 
     Attributes:
-      rows: what the step is told of them.
+      rows: what the step is told of them. Of images that are guessed, lengths, drawn and first are as when a step was
+        last read, see `steps`.
       jobs: each row's job, or None if it is free.
       active: [B] bool, the rows whose prompts are complete and which have tokens to draw.
       contents: for each row, what its slots hold from 0 on, see `Prompt.content`.
-      changed: whether `rows` is other than the device has.
+      changed: whether the host has changed `rows`, so that the device has to be told.
     """
 
     def __init__(self, count: int):
@@ -92,10 +93,6 @@ class Slots:
     def begin(self, job: Job):
         """The job's prompts are there: it takes part in the steps."""
         self.active[list(job.rows)] = True
-
-    def draws_images(self, active: np.ndarray) -> bool:
-        """Whether any of the `active` rows [B] draws codes."""
-        return bool((self.rows.image & active).any())
 
     def advance(self, counts: np.ndarray):
         """The device goes on by so many tokens [B] int32 of each row, and has them in its own copy of `rows`."""

@@ -40,53 +40,46 @@ class Steps:
 
     def __init__(self, device: Device, slots: Slots, counts: Counts, end: Callable[[Job, Ended | Failed], None]):
         self._device, self._slots, self._counts, self._end = device, slots, counts, end
+        self._unread = 0  # steps with guesses that were not delivered
 
     @property
     def must_be_read(self) -> bool:
-        """Whether all steps must be read before the next one: rows are about to be sent that only the device knows."""
-        return self._slots.changed and self._is_guessing(self._slots.active)
+        """Whether what was dispatched must be read first: rows are to be sent of which the device alone knows some."""
+        return self._slots.changed and self._unread > 0
 
-    def dispatch(self, unread: int) -> Iterator[tuple[programs.Drawn, Deliver]]:
-        """One step for each adapter that any active row uses: what it will have drawn, and what to do with it then.
+    def forget(self):
+        """What was dispatched will not be delivered."""
+        self._unread = 0
 
-        Args:
-          unread: at most so many steps before these were not delivered yet.
-        """
-        active = self._slots.active
-        if not active.any():
-            return
-        self._device.make_room(self._reach(unread))
+    def dispatch(self) -> Iterator[tuple[programs.Drawn, Deliver]]:
+        """One step for each adapter that any active row uses: what it will have drawn, and what to do with it then."""
+        active = self._slots.active.copy()
         adapters = [None if job is None else job.adapter for job in self._slots.jobs]
         for adapter in dict.fromkeys(adapters[row] for row in np.flatnonzero(active)):
             own = active & np.array([other == adapter for other in adapters])
-            jobs = list(dict.fromkeys(self._slots.jobs[row] for row in np.flatnonzero(own)))
-            seats = [(job, job.rows) for job in jobs if job is not None]
+            guessed = own & self._slots.rows.image & (self._device.window > 1)
+            self._device.make_room(self._reach(guesses=guessed.any()))
+            seats = [(job, job.rows) for job in self._slots.busy if own[job.rows[0]]]
             drawn = self._device.step(adapter, self._slots, own)
-            guessed = own & self._slots.rows.image & self._is_guessing(own)
             self._slots.advance((own & ~guessed).astype(np.int32))
+            self._unread += int(guessed.any())
             self._counts.steps += 1
             for x in jax.tree.leaves(drawn):
                 x.copy_to_host_async()
             yield drawn, lambda drawn, seats=seats, guessed=guessed: self._deliver(drawn, seats, guessed)
 
-    def _is_guessing(self, active: np.ndarray) -> bool:
-        return self._device.window > 1 and self._slots.draws_images(active)
-
-    def _reach(self, unread: int) -> int:
-        """Slots that the next step may write to, also behind the lengths of rows that are not active."""
-        longest = int(self._slots.rows.lengths.max())
-        if not self._is_guessing(self._slots.active):
-            return longest + 1
+    def _reach(self, guesses: bool) -> int:
+        """Slots that a step may write to: it writes behind the length of every row, whether it is one of its own."""
+        window = self._device.window
+        longest = int(self._slots.rows.lengths.max()) + window * self._unread
         # An image ends within the largest size, whatever the steps bring that were not read.
-        return min(longest + self._device.window * (1 + unread), self._device.sizes[-1])
+        return min(longest + (window if guesses else 1), self._device.sizes[-1])
 
     def _deliver(self, drawn: programs.Drawn, seats: list[tuple[Job, tuple[int, ...]]], guessed: np.ndarray):
-        counts = np.zeros_like(drawn.counts)
-        for job, rows in seats:
-            if not job.over:
-                own = np.array(rows)[guessed[list(rows)]]
-                counts[own] = drawn.counts[own]
+        counts = drawn.counts * guessed
+        counts[[row for job, rows in seats if job.over for row in rows]] = 0
         self._slots.advance(counts)
+        self._unread -= int(guessed.any())
         for job, (row, *_) in seats:
             each = zip(drawn.tokens[row], drawn.logprobs[row], drawn.finite[row], strict=True)
             for token, logprob, finite in itertools.islice(each, int(drawn.counts[row])):

@@ -61,7 +61,7 @@ def test_without_the_seam_the_model_is_the_plain_one(weights, monkeypatch):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("tokens", [1, 2, 15, 16, 128, 300])
 def test_narrow_products(dtype, tokens):
-    """Sums are of float32, and rounded once; into float32 they are not rounded at all."""
+    """They are asked for in float32, and rounded once; XLA:CPU would widen the kernel of one that is to be narrow."""
     rng = np.random.default_rng(tokens)
     x, kernel = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in ((1, tokens, 96), (4, 24, 96)))
     exact = np.einsum("BTD,NHD->BTNH", *(np.asarray(given, np.float64) for given in (x, kernel)))
@@ -71,6 +71,8 @@ def test_narrow_products(dtype, tokens):
             spec = "BTD,NHD->BTNH"
             return cpu.product(lambda x, kernel: einsum(spec, x, kernel, out), spec, x, kernel, out, as_matrix=True)
 
+        dots = [line for line in jax.jit(product).lower(x, kernel).as_text().splitlines() if "dot_general" in line]
+        assert dots and all(line.split(" loc(")[0].rstrip().endswith("xf32>") for line in dots)
         made = jax.jit(product)(x, kernel)
         assert made.dtype == (out or x.dtype) and made.shape == exact.shape
         rounding = jnp.finfo(made.dtype).eps / 2
