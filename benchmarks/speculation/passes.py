@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import dataclasses
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +23,8 @@ _HEADER = "| images | plain step | {} |\n|{}"
 
 def cost_table(args: argparse.Namespace) -> str:
     """A Markdown table of milliseconds, a row for each number of images, for `args` of `benchmarks.speculation`."""
+    import jax
+
     from janus_jax.config import get_preset
 
     began = time.monotonic()
@@ -36,6 +39,8 @@ def cost_table(args: argparse.Namespace) -> str:
     jobs = [(images, window) for images in args.images for window in (0, *args.windows)]
     with concurrent.futures.ThreadPoolExecutor(args.threads) as pool:
         made = {job: pool.submit(_program, model, params, *job) for job in jobs}
+        if jax.default_backend() == "cpu":  # on which compiling would take what is being timed
+            concurrent.futures.wait(made.values(), timeout=args.seconds if math.isfinite(args.seconds) else None)
         for job, program in made.items():
             if time.monotonic() - began > args.seconds:
                 pool.shutdown(wait=False, cancel_futures=True)

@@ -162,7 +162,14 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = No
     return y.reshape(batch, kv_heads, length, -1, head_dim).transpose(0, 2, 1, 3, 4).reshape(batch, length, heads, -1)
 
 
-def attend_rows(q: jax.Array, k: jax.Array, v: jax.Array, rows: jax.Array | None, seen: jax.Array) -> jax.Array:
+def attend_rows(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    rows: jax.Array | None,
+    seen: jax.Array,
+    begins: jax.Array | None = None,
+) -> jax.Array:
     """`attention.attend` of new tokens q [R, T, N, H] of rows of a cache [B, K, S, H]; see `RowSlots`.
 
     It reads only slots that are filled, in blocks, with the softmax of those read so far: rows differ in length, and on
@@ -192,7 +199,8 @@ def attend_rows(q: jax.Array, k: jax.Array, v: jax.Array, rows: jax.Array | None
             slot = start + jnp.arange(block)
             scores = einsum("KMH,KSH->KMS", q, some(k, start), jnp.float32) * head_dim**-0.5
             # The last block may begin within the one before.
-            scores = jnp.where((slot <= last[:, None]) & (slot >= n * block), scores, least)
+            first = n * block if begins is None else jnp.maximum(n * block, begins[which])
+            scores = jnp.where((slot <= last[:, None]) & (slot >= first), scores, least)
             new = jnp.maximum(most, scores.max(axis=-1))
             weights, faded = jnp.exp(scores - new[..., None]), jnp.exp(most - new)
             values = einsum("KMS,KSH->KMH", weights.astype(v.dtype), some(v, start), jnp.float32)

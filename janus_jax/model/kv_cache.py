@@ -162,17 +162,17 @@ class RowSlots:
       starts: [R] int32, the slot of each row's first new token.
       seen: [R] int32, the filled slots that the row's new tokens attend to, beside those among themselves that are not
         later: as `starts`, but for rows of which nothing is wanted.
-      padded: whether some of the filled slots are padding, which only the mask says.
+      begins: [R] int32, each row's first slot that is not padding; None without padding.
     """
 
     rows: jax.Array | None
     starts: jax.Array
     seen: jax.Array
-    padded: bool = dataclasses.field(default=False, metadata={"static": True})
+    begins: jax.Array | None = None
 
     def of_one_token(self, tokens: int) -> bool:
         """Whether this is the next token of every row, with nothing but filled slots before it; see `attend_rows`."""
-        return self.rows is None and not self.padded and tokens == 1
+        return self.rows is None and self.begins is None and tokens == 1
 
     def mask(self, tokens: int, slots: int) -> jax.Array:
         """[R, T, S] bool, what each new token attends to."""
@@ -280,10 +280,10 @@ def attend_cached(
     """
     k, v = kv if layer is None else (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in kv)
     dtype, q = q.dtype, q.astype(k.dtype)  # which differ on CPUs alone
-    if not isinstance(slot, RowSlots) or slot.padded:
+    if not isinstance(slot, RowSlots):
         y = attend(cpu.as_cached(q, len(k)), k, v, mask)[: len(q)]
     elif on_cpu:
-        y = cpu.attend_rows(q, k, v, slot.rows, slot.seen)
+        y = cpu.attend_rows(q, k, v, slot.rows, slot.seen, slot.begins)
     else:
         if slot.rows is not None:
             k, v = (_constrain_kv(jnp.take(x, slot.rows, axis=0)) for x in (k, v))

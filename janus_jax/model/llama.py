@@ -215,7 +215,8 @@ class Llama(nn.Module):
         slots, ends = jnp.arange(cache.mask.shape[1]), lengths[:, None] + jnp.arange(x.shape[1])
         mask = (cache.mask | (slots >= cache.length))[:, None] & (slots <= ends[..., None])
         positions = cache.positions[:, None] + ends - cache.length
-        return self._run(x, positions, mask, cache, RowSlots(None, lengths, lengths, padded=True))
+        where = RowSlots(None, lengths, lengths, begins=cache.length - cache.positions)
+        return self._run(x, positions, mask, cache, where)
 
     def decode_rows(
         self,

@@ -88,9 +88,11 @@ def test_where_logits_are_not_finite(tiny, plain):
     assert told[0] == told[1] and f"after code {step} " in told[0]
 
 
-def test_as_it_is_computed_on_a_cpu(tiny):
-    """Layers apart, and the single row of an image without guidance, whose keys are kept twice."""
-    ids, mask = (x[1:2, :1] for x in pairs(tiny))
+@pytest.mark.parametrize("images", [slice(1, 2), slice(None)], ids=["one row", "pairs"])
+def test_as_it_is_computed_on_a_cpu(tiny, images):
+    """Layers apart; padded prompts, and the single row of an image without guidance, whose keys are kept twice."""
+    ids, mask = (x[images, : 1 if images.stop else 2] for x in pairs(tiny))
+    assert images.stop or not mask.all()
     model = dataclasses.replace(tiny.unstacked.model, cpu=True)
     given = {"ids": ids, "mask": mask, "model": model, "params": tiny.unstacked.params}
     np.testing.assert_array_equal(draw(tiny, COLD, **given), draw(tiny, COLD, speculate=False, **given))
