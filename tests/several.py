@@ -51,6 +51,9 @@ def outcome(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
     finally:
         for process in processes:
             process.kill()
+    for process, (_, errors) in zip(processes, told, strict=True):
+        if process.returncode < 0:  # pytest shortens what an assertion shows
+            print(f"signal {-process.returncode}:", *errors.splitlines()[-60:], sep="\n")
     return [(process.returncode, *texts) for process, texts in zip(processes, told, strict=True)]
 
 
