@@ -56,6 +56,8 @@ def test_speculation_is_of_drawing_alone():
     generate = ["generate", "--model", "m", "--prompt", "a cat", "--out", "x"]
     for given, taken in ((), "auto"), (("off",), False), (("auto",), "auto"), (("16",), 16):
         assert _parser().parse_args([*generate, *(f"--speculate={x}" for x in given)]).speculate == taken
+        served = ["serve", "--model", "m", *(f"--speculate={x}" for x in given)]
+        assert _parser().parse_args(served).speculate == taken
 
 
 @pytest.mark.parametrize("wrong", ["0", "1", "-3", "on", "8.0", ""])
