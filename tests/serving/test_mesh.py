@@ -20,8 +20,10 @@ LIMIT = SETTINGS["max_new_tokens"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [{"tensor": 2}, MESHES[-1]], ids=str)
-def test_a_mesh_serves_the_same(folder, janus, codes, shape):
+@pytest.mark.parametrize(
+    ("shape", "speculate"), [({"tensor": 2}, False), (MESHES[-1], False), (MESHES[-1], 4)], ids=str
+)
+def test_a_mesh_serves_the_same(folder, janus, codes, shape, speculate):
     picture = np.random.default_rng(4).integers(0, 100, (40, 60, 3), np.uint8)
     drawn = {"temperature": 0.8, "top_p": 0.9, "seed": 3}
     expected = [
@@ -30,7 +32,7 @@ def test_a_mesh_serves_the_same(folder, janus, codes, shape):
     ]
     devices = jax.devices()[: math.prod(shape.values())]
     spread = load(folder, mesh=make_mesh(shape, devices))
-    with Engine(spread, slots=6) as engine:
+    with Engine(spread, slots=6, speculate=speculate) as engine:
         options = (Options(temperature=0.0), Options(**drawn))
         asked = [question(spread, QUESTION, [picture], LIMIT, how, system_prompt="") for how in options]
         images = drawings(spread, SHORT, 2)
