@@ -170,7 +170,7 @@ def attend_rows(
     seen: jax.Array,
     begins: jax.Array | None = None,
 ) -> jax.Array:
-    """`attention.attend` of new tokens q [R, T, N, H] of rows of a cache [B, K, S, H]; see `RowSlots`.
+    """`attention.attend` of new tokens q [R, T, N, H] of rows of a cache [B, K, S, H]; arguments as in `RowSlots`.
 
     It reads only slots that are filled, in blocks, with the softmax of those read so far: rows differ in length, and on
     a CPU nothing hides what is read in vain. One token takes all heads at once, several take them one by one, as in
@@ -199,6 +199,7 @@ def attend_rows(
             slot = start + jnp.arange(block)
             scores = einsum("KMH,KSH->KMS", q, some(k, start), jnp.float32) * head_dim**-0.5
             # The last block may begin within the one before.
+            # What a block of nothing but padding adds fades to 0 with the first slot that counts.
             first = n * block if begins is None else jnp.maximum(n * block, begins[which])
             scores = jnp.where((slot <= last[:, None]) & (slot >= first), scores, least)
             new = jnp.maximum(most, scores.max(axis=-1))
