@@ -151,6 +151,7 @@ def test_the_command_says_3_until_all_are_judged(endpoint, requests, tmp_path, m
     """With --rescore, which needs no model."""
     monkeypatch.setitem(TASKS, "toy", Toy())
     monkeypatch.setattr(judging, "_TRIES", 1)
+    monkeypatch.setattr(judging, "_SILENT", 100)  # all 20 are asked each time, also where their threads begin late
     data, out = tmp_path / "data", tmp_path / "out"
     out.mkdir()
     (out / "model.json").write_text('{"model": "a model", "files": "f"}')
