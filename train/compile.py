@@ -95,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--speculate",
         type=int,
+        default=False,
         metavar="CODES",
         help="with --sampling or --serving: a pass that gives each image so many codes",
     )
@@ -120,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sampling = args.sampling or bool(args.serving)
         if (args.images != 1 and not args.sampling) or (args.weights and not sampling):
             raise ValueError("--images and --weights are for --sampling, and --weights for --serving")
-        if args.speculate is not None and not sampling:
+        if args.speculate is not False and not sampling:
             raise ValueError("--speculate is for --sampling and --serving")
         if args.tune and (sampling or not args.config):
             raise ValueError("--tune is for the train step of one --config")

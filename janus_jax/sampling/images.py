@@ -23,7 +23,15 @@ from janus_jax.sampling.acceptance import Guesses
 from janus_jax.sampling.cache import cache_sizes, empty_cache, grown_shapes, pieces
 from janus_jax.sampling.finite import note_failure, refuse_failed
 from janus_jax.sampling.sampler import Sampler, check_guidance, guide, make_sampler, step_keys
-from janus_jax.sampling.speculative import Speculate, behind_first, continue_windows, draw_windows, slots_of, window_of
+from janus_jax.sampling.speculative import (
+    Speculate,
+    Speculation,
+    behind_first,
+    continue_windows,
+    draw_windows,
+    slots_of,
+    window_of,
+)
 from janus_jax.sharding import constrain
 
 Params = dict[str, Any]
@@ -112,6 +120,11 @@ def continue_image(
     return jax.lax.fori_loop(start, stop, step, state)
 
 
+def begin_windows(model: Janus, state: ImageState, num_tokens: int, window: int) -> Speculation:
+    """The state of the loop over windows, behind the first code, from the one that `start_image` has made."""
+    return behind_first(model, state.cache, state.codes[:, 0], state.failed, num_tokens, window)
+
+
 def generate_codes(
     model: Janus,
     params: Params,
@@ -166,7 +179,7 @@ def generate_codes(
                 refuse(images.failed)
                 progress(more)
 
-        begun = behind_first(model, state.cache, state.codes[:, 0], state.failed, num_tokens, window)
+        begun = begin_windows(model, state, num_tokens, window)
         images = draw_windows(model, params, begun, keys, weight, sampler, window, piece=piece, report=report)
         refuse(images.failed)
         return images.codes[:, :num_tokens], None
@@ -198,9 +211,7 @@ def compile_codes(
         room = slots_of(ids.shape[2], num_tokens, window)
         start_image.lower(model, params, ids, mask, *drawing, num_tokens, False, room).compile()
         first = start_image.eval_shape(model, params, ids, mask, *drawing, num_tokens, False, room)
-        state = jax.eval_shape(
-            lambda given: behind_first(model, given.cache, given.codes[:, 0], given.failed, num_tokens, window), first
-        )
+        state = jax.eval_shape(functools.partial(begin_windows, model, num_tokens=num_tokens, window=window), first)
         # The arguments that `draw_windows` gives, by name: left to their defaults it would be another program.
         continue_windows.lower(
             model, params, state, *drawing, one, window=window, coupling="same", fresh="left"

@@ -26,7 +26,7 @@ class Device:
     """The cache of `rows` rows for `context` tokens, and everything that is done to it.
 
     Attributes:
-      window: codes of an image that a step is given, see `programs.step`.
+      window: codes of an image that a step of images is given, see `programs.step`.
       params: the model's parameters with each adapter, and under None those without any.
       sizes: the cache's numbers of slots, smallest first: a step reads all of it, so it starts small.
       features: of the pictures in prompts.
@@ -82,11 +82,8 @@ class Device:
         """Begins `row` anew, with the first `count` slots of the row `source`."""
         self._cache = programs.copy_row(self._cache, np.int32(source), np.int32(row), np.int32(count))
 
-    def step(self, adapter: str | None, slots: Slots, active: np.ndarray) -> programs.Drawn:
+    def step(self, adapter: str | None, slots: Slots, active: np.ndarray, window: int = 1) -> programs.Drawn:
         """Gives the device a step of the `active` rows [B]; returns what it will have drawn."""
-        return self._step(adapter, slots, active, self.window if (slots.rows.image & active).any() else 1)
-
-    def _step(self, adapter: str | None, slots: Slots, active: np.ndarray, window: int) -> programs.Drawn:
         if slots.changed:
             # Copied, since the host's are changed in place.
             self._rows = jax.device_put(jax.tree.map(np.copy, slots.rows))
@@ -107,7 +104,7 @@ class Device:
                 for piece in (*(np.zeros((1, tokens), np.int32) for tokens in fitting), picture):
                     self.prefill(adapter, piece, 0, 0)
                 for window in dict.fromkeys((1, self.window)):
-                    self._step(adapter, slots, np.zeros(self._count, bool), window)
+                    self.step(adapter, slots, np.zeros(self._count, bool), window)
             self.copy(0, 1, 0)
         for size, larger in zip(self.sizes, self.sizes[1:], strict=False):
             self.renew(size)

@@ -57,10 +57,12 @@ class Steps:
         adapters = [None if job is None else job.adapter for job in self._slots.jobs]
         for adapter in dict.fromkeys(adapters[row] for row in np.flatnonzero(active)):
             own = active & np.array([other == adapter for other in adapters])
-            guessed = own & self._slots.rows.image & (self._device.window > 1)
-            self._device.make_room(self._reach(guesses=guessed.any()))
+            images = own & self._slots.rows.image
+            window = self._device.window if images.any() else 1
+            guessed = images & (window > 1)
+            self._device.make_room(self._reach(window))
             seats = [(job, job.rows) for job in self._slots.busy if own[job.rows[0]]]
-            drawn = self._device.step(adapter, self._slots, own)
+            drawn = self._device.step(adapter, self._slots, own, window)
             self._slots.advance((own & ~guessed).astype(np.int32))
             self._unread += int(guessed.any())
             self._counts.steps += 1
@@ -68,12 +70,11 @@ class Steps:
                 x.copy_to_host_async()
             yield drawn, lambda drawn, seats=seats, guessed=guessed: self._deliver(drawn, seats, guessed)
 
-    def _reach(self, guesses: bool) -> int:
+    def _reach(self, window: int) -> int:
         """Slots that a step may write to: it writes behind the length of every row, whether it is one of its own."""
-        window = self._device.window
-        longest = int(self._slots.rows.lengths.max()) + window * self._unread
+        longest = int(self._slots.rows.lengths.max()) + self._device.window * self._unread
         # An image ends within the largest size, whatever the steps bring that were not read.
-        return min(longest + (window if guesses else 1), self._device.sizes[-1])
+        return min(longest + window, self._device.sizes[-1])
 
     def _deliver(self, drawn: programs.Drawn, seats: list[tuple[Job, tuple[int, ...]]], guessed: np.ndarray):
         counts = drawn.counts * guessed

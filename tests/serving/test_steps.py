@@ -22,7 +22,6 @@ from tests.library.tiny_janus import (  # noqa: F401
     QUESTION,
     SETTINGS,
     SHORT,
-    codes,
     folder,
     janus,
     raises_one_line,

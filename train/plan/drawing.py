@@ -13,16 +13,9 @@ from jax.sharding import Mesh, NamedSharding
 from janus_jax.loading import layout
 from janus_jax.model.janus import Janus
 from janus_jax.sampling.cache import cache_sizes
-from janus_jax.sampling.images import ImageState, continue_image, decode_images, start_image
+from janus_jax.sampling.images import begin_windows, continue_image, decode_images, start_image
 from janus_jax.sampling.sampler import Sampler
-from janus_jax.sampling.speculative import (
-    Speculation,
-    behind_first,
-    continue_windows,
-    shared_window,
-    slots_of,
-    window_of,
-)
+from janus_jax.sampling.speculative import Speculate, continue_windows, shared_window, slots_of, window_of
 from janus_jax.serving import programs as serving
 from janus_jax.serving.device import CONTEXT, cache_slots
 from janus_jax.sharding import activation_spec, make_mesh, param_shardings
@@ -45,7 +38,7 @@ def compile_sampling(
     images: int = 1,
     weights: str | None = None,
     decoder: bool = True,
-    speculate: int | None = None,
+    speculate: Speculate = False,
 ) -> list[Compiled]:
     """`config`'s model for `place`: the image loop with guidance and, with `decoder`, the VQ decoder.
 
@@ -54,14 +47,12 @@ def compile_sampling(
 
     Args:
       weights: the form of quantized kernels, see `quantize`; None for plain ones.
-      speculate: codes that a pass is given of each image, see `sampling.speculative`; None for the plain loop.
+      speculate: codes that a pass is given of each image, see `sampling.speculative`; False for the plain loop.
     Raises: ValueError for `speculate` that is out of range, or where the mesh would split an image's two rows.
     """
     mesh, model, params = _loaded(config, place, weights)
     with fitting(config, place), jax.set_mesh(mesh):
-        window = window_of(
-            False if speculate is None else speculate, config.model.gen_vision.num_tokens, images, 2, False
-        )
+        window = window_of(speculate, config.model.gen_vision.num_tokens, images, pair=2, keep_logits=False)
         made = drawing(mesh, model, params, images, _PROMPT, window=window)
         decode = compile_decoding(mesh, model, params, images) if decoder else None
     name = f"{config.name} sampling {images}" + (f" {weights}" if weights else "")
@@ -131,7 +122,7 @@ def drawing(
         start = compile_lowered(start_image.lower(model, *given, slots[0]))
         state = placed(start_image.eval_shape(model, *given, slots[-1]), start.compiled.output_shardings)
         if window:
-            begun = jax.eval_shape(functools.partial(_begun, model, codes, window), state)
+            begun = jax.eval_shape(functools.partial(begin_windows, model, num_tokens=codes, window=window), state)
             begun = dataclasses.replace(begun, cache=state.cache)
             lowered = continue_windows.lower(model, params, begun, keys, scalar, sampler, count, window=window)
         else:
@@ -142,10 +133,6 @@ def drawing(
     read = dict(decoder, language_model={k: v for k, v in decoder["language_model"].items() if k.startswith("layers")})
     copies = tuple(one.line for one in hlo.copies(loop.text, _least(params, state.cache)))
     return Drawing(start, loop, slots, cache, float(shard_bytes(read) + cache), copies)
-
-
-def _begun(model: Janus, codes: int, window: int, state: ImageState) -> Speculation:
-    return behind_first(model, state.cache, state.codes[:, 0], state.failed, codes, window)
 
 
 def compile_decoding(mesh: Mesh, model: Janus, params: Any, images: int) -> Made:
@@ -163,7 +150,7 @@ def _over_rows(mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtype
 
 
 def compile_serving(
-    config: TrainConfig, place: Topology, slots: int, weights: str | None = None, speculate: int | None = None
+    config: TrainConfig, place: Topology, slots: int, weights: str | None = None, speculate: Speculate = False
 ) -> list[Compiled]:
     """The step of `janus_jax.serving` with so many rows for `config`'s model on `place`; see `compile_sampling`.
 
@@ -171,10 +158,10 @@ def compile_serving(
     answers and images.
 
     Args:
-      speculate: codes that images are given, most of them guesses; None for the last one alone.
+      speculate: codes that images are given, most of them guesses; False for the last one alone.
     Raises: ValueError for a number that is out of range.
     """
-    window = shared_window(False if speculate is None else speculate, config.model.gen_vision.num_tokens, slots)
+    window = shared_window(speculate, config.model.gen_vision.num_tokens, slots)
     mesh, model, params = _loaded(config, place, weights)
     with jax.set_mesh(mesh), fitting(config, place):
         context = min(config.model.language.max_positions, CONTEXT)
