@@ -153,7 +153,9 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) ->
     sizes = {f"block_{name}": block for name in ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute")}
     kernel = splash.make_splash_mha(
         masks.MultiHeadMask([masks.CausalMask((length, length))] * heads),
-        block_sizes=splash.BlockSizes(**sizes, block_q_dq=block, block_kv_dq=block),
+        # One kernel for all gradients computes the scores once where two would compute them twice. It leaves those of the
+        # queries in length / block parts, which are summed afterwards.
+        block_sizes=splash.BlockSizes(**sizes, use_fused_bwd_kernel=True),
         head_shards=1,
         q_seq_shards=1,
         residual_checkpoint_name=KEPT,

@@ -83,12 +83,13 @@ def test_forms_of_a_tpu(left, right, result, what, flops):
     assert executed_flops(text) == pytest.approx(flops)
 
 
-@pytest.mark.parametrize(("kernel", "products"), [("fwd", 2), ("dq", 3), ("dkv", 4)])
+@pytest.mark.parametrize(("kernel", "products"), [("fwd", 2), ("dq", 3), ("dkv", 4), ("dkv with dq", 5)])
 def test_splash_attention(kernel, products):
+    kernel, *with_dq = kernel.split(" ", 1)
     text = _FORMS.format(
-        left="2,3,256,128", right="2,3,256,128", result="2,3,256,128",
+        left="2,3,256,128", right="2,3,256,128", result="2,8,3,256,128" if with_dq else "2,3,256,128",
         what='custom-call(%q, %k), custom_call_target="tpu_custom_call"',
-    ).replace("%it", f"%splash_mha_{kernel}_segmented_residuals.9")  # fmt: skip
+    ).replace("%it", f"%splash_mha_{kernel}_segmented_residuals.9").replace("{3,2,1,0} custom", " custom")  # fmt: skip
     assert executed_flops(text) == products * 2 * 2 * 3 * 256 * 256 * 128 / 2
 
 

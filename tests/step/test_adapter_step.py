@@ -111,9 +111,8 @@ def test_gradients(job, start, kind, close):
 
     @jax.jit
     def plain(trained):
-        losses = token_values(Janus(MODEL), joined(trained, base), batch, settings, config.loss_chunk)
-        sums = token_sums(losses, batch["tasks"])
-        return sums["loss"] / sums["tokens"]
+        total, values = token_values(Janus(MODEL), joined(trained, base), batch, settings, config.loss_chunk)
+        return total / token_sums(values, batch["tasks"])["tokens"]
 
     loss, wanted = jax.value_and_grad(plain)(unflatten(values))
     assert sums["loss"] / sums["tokens"] == pytest.approx(float(loss), rel=1e-5)

@@ -24,8 +24,9 @@ from train.data.batches import Assembler
 from train.data.mixture import Item, Plan
 from train.data.packing import pack
 from train.data.prepared import open_prepared
+from train.plan.executed import executed_flops
 from train.step.leaves import split
-from train.step.loss import PER_TOKEN, combined, cross_entropy, normalize, token_values
+from train.step.loss import PER_TOKEN, combined, cross_entropy, normalize, summed_cross_entropy, token_values
 from train.step.step import gradients
 
 # transformers' port wants the head as wide as the decoder.
@@ -86,7 +87,7 @@ class Run:
     def losses(self):
         """Loss of each token of any batch of ROWS rows; compiled once."""
         model, params = Janus(MODEL), {**self.trained, **self.frozen}
-        compiled = jax.jit(lambda batch: token_values(model, params, batch, self.assembler.settings, 32)["loss"])
+        compiled = jax.jit(lambda batch: token_values(model, params, batch, self.assembler.settings, 32)[1]["loss"])
         return lambda batch: np.asarray(compiled(batch))
 
 
@@ -296,6 +297,39 @@ def test_cross_entropy_and_its_gradients_for_any_chunk(problem):
         for got, wanted_grad in zip(grads, of_plain, strict=True):
             np.testing.assert_allclose(got, wanted_grad, rtol=1e-5, atol=1e-5)
         assert not np.asarray(grads[0])[~wanted].any()
+
+
+def test_the_gradients_of_the_sum_are_those_of_the_losses(problem):
+    """To the last bit, with any factor that is a power of two; also of the hidden states or the head alone."""
+    hidden, head, targets, wanted = problem
+    values = chunked(hidden, head, targets, wanted, 8)
+
+    def later(hidden, head):
+        return 4 * chunked(hidden, head, targets, wanted, 8)["loss"].sum()
+
+    def at_once(hidden, head):
+        total, found = summed_cross_entropy(lambda head, h: h @ head, head, hidden, targets, wanted, 8)
+        return 4 * total, found
+
+    for arguments in ((0, 1), (0,), (1,)):
+        grads, found = jax.jit(jax.grad(at_once, arguments, has_aux=True))(hidden, head)
+        jax.tree.map(np.testing.assert_array_equal, found, values)
+        for got, expected in zip(grads, jax.jit(jax.grad(later, arguments))(hidden, head), strict=True):
+            assert got.any()
+            np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize(("entropy", "times"), [(cross_entropy, 4), (summed_cross_entropy, 3)])
+def test_the_products_of_a_step_with_its_gradients(problem, entropy, times):
+    """The logits, both of their gradients, and the logits again where the losses' factors are not known."""
+    hidden, head, targets, wanted = problem
+
+    def loss(hidden, head):
+        found = entropy(lambda head, h: h @ head, head, hidden, targets, wanted, 8)
+        return found[0] if isinstance(found, tuple) else found["loss"].sum()
+
+    text = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(hidden, head).compile().as_text()
+    assert executed_flops(text) == pytest.approx(times * 2 * hidden.size * head.shape[1])
 
 
 def test_chunks_without_a_wanted_token_are_skipped(problem):

@@ -13,8 +13,9 @@ from train.plan import hlo
 from train.plan.flops import step_flops, updates_flops
 
 # Products of queries with keys, or of as large operands, in each kernel of splash attention (jax's
-# splash_attention_kernel.py): forward, gradient of the queries, and those of keys and values.
+# splash_attention_kernel.py): forward, gradient of the queries, and those of keys and values; or all three in the last.
 _KERNELS = {"fwd": 2, "dq": 3, "dkv": 4}
+_WITH_DQ = 5
 _KERNEL = re.compile(r"%?splash_m[hq]a_(fwd|dq|dkv)")
 # Likewise cuDNN's attention, whose first operand is the queries [batch, length, heads, head_dim].
 _CUDNN_CONVOLUTION = 'custom_call_target="__cudnn$conv'
@@ -41,7 +42,10 @@ def _flops(one: hlo.Instruction) -> float:
     if one.opcode == "custom-call" and (kernel := _KERNEL.search(one.line)):
         # Its largest 16-bit or 32-bit array of [..., length, head_dim] is that of the queries.
         queries = max((array for array in one.operands if len(array.shape) >= 3), key=lambda a: math.prod(a.shape))
-        return _KERNELS[kernel[1]] * 2 * math.prod(queries.shape) * queries.shape[-2] / 2
+        # The gradient of the queries is [blocks of keys, ..., length, head_dim], and has an axis more than they do.
+        with_dq = kernel[1] == "dkv" and max(len(array.shape) for array in one.arrays) > len(queries.shape)
+        products = _WITH_DQ if with_dq else _KERNELS[kernel[1]]
+        return products * 2 * math.prod(queries.shape) * queries.shape[-2] / 2
     if one.opcode == "custom-call" and (kernel := _CUDNN.search(one.line)):
         queries, keys = one.operands[:2]
         seen = 0.5 if "CAUSAL" in one.line else 1

@@ -51,12 +51,21 @@ def normalize(images: jax.Array, settings: ImageSettings) -> jax.Array:
 
 
 def token_values(
-    model: Janus, params: Params, batch: dict[str, jax.Array], settings: ImageSettings, chunk: int
-) -> dict[str, jax.Array]:
-    """What `cross_entropy` says of each target token, 0 at positions without a task.
+    model: Janus,
+    params: Params,
+    batch: dict[str, jax.Array],
+    settings: ImageSettings,
+    chunk: int,
+    scaled: bool = False,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The summed loss of a batch, and what `cross_entropy` says of each target token, 0 at positions without a task.
+
+    The sum alone is differentiated.
 
     Args:
       chunk: tokens of each row whose logits are in memory at a time.
+      scaled: whether the loss is multiplied before it is differentiated, without which float16 loses its gradients.
+        These are then computed in the backward pass, from logits that are computed again.
     """
     x = embed_batch(model, params, batch, settings)
     hidden = model.apply({"params": params}, x, batch["positions"], batch["segment_ids"], method="hidden")
@@ -66,15 +75,22 @@ def token_values(
         ("text_logits", is_text, {"language_model": {"lm_head": params["language_model"]["lm_head"]}}),
         ("image_logits", is_code, {"gen_head": params["gen_head"]}),
     )
-    of_heads = []
+    total, of_heads = 0, []
     for method, wanted, own in heads:
 
         def logits(own: Params, hidden: jax.Array, method: str = method) -> jax.Array:
             return model.apply({"params": own}, hidden, method=method)
 
         with jax.named_scope(method):
-            of_heads.append(cross_entropy(logits, own, hidden, batch["targets"], wanted, chunk))
-    return jax.tree.map(jnp.add, *of_heads)
+            args = logits, own, hidden, batch["targets"], wanted, chunk
+            if scaled:
+                values = cross_entropy(*args)
+                loss = values["loss"].sum()
+            else:
+                loss, values = summed_cross_entropy(*args)
+        total += loss
+        of_heads.append(values)
+    return total, jax.tree.map(jnp.add, *of_heads)
 
 
 def cross_entropy(
@@ -99,6 +115,31 @@ def cross_entropy(
       targets, wanted: [B, T].
       chunk: C; it divides T.
     """
+    arrays, back = _chunks(hidden, targets, wanted, chunk)
+    return back(_in_chunks(logits, params, *arrays))
+
+
+def summed_cross_entropy(
+    logits: Callable[[Params, jax.Array], jax.Array],
+    params: Params,
+    hidden: jax.Array,
+    targets: jax.Array,
+    wanted: jax.Array,
+    chunk: int,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The sum of the losses, which alone is differentiated, and all that `cross_entropy` returns, from its arguments.
+
+    The gradients of a sum are known, but for one factor, as soon as the logits are. So they are computed right then,
+    where `cross_entropy` computes the logits again.
+    """
+    arrays, back = _chunks(hidden, targets, wanted, chunk)
+    total, found = _summed_in_chunks(logits, params, *arrays)
+    return total, back(found)
+
+
+def _chunks(hidden, targets, wanted, chunk):
+    """The arrays as [chunks, B, C, ...], the wanted tokens first, and the number of chunks that have some; and the
+    function that puts a tree of [chunks, B, C] in the order of the tokens."""
     batch, length, _ = hidden.shape
     order = jnp.argsort(~wanted, axis=1, stable=True)
     # The same number of chunks on all devices of a slice, since they must run the same collectives; other slices do not
@@ -107,13 +148,16 @@ def cross_entropy(
     if axes := tuple(axis for axis in manual_axes() if axis != SLICES):
         most = jax.lax.pmax(most, axes)
 
-    def chunks(x: jax.Array) -> jax.Array:
+    def split(x: jax.Array) -> jax.Array:
         x = jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1)
         return x.reshape(batch, length // chunk, chunk, *x.shape[2:]).swapaxes(0, 1)
 
-    found = _in_chunks(logits, params, chunks(hidden), chunks(targets), chunks(wanted), -(-most // chunk))
-    back = jnp.argsort(order, axis=1)
-    return jax.tree.map(lambda x: jnp.take_along_axis(x.swapaxes(0, 1).reshape(batch, length), back, axis=1), found)
+    def back(found: Any) -> Any:
+        places = jnp.argsort(order, axis=1)
+        joined = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch, length), found)
+        return jax.tree.map(lambda x: jnp.take_along_axis(x, places, axis=1), joined)
+
+    return (split(hidden), split(targets), split(wanted), -(-most // chunk)), back
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -138,12 +182,16 @@ def _of_tokens(logits, params, hidden, targets, wanted):
 
 
 def _in_chunks_forward(logits, params, *arrays):
-    """Also the residuals: the differentiated parameters, the others with None in place of those, and the arrays."""
+    own, others, *arrays = _parted(params, *arrays)
+    return _in_chunks(logits, _joined(own, others), *arrays), (own, others, *arrays)
+
+
+def _parted(params, *arrays):
+    """The differentiated parameters, the others with None in place of those, and the arrays."""
     leaves, structure = jax.tree.flatten(params, is_leaf=_is_primal)
     own = structure.unflatten([leaf.value if leaf.perturbed else None for leaf in leaves])
     others = structure.unflatten([None if leaf.perturbed else leaf.value for leaf in leaves])
-    arrays = [array.value for array in arrays]
-    return _in_chunks(logits, _joined(own, others), *arrays), (own, others, *arrays)
+    return own, others, *(array.value for array in arrays)
 
 
 def _is_primal(x):
@@ -155,9 +203,14 @@ def _joined(own: Params, others: Params) -> Params:
 
 
 def _in_chunks_backward(logits, residuals, cotangents):
-    own, others, *arrays, count = residuals
-    # The others' are zeros: only the loss is differentiated.
-    cotangents = cotangents["loss"]
+    own, others, *arrays = residuals
+    # Those of the other values are zeros: only the loss is differentiated.
+    _, of_own, of_hidden = _gradients_in_chunks(logits, own, others, *arrays, cotangents["loss"])
+    return _joined(of_own, jax.tree.map(_no_gradient, others)), of_hidden, None, None, None
+
+
+def _gradients_in_chunks(logits, own, others, hidden, targets, wanted, count, cotangents):
+    """The values of `_in_chunks`, and the gradients of its losses, each times its cotangent, by `own` and `hidden`."""
 
     def one(carry, args):
         number, total = carry
@@ -165,18 +218,22 @@ def _in_chunks_backward(logits, residuals, cotangents):
 
         def do(total):
             def loss(own, hidden):
-                return _of_tokens(logits, _joined(own, others), hidden, targets, wanted)["loss"]
+                found = _of_tokens(logits, _joined(own, others), hidden, targets, wanted)
+                return found["loss"], found
 
-            of_own, of_hidden = jax.vjp(loss, own, hidden)[1](cotangent)
-            return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, of_own), of_hidden
+            _, gradient, found = jax.vjp(loss, own, hidden, has_aux=True)
+            of_own, of_hidden = gradient(cotangent)
+            return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, of_own), (found, of_hidden)
 
-        total, of_hidden = jax.lax.cond(number < count, do, lambda total: (total, jnp.zeros_like(hidden)), total)
-        return (number + 1, total), of_hidden
+        def skip(total):
+            return total, (dict.fromkeys(PER_TOKEN, jnp.zeros(wanted.shape)), jnp.zeros_like(hidden))
+
+        total, found = jax.lax.cond(number < count, do, skip, total)
+        return (number + 1, total), found
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), own)
-    (_, total), of_hidden = jax.lax.scan(one, (0, zeros), (*arrays, cotangents))
-    of_own = jax.tree.map(lambda x, g: g.astype(x.dtype), own, total)
-    return _joined(of_own, jax.tree.map(_no_gradient, others)), of_hidden, None, None, None
+    (_, total), (found, of_hidden) = jax.lax.scan(one, (0, zeros), (hidden, targets, wanted, cotangents))
+    return found, jax.tree.map(lambda x, g: g.astype(x.dtype), own, total), of_hidden
 
 
 def _no_gradient(x: jax.Array) -> Any:
@@ -186,6 +243,29 @@ def _no_gradient(x: jax.Array) -> Any:
 
 
 _in_chunks.defvjp(_in_chunks_forward, _in_chunks_backward, symbolic_zeros=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _summed_in_chunks(logits, params, hidden, targets, wanted, count):
+    """The sum of `_in_chunks`'s losses, and its values."""
+    found = _in_chunks(logits, params, hidden, targets, wanted, count)
+    return found["loss"].sum(), found
+
+
+def _summed_in_chunks_forward(logits, params, *arrays):
+    own, others, *arrays = _parted(params, *arrays)
+    cotangents = jnp.ones(arrays[1].shape, jnp.float32)
+    found, of_own, of_hidden = _gradients_in_chunks(logits, own, others, *arrays, cotangents)
+    return (found["loss"].sum(), found), (of_own, others, of_hidden)
+
+
+def _summed_in_chunks_backward(logits, residuals, cotangents):
+    of_own, others, of_hidden = residuals
+    of_own, of_hidden = jax.tree.map(lambda g: (g * cotangents[0]).astype(g.dtype), (of_own, of_hidden))
+    return _joined(of_own, jax.tree.map(_no_gradient, others)), of_hidden, None, None, None
+
+
+_summed_in_chunks.defvjp(_summed_in_chunks_forward, _summed_in_chunks_backward, symbolic_zeros=True)
 
 
 def token_sums(values: Mapping[str, jax.Array], tasks: jax.Array) -> dict[str, jax.Array]:

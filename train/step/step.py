@@ -59,7 +59,9 @@ def supervised(config: TrainConfig, settings: ImageSettings) -> Objective:
     """The cross entropy of packed rows."""
 
     def sums(model: Janus, params: Params, batch: Batch) -> Sums:
-        return token_sums(token_values(model, params, batch, settings, config.loss_chunk), batch["tasks"])
+        scaled = config.compute_dtype == "float16"
+        total, values = token_values(model, params, batch, settings, config.loss_chunk, scaled)
+        return token_sums(values, batch["tasks"]) | {"loss": total}
 
     return Objective(sums)
 
