@@ -91,6 +91,7 @@ def attend_all(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str = "
 _LANES = 128  # of a TPU's vector registers
 _BLOCK = 128  # the fewest tokens that splash takes at a time
 _LARGEST_BLOCK = 512
+_MOST_PARTS = 8  # of a gradient, as in a row of 4096 tokens
 # Tests set these to run the kernels on CPU: interpreted, or by another implementation of dot_product_attention.
 _INTERPRET, _CUDNN = False, "cudnn"
 
@@ -150,12 +151,18 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) ->
 
     _, heads, length, head_dim = q.shape
     block = math.gcd(length, _LARGEST_BLOCK)
-    sizes = {f"block_{name}": block for name in ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute")}
+    sizes: dict[str, int] = {
+        f"block_{name}": block for name in ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute")
+    }
+    # One kernel for all gradients computes the scores once where two compute them twice, but it leaves the queries' in
+    # length / block parts, which are written out and summed.
+    if length // block <= _MOST_PARTS:
+        sizes["use_fused_bwd_kernel"] = True
+    else:
+        sizes |= {"block_q_dq": block, "block_kv_dq": block}
     kernel = splash.make_splash_mha(
         masks.MultiHeadMask([masks.CausalMask((length, length))] * heads),
-        # One kernel for all gradients computes the scores once where two would compute them twice. It leaves those of the
-        # queries in length / block parts, which are summed afterwards.
-        block_sizes=splash.BlockSizes(**sizes, use_fused_bwd_kernel=True),
+        block_sizes=splash.BlockSizes(**sizes),
         head_shards=1,
         q_seq_shards=1,
         residual_checkpoint_name=KEPT,

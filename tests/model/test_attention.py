@@ -26,6 +26,21 @@ def packed():
     return q, k, v, jnp.asarray(segment_ids)
 
 
+@pytest.mark.parametrize(("most", "kernels"), [(8, 1), (1, 2)])
+def test_splash_in_several_blocks(most, kernels, close, kernels_elsewhere, monkeypatch):
+    """The gradients of queries are summed over blocks of keys, or computed by a kernel of their own."""
+    monkeypatch.setattr(attention, "_LARGEST_BLOCK", 128)
+    monkeypatch.setattr(attention, "_MOST_PARTS", most)
+    rng = np.random.default_rng(4)
+    q, k, v = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((1, 384, 2, 128), *((1, 1, 384, 128),) * 2))
+    args = q, k, v, jnp.asarray(1 + np.arange(384) // 200)[None]
+    traced = jax.jit(lambda *args: value_and_grads("splash", *args)).trace(*args)
+    assert str(traced.jaxpr).count("pallas_call") == 1 + kernels
+    got, expected = traced.lower().compile()(*args), value_and_grads("xla", *args)
+    for name, ours, theirs in zip("yqkv", got, expected, strict=True):
+        close(ours, theirs, name, 2e-5)
+
+
 def value_and_grads(implementation, q, k, v, segment_ids):
     def loss(q, k, v):
         y = attend_segments(q, k, v, segment_ids, implementation)

@@ -319,6 +319,16 @@ def test_the_gradients_of_the_sum_are_those_of_the_losses(problem):
             np.testing.assert_array_equal(got, expected)
 
 
+def test_only_the_sum_is_differentiated(problem):
+    def of(hidden, values_too):
+        total, values = summed_cross_entropy(lambda head, h: h @ head, problem[1], hidden, *problem[2:], 8)
+        return total + values["loss"].sum() if values_too else total
+
+    assert jax.grad(of)(problem[0], False).any()
+    with pytest.raises(TypeError, match="only the sum can be differentiated"):
+        jax.grad(of)(problem[0], True)
+
+
 @pytest.mark.parametrize(("entropy", "times"), [(cross_entropy, 4), (summed_cross_entropy, 3)])
 def test_the_products_of_a_step_with_its_gradients(problem, entropy, times):
     """The logits, both of their gradients, and the logits again where the losses' factors are not known."""

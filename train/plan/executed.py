@@ -42,7 +42,7 @@ def _flops(one: hlo.Instruction) -> float:
     if one.opcode == "custom-call" and (kernel := _KERNEL.search(one.line)):
         # Its largest 16-bit or 32-bit array of [..., length, head_dim] is that of the queries.
         queries = max((array for array in one.operands if len(array.shape) >= 3), key=lambda a: math.prod(a.shape))
-        # The gradient of the queries is [blocks of keys, ..., length, head_dim], and has an axis more than they do.
+        # The gradient of the queries has one axis more than they do, for the blocks of keys.
         with_dq = kernel[1] == "dkv" and max(len(array.shape) for array in one.arrays) > len(queries.shape)
         products = _WITH_DQ if with_dq else _KERNELS[kernel[1]]
         return products * 2 * math.prod(queries.shape) * queries.shape[-2] / 2

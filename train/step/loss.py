@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from janus_jax.model.janus import Janus, place_images
 from janus_jax.processing.images import ImageSettings
@@ -64,8 +63,8 @@ def token_values(
 
     Args:
       chunk: tokens of each row whose logits are in memory at a time.
-      scaled: whether the loss is multiplied before it is differentiated, without which float16 loses its gradients.
-        These are then computed in the backward pass, from logits that are computed again.
+      scaled: whether the loss will be multiplied before it is differentiated, as in float16, whose gradients would
+        underflow otherwise. They are then computed in the backward pass, from logits that are computed again.
     """
     x = embed_batch(model, params, batch, settings)
     hidden = model.apply({"params": params}, x, batch["positions"], batch["segment_ids"], method="hidden")
@@ -127,7 +126,7 @@ def summed_cross_entropy(
     wanted: jax.Array,
     chunk: int,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The sum of the losses, which alone is differentiated, and all that `cross_entropy` returns, from its arguments.
+    """The sum of the losses, which alone can be differentiated, and the values of `cross_entropy`, for its arguments.
 
     The gradients of a sum are known, but for one factor, as soon as the logits are. So they are computed right then,
     where `cross_entropy` computes the logits again.
@@ -206,7 +205,7 @@ def _in_chunks_backward(logits, residuals, cotangents):
     own, others, *arrays = residuals
     # Those of the other values are zeros: only the loss is differentiated.
     _, of_own, of_hidden = _gradients_in_chunks(logits, own, others, *arrays, cotangents["loss"])
-    return _joined(of_own, jax.tree.map(_no_gradient, others)), of_hidden, None, None, None
+    return of_own, of_hidden, None, None, None
 
 
 def _gradients_in_chunks(logits, own, others, hidden, targets, wanted, count, cotangents):
@@ -236,12 +235,6 @@ def _gradients_in_chunks(logits, own, others, hidden, targets, wanted, count, co
     return found, jax.tree.map(lambda x, g: g.astype(x.dtype), own, total), of_hidden
 
 
-def _no_gradient(x: jax.Array) -> Any:
-    """What stands for the gradient of an array that is not differentiated."""
-    inexact = jnp.issubdtype(x.dtype, jnp.inexact)
-    return jnp.zeros_like(x) if inexact else np.zeros(x.shape, jax.dtypes.float0)
-
-
 _in_chunks.defvjp(_in_chunks_forward, _in_chunks_backward, symbolic_zeros=True)
 
 
@@ -256,13 +249,15 @@ def _summed_in_chunks_forward(logits, params, *arrays):
     own, others, *arrays = _parted(params, *arrays)
     cotangents = jnp.ones(arrays[1].shape, jnp.float32)
     found, of_own, of_hidden = _gradients_in_chunks(logits, own, others, *arrays, cotangents)
-    return (found["loss"].sum(), found), (of_own, others, of_hidden)
+    return (found["loss"].sum(), found), (of_own, of_hidden)
 
 
 def _summed_in_chunks_backward(logits, residuals, cotangents):
-    of_own, others, of_hidden = residuals
-    of_own, of_hidden = jax.tree.map(lambda g: (g * cotangents[0]).astype(g.dtype), (of_own, of_hidden))
-    return _joined(of_own, jax.tree.map(_no_gradient, others)), of_hidden, None, None, None
+    cotangent, of_values = cotangents
+    if not all(isinstance(value, jax.custom_derivatives.SymbolicZero) for value in of_values.values()):
+        raise TypeError("summed_cross_entropy: only the sum can be differentiated; use cross_entropy for single losses")
+    of_own, of_hidden = jax.tree.map(lambda g: (g * cotangent).astype(g.dtype), residuals)
+    return of_own, of_hidden, None, None, None
 
 
 _summed_in_chunks.defvjp(_summed_in_chunks_forward, _summed_in_chunks_backward, symbolic_zeros=True)
