@@ -40,7 +40,6 @@ def get_config() -> TrainConfig:
             {"v5e-256": 1, "v5p-128": 1, "v6e-256": 1, "2xv5e-256": 1, "2xv5p-128": 1},
             32,
             {"2xv5e-256": 2},
-            {"v5e-256": "attention"},
         ),
         save_every=1000,
     )

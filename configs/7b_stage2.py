@@ -38,7 +38,7 @@ def get_config() -> TrainConfig:
         layouts=_shared.layouts(
             {"v5e-256": 2, "v5p-128": 2, "v6e-256": 2, "2xv5e-256": 1, "2xv5p-128": 1},
             32,
-            remat={"v5e-256": "full", "2xv5e-256": "full"},
+            remat={"v5e-256": "attention", "2xv5e-256": "attention"},
         ),
         save_every=1000,
     )

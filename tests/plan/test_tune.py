@@ -125,4 +125,4 @@ def test_the_real_compiler(tmp_path):
         assert done.returncode == 0, done.stderr
         head, _, row = (line.split(" | ") for line in table.read_text().splitlines())
         found[remat] = float(row[head.index("executed / needed FLOPs")])
-    assert 1.05 < found["dots"] < 1.1 < found["attention"] < 1.2 < found["full"] < 1.34
+    assert 1 <= found["dots"] < 1.05 < found["attention"] < 1.15 < found["full"] < 1.3
